@@ -1,0 +1,234 @@
+"""What is trained (`ModelConfig`) and how a step of it is run (`Plan`): frozen, validated, framework-free."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields, replace
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+FAMILIES = ("gpt2", "llama")
+PRECISIONS = ("fp32",)
+ATTENTIONS = ("naive", "sdpa")
+CHECKPOINTINGS = ("none", "block")
+OPTIMIZERS = ("adamw", "sgd")
+OPTIMIZER_IMPLS = ("auto", "loop", "foreach", "fused", "bundled")
+
+
+class ConfigError(ValueError):
+    """A field has a value that cannot be; the message names the field, the value and what is allowed."""
+
+
+def choose(field: str, value: object, allowed: Collection[str]) -> str:
+    """Return `value` if it is one of `allowed`, else raise ConfigError with the nearest names first."""
+    if isinstance(value, str) and value in allowed:
+        return value
+    near = get_close_matches(str(value).lower(), list(allowed), n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    raise ConfigError(f"{field} = {value!r}: {hint}allowed are {', '.join(allowed)}")
+
+
+def positive_int(field: str, value: object) -> int:
+    """Return `value` if it is an integer of at least 1, else raise ConfigError."""
+    if isinstance(value, bool) or not hasattr(value, "__index__") or value.__index__() < 1:
+        raise ConfigError(f"{field} = {value!r}: must be an integer of at least 1")
+    return int(value.__index__())
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """A decoder-only Transformer. Sizes are counts, letters are those of `estimator.symbols`.
+
+    Attributes:
+        family: "gpt2" (LayerNorm with bias, learned positions, GELU, biases) or "llama" (RMSNorm, RoPE, SwiGLU).
+        num_layers: L, the number of blocks.
+        d_model: d, the width of the residual stream.
+        num_heads: h, query heads.
+        vocab_size: V, rows of the embedding.
+        context_length: C, positions that the model holds.
+        num_kv_heads: k, key/value heads; None means h (multi-head attention).
+        head_dim: e, the width of one head; None means d / h.
+        d_ff: f, the hidden width of the feed-forward; None means 4 d for gpt2 and must be given for llama.
+        tie_embeddings: the head shares the embedding's matrix; None means the family's habit (gpt2 yes, llama no).
+        qkv_bias: biases on the q, k and v projections of a llama (Qwen2 has them); gpt2 always has.
+
+    Raises:
+        ConfigError: a size is not a positive integer, heads do not divide, a rotary width is odd, ...
+    """
+
+    family: str
+    num_layers: int
+    d_model: int
+    num_heads: int
+    vocab_size: int
+    context_length: int
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    d_ff: int | None = None
+    tie_embeddings: bool | None = None
+    qkv_bias: bool | None = None
+
+    def __post_init__(self) -> None:
+        put = object.__setattr__
+        choose("family", self.family, FAMILIES)
+        gpt2 = self.family == "gpt2"
+        for name in ("num_layers", "d_model", "num_heads", "vocab_size", "context_length"):
+            put(self, name, positive_int(name, getattr(self, name)))
+        if self.num_kv_heads is None:
+            put(self, "num_kv_heads", self.num_heads)
+        if self.head_dim is None:
+            if self.d_model % self.num_heads:
+                raise ConfigError(
+                    f"d_model = {self.d_model}: must be divisible by num_heads ({self.num_heads}), or give head_dim"
+                )
+            put(self, "head_dim", self.d_model // self.num_heads)
+        if self.d_ff is None:
+            if not gpt2:
+                raise ConfigError("d_ff = None: a llama has no default feed-forward width; give a positive integer")
+            put(self, "d_ff", 4 * self.d_model)
+        for name in ("num_kv_heads", "head_dim", "d_ff"):
+            put(self, name, positive_int(name, getattr(self, name)))
+        for name, default in (("tie_embeddings", gpt2), ("qkv_bias", gpt2)):
+            value = getattr(self, name)
+            if value is None:
+                put(self, name, default)
+            elif not isinstance(value, bool):
+                raise ConfigError(f"{name} = {value!r}: must be true or false")
+        if self.num_heads % self.kv_heads:
+            raise ConfigError(f"num_kv_heads = {self.num_kv_heads}: must divide num_heads ({self.num_heads})")
+        if gpt2:
+            if self.num_kv_heads != self.num_heads:
+                raise ConfigError(f"num_kv_heads = {self.num_kv_heads}: gpt2 is multi-head; allowed is {self.num_heads}")
+            if self.width_of_heads != self.d_model:
+                raise ConfigError(
+                    f"head_dim = {self.head_dim}: gpt2 needs num_heads x head_dim = d_model ({self.d_model})"
+                )
+            if not self.qkv_bias:
+                raise ConfigError("qkv_bias = False: gpt2 has biases; allowed is true")
+        elif self.e % 2:
+            raise ConfigError(f"head_dim = {self.head_dim}: rotary embedding turns pairs, so it must be even")
+
+    @property
+    def kv_heads(self) -> int:
+        """k, key/value heads."""
+        assert self.num_kv_heads is not None
+        return self.num_kv_heads
+
+    @property
+    def e(self) -> int:
+        """e, the width of one head."""
+        assert self.head_dim is not None
+        return self.head_dim
+
+    @property
+    def f(self) -> int:
+        """f, the hidden width of the feed-forward."""
+        assert self.d_ff is not None
+        return self.d_ff
+
+    @property
+    def width_of_heads(self) -> int:
+        """h e, the width of all query heads together; d in most models."""
+        return self.num_heads * self.e
+
+    def replace(self, **changes: Any) -> ModelConfig:
+        """A copy with `changes`; sizes that were derived from a changed one are derived again."""
+        derived = {
+            "num_kv_heads": self.num_heads,
+            "head_dim": self.d_model / self.num_heads,
+            "d_ff": 4 * self.d_model if self.family == "gpt2" else None,
+        }
+        again = {name: None for name, default in derived.items() if getattr(self, name) == default}
+        return replace(self, **{**again, **_known(type(self), changes)})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain fields; `ModelConfig(**m.to_dict()) == m`."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How one optimizer step is run. The defaults are what a bare PyTorch script does.
+
+    Attributes:
+        batch_size: B, sequences in one micro-batch on one accelerator.
+        seq_len: T, tokens a sequence; None means the model's context length.
+        precision: "fp32".
+        attention: "naive" (scores, mask, softmax and product as separate ops) or "sdpa"
+            (`torch.nn.functional.scaled_dot_product_attention`, causal).
+        checkpointing: "none", or "block": each block under `torch.utils.checkpoint`, non-reentrant.
+        optimizer: "adamw" or "sgd" (plain, no momentum; bundled only).
+        optimizer_impl: "loop" (for-loop over parameters), "foreach", "fused": torch.optim's; "bundled": the trainer's
+            own; "auto": what torch picks for the device (loop on CPU, foreach on CUDA), for sgd the bundled one.
+        grad_accumulation: micro-batches whose gradients are added before one optimizer step.
+        max_grad_norm: clip the gradients to this global norm before the step; None means no clipping.
+
+    Raises:
+        ConfigError: a value is not among those allowed.
+    """
+
+    batch_size: int = 1
+    seq_len: int | None = None
+    precision: str = "fp32"
+    attention: str = "naive"
+    checkpointing: str = "none"
+    optimizer: str = "adamw"
+    optimizer_impl: str = "auto"
+    grad_accumulation: int = 1
+    max_grad_norm: float | None = None
+
+    def __post_init__(self) -> None:
+        put = object.__setattr__
+        put(self, "batch_size", positive_int("batch_size", self.batch_size))
+        put(self, "grad_accumulation", positive_int("grad_accumulation", self.grad_accumulation))
+        if self.seq_len is not None:
+            put(self, "seq_len", positive_int("seq_len", self.seq_len))
+        choose("precision", self.precision, PRECISIONS)
+        choose("attention", self.attention, ATTENTIONS)
+        choose("checkpointing", self.checkpointing, CHECKPOINTINGS)
+        choose("optimizer", self.optimizer, OPTIMIZERS)
+        choose("optimizer_impl", self.optimizer_impl, OPTIMIZER_IMPLS)
+        if self.optimizer == "sgd" and self.optimizer_impl not in ("auto", "bundled"):
+            raise ConfigError(f"optimizer_impl = {self.optimizer_impl!r}: sgd is the trainer's own; allowed is bundled")
+        norm = self.max_grad_norm
+        if norm is not None and (isinstance(norm, bool) or not isinstance(norm, (int, float)) or not norm > 0):
+            raise ConfigError(f"max_grad_norm = {norm!r}: must be a number above 0, or None for no clipping")
+
+    def tokens(self, model: ModelConfig) -> int:
+        """T, the sequence length that this plan gives to `model`.
+
+        Raises:
+            ConfigError: longer than the positions that the model holds.
+        """
+        if self.seq_len is None:
+            return model.context_length
+        if self.seq_len > model.context_length:
+            raise ConfigError(
+                f"seq_len = {self.seq_len}: the model holds {model.context_length} positions (context_length)"
+            )
+        return self.seq_len
+
+    def implementation(self, device: str) -> str:
+        """The optimizer implementation on `device` ("cpu" or "cuda"), with "auto" resolved as torch.optim does."""
+        if self.optimizer_impl != "auto":
+            return self.optimizer_impl
+        if self.optimizer == "sgd":
+            return "bundled"
+        return {"cpu": "loop", "cuda": "foreach"}[device]
+
+    def replace(self, **changes: Any) -> Plan:
+        """A copy with `changes`."""
+        return replace(self, **_known(type(self), changes))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain fields; `Plan(**p.to_dict()) == p`."""
+        return asdict(self)
+
+
+def _known(cls: type, changes: dict[str, Any]) -> dict[str, Any]:
+    names = [f.name for f in fields(cls)]
+    for name in changes:
+        choose(f"{cls.__name__} field", name, names)
+    return changes

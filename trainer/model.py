@@ -1,0 +1,289 @@
+"""The two model families in plain PyTorch, built from a `ModelConfig` and a `Plan`.
+
+The ledger of `estimator.models` repeats these forwards statement by statement, under the same module names: a changed
+line here is a changed line there, and `validate-estimates` says which one was forgotten.
+
+Shape suffixes are the legend's letters (`estimator.symbols`): B batch, T sequence, d width, h heads, k key/value heads,
+e head width, f feed-forward width, V vocabulary, C positions.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+if TYPE_CHECKING:
+    from estimator.config import ModelConfig, Plan
+
+ROPE_THETA = 10_000.0  # Su et al. 2021, "RoFormer", section 3.2.2
+NORM_EPS = 1e-5
+INIT_STD = 0.02  # Radford et al. 2019, GPT-2; residual projections are scaled by 1 / sqrt(2 L)
+
+
+class Linear(nn.Module):
+    """y = x W^T (+ b). Shapes: (..., in) -> (..., out)."""
+
+    def __init__(self, d_in: int, d_out: int, *, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(d_out, d_in))
+        self.bias = nn.Parameter(torch.zeros(d_out)) if bias else None
+        nn.init.normal_(self.weight, std=INIT_STD)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class Embedding(nn.Module):
+    """Rows of a table by token id. Shapes: ids (B, T) -> (B, T, d)."""
+
+    def __init__(self, vocab_size: int, d_model: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, d_model))
+        nn.init.normal_(self.weight, std=INIT_STD)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.weight)
+
+
+class Positions(nn.Module):
+    """Learned positions: rows start to start + T of the table. Returns (T, d)."""
+
+    def __init__(self, context_length: int, d_model: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(context_length, d_model))
+        nn.init.normal_(self.weight, std=INIT_STD)
+
+    def forward(self, start: int, length: int) -> Tensor:
+        return self.weight[start : start + length]
+
+
+class LayerNorm(nn.Module):
+    """Ba et al. 2016, with weight and bias. Shapes: (..., d) -> (..., d)."""
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(d_model))
+        self.bias = nn.Parameter(torch.zeros(d_model))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, NORM_EPS)
+
+
+class RMSNorm(nn.Module):
+    """Zhang and Sennrich 2019. Shapes: (..., d) -> (..., d)."""
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(d_model))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + NORM_EPS)
+        return self.weight * (x * scale)
+
+
+def rope_tables(context_length: int, head_dim: int) -> tuple[Tensor, Tensor]:
+    """cos and sin of position x frequency, each (C, e / 2)."""
+    frequency = ROPE_THETA ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    angle = torch.arange(context_length, dtype=torch.float32)[:, None] * frequency
+    return angle.cos(), angle.sin()
+
+
+def rotate(x_BhTe: Tensor, cos_Tr: Tensor, sin_Tr: Tensor) -> Tensor:
+    """Turn the pairs (i, i + e / 2) of each head by their position's angle, the layout of Llama's published weights."""
+    a, b = x_BhTe.chunk(2, -1)
+    return torch.cat((a * cos_Tr - b * sin_Tr, a * sin_Tr + b * cos_Tr), -1)
+
+
+def repeat_heads(x_BkTe: Tensor, groups: int) -> Tensor:
+    """(B, k, T, e) -> (B, k groups, T, e): every key/value head serves `groups` query heads. A copy unless groups is 1."""
+    if groups == 1:
+        return x_BkTe
+    B, k, T, e = x_BkTe.shape
+    return x_BkTe[:, :, None].expand(B, k, groups, T, e).reshape(B, k * groups, T, e)
+
+
+def attend(q_BhTe: Tensor, k_BhTe: Tensor, v_BhTe: Tensor, mask_TT: Tensor | None) -> Tensor:
+    """Causal attention, (B, h, T, e). With a mask (True above the diagonal) by separate ops, without one by SDPA."""
+    if mask_TT is None:
+        return F.scaled_dot_product_attention(q_BhTe, k_BhTe, v_BhTe, is_causal=True)
+    scores_BhTT = q_BhTe @ k_BhTe.transpose(-2, -1)
+    scores_BhTT = scores_BhTT * (1 / math.sqrt(q_BhTe.shape[-1]))
+    scores_BhTT = scores_BhTT.masked_fill(mask_TT, float("-inf"))
+    return torch.softmax(scores_BhTT, -1) @ v_BhTe
+
+
+class GPT2Attention(nn.Module):
+    """Multi-head attention with one fused projection. Shapes: (B, T, d) -> (B, T, d)."""
+
+    def __init__(self, m: ModelConfig) -> None:
+        super().__init__()
+        self.num_heads = m.num_heads
+        self.qkv = Linear(m.d_model, 3 * m.d_model, bias=True)
+        self.out = Linear(m.d_model, m.d_model, bias=True)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        B, T, d = x.shape
+        q, k, v = self.qkv(x).split(d, -1)
+        q = q.view(B, T, self.num_heads, -1).transpose(1, 2)
+        k = k.view(B, T, self.num_heads, -1).transpose(1, 2)
+        v = v.view(B, T, self.num_heads, -1).transpose(1, 2)
+        y = attend(q, k, v, mask)
+        return self.out(y.transpose(1, 2).reshape(B, T, d))
+
+
+class LlamaAttention(nn.Module):
+    """Grouped-query attention with rotary positions. Shapes: (B, T, d) -> (B, T, d)."""
+
+    def __init__(self, m: ModelConfig) -> None:
+        super().__init__()
+        self.num_heads, self.kv_heads, self.head_dim = m.num_heads, m.kv_heads, m.e
+        self.q = Linear(m.d_model, m.num_heads * m.e, bias=bool(m.qkv_bias))
+        self.k = Linear(m.d_model, m.kv_heads * m.e, bias=bool(m.qkv_bias))
+        self.v = Linear(m.d_model, m.kv_heads * m.e, bias=bool(m.qkv_bias))
+        self.out = Linear(m.num_heads * m.e, m.d_model, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+        B, T, _ = x.shape
+        q = self.q(x).view(B, T, self.num_heads, self.head_dim).transpose(1, 2)
+        k = self.k(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)
+        v = self.v(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)
+        q = rotate(q, cos, sin)
+        k = rotate(k, cos, sin)
+        k = repeat_heads(k, self.num_heads // self.kv_heads)
+        v = repeat_heads(v, self.num_heads // self.kv_heads)
+        y = attend(q, k, v, mask)
+        return self.out(y.transpose(1, 2).reshape(B, T, self.num_heads * self.head_dim))
+
+
+class GELUFeedForward(nn.Module):
+    """down(gelu(up(x))). Shapes: (B, T, d) -> (B, T, d), through f."""
+
+    def __init__(self, m: ModelConfig) -> None:
+        super().__init__()
+        self.up = Linear(m.d_model, m.f, bias=True)
+        self.down = Linear(m.f, m.d_model, bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x), approximate="tanh"))
+
+
+class SwiGLUFeedForward(nn.Module):
+    """down(silu(gate(x)) * up(x)), Shazeer 2020. Shapes: (B, T, d) -> (B, T, d), through f."""
+
+    def __init__(self, m: ModelConfig) -> None:
+        super().__init__()
+        self.gate = Linear(m.d_model, m.f, bias=False)
+        self.up = Linear(m.d_model, m.f, bias=False)
+        self.down = Linear(m.f, m.d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class GPT2Block(nn.Module):
+    """Pre-norm block. Shapes: (B, T, d) -> (B, T, d)."""
+
+    def __init__(self, m: ModelConfig) -> None:
+        super().__init__()
+        self.attention_norm = LayerNorm(m.d_model)
+        self.attention = GPT2Attention(m)
+        self.ffn_norm = LayerNorm(m.d_model)
+        self.ffn = GELUFeedForward(m)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), mask)
+        return x + self.ffn(self.ffn_norm(x))
+
+
+class LlamaBlock(nn.Module):
+    """Pre-norm block. Shapes: (B, T, d) -> (B, T, d)."""
+
+    def __init__(self, m: ModelConfig) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(m.d_model)
+        self.attention = LlamaAttention(m)
+        self.ffn_norm = RMSNorm(m.d_model)
+        self.ffn = SwiGLUFeedForward(m)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), cos, sin, mask)
+        return x + self.ffn(self.ffn_norm(x))
+
+
+class Transformer(nn.Module):
+    """ids (B, T) -> logits (B, T, V): what both families share."""
+
+    def __init__(self, m: ModelConfig, p: Plan) -> None:
+        super().__init__()
+        self.config, self.plan = m, p
+        self.embedding = Embedding(m.vocab_size, m.d_model)
+        self.build(m)
+        self.head = Linear(m.d_model, m.vocab_size, bias=False)
+        if m.tie_embeddings:
+            self.head.weight = self.embedding.weight
+        for name, weight in self.named_parameters():
+            if name.endswith(("attention.out.weight", "ffn.down.weight")):
+                nn.init.normal_(weight, std=INIT_STD / math.sqrt(2 * m.num_layers))
+
+    def build(self, m: ModelConfig) -> None:
+        """Make the family's own modules."""
+        raise NotImplementedError
+
+    def causal_mask(self, ids_BT: Tensor) -> Tensor | None:
+        """(T, T), True where a query must not look; one for all blocks. None where the attention kernel is causal."""
+        if self.plan.attention != "naive":
+            return None
+        T = ids_BT.shape[1]
+        return torch.ones(T, T, dtype=torch.bool, device=ids_BT.device).triu(1)
+
+    def run_block(self, block: nn.Module, *args: Tensor | None) -> Tensor:
+        """`block(*args)`, checkpointed if the plan says so."""
+        if self.plan.checkpointing == "block" and torch.is_grad_enabled():
+            return checkpoint(block, *args, use_reentrant=False)
+        return block(*args)
+
+
+class GPT2(Transformer):
+    """Radford et al. 2019."""
+
+    def build(self, m: ModelConfig) -> None:
+        self.positions = Positions(m.context_length, m.d_model)
+        self.blocks = nn.ModuleList(GPT2Block(m) for _ in range(m.num_layers))
+        self.final_norm = LayerNorm(m.d_model)
+
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        x = self.embedding(ids_BT) + self.positions(0, ids_BT.shape[1])
+        mask = self.causal_mask(ids_BT)
+        for block in self.blocks:
+            x = self.run_block(block, x, mask)
+        return self.head(self.final_norm(x))
+
+
+class Llama(Transformer):
+    """Touvron et al. 2023; with biases on q, k and v it is Qwen2."""
+
+    def build(self, m: ModelConfig) -> None:
+        self.blocks = nn.ModuleList(LlamaBlock(m) for _ in range(m.num_layers))
+        self.final_norm = RMSNorm(m.d_model)
+        cos, sin = rope_tables(m.context_length, m.e)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        x = self.embedding(ids_BT)
+        T = ids_BT.shape[1]
+        cos, sin = self.cos[:T], self.sin[:T]
+        mask = self.causal_mask(ids_BT)
+        for block in self.blocks:
+            x = self.run_block(block, x, cos, sin, mask)
+        return self.head(self.final_norm(x))
+
+
+def build_model(m: ModelConfig, p: Plan) -> Transformer:
+    """The trainable model of `m`, whose attention and checkpointing are `p`'s, in fp32 on the default device."""
+    return {"gpt2": GPT2, "llama": Llama}[m.family](m, p)
