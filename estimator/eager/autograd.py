@@ -1,0 +1,264 @@
+"""What autograd records in forward and how its engine runs it: the rules of torch/csrc/autograd, by the same names."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from typing import TYPE_CHECKING
+
+from estimator.eager.checkpointing import Holder, pack
+from estimator.eager.ledger import Category
+from estimator.eager.sizes import ONE
+from estimator.eager.tensor import Locals, Machine, Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from estimator.eager.tensor import Shape
+
+    Backward = Callable[..., "Sequence[Tensor | None]"]
+
+
+class Context(Locals):
+    """What a node's backward sees: `saved`, `needs` (which inputs want a gradient), and names of its own."""
+
+    saved: tuple[Tensor, ...]
+    needs: tuple[bool, ...]
+
+
+class Node:
+    """A node of the graph. `owners` counts the tensors it produced and the nodes that lead to it."""
+
+    __slots__ = ("backward", "block", "edges", "module", "name", "owners", "saved", "sequence", "shapes", "variable")
+
+    def __init__(self, machine: Machine, name: str, inputs: Sequence[Tensor | None], backward: Backward | None) -> None:
+        self.name, self.backward = name, backward
+        self.sequence = float(machine.sequence)
+        machine.sequence += 1
+        self.module, self.block = machine.ledger.module, machine.ledger.block
+        self.owners = 0
+        self.saved: list[Tensor | Holder] = []
+        self.variable: Tensor | None = None
+        self.shapes: list[Shape | None] = [t.shape if t is not None else None for t in inputs]
+        self.edges: list[tuple[Node, int] | None] = [_edge(t) for t in inputs]
+        for edge in self.edges:
+            if edge is not None:
+                edge[0].owners += 1
+
+    def save(self, tensors: Sequence[Tensor | None], outputs: Sequence[Tensor] = ()) -> None:
+        """Keep `tensors` for backward; of an output, an alias, since the output holds this node."""
+        for t in tensors:
+            if t is not None:
+                kept = t.alias() if any(t is o for o in outputs) else t
+                try:
+                    self.saved.append(pack(kept))
+                finally:
+                    kept.discard()
+
+    def release(self) -> None:
+        """Let go of what was saved (`release_variables`)."""
+        for s in self.saved:
+            s.drop()
+        self.saved = []
+        self.backward = None
+
+    def drop(self) -> None:
+        """One owner less; a node that nobody holds takes its saved tensors and edges with it."""
+        self.owners -= 1
+        if self.owners == 0:
+            self.release()
+            for edge in self.edges:
+                if edge is not None:
+                    edge[0].drop()
+            self.edges = []
+
+
+def _edge(t: Tensor | None) -> tuple[Node, int] | None:
+    if t is None or not t.requires_grad:
+        return None
+    if t.grad_fn is not None:
+        return t.grad_fn, t.output_nr
+    if t.accumulator is None:
+        node = Node(t.machine, "AccumulateGrad", (), None)
+        node.sequence, node.variable, node.owners = math.inf, t, 1
+        t.accumulator = node
+    return t.accumulator, 0
+
+
+def record(
+    name: str,
+    inputs: Sequence[Tensor | None],
+    backward: Backward,
+    save: Sequence[Tensor | None] = (),
+) -> Node | None:
+    """Before an operator computes: its node, with the inputs that it saves; None if nothing needs a gradient."""
+    machine = next(t for t in inputs if t is not None).machine
+    if not machine.grad_enabled or not any(t is not None and t.requires_grad for t in inputs):
+        return None
+    node = Node(machine, name, inputs, backward)
+    node.owners += 1  # the operator, until attach
+    try:
+        node.save(save)
+    except BaseException:
+        node.drop()
+        raise
+    return node
+
+
+def attach(node: Node | None, *outputs: Tensor, save: Sequence[Tensor] = ()) -> Tensor:
+    """After an operator has computed: its outputs get the node, which saves those among `save`. Returns the first."""
+    if node is not None:
+        for nr, out in enumerate(outputs):
+            out.grad_fn, out.output_nr, out.requires_grad = node, nr, True
+            node.owners += 1
+        try:
+            node.save(save, outputs)
+        except BaseException:
+            for out in outputs:
+                out.discard()
+            raise
+        finally:
+            node.drop()
+    return outputs[0]
+
+
+Buffer = list[Tensor | None]
+
+
+def backward(loss: Tensor) -> None:
+    """Run `loss.backward()`: torch/csrc/autograd/engine.cpp on one thread.
+
+    Nodes run from the latest recorded to the earliest, AccumulateGrad at once. The gradient of the loss, made by Python,
+    lives until the end.
+    """
+    machine, root = loss.machine, loss.grad_fn
+    assert root is not None, "the loss does not depend on a parameter"
+    ledger = machine.ledger
+    before, machine.grad_enabled = machine.grad_enabled, False
+    with ledger.at(ledger.module, ledger.block, "ones_like"):
+        seed = machine.empty(loss.shape, loss.dtype).hold()
+    waits = _dependencies(root)
+    ready: list[tuple[float, int, Node, Buffer]] = [(-root.sequence, 0, root, [seed.hold()])]
+    pending: dict[Node, Buffer] = {}
+    pushed = 0
+    root.owners += 1
+    while ready:
+        *_, node, buffer = heapq.heappop(ready)
+        with ledger.at(node.module, node.block, node.name):
+            if node.variable is not None:
+                _accumulate_grad(node.variable, buffer)
+                continue
+            for (target, nr), grad in _evaluate(node, buffer):
+                slots = pending.setdefault(target, [])
+                slots.extend([None] * (nr + 1 - len(slots)))
+                if grad is not None:
+                    _add_to_buffer(slots, nr, grad)
+                waits[target] -= 1
+                if waits[target] == 0:
+                    pushed += 1
+                    heapq.heappush(ready, (-target.sequence, pushed, target, pending.pop(target)))
+    root.drop()
+    seed.drop()
+    machine.grad_enabled = before
+
+
+def _dependencies(root: Node) -> dict[Node, int]:
+    waits: dict[Node, int] = {}
+    seen, stack = {root}, [root]
+    while stack:
+        for edge in stack.pop().edges:
+            if edge is not None:
+                waits[edge[0]] = waits.get(edge[0], 0) + 1
+                if edge[0] not in seen:
+                    seen.add(edge[0])
+                    stack.append(edge[0])
+    return waits
+
+
+def _evaluate(node: Node, buffer: Buffer) -> list[tuple[tuple[Node, int], Tensor | None]]:
+    """Call a node, bring its results to the shapes of its inputs, drop what came in and what was saved."""
+    assert node.backward is not None, "backward through a graph that has been released"
+    context = Context()
+    object.__setattr__(context, "needs", tuple(edge is not None for edge in node.edges))
+    unpacked = [s.unpack() if isinstance(s, Holder) else s for s in node.saved]
+    object.__setattr__(context, "saved", tuple(unpacked))
+    results = list(node.backward(context, *buffer))
+    for r in results:
+        if r is not None:
+            r.hold()
+    context.__exit__()
+    for s, t in zip(node.saved, unpacked, strict=True):
+        if isinstance(s, Holder):  # what a checkpoint recomputed is a local of this call
+            t.drop()
+    for i, (r, edge) in enumerate(zip(results, node.edges, strict=True)):
+        if r is not None and edge is None:
+            r.drop()
+            results[i] = None
+        elif r is not None and r.shape != node.shapes[i]:
+            shape = node.shapes[i]
+            assert shape is not None
+            results[i] = sum_to(r, shape).hold()
+            r.drop()
+    for grad in buffer:
+        if grad is not None:
+            grad.drop()
+    node.release()
+    edges, node.edges = node.edges, []
+    out = []
+    for edge, r in zip(edges, results, strict=True):
+        if edge is not None:
+            out.append((edge, r))
+    for edge in edges:
+        if edge is not None and edge[0].variable is None:
+            edge[0].owners -= 1  # the engine holds it from here on
+    return out
+
+
+def _add_to_buffer(slots: Buffer, nr: int, grad: Tensor) -> None:
+    """`InputBuffer::add`: a second gradient is added in place only if the first has no other owner, nor its storage."""
+    old = slots[nr]
+    if old is None:
+        slots[nr] = grad
+        return
+    if old.owners == 1 and old.storage.owners == 1:
+        old.machine.kernel("add_", (old, grad), (old,))
+    else:
+        total = old.machine.empty(old.shape, old.dtype).hold()
+        old.machine.kernel("add", (old, grad), (total,))
+        slots[nr] = total
+        old.drop()
+    grad.drop()
+
+
+def _accumulate_grad(variable: Tensor, buffer: Buffer) -> None:
+    """`AccumulateGrad`: steal the gradient if nobody else holds it and its layout is the variable's, else clone it."""
+    (grad,) = buffer
+    assert grad is not None
+    machine = variable.machine
+    if variable.grad is not None:
+        machine.kernel("add_", (variable.grad, grad), (variable.grad,))
+    elif grad.owners == 1 and grad.is_contiguous:
+        variable.grad = grad.alias().hold()
+        variable.grad.storage.category = Category.GRADIENT
+    else:
+        variable.grad = machine.empty(variable.shape, variable.dtype, category=Category.GRADIENT).hold()
+        machine.kernel("clone", (grad,), (variable.grad,))
+    grad.drop()
+
+
+def sum_to(x: Tensor, shape: Shape) -> Tensor:
+    """`at::sum_to`: one sum; leading dimensions are then viewed away."""
+    machine = x.machine
+    leading = len(x.shape) - len(shape)
+    kept = (ONE,) * leading + shape
+    total = machine.empty(kept, x.dtype)
+    machine.kernel("sum", (x,), (total,))
+    return total.view(shape, total.stride[leading:]) if leading else total
+
+
+def zero_grad(parameters: Sequence[Tensor]) -> None:
+    """`optimizer.zero_grad(set_to_none=True)`."""
+    for p in parameters:
+        if p.grad is not None:
+            p.grad.drop()
+            p.grad = None

@@ -1,0 +1,136 @@
+"""The ledger: everything a step does to memory, in order, and every kernel that it launches."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, NamedTuple
+
+from estimator.eager.sizes import ZERO, Size
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+class Phase(StrEnum):
+    """When in a run something happens; SETUP is all that is alive before the step."""
+
+    SETUP = "setup"
+    FORWARD = "forward"
+    BACKWARD = "backward"
+    OPTIMIZER = "optimizer"
+
+
+class Category(StrEnum):
+    """What bytes are for, over their whole life: a temporary that autograd saves is an activation from the start."""
+
+    PARAMETER = "parameters"
+    GRADIENT = "gradients"
+    OPTIMIZER = "optimizer"
+    ACTIVATION = "activations"
+    TEMPORARY = "temporary"
+    INPUT = "inputs"
+    BUFFER = "buffers"
+
+
+@dataclass(eq=False, slots=True)
+class Storage:
+    """One allocation. `owners` counts the tensors that share it; `hooked` says that saved_tensors_hooks sees it saved."""
+
+    nbytes: Size
+    category: Category
+    where: Where
+    owners: int = 0
+    hooked: bool = False
+
+
+class Where(NamedTuple):
+    """The place in the step: phase, module path, block index (None outside the blocks), operator."""
+
+    phase: Phase
+    module: str
+    block: int | None
+    op: str
+
+
+class Event(NamedTuple):
+    """An allocation (sign 1) or a free (sign -1)."""
+
+    sign: int
+    storage: Storage
+    where: Where
+
+
+class Gemm(NamedTuple):
+    """A batched matrix product (b, m, k) x (b, k, n)."""
+
+    b: Size
+    m: Size
+    n: Size
+    k: Size
+
+
+class Kernel(NamedTuple):
+    """One launch: its matrix FLOPs (2 a multiply-add), other arithmetic, bytes read plus written, and its shape."""
+
+    name: str
+    where: Where
+    flops: Size
+    arithmetic: Size
+    nbytes: Size
+    gemm: Gemm | None
+    recompute: bool
+
+
+@dataclass(slots=True)
+class Ledger:
+    """Written by a run, read by `estimator.account`."""
+
+    events: list[Event] = field(default_factory=list)
+    kernels: list[Kernel] = field(default_factory=list)
+    saved: list[Storage] = field(default_factory=list)
+    phase: Phase = Phase.SETUP
+    module: str = ""
+    block: int | None = None
+    op: str = ""
+    recompute: bool = False
+
+    @property
+    def here(self) -> Where:
+        """The place that the next event will carry."""
+        return Where(self.phase, self.module, self.block, self.op)
+
+    def allocate(self, nbytes: Size, category: Category) -> Storage:
+        """A new storage of `nbytes`."""
+        storage = Storage(nbytes, category, self.here)
+        if nbytes != ZERO:
+            self.events.append(Event(1, storage, storage.where))
+        return storage
+
+    def free(self, storage: Storage) -> None:
+        """The last owner of `storage` is gone."""
+        if storage.nbytes != ZERO:
+            self.events.append(Event(-1, storage, self.here))
+
+    @contextmanager
+    def inside(self, module: str, block: int | None = None) -> Iterator[None]:
+        """Everything in this context happens in the sub-module `module` (of block `block`, where it is one)."""
+        before = self.module, self.block
+        self.module = f"{before[0]}.{module}" if before[0] else module
+        if block is not None:
+            self.block = block
+        try:
+            yield
+        finally:
+            self.module, self.block = before
+
+    @contextmanager
+    def at(self, module: str, block: int | None, op: str) -> Iterator[None]:
+        """Everything in this context happens at that place: the engine evaluates a node that was recorded there."""
+        before = self.module, self.block, self.op
+        self.module, self.block, self.op = module, block, op
+        try:
+            yield
+        finally:
+            self.module, self.block, self.op = before

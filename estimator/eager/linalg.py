@@ -1,0 +1,162 @@
+"""Matrix products and what is made of them: linear layers, batched products, the attention kernels."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from estimator.eager.autograd import Context, attach, record
+from estimator.eager.ledger import Gemm
+from estimator.eager.ops import empty_like
+from estimator.eager.sizes import LETTER, ONE
+from estimator.eager.tensor import FLOAT32, Tensor, op
+from estimator.eager.views import reshape, transpose, unsafe_view, view
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from estimator.eager.autograd import Backward
+    from estimator.eager.ops import Gradients
+    from estimator.eager.tensor import Shape
+
+
+@op
+def product(name: str, a: Tensor, b: Tensor, *more: Tensor) -> Tensor:
+    """One GEMM, (m, k) x (k, n) or (b, m, k) x (b, k, n), into a new contiguous tensor."""
+    batch = a.shape[0] if len(a.shape) == 3 else ONE
+    m, k, n = a.shape[-2], a.shape[-1], b.shape[-1]
+    out = a.machine.empty((*a.shape[:-1], n), a.dtype)
+    a.machine.kernel(name, (a, b, *more), (out,), gemm=Gemm(batch, m, n, k))
+    return out
+
+
+def _factors(c: Context) -> tuple[Tensor | None, Tensor | None]:
+    """The saved factors of a product: each is there if the other wants a gradient."""
+    saved = iter(c.saved)
+    needs_a, needs_b = c.needs[-2:]
+    a = next(saved) if needs_b else None
+    return a, next(saved) if needs_a else None
+
+
+def _second_gradient(grad: Tensor, a: Tensor, b: Tensor | None, name: str) -> Tensor:
+    """a^T grad; for a column-major second factor the product is transposed (`mm_mat2_backward`)."""
+    if name == "mm" and b is not None and _is_column_major(b):
+        return transpose(product("mm", transpose(grad, 0, 1), a), 0, 1)  # type: ignore[no-any-return]  # `op`
+    return product(name, transpose(a, -2, -1), grad)
+
+
+def _product_backward(name: str) -> Backward:
+    """Backward of mm and bmm: the second factor's gradient first."""
+
+    def backward(c: Context, grad: Tensor) -> Gradients:
+        a, b = _factors(c)
+        c.grad_b = _second_gradient(grad, a, b, name) if a is not None else None
+        grad_a = product(name, grad, transpose(b, -2, -1)) if b is not None else None
+        return [grad_a, c.take("grad_b") if a is not None else None]
+
+    return backward
+
+
+def _is_column_major(x: Tensor) -> bool:
+    return bool(x.stride[0] == ONE and x.stride[1] == x.shape[0])
+
+
+def _saved_factors(a: Tensor, b: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    return a if b.requires_grad else None, b if a.requires_grad else None
+
+
+@op
+def mm(a: Tensor, b: Tensor) -> Tensor:
+    """(m, k) x (k, n)."""
+    node = record("MmBackward0", (a, b), _product_backward("mm"), _saved_factors(a, b))
+    return attach(node, product("mm", a, b))
+
+
+@op
+def bmm(a: Tensor, b: Tensor) -> Tensor:
+    """(b, m, k) x (b, k, n)."""
+    node = record("BmmBackward0", (a, b), _product_backward("bmm"), _saved_factors(a, b))
+    return attach(node, product("bmm", a, b))
+
+
+@op
+def addmm(bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Bias + a b; backward goes first factor, second factor, and the bias's is the incoming one, which the engine sums."""
+
+    def backward(c: Context, grad: Tensor) -> Gradients:
+        a, b = _factors(c)
+        c.grad_a = product("mm", grad, transpose(b, -2, -1)) if b is not None else None
+        grad_b = _second_gradient(grad, a, b, "mm") if a is not None else None
+        return [grad, c.take("grad_a") if b is not None else None, grad_b]
+
+    node = record("AddmmBackward0", (bias, a, b), backward, _saved_factors(a, b))
+    return attach(node, product("addmm", a, b, bias))
+
+
+@op
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear of a 3-D input: folded to a matrix, multiplied, unfolded."""
+    flat = (x.machine.product(x.shape[:-1]), x.shape[-1])
+    out = (*x.shape[:-1], weight.shape[0])
+    if bias is None:
+        return unsafe_view(_fold_mm(x, flat, weight), out)
+    return view(addmm(bias, reshape(x, flat), transpose(weight, 0, 1)), out)  # type: ignore[no-any-return]  # `op`
+
+
+def _fold_mm(x: Tensor, flat: Shape, weight: Tensor) -> Tensor:
+    w_t = transpose(weight, 0, 1)
+    return mm(reshape(x, flat), w_t)  # type: ignore[no-any-return]  # `op` keeps the signature of what it wraps
+
+
+@op
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """(B, h, m, k) @ (B, h, k, n): both folded to three dimensions, which copies what is not contiguous enough."""
+    batch = a.machine.product(a.shape[:-2])
+    left = reshape(a, (batch, *a.shape[-2:])).hold()
+    right = reshape(b, (batch, *b.shape[-2:])).hold()
+    try:
+        return unsafe_view(bmm(left, right), (*a.shape[:-1], b.shape[-1]))  # type: ignore[no-any-return]  # `op`
+    finally:
+        right.drop()
+        left.drop()
+
+
+@op
+def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """F.scaled_dot_product_attention, causal, by a flash kernel: the scores never exist.
+
+    Saves its inputs, its output and the log-sum-exp of each row. On the CPU each thread has a scratch for one tile.
+    """
+    machine = q.machine
+
+    def backward(c: Context, grad: Tensor) -> Gradients:
+        c.dq, c.dk, c.dv = (_heads_inside(x) for x in c.saved[:3])
+        if machine.device == "cpu":  # a tile of scores and one of their gradient for each thread, and one row of sums
+            c.scratch = machine.empty((2 * LETTER["n"], LETTER["s"], LETTER["w"]), FLOAT32)
+            c.sums = machine.empty((LETTER["s"],), FLOAT32)
+        _attention_kernel("flash_attention_backward", (grad, *c.saved), (c.dq, c.dk, c.dv), products=5)
+        return [c.take("dq"), c.take("dk"), c.take("dv")]
+
+    node = record("ScaledDotProductFlashAttentionBackward0", (q, k, v), backward, (q, k, v))
+    out = empty_like(q)
+    lse = machine.empty((q.shape[0], q.shape[2], q.shape[1]), FLOAT32)
+    if machine.device == "cpu":  # a tile of scores, its rows' maximum and sum, and a tile of the output
+        n, s, w = LETTER["n"], LETTER["s"], LETTER["w"]
+        machine.empty((n * s * w + 2 * n * s + machine.product((n, s, q.shape[-1])),), FLOAT32).discard()
+    _attention_kernel("flash_attention", (q, k, v), (out, lse), products=2)
+    attach(node, out, lse, save=(out, lse))
+    lse.discard()
+    return out
+
+
+def _heads_inside(x: Tensor) -> Tensor:
+    """A new tensor of x's shape (B, h, T, e), stored as (B, T, h, e)."""
+    b, h, t, e = x.shape
+    stride = x.machine.contiguous((b, t, h, e))
+    return x.machine.empty(x.shape, x.dtype, stride=(stride[0], stride[2], stride[1], stride[3]))
+
+
+def _attention_kernel(name: str, reads: Sequence[Tensor], writes: Sequence[Tensor], products: int) -> None:
+    """A fused kernel of `products` matrix products of T x T x e a head, the masked half counted."""
+    b, h, t, e = reads[1].shape
+    machine = reads[1].machine
+    machine.kernel(name, reads, writes, gemm=Gemm(machine.product((b, h)), t, t, products * e))

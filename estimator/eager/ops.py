@@ -1,0 +1,324 @@
+"""Elementwise operators, reductions, embedding, normalization: each declared once, with all that is true of it.
+
+A forward says, in PyTorch's order, what autograd saves (`record`), what is allocated, which kernel runs, and what its
+node's backward does, in terms of other operators. Names of nodes are PyTorch's. In backward formulas the names on `c`
+are C++ temporaries, which live to the end of their expression.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from estimator.eager.autograd import Context, attach, record
+from estimator.eager.ledger import Category
+from estimator.eager.sizes import LETTER, ONE
+from estimator.eager.tensor import BOOL, FLOAT64, Dtype, Machine, Tensor, op
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from estimator.eager.sizes import Size
+    from estimator.eager.tensor import Shape
+
+Gradients = list[Tensor | None]
+
+
+# ---- how an elementwise kernel allocates
+
+
+def broadcast(a: Shape, b: Shape) -> Shape:
+    """The shape of an elementwise result."""
+    wide, narrow = (a, b) if len(a) >= len(b) else (b, a)
+    narrow = (ONE,) * (len(wide) - len(narrow)) + narrow
+    return tuple(y if x == ONE else x for x, y in zip(wide, narrow, strict=True))
+
+
+@op
+def elementwise(name: str, *operands: Tensor) -> Tensor:
+    """TensorIterator: one output of the broadcast shape, laid out in the order of its operands' strides."""
+    machine = operands[0].machine
+    shape: Shape = ()
+    for x in operands:
+        shape = broadcast(shape, x.shape)
+    layout = next((x for x in operands if x.shape == shape and not x.is_contiguous), None)
+    out = machine.empty(shape, operands[0].dtype) if layout is None else empty_like(layout, operands[0].dtype)
+    machine.kernel(name, operands, (out,))
+    return out
+
+
+def empty_like(x: Tensor, dtype: Dtype | None = None) -> Tensor:
+    """torch.empty_like: a dense tensor of x's shape, its dimensions nested in the order of x's strides."""
+    return x.machine.empty(x.shape, dtype or x.dtype, stride=_dense_like(x))
+
+
+def _dense_like(x: Tensor) -> Shape:
+    """Strides of a dense tensor of x's shape whose dimensions are nested in x's order."""
+    order = x.order
+    stride: list[Size] = [ONE] * len(order)
+    for position, dim in enumerate(order):
+        stride[dim] = x.machine.product(tuple(x.shape[i] for i in order[position + 1 :]))
+    return tuple(stride)
+
+
+def wrapped_number(machine: Machine) -> Tensor | None:
+    """The tensor that a Python number becomes, a double in CPU memory, held; None where that is not counted."""
+    if not machine.wraps_scalars:
+        return None
+    number = machine.empty((), FLOAT64)
+    number.is_wrapped_number = True
+    return number.hold()
+
+
+@contextmanager
+def cast_number(machine: Machine, dtype: Dtype) -> Iterator[None]:
+    """A CPU kernel reads a wrapped number through a copy in its own dtype, which lives as long as the kernel."""
+    copy = machine.empty((), dtype).hold() if machine.casts_scalars else None
+    yield
+    if copy is not None:
+        copy.drop()
+
+
+@contextmanager
+def python_number(machine: Machine, dtype: Dtype) -> Iterator[None]:
+    """Inside, a kernel works with a Python number that nothing saves."""
+    number = wrapped_number(machine)
+    with cast_number(machine, dtype):
+        yield
+    if number is not None:
+        number.drop()
+
+
+def with_number(name: str, x: Tensor, *more: Tensor) -> Tensor:
+    """An elementwise kernel one of whose operands is a Python number."""
+    with python_number(x.machine, x.dtype):
+        return elementwise(name, x, *more)
+
+
+@op
+def in_place_with_number(name: str, x: Tensor, *more: Tensor) -> None:
+    """`x.name_(..., number)`."""
+    with python_number(x.machine, x.dtype):
+        x.machine.kernel(name, (x, *more), (x,))
+
+
+# ---- arithmetic
+
+
+@op
+def add(a: Tensor, b: Tensor) -> Tensor:
+    """a + b."""
+
+    def backward(c: Context, grad: Tensor) -> Gradients:
+        return [grad if c.needs[0] else None, grad if c.needs[1] else None]
+
+    node = record("AddBackward0", (a, b), backward)
+    return attach(node, elementwise("add", a, b))
+
+
+@op
+def sub(a: Tensor, b: Tensor) -> Tensor:
+    """a - b."""
+
+    def backward(c: Context, grad: Tensor) -> Gradients:
+        return [grad if c.needs[0] else None, elementwise("neg", grad) if c.needs[1] else None]
+
+    node = record("SubBackward0", (a, b), backward)
+    return attach(node, elementwise("sub", a, b))
+
+
+@op
+def mul(a: Tensor, b: Tensor) -> Tensor:
+    """a * b; saves an operand only if the other wants a gradient. The second operand's gradient comes first."""
+
+    def backward(c: Context, grad: Tensor) -> Gradients:
+        saved = iter(c.saved)
+        x = next(saved) if c.needs[1] else None
+        y = next(saved) if c.needs[0] else None
+        c.grad_b = elementwise("mul", grad, x) if x is not None else None
+        grad_a = elementwise("mul", grad, y) if y is not None else None
+        return [grad_a, c.take("grad_b") if x is not None else None]
+
+    save = (a if b.requires_grad else None, b if a.requires_grad else None)
+    node = record("MulBackward0", (a, b), backward, save)
+    return attach(node, elementwise("mul", a, b))
+
+
+@op
+def add_number(a: Tensor) -> Tensor:
+    """A + number."""
+    node = record("AddBackward0", (a,), lambda _, grad: [grad])
+    return attach(node, with_number("add", a))
+
+
+@op
+def mul_number(a: Tensor) -> Tensor:
+    """A * number; the wrapped number is saved, out of sight of saved_tensors_hooks."""
+
+    def backward(_: Context, grad: Tensor) -> Gradients:
+        with cast_number(grad.machine, grad.dtype):
+            return [elementwise("mul", grad)]
+
+    number = wrapped_number(a.machine)
+    node = record("MulBackward0", (a,), backward, (number,))
+    with cast_number(a.machine, a.dtype):
+        out = elementwise("mul", a)
+    if number is not None:
+        number.drop()
+    return attach(node, out)
+
+
+@op
+def square(x: Tensor) -> Tensor:
+    """x.pow(2)."""
+
+    def backward(c: Context, grad: Tensor) -> Gradients:  # grad * (exponent * self.pow(exponent - 1))
+        c.power = elementwise("pow", c.saved[0])
+        c.scaled = with_number("mul", c.power)
+        return [elementwise("mul", grad, c.scaled)]
+
+    node = record("PowBackward0", (x,), backward, (x,))
+    return attach(node, elementwise("pow", x))
+
+
+@op
+def rsqrt(x: Tensor) -> Tensor:
+    """1 / sqrt(x)."""
+
+    def backward(c: Context, grad: Tensor) -> Gradients:  # -0.5 * grad * result.pow(3)
+        c.power = elementwise("pow", c.saved[0])
+        c.scaled = with_number("mul", grad)
+        return [elementwise("mul", c.scaled, c.power)]
+
+    node = record("RsqrtBackward0", (x,), backward)
+    out = elementwise("rsqrt", x)
+    return attach(node, out, save=(out,))
+
+
+@op
+def activation(name: str, x: Tensor) -> Tensor:
+    """F.gelu or F.silu: saves its input, one fused kernel each way."""
+
+    def backward(c: Context, grad: Tensor) -> Gradients:
+        return [elementwise(f"{name}_backward", grad, c.saved[0])]
+
+    node = record(f"{name.capitalize()}Backward0", (x,), backward, (x,))
+    return attach(node, elementwise(name, x))
+
+
+@op
+def masked_fill(x: Tensor, mask: Tensor) -> Tensor:
+    """x.masked_fill(mask, number)."""
+
+    def backward(c: Context, grad: Tensor) -> Gradients:
+        return [elementwise("masked_fill", grad, c.saved[0])]
+
+    node = record("MaskedFillBackward0", (x,), backward, (mask,))
+    return attach(node, elementwise("masked_fill", x, mask))
+
+
+@op
+def softmax(x: Tensor) -> Tensor:
+    """torch.softmax(x, -1): saves its result."""
+
+    def backward(c: Context, grad: Tensor) -> Gradients:
+        return [elementwise("_softmax_backward_data", grad, c.saved[0])]
+
+    node = record("SoftmaxBackward0", (x,), backward)
+    out = elementwise("_softmax", x)
+    return attach(node, out, save=(out,))
+
+
+# ---- reductions
+
+
+@op
+def mean_last(x: Tensor) -> Tensor:
+    """x.mean(-1, keepdim=True): on the CPU a sum and a division in place."""
+    shape = x.shape
+
+    def backward(_: Context, grad: Tensor) -> Gradients:
+        with python_number(grad.machine, grad.dtype):
+            out = grad.machine.empty(shape, grad.dtype)
+            grad.machine.kernel("div", (grad,), (out,))
+            return [out]
+
+    node = record("MeanBackward1", (x,), backward)
+    out = x.machine.empty((*x.shape[:-1], ONE), x.dtype)
+    x.machine.kernel("sum", (x,), (out,))
+    _divide_sum(out)
+    return attach(node, out)
+
+
+def _divide_sum(total: Tensor) -> None:
+    if total.machine.device == "cpu":  # at::mean on the CPU is sum_out and div_; on CUDA it is one kernel
+        with python_number(total.machine, total.dtype):
+            total.machine.kernel("div_", (total,), (total,))
+
+
+# ---- tables and norms
+
+
+@op
+def embedding(ids: Tensor, weight: Tensor) -> Tensor:
+    """F.embedding: rows by index; backward is a dense gradient of the whole table."""
+
+    def backward(c: Context, grad: Tensor) -> Gradients:
+        out = grad.machine.empty(weight.shape, grad.dtype)
+        grad.machine.kernel("embedding_dense_backward", (grad, c.saved[0]), (out,))
+        return [out]
+
+    node = record("EmbeddingBackward0", (weight,), backward, (ids,))
+    out = weight.machine.empty((*ids.shape, *weight.shape[1:]), weight.dtype)
+    weight.machine.kernel("embedding", (ids, out), (out,))
+    return attach(node, out)
+
+
+@op
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """F.layer_norm over the last dimension: saves its input, and mean and 1 / std a row.
+
+    On the CPU its backward sums the gradients of weight and bias in a scratch of two rows a thread.
+    """
+
+    def backward(c: Context, grad: Tensor) -> Gradients:
+        x, weight, _, _ = c.saved
+        machine = grad.machine
+        c.dx = machine.empty(x.shape, x.dtype)
+        c.dw = machine.empty(weight.shape, weight.dtype)
+        c.db = machine.empty(weight.shape, weight.dtype)
+        if machine.device == "cpu":
+            c.scratch = machine.empty((2 * LETTER["n"], *weight.shape), x.dtype)
+        machine.kernel("native_layer_norm_backward", (grad, x, weight), (c.dx, c.dw, c.db))
+        return [c.take("dx"), c.take("dw"), c.take("db")]
+
+    node = record("NativeLayerNormBackward0", (x, weight, bias), backward, (x, weight))
+    machine = x.machine
+    rows = (*x.shape[:-1], ONE)
+    out = machine.empty(x.shape, x.dtype)
+    mean, rstd = machine.empty(rows, x.dtype), machine.empty(rows, x.dtype)
+    machine.kernel("native_layer_norm", (x, weight, bias), (out, mean, rstd))
+    attach(node, out, mean, rstd, save=(mean, rstd))
+    mean.discard()
+    rstd.discard()
+    return out
+
+
+@op
+def causal_mask(ids: Tensor, length: Size) -> Tensor:
+    """torch.ones(T, T, dtype=bool).triu(1)."""
+    machine = ids.machine
+    ones = machine.empty((length, length), BOOL).hold()
+    machine.kernel("fill_", (), (ones,))
+    mask = elementwise("triu", ones)
+    ones.drop()
+    return mask
+
+
+def parameter(machine: Machine, shape: Sequence[Size], dtype: Dtype) -> Tensor:
+    """A leaf that wants a gradient, held by its module."""
+    p = machine.empty(shape, dtype, category=Category.PARAMETER).hold()
+    p.requires_grad = True
+    return p
+
+

@@ -1,0 +1,132 @@
+"""What an optimizer's step does to memory: torch.optim.AdamW's three implementations and the bundled trainer's own."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from estimator.eager.ledger import Category
+from estimator.eager.ops import elementwise, in_place_with_number, python_number, with_number
+from estimator.eager.tensor import FLOAT32, Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+
+@contextmanager
+def at_parameter(p: Tensor, op: str) -> Iterator[None]:
+    """What happens in this context is the update of `p`."""
+    where = p.storage.where
+    with p.machine.ledger.at(where.module, where.block, op):
+        yield
+
+
+def in_place(name: str, x: Tensor, *reads: Tensor, arithmetic: int) -> None:
+    """One fused in-place kernel over x that does `arithmetic` operations an element."""
+    x.machine.kernel(name, (x, *reads), (x,), arithmetic=arithmetic * x.numel)
+
+
+class Optimizer:
+    """Parameters and their state, which exists before the steady step that is accounted."""
+
+    moments = 0  # state tensors of a parameter's shape
+    counts_steps_in_tensors = False
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self.parameters = parameters
+        self.machine = parameters[0].machine
+        self.states = []
+        for p in parameters:
+            with at_parameter(p, "state"):
+                if self.counts_steps_in_tensors and self.keeps_steps_on_device:
+                    self.machine.empty((), FLOAT32, category=Category.OPTIMIZER).hold()
+                self.states.append(
+                    [self.machine.empty(p.shape, p.dtype, category=Category.OPTIMIZER).hold() for _ in range(self.moments)]
+                )
+
+    @property
+    def keeps_steps_on_device(self) -> bool:
+        """torch.optim keeps step counts in CPU tensors, unless fused."""
+        return self.machine.device == "cpu"
+
+    def step(self) -> None:
+        """One update of all parameters."""
+        raise NotImplementedError
+
+
+class LoopAdamW(Optimizer):
+    """torch.optim.AdamW(foreach=False): `_single_tensor_adam`. The last parameter's denominator lives on as a local."""
+
+    moments = 2
+    counts_steps_in_tensors = True
+
+    def step(self) -> None:
+        denominator: Tensor | None = None
+        for p, (m, v) in zip(self.parameters, self.states, strict=True):
+            assert p.grad is not None
+            with at_parameter(p, "AdamW loop"):
+                _count_step(self)
+                in_place_with_number("mul_", p)
+                in_place("lerp_", m, p.grad, arithmetic=3)
+                in_place_with_number("mul_", v)
+                in_place("addcmul_", v, p.grad, arithmetic=3)
+                root = elementwise("sqrt", v).hold()
+                before, denominator = denominator, with_number("div", root).hold()
+                root.drop()
+                in_place_with_number("add_", denominator)
+                if before is not None:
+                    before.drop()
+                in_place("addcdiv_", p, m, denominator, arithmetic=3)
+        if denominator is not None:
+            denominator.drop()
+
+
+def _count_step(optimizer: Optimizer) -> None:
+    if optimizer.keeps_steps_on_device:
+        with python_number(optimizer.machine, FLOAT32):
+            pass
+
+
+class ForeachAdamW(Optimizer):
+    """torch.optim.AdamW(foreach=True): `_multi_tensor_adam`. All square roots are alive at once."""
+
+    moments = 2
+    counts_steps_in_tensors = True
+
+    def step(self) -> None:
+        _count_step(self)
+        roots = []
+        for p, (m, v) in zip(self.parameters, self.states, strict=True):
+            assert p.grad is not None
+            with at_parameter(p, "AdamW foreach"):
+                in_place("mul_", p, arithmetic=1)
+                in_place("lerp_", m, p.grad, arithmetic=3)
+                in_place("mul_", v, arithmetic=1)
+                in_place("addcmul_", v, p.grad, arithmetic=3)
+                roots.append(elementwise("sqrt", v).hold())
+        for p, (m, _), root in zip(self.parameters, self.states, roots, strict=True):
+            with at_parameter(p, "AdamW foreach"):
+                in_place_with_number("div_", root)
+                in_place_with_number("add_", root)
+                in_place("addcdiv_", p, m, root, arithmetic=3)
+        for root in roots:
+            root.drop()
+
+
+class FusedAdamW(Optimizer):
+    """torch.optim.AdamW(fused=True): one kernel, no temporaries; its step counts are on the parameters' device."""
+
+    moments = 2
+    counts_steps_in_tensors = True
+
+    @property
+    def keeps_steps_on_device(self) -> bool:
+        return True
+
+    def step(self) -> None:
+        with python_number(self.machine, FLOAT32):
+            pass
+        for p, (m, v) in zip(self.parameters, self.states, strict=True):
+            assert p.grad is not None
+            with at_parameter(p, "AdamW fused"):
+                self.machine.kernel("_fused_adamw_", (p, p.grad, m, v), (p, m, v), arithmetic=14 * p.numel)

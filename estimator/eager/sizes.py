@@ -1,0 +1,152 @@
+"""Symbolic sizes: monomials in the legend's letters, in a polynomial ring, with the relations that a model obeys.
+
+PyTorch decides by sizes in one way only that changes memory: a dimension of 1 is contiguous with anything. So a step is
+executed once per *shape class*: which sizes are 1 (they are numbers in that class), and which products coincide (h e = d
+in a model whose heads share its width, g k = h with grouped queries).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any
+
+from sympy import QQ
+from sympy.polys.rings import ring
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from estimator.config import ModelConfig
+
+NAMES = ("B", "T", "L", "d", "h", "k", "g", "e", "f", "V", "C", "n", "s", "w")
+RING, *_generators = ring(",".join(NAMES), QQ)
+LETTER = dict(zip(NAMES, _generators, strict=True))
+INDEX = {name: i for i, name in enumerate(NAMES)}
+ONE = RING.one
+ZERO = RING.zero
+
+Size = Any  # sympy.polys.rings.PolyElement, untyped upstream; a dimension is one term, a number of bytes may be several
+
+# A point in general position for ordering strides; any would do that keeps products of sizes apart and h e = d, g k = h.
+_GENERIC = {"B": 1013, "T": 1019, "L": 7, "k": 1033, "g": 1049, "e": 1064, "f": 1061, "V": 1063, "C": 1069}
+_GENERIC |= {"n": 3, "s": 5, "w": 11, "h": 1033 * 1049, "d": 1033 * 1049 * 1064}
+
+
+@lru_cache(maxsize=65536)
+def generic_value(size: Size) -> int:
+    """The value of `size` at a point in general position, to put strides in order."""
+    return int(evaluate(size, _GENERIC))
+
+
+def evaluate(size: Size, values: Mapping[str, int]) -> int:
+    """The exact value of a polynomial in the legend's letters."""
+    total = 0
+    for exponents, coefficient in size.terms():
+        term = coefficient
+        for name, exponent in zip(NAMES, exponents, strict=True):
+            if exponent:
+                term *= values[name] ** exponent
+        total += term
+    assert total == int(total), f"{size} is not an integer at {values}"
+    return int(total)
+
+
+@dataclass(frozen=True)
+class ShapeClass:
+    """The sizes of a class of models and plans, as far as PyTorch's decisions depend on them.
+
+    Attributes:
+        ones: letters whose size is 1.
+        narrow: head_dim is 2, so that a rotary half is 1 wide.
+        shared_width: h e = d.
+        grouped: fewer key/value heads than query heads (else k = h).
+    """
+
+    ones: frozenset[str]
+    narrow: bool
+    shared_width: bool
+    grouped: bool
+
+    @classmethod
+    def of(cls, m: ModelConfig, batch_size: int, seq_len: int) -> ShapeClass:
+        """The class of a model run at B = `batch_size`, T = `seq_len`."""
+        sizes = sizes_of(m, batch_size, seq_len)
+        narrow = m.family == "llama" and m.e == 2
+        ones = frozenset(name for name in "BTdhkefVC" if sizes[name] == 1)
+        degenerate = m.family == "llama" and (narrow or "h" in ones)  # then the relation would tie numbers to letters
+        return cls(ones, narrow, m.width_of_heads == m.d_model and not degenerate, m.kv_heads != m.num_heads)
+
+    @cached_property
+    def letters(self) -> dict[str, Size]:
+        """What stands for each size in this class: its letter, a number, or the letter that it equals."""
+        to = {name: ONE if name in self.ones else LETTER[name] for name in NAMES}
+        if self.narrow:
+            to["e"] = 2 * ONE
+        if not self.grouped:
+            to["k"], to["g"] = to["h"], ONE
+        elif "k" in self.ones:
+            to["g"] = to["h"]
+        if self.shared_width and "h" in self.ones:
+            to["e"] = to["d"]
+        if self.shared_width and "e" in self.ones:
+            to["h"] = to["d"]
+            if not self.grouped:
+                to["k"] = to["d"]
+        return to
+
+    @cached_property
+    def relations(self) -> tuple[tuple[int, int, int], ...]:
+        """(i, j, k): the product of letters i and j is letter k."""
+        rules = []
+        if self.grouped and "k" not in self.ones:
+            rules.append(("g", "k", "h"))
+        if self.shared_width and not self.ones & {"h", "e"}:
+            rules.append(("h", "e", "d"))
+        return tuple((INDEX[a], INDEX[b], INDEX[c]) for a, b, c in rules)
+
+    def product(self, sizes: Iterable[Size]) -> Size:
+        """The product in normal form: equal sizes are equal polynomials."""
+        result = ONE
+        for size in sizes:
+            if size != ONE:
+                result = result * size
+        return self.normal(result)
+
+    def normal(self, size: Size) -> Size:
+        """`size` with each relation applied as often as it can be."""
+        for i, j, k in self.relations:
+            if any(x[i] and x[j] for x in size):
+                terms: dict[tuple[int, ...], Any] = {}
+                for exponents, coefficient in size.terms():
+                    x = list(exponents)
+                    times = min(x[i], x[j])
+                    x[i], x[j], x[k] = x[i] - times, x[j] - times, x[k] + times
+                    terms[tuple(x)] = terms.get(tuple(x), 0) + coefficient
+                size = RING.from_dict(terms)
+        return size
+
+
+def sizes_of(m: ModelConfig, batch_size: int, seq_len: int, threads: int = 1) -> dict[str, int]:
+    """The number behind each letter; `s` and `w` are the tile of PyTorch's CPU flash attention.
+
+    The tile is aten/src/ATen/native/cpu/FlashAttentionKernel.cpp's: 256, 64 or 32 query rows from 768, from 192 and
+    below, 512 key rows, never more than there are.
+    """
+    rows = 256 if seq_len >= 768 else 64 if seq_len >= 192 else 32
+    return {
+        "B": batch_size,
+        "T": seq_len,
+        "L": m.num_layers,
+        "d": m.d_model,
+        "h": m.num_heads,
+        "k": m.kv_heads,
+        "g": m.num_heads // m.kv_heads,
+        "e": m.e,
+        "f": m.f,
+        "V": m.vocab_size,
+        "C": m.context_length,
+        "n": threads,
+        "s": min(rows, seq_len),
+        "w": min(512, seq_len),
+    }

@@ -1,0 +1,287 @@
+"""Symbolic tensors, who owns them, and the machine that they live on.
+
+Ownership is counted, as CPython and libtorch count it, but by hand: `owners` is the number of names, argument lists,
+saved variables, views and gradient slots that hold a tensor. An operator's result is born *floating* (no owner): an
+operator that takes a floating tensor as its argument is its last user and discards it on return, which is what Python
+does to the temporaries of an expression. `Locals` are the names of a function's frame.
+"""
+
+from __future__ import annotations
+
+import functools
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
+
+from estimator.eager.ledger import Category, Gemm, Kernel, Ledger, Storage
+from estimator.eager.sizes import ONE, ZERO, ShapeClass, Size, generic_value
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from estimator.eager.autograd import Node
+    from estimator.eager.checkpointing import Frame
+
+Shape = tuple[Size, ...]
+
+
+class Dtype(NamedTuple):
+    """A torch dtype: its name and its bytes an element."""
+
+    name: str
+    itemsize: int
+
+
+FLOAT32 = Dtype("float32", 4)
+FLOAT64 = Dtype("float64", 8)
+INT64 = Dtype("int64", 8)
+BOOL = Dtype("bool", 1)
+UINT8 = Dtype("uint8", 1)
+
+
+class Machine:
+    """What executes a step: a device's rules, a shape class, the autograd mode and the ledger.
+
+    The differences between devices are these properties, each used in the one place that it speaks of.
+    """
+
+    def __init__(self, shapes: ShapeClass, device: str) -> None:
+        self.shapes = shapes
+        self.device = device
+        self.ledger = Ledger()
+        self.grad_enabled = True
+        self.sequence = 0
+        self.frames: list[Frame] = []
+        self._products: dict[Shape, Size] = {}
+        self._strides: dict[Shape, Shape] = {}
+
+    @property
+    def wraps_scalars(self) -> bool:
+        """A Python number in an expression becomes a tensor in the memory that we count (it is always CPU memory)."""
+        return self.device == "cpu"
+
+    @property
+    def casts_scalars(self) -> bool:
+        """CPU kernels read a copy of an operand in the dtype of the computation; CUDA kernels cast on the fly."""
+        return self.device == "cpu"
+
+    def product(self, sizes: Shape) -> Size:
+        """The number of elements of a shape, in normal form."""
+        found = self._products.get(sizes)
+        if found is None:
+            found = self._products[sizes] = self.shapes.product(sizes)
+        return found
+
+    def contiguous(self, shape: Shape) -> Shape:
+        """Row-major strides."""
+        found = self._strides.get(shape)
+        if found is None:
+            found = self._strides[shape] = tuple(self.product(shape[i + 1 :]) for i in range(len(shape)))
+        return found
+
+    def empty(
+        self,
+        shape: Sequence[Size],
+        dtype: Dtype = FLOAT32,
+        *,
+        category: Category = Category.TEMPORARY,
+        stride: Shape | None = None,
+    ) -> Tensor:
+        """A new tensor with a storage of its own, floating."""
+        shape = tuple(shape)
+        storage = self.ledger.allocate(dtype.itemsize * self.product(shape), category)
+        return Tensor(self, storage, shape, stride or self.contiguous(shape), dtype)
+
+    def kernel(
+        self,
+        name: str,
+        reads: Sequence[Tensor],
+        writes: Sequence[Tensor],
+        *,
+        gemm: Gemm | None = None,
+        arithmetic: Size = ZERO,
+    ) -> None:
+        """Record a launch; its bytes are those of its operands, once each."""
+        ledger = self.ledger
+        nbytes = ZERO
+        for t in (*reads, *writes):
+            nbytes = nbytes + t.dtype.itemsize * t.numel
+        flops = ZERO if gemm is None else 2 * self.product((gemm.b, gemm.m, gemm.n, gemm.k))
+        ledger.kernels.append(Kernel(name, ledger.here, flops, arithmetic, nbytes, gemm, ledger.recompute))
+
+    @contextmanager
+    def no_grad(self) -> Iterator[None]:
+        """Nothing is recorded for backward in this context."""
+        before, self.grad_enabled = self.grad_enabled, False
+        try:
+            yield
+        finally:
+            self.grad_enabled = before
+
+
+class Tensor:
+    """A tensor: a window (shape, stride) on a storage, and its place in the autograd graph."""
+
+    __slots__ = (
+        "accumulator",
+        "base",
+        "dtype",
+        "grad",
+        "grad_fn",
+        "is_wrapped_number",
+        "machine",
+        "output_nr",
+        "owners",
+        "requires_grad",
+        "shape",
+        "storage",
+        "stride",
+    )
+
+    def __init__(
+        self,
+        machine: Machine,
+        storage: Storage,
+        shape: Shape,
+        stride: Shape,
+        dtype: Dtype,
+        base: Tensor | None = None,
+    ) -> None:
+        self.machine, self.storage, self.shape, self.stride, self.dtype = machine, storage, shape, stride, dtype
+        self.base = base
+        self.owners = 0
+        self.grad_fn: Node | None = None
+        self.output_nr = 0
+        self.requires_grad = False
+        self.grad: Tensor | None = None
+        self.accumulator: Node | None = None
+        self.is_wrapped_number = False
+        storage.owners += 1
+        if base is not None:
+            base.owners += 1
+
+    @property
+    def numel(self) -> Size:
+        """The number of elements."""
+        return self.machine.product(self.shape)
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Row-major; the stride of a dimension of 1 does not matter."""
+        want = self.machine.contiguous(self.shape)
+        return all(n == ONE or s == w for n, s, w in zip(self.shape, self.stride, want, strict=True))
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """The dimensions from the widest stride to the narrowest, those of size 1 and ties as they stand."""
+        wide = sorted((i for i, n in enumerate(self.shape) if n != ONE), key=lambda i: -generic_value(self.stride[i]))
+        spots = iter(wide)
+        return tuple(i if n == ONE else next(spots) for i, n in enumerate(self.shape))
+
+    def view(self, shape: Shape, stride: Shape) -> Tensor:
+        """A view; it holds its base, as autograd's views do."""
+        return Tensor(self.machine, self.storage, shape, stride, self.dtype, base=self.base or self)
+
+    def alias(self) -> Tensor:
+        """Another handle on the same storage that does not hold this one (`detach`, a saved output)."""
+        return Tensor(self.machine, self.storage, self.shape, self.stride, self.dtype)
+
+    def hold(self) -> Tensor:
+        """One more owner."""
+        self.owners += 1
+        return self
+
+    def drop(self) -> None:
+        """One owner less; the last one takes the tensor with it."""
+        self.owners -= 1
+        self.discard()
+
+    def discard(self) -> None:
+        """The end of a tensor that nothing owns; one that has owners is left alone."""
+        if self.owners:
+            return
+        assert self.owners == 0, "dropped more often than held"
+        self.owners = -1
+        if self.grad_fn is not None:
+            self.grad_fn.drop()
+        self.storage.owners -= 1
+        if self.storage.owners == 0:
+            self.machine.ledger.free(self.storage)
+        if self.base is not None:
+            self.base.drop()
+
+
+class Locals:
+    """The names of a frame: binding holds a tensor, rebinding drops the one before, leaving the frame drops all."""
+
+    def __init__(self) -> None:
+        object.__setattr__(self, "_names", {})
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        names = self.__dict__["_names"]
+        if isinstance(value, Tensor):
+            value.hold()
+        before = names.get(name)
+        names[name] = value
+        if isinstance(before, Tensor):
+            before.drop()
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self.__dict__["_names"][name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def __delattr__(self, name: str) -> None:
+        value = self.__dict__["_names"].pop(name)
+        if isinstance(value, Tensor):
+            value.drop()
+
+    def take(self, name: str) -> Tensor:
+        """Unbind `name` and hand its tensor on, floating if nothing else holds it (`return name`)."""
+        value = cast("Tensor", self.__dict__["_names"].pop(name))
+        value.owners -= 1
+        return value
+
+    def __enter__(self) -> Locals:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        names = self.__dict__["_names"]
+        for value in names.values():
+            if isinstance(value, Tensor):
+                value.drop()
+        names.clear()
+
+
+F = TypeVar("F", bound="Callable[..., Any]")
+
+
+@contextmanager
+def arguments(args: Sequence[object]) -> Iterator[list[Any]]:
+    """A call: what is passed lives until the call returns, what it returns (put into the list) outlives it."""
+    tensors = [t for a in args for t in (a if isinstance(a, (tuple, list)) else (a,)) if isinstance(t, Tensor)]
+    results: list[Any] = []
+    for t in tensors:
+        t.owners += 1
+    try:
+        yield results
+    finally:
+        out = [t for r in results for t in (r if isinstance(r, (tuple, list)) else (r,)) if isinstance(t, Tensor)]
+        for t in out:
+            t.owners += 1
+        for t in tensors:
+            t.drop()
+        for t in out:
+            t.owners -= 1
+
+
+def op(function: F) -> F:
+    """Declare an operator: its arguments live until it returns, and it discards those that were floating."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with arguments(args) as results:
+            results.append(function(*args, **kwargs))
+        return results[0]
+
+    return cast("F", call)

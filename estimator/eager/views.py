@@ -1,0 +1,163 @@
+"""Operators that look at a storage through another window, and those that copy when no window will do."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from estimator.eager.autograd import Context, attach, record
+from estimator.eager.sizes import ONE
+from estimator.eager.tensor import Locals, Tensor, op
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from estimator.eager.ops import Gradients
+    from estimator.eager.sizes import Size
+    from estimator.eager.tensor import Shape
+
+
+def view_stride(x: Tensor, shape: Shape) -> Shape | None:
+    """Strides under which x's elements have `shape`, or None if it takes a copy (ATen's `computeStride`).
+
+    From the right, dimensions of x that are contiguous with one another are merged, and each merged one must be an
+    exact product of new dimensions.
+    """
+    machine = x.machine
+    if x.is_contiguous:
+        return machine.contiguous(shape)
+    old = [(n, s) for n, s in zip(x.shape, x.stride, strict=True) if n != ONE]
+    stride: list[Size] = [ONE] * len(shape)
+    new = len(shape) - 1
+    while old:
+        size, step = old.pop()
+        inner = step
+        while old and old[-1][1] == machine.product((step, size)):
+            size, step = machine.product((size, old[-1][0])), step
+            old.pop()
+        covered = ONE
+        while new >= 0 and covered != size:
+            stride[new] = machine.product((inner, covered))
+            covered = machine.product((covered, shape[new]))
+            new -= 1
+        if covered != size:
+            return None
+    return tuple(stride)
+
+
+@op
+def view(x: Tensor, shape: Sequence[Size]) -> Tensor:
+    """x.view(shape); the caller knows that no copy is needed."""
+    stride = view_stride(x, tuple(shape))
+    assert stride is not None, f"view of {x.shape} with strides {x.stride} as {shape}"
+    before = x.shape
+    node = record("ViewBackward0", (x,), lambda _, grad: [reshape(grad, before)])
+    return attach(node, x.view(tuple(shape), stride))
+
+
+@op
+def reshape(x: Tensor, shape: Sequence[Size]) -> Tensor:
+    """x.reshape(shape): a view, or a contiguous clone."""
+    if view_stride(x, tuple(shape)) is not None:
+        return view(x, shape)  # type: ignore[no-any-return]  # `op` keeps the signature of what it wraps
+    return unsafe_view(clone(x), shape)
+
+
+@op
+def clone(x: Tensor) -> Tensor:
+    """x.clone(memory_format=contiguous)."""
+    node = record("CloneBackward0", (x,), lambda _, grad: [grad])
+    out = x.machine.empty(x.shape, x.dtype)
+    x.machine.kernel("clone", (x,), (out,))
+    return attach(node, out)
+
+
+@op
+def unsafe_view(x: Tensor, shape: Sequence[Size]) -> Tensor:
+    """A view of a temporary of which autograd need not know that it is one: it does not hold its base."""
+    before, shape = x.shape, tuple(shape)
+    node = record("UnsafeViewBackward0", (x,), lambda _, grad: [reshape(grad, before)])
+    return attach(node, Tensor(x.machine, x.storage, shape, x.machine.contiguous(shape), x.dtype))
+
+
+@op
+def transpose(x: Tensor, a: int, b: int) -> Tensor:
+    """x.transpose(a, b)."""
+    shape, stride = list(x.shape), list(x.stride)
+    shape[a], shape[b] = shape[b], shape[a]
+    stride[a], stride[b] = stride[b], stride[a]
+    node = record("TransposeBackward0", (x,), lambda _, grad: [transpose(grad, a, b)])
+    return attach(node, x.view(tuple(shape), tuple(stride)))
+
+
+@op
+def split(x: Tensor, size: Size, pieces: int) -> tuple[Tensor, ...]:
+    """x.split(size, -1) or x.chunk(pieces, -1): views; backward concatenates their gradients."""
+
+    def backward(_: Context, *grads: Tensor) -> Gradients:
+        return [concatenate(grads)]
+
+    node = record("SplitBackward0", (x,), backward)
+    outs = tuple(x.view((*x.shape[:-1], size), x.stride) for _ in range(pieces))
+    attach(node, *outs)
+    return outs
+
+
+@op
+def concatenate(xs: Sequence[Tensor]) -> Tensor:
+    """torch.cat(xs, -1), of equal pieces; backward gives views of the gradient."""
+    size, machine = xs[0].shape[-1], xs[0].machine
+
+    def backward(_: Context, grad: Tensor) -> Gradients:
+        return [grad.view((*grad.shape[:-1], size), grad.stride) for _ in xs]
+
+    node = record("CatBackward0", tuple(xs), backward)
+    out = machine.empty((*xs[0].shape[:-1], len(xs) * size), xs[0].dtype)
+    machine.kernel("cat", xs, (out,))
+    return attach(node, out)
+
+
+@op
+def narrow(x: Tensor, length: Size) -> Tensor:
+    """x.narrow(0, start, length): a view; backward is the gradient in a tensor of zeros."""
+    before = x.shape
+
+    def backward(_: Context, grad: Tensor) -> Gradients:
+        out = grad.machine.empty(before, grad.dtype)
+        grad.machine.kernel("slice_backward", (grad,), (out,))
+        return [out]
+
+    node = record("SliceBackward0", (x,), backward)
+    return attach(node, x.view((length, *x.shape[1:]), x.stride))
+
+
+@op
+def unsqueeze(x: Tensor, dim: int) -> Tensor:
+    """x.unsqueeze(dim)."""
+    after = x.machine.product((x.shape[dim], x.stride[dim])) if dim < len(x.shape) else ONE
+    shape, stride = (*x.shape[:dim], ONE, *x.shape[dim:]), (*x.stride[:dim], after, *x.stride[dim:])
+    node = record("UnsqueezeBackward0", (x,), lambda _, grad: [_squeeze(grad, dim)])
+    return attach(node, x.view(shape, stride))
+
+
+def _squeeze(x: Tensor, dim: int) -> Tensor:
+    return x.view((*x.shape[:dim], *x.shape[dim + 1 :]), (*x.stride[:dim], *x.stride[dim + 1 :]))
+
+
+@op
+def expand(x: Tensor, shape: Sequence[Size]) -> Tensor:
+    """x.expand(shape): dimensions of 1 get a stride of 0; the engine sums their gradients."""
+    zero = 0 * ONE
+    stride = tuple(zero if n == ONE and m != ONE else s for n, m, s in zip(x.shape, shape, x.stride, strict=True))
+    node = record("ExpandBackward0", (x,), lambda _, grad: [grad])
+    return attach(node, x.view(tuple(shape), stride))
+
+
+@op
+def repeat_heads(x: Tensor, groups: Size) -> Tensor:
+    """(B, k, T, e) -> (B, k groups, T, e), as `trainer.model.repeat_heads`; `groups` is a number when it is 1."""
+    if groups == ONE:
+        return x
+    b, k, t, e = x.shape
+    with Locals() as v:
+        v.wide = expand(unsqueeze(x, 2), (b, k, groups, t, e))
+        return reshape(v.wide, (b, x.machine.product((k, groups)), t, e))  # type: ignore[no-any-return]  # see reshape

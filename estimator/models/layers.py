@@ -1,0 +1,190 @@
+"""What the families share: modules with a name and parameters, and `trainer.model`'s common layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from estimator.eager import ops
+from estimator.eager.checkpointing import checkpoint
+from estimator.eager.ledger import Category
+from estimator.eager.linalg import linear, matmul, scaled_dot_product_attention
+from estimator.eager.tensor import FLOAT32, Locals, Machine, Tensor, arguments
+from estimator.eager.views import narrow, transpose
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from contextlib import AbstractContextManager
+
+    from estimator.eager.sizes import Size
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What of a model and a plan decides which statements a step executes; hashable, free of sizes."""
+
+    family: str
+    tie_embeddings: bool
+    qkv_bias: bool
+    attention: str
+    loss: str
+    checkpointing: str
+    optimizer: str
+    optimizer_impl: str
+    clips: bool
+    micro_batches: int
+
+
+class Module:
+    """A named module. Calling it runs `forward` in a frame of its own, as `nn.Module.__call__` does."""
+
+    def __init__(self, machine: Machine, name: str, block: int | None = None) -> None:
+        self.machine, self.name, self.block = machine, name, block
+        self.owned: list[Tensor | Module] = []
+
+    def parameter(self, *shape: Size) -> Tensor:
+        """A new parameter of this module."""
+        with self.inside():
+            p = ops.parameter(self.machine, shape, FLOAT32)
+        self.owned.append(p)
+        return p
+
+    def child(self, module: Any) -> Any:
+        """Register a sub-module, in PyTorch's order of registration."""
+        self.owned.append(module)
+        return module
+
+    def inside(self) -> AbstractContextManager[None]:
+        """What is made or run in this context belongs to this module."""
+        return self.machine.ledger.inside(self.name, self.block)
+
+    def parameters(self) -> Iterator[Tensor]:
+        """In PyTorch's order: a module's own first, then its children's."""
+        yield from (x for x in self.owned if isinstance(x, Tensor))
+        for x in self.owned:
+            if isinstance(x, Module):
+                yield from x.parameters()
+
+    def __call__(self, *args: Any) -> Tensor:
+        with self.inside(), arguments(args) as results, Locals() as v:
+            results.append(self.forward(v, *args))
+            return results[0]  # type: ignore[no-any-return]  # `arguments` carries results of any type
+
+    def forward(self, v: Locals, *args: Any) -> Tensor:
+        """The module's statements; `v` are the names of its frame."""
+        raise NotImplementedError
+
+
+class Linear(Module):
+    """x W^T (+ b)."""
+
+    def __init__(self, machine: Machine, name: str, d_in: Size, d_out: Size, *, bias: bool) -> None:
+        super().__init__(machine, name)
+        self.weight = self.parameter(d_out, d_in)
+        self.bias = self.parameter(d_out) if bias else None
+
+    def forward(self, v: Locals, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+class Embedding(Module):
+    """Rows of a table by token id."""
+
+    def __init__(self, machine: Machine, name: str, rows: Size, width: Size) -> None:
+        super().__init__(machine, name)
+        self.weight = self.parameter(rows, width)
+
+    def forward(self, v: Locals, ids: Tensor) -> Tensor:
+        return ops.embedding(ids, self.weight)
+
+
+class Positions(Module):
+    """Learned positions."""
+
+    def __init__(self, machine: Machine, name: str, rows: Size, width: Size) -> None:
+        super().__init__(machine, name)
+        self.weight = self.parameter(rows, width)
+
+    def forward(self, v: Locals, length: Size) -> Tensor:
+        return narrow(self.weight, length)
+
+
+class LayerNorm(Module):
+    """LayerNorm with weight and bias."""
+
+    def __init__(self, machine: Machine, name: str, width: Size) -> None:
+        super().__init__(machine, name)
+        self.weight = self.parameter(width)
+        self.bias = self.parameter(width)
+
+    def forward(self, v: Locals, x: Tensor) -> Tensor:
+        return ops.layer_norm(x, self.weight, self.bias)
+
+
+class RMSNorm(Module):
+    """RMSNorm in separate ops."""
+
+    def __init__(self, machine: Machine, name: str, width: Size) -> None:
+        super().__init__(machine, name)
+        self.weight = self.parameter(width)
+
+    def forward(self, v: Locals, x: Tensor) -> Tensor:
+        v.scale = ops.rsqrt(ops.add_number(ops.mean_last(ops.square(x))))
+        return ops.mul(self.weight, ops.mul(x, v.scale))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """`trainer.model.attend`."""
+    if mask is None:
+        return scaled_dot_product_attention(q, k, v)
+    with arguments((q, k, v, mask)) as results, Locals() as names:
+        names.scores = matmul(q, transpose(k, -2, -1))
+        names.scores = ops.mul_number(names.scores)
+        names.scores = ops.masked_fill(names.scores, mask)
+        results.append(matmul(ops.softmax(names.scores), v))
+        return results[0]  # type: ignore[no-any-return]  # `arguments` carries results of any type
+
+
+class Transformer(Module):
+    """ids (B, T) -> logits (B, T, V)."""
+
+    def __init__(self, machine: Machine, recipe: Recipe, num_layers: int) -> None:
+        super().__init__(machine, "")
+        self.recipe, self.num_layers = recipe, num_layers
+        size = machine.shapes.letters
+        self.embedding = self.child(Embedding(machine, "embedding", size["V"], size["d"]))
+        self.blocks: list[Module] = []
+        self.build()
+        self.head = self.child(Linear(machine, "head", size["d"], size["V"], bias=False)) if not self.tied else None
+
+    @property
+    def tied(self) -> bool:
+        """The head uses the embedding's matrix."""
+        return self.recipe.tie_embeddings
+
+    def build(self) -> None:
+        """Make the family's own modules."""
+        raise NotImplementedError
+
+    def causal_mask(self, ids: Tensor) -> Tensor | None:
+        """(T, T), one for all blocks."""
+        if self.recipe.attention != "naive":
+            return None
+        return ops.causal_mask(ids, ids.shape[1])
+
+    def run_block(self, block: Module, *args: Tensor | None) -> Tensor:
+        """A block, checkpointed if the recipe says so."""
+        if self.recipe.checkpointing == "block":
+            return checkpoint(block, *args)
+        return block(*args)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """The head, tied or not."""
+        if self.head is not None:
+            return self.head(x)  # type: ignore[no-any-return]  # children are of any module type
+        with self.machine.ledger.inside("head"):
+            return linear(x, self.embedding.weight, None)
+
+    def buffer(self, *shape: Size) -> Tensor:
+        """A tensor that the model holds and does not train."""
+        return self.machine.empty(shape, FLOAT32, category=Category.BUFFER).hold()

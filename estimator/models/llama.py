@@ -1,0 +1,115 @@
+"""Llama: RMSNorm, RoPE, SwiGLU, grouped-query attention; with biases on q, k and v it is Qwen2.
+
+Mirrors `trainer.model.Llama`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sympy import Rational
+
+from estimator.eager import ops
+from estimator.eager.tensor import Locals, arguments
+from estimator.eager.views import concatenate, repeat_heads, reshape, split, transpose, view
+from estimator.models.layers import Linear, Module, RMSNorm, Transformer, attend
+
+if TYPE_CHECKING:
+    from estimator.eager.sizes import Size
+    from estimator.eager.tensor import Machine, Tensor
+
+
+def half(size: Size) -> Size:
+    """size / 2."""
+    return size * Rational(1, 2)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`trainer.model.rotate`."""
+    with arguments((x, cos, sin)) as results, Locals() as v:
+        v.a, v.b = split(x, half(x.shape[-1]), 2)
+        first = ops.sub(ops.mul(v.a, cos), ops.mul(v.b, sin))
+        results.append(concatenate((first, ops.add(ops.mul(v.a, sin), ops.mul(v.b, cos)))))
+        return results[0]  # type: ignore[no-any-return]  # `arguments` carries results of any type
+
+
+class Attention(Module):
+    """Grouped-query attention with rotary positions."""
+
+    def __init__(self, machine: Machine, *, bias: bool) -> None:
+        super().__init__(machine, "attention")
+        size = machine.shapes.letters
+        self.h, self.k_heads, self.g, self.e = size["h"], size["k"], size["g"], size["e"]
+        wide, narrow = machine.product((self.h, self.e)), machine.product((self.k_heads, self.e))
+        self.wide = wide
+        with self.inside():
+            self.q = self.child(Linear(machine, "q", size["d"], wide, bias=bias))
+            self.k = self.child(Linear(machine, "k", size["d"], narrow, bias=bias))
+            self.v = self.child(Linear(machine, "v", size["d"], narrow, bias=bias))
+            self.out = self.child(Linear(machine, "out", wide, size["d"], bias=False))
+
+    def forward(self, v: Locals, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+        B, T, _ = x.shape
+        v.q = transpose(view(self.q(x), (B, T, self.h, self.e)), 1, 2)
+        v.k = transpose(view(self.k(x), (B, T, self.k_heads, self.e)), 1, 2)
+        v.v = transpose(view(self.v(x), (B, T, self.k_heads, self.e)), 1, 2)
+        v.q = rotate(v.q, cos, sin)
+        v.k = rotate(v.k, cos, sin)
+        v.k = repeat_heads(v.k, self.g)
+        v.v = repeat_heads(v.v, self.g)
+        v.y = attend(v.q, v.k, v.v, mask)
+        return self.out(reshape(transpose(v.y, 1, 2), (B, T, self.wide)))  # type: ignore[no-any-return]  # see child
+
+
+class FeedForward(Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, machine: Machine) -> None:
+        super().__init__(machine, "ffn")
+        size = machine.shapes.letters
+        with self.inside():
+            self.gate = self.child(Linear(machine, "gate", size["d"], size["f"], bias=False))
+            self.up = self.child(Linear(machine, "up", size["d"], size["f"], bias=False))
+            self.down = self.child(Linear(machine, "down", size["f"], size["d"], bias=False))
+
+    def forward(self, v: Locals, x: Tensor) -> Tensor:
+        return self.down(ops.mul(ops.activation("silu", self.gate(x)), self.up(x)))  # type: ignore[no-any-return]  # see Module.child
+
+
+class Block(Module):
+    """Pre-norm block."""
+
+    def __init__(self, machine: Machine, index: int, *, bias: bool) -> None:
+        super().__init__(machine, f"blocks.{index}", index)
+        with self.inside():
+            d = machine.shapes.letters["d"]
+            self.attention_norm = self.child(RMSNorm(machine, "attention_norm", d))
+            self.attention = self.child(Attention(machine, bias=bias))
+            self.ffn_norm = self.child(RMSNorm(machine, "ffn_norm", d))
+            self.ffn = self.child(FeedForward(machine))
+
+    def forward(self, v: Locals, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+        v.x = ops.add(x, self.attention(self.attention_norm(x), cos, sin, mask))
+        return ops.add(v.x, self.ffn(self.ffn_norm(v.x)))  # type: ignore[no-any-return]  # see Module.child
+
+
+class Llama(Transformer):
+    """Touvron et al. 2023."""
+
+    def build(self) -> None:
+        size = self.machine.shapes.letters
+        bias = self.recipe.qkv_bias
+        self.blocks = [self.child(Block(self.machine, i, bias=bias)) for i in range(self.num_layers)]
+        self.final_norm = self.child(RMSNorm(self.machine, "final_norm", size["d"]))
+        self.cos = self.buffer(size["C"], half(size["e"]))
+        self.sin = self.buffer(size["C"], half(size["e"]))
+
+    def forward(self, v: Locals, ids: Tensor) -> Tensor:
+        v.x = self.embedding(ids)
+        T = ids.shape[1]
+        v.cos = self.cos.view((T, self.cos.shape[1]), self.cos.stride)
+        v.sin = self.sin.view((T, self.sin.shape[1]), self.sin.stride)
+        v.mask = self.causal_mask(ids)
+        for block in self.blocks:
+            v.x = self.run_block(block, v.x, v.cos, v.sin, v.mask)
+        return self.logits(self.final_norm(v.x))

@@ -1,0 +1,52 @@
+"""One symbolic training step: build the model, its inputs and its optimizer, run the step, keep the ledger."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from estimator.eager.autograd import backward, zero_grad
+from estimator.eager.ledger import Category, Phase
+from estimator.eager.losses import torch_cross_entropy
+from estimator.eager.optimizers import ForeachAdamW, FusedAdamW, LoopAdamW
+from estimator.eager.tensor import INT64, Machine, Tensor
+from estimator.models import FAMILIES
+
+if TYPE_CHECKING:
+    from estimator.eager.ledger import Ledger
+    from estimator.eager.sizes import ShapeClass
+    from estimator.models.layers import Recipe
+
+LOSSES = {"torch": torch_cross_entropy}
+OPTIMIZERS = {("adamw", "loop"): LoopAdamW, ("adamw", "foreach"): ForeachAdamW, ("adamw", "fused"): FusedAdamW}
+
+
+def run_step(recipe: Recipe, shapes: ShapeClass, device: str, num_layers: int) -> Ledger:
+    """The ledger of a steady step of `num_layers` blocks: everything alive before it, then the step itself."""
+    machine = Machine(shapes, device)
+    ledger = machine.ledger
+    model = FAMILIES[recipe.family](machine, recipe, num_layers)
+    parameters = list(model.parameters())
+    size = shapes.letters
+    with ledger.inside("inputs"):
+        ids, targets = (_input(machine, size["B"], size["T"]) for _ in range(2))
+    optimizer = OPTIMIZERS[recipe.optimizer, recipe.optimizer_impl](parameters)
+
+    def micro_batch() -> None:
+        ledger.phase = Phase.FORWARD
+        logits = model(ids)
+        with ledger.inside("loss"):
+            loss = LOSSES[recipe.loss](logits, targets).hold()
+            ledger.phase = Phase.BACKWARD
+            backward(loss)
+        loss.drop()
+
+    for _ in range(recipe.micro_batches):
+        micro_batch()
+    ledger.phase = Phase.OPTIMIZER
+    optimizer.step()
+    zero_grad(parameters)
+    return ledger
+
+
+def _input(machine: Machine, *shape: object) -> Tensor:
+    return machine.empty(shape, INT64, category=Category.INPUT).hold()

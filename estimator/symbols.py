@@ -1,0 +1,26 @@
+"""The legend: one letter a size, the same in the formulas, in shape suffixes (`x_BTd`) and in the documentation."""
+
+from __future__ import annotations
+
+import sympy
+
+LEGEND = {
+    "B": "micro-batch: sequences in one forward pass on one accelerator",
+    "T": "sequence length, tokens",
+    "L": "number of layers (blocks)",
+    "d": "d_model, width of the residual stream",
+    "h": "number of query heads",
+    "k": "number of key/value heads",
+    "g": "query heads served by one key/value head, h / k",
+    "e": "head_dim, width of one head",
+    "f": "d_ff, hidden width of the feed-forward",
+    "V": "vocabulary size",
+    "C": "context length, positions that the model holds",
+    "n": "CPU threads that PyTorch uses (torch.get_num_threads); scratch of some CPU kernels grows with them",
+    "s": "query rows in one tile of the CPU's flash attention",
+    "w": "key rows in one tile of the CPU's flash attention",
+    "N": "number of parameters",
+}
+
+# Positive only: sympy's solve drops the roots of integer symbols that are not integers.
+SYMBOLS = {name: sympy.Symbol(name, positive=True) for name in LEGEND}

@@ -1,0 +1,217 @@
+"""The judge: one real training step, and what it did to memory, counted by PyTorch itself.
+
+Three referees, none of which shares code with `estimator`: the profiler's raw memory events for the peak (they see the
+step as it runs; any TorchDispatchMode would change what autograd does and read up to 6 % too high),
+`saved_tensors_hooks` for what backward keeps, `FlopCounterMode` for matrix products.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from trainer.clip import gradient_clipping
+from trainer.loss import cross_entropy
+from trainer.model import build_model
+from trainer.optim import SGD, AdamW
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from torch import Tensor, nn
+
+    from estimator.config import ModelConfig, Plan
+
+
+class Step:
+    """One whole optimizer step on fixed random tokens: micro-batches, clipping if asked, step, zero_grad.
+
+    Attributes:
+        model: the module.
+        optimizer: the optimizer.
+        inputs: (ids, targets), each (B, T) int64; every micro-batch of the step is the same one.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, inputs: tuple[Tensor, Tensor], p: Plan) -> None:
+        self.model, self.optimizer, self.inputs, self.plan = model, optimizer, inputs, p
+
+    def __call__(self) -> None:
+        for _ in range(self.plan.grad_accumulation):
+            self.backward(self.forward())
+        if self.plan.max_grad_norm is not None:
+            gradient_clipping(self.model.parameters(), self.plan.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def forward(self) -> Tensor:
+        """The loss of one micro-batch, divided by their number."""
+        ids, targets = self.inputs
+        loss = cross_entropy(self.model(ids), targets)
+        if self.plan.grad_accumulation == 1:
+            return loss
+        return loss / self.plan.grad_accumulation
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of one micro-batch."""
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves Tensor.backward untyped
+
+    def state(self) -> Iterable[Tensor]:
+        """The optimizer's state tensors."""
+        return (t for s in self.optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor))
+
+
+def build_optimizer(parameters: Iterable[Tensor], p: Plan, device: str) -> torch.optim.Optimizer:
+    """The optimizer that `p` names, with its default hyper-parameters."""
+    kind = p.implementation(device)
+    if p.optimizer == "sgd":
+        return SGD(parameters, lr=1e-3)
+    if kind == "bundled":
+        return AdamW(parameters)
+    return torch.optim.AdamW(parameters, foreach=kind == "foreach", fused=kind == "fused")
+
+
+def build_step(m: ModelConfig, p: Plan, device: str = "cpu", seed: int = 0) -> Step:
+    """A step of `m` run as `p` says, on `device`, its weights and tokens drawn from `seed`.
+
+    Raises:
+        ConfigError: the sequence is longer than the model's positions.
+    """
+    T = p.tokens(m)
+    torch.manual_seed(seed)
+    with torch.device(device):
+        model = build_model(m, p)
+        ids, targets = (torch.randint(m.vocab_size, (p.batch_size, T)) for _ in range(2))
+    kind = torch.device(device).type
+    return Step(model, build_optimizer(model.parameters(), p, kind), (ids, targets), p)
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """What one real step took; bytes, FLOPs (matrix products, of one micro-batch) and seconds.
+
+    Attributes:
+        parameters: number of parameters, shared ones once.
+        parameter_bytes: their bytes.
+        gradient_bytes: bytes of all gradients before the optimizer's step.
+        optimizer_bytes: bytes of the optimizer's state on the device.
+        saved_bytes: storages that autograd keeps after forward, each once, less parameters, buffers and inputs.
+        peak_bytes: the most bytes of live tensors in a steady step.
+        forward_flops: FlopCounterMode's count of forward.
+        backward_flops: FlopCounterMode's count of backward, recomputation included.
+        seconds: median of the timed steps.
+    """
+
+    parameters: int
+    parameter_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    saved_bytes: int
+    peak_bytes: int
+    forward_flops: int
+    backward_flops: int
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain fields."""
+        return asdict(self)
+
+
+def measure(m: ModelConfig, p: Plan, device: str = "cpu", seed: int = 0, timed_steps: int = 3) -> Measurement:
+    """Run real steps of `m` and `p` on `device` and count; see `Measurement`."""
+    step = build_step(m, p, device, seed)
+    step()  # the first step makes the optimizer's state; the steady ones are alike
+    parameters = list(step.model.parameters())
+    base = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in _resident(step, device)}
+    saved, forward_flops, gradients, backward_flops = _count_micro_batch(step)
+    peak = sum(base.values()) + peak_growth(step, device)
+    return Measurement(
+        parameters=sum(x.numel() for x in parameters),
+        parameter_bytes=nbytes(parameters),
+        gradient_bytes=gradients,
+        optimizer_bytes=nbytes(x for x in step.state() if x.device.type == torch.device(device).type),
+        saved_bytes=saved,
+        peak_bytes=peak,
+        forward_flops=forward_flops,
+        backward_flops=backward_flops,
+        seconds=statistics.median(_seconds(step, device) for _ in range(timed_steps)),
+    )
+
+
+def nbytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the storages behind `tensors`, each counted once."""
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())  # noqa: SLF001 - the storage's identity
+
+
+def _resident(step: Step, device: str) -> Iterable[Tensor]:
+    kind = torch.device(device).type
+    tensors = [*step.model.parameters(), *step.model.buffers(), *step.inputs, *step.state()]
+    return (t for t in tensors if t.device.type == kind)
+
+
+def _count_micro_batch(step: Step) -> tuple[int, int, int, int]:
+    """(saved bytes, forward FLOPs, gradient bytes, backward FLOPs) of one micro-batch."""
+    resident = {t.untyped_storage()._cdata for t in (*step.model.parameters(), *step.model.buffers(), *step.inputs)}  # noqa: SLF001 - the storage's identity
+    kept: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage._cdata not in resident:  # noqa: SLF001 - the storage's identity
+            kept[storage._cdata] = storage.nbytes()  # noqa: SLF001 - the storage's identity
+        return t
+
+    with saved_tensors_hooks(pack, lambda t: t):
+        loss = step.forward()
+    saved = sum(kept.values())
+    step.optimizer.zero_grad()
+    with FlopCounterMode(display=False) as forward:
+        loss = step.forward()
+    with FlopCounterMode(display=False) as backward:
+        step.backward(loss)
+    gradients = nbytes(x.grad for x in step.model.parameters() if x.grad is not None)
+    step.optimizer.zero_grad()
+    return saved, forward.get_total_flops(), gradients, backward.get_total_flops()
+
+
+def allocator_events(step: Callable[[], object]) -> list[tuple[int, int]]:
+    """[(time in ns, signed bytes)] of the CPU allocator during one call of `step`, in order of time."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+        step()
+    results = prof.profiler.kineto_results  # type: ignore[union-attr]  # prof.events() drops most memory events
+    assert results is not None
+    cpu = torch._C._autograd.DeviceType.CPU  # type: ignore[attr-defined]  # noqa: SLF001 - kineto's own enum
+    events = (e for e in results.events() if e.name() == "[memory]" and e.device_type() == cpu)
+    return sorted(((e.start_ns(), e.nbytes()) for e in events), key=lambda event: event[0])
+
+
+def peak_growth(step: Callable[[], object], device: str) -> int:
+    """How far the live bytes rise above those before the step: profiler events on CPU, the allocator's on CUDA."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_stats()["requested_bytes.all.current"]
+        step()
+        torch.cuda.synchronize()
+        return int(torch.cuda.memory_stats()["requested_bytes.all.peak"] - before)
+    live = peak = 0
+    for _, delta in allocator_events(step):
+        live += delta
+        peak = max(peak, live)
+    return peak
+
+
+def _seconds(step: Callable[[], object], device: str) -> float:
+    cuda = torch.device(device).type == "cuda"
+    if cuda:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    step()
+    if cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
