@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from estimator.catalogue import read_data, squash
+from estimator.catalogue import read_data, squash, unknown
 from estimator.config import ConfigError, choose, positive_int
 
 DTYPES = ("fp64", "fp32", "tf32", "fp16", "bf16", "fp8", "int8", "fp4")
@@ -212,8 +212,10 @@ def accelerator(name: str | Path | Accelerator) -> Accelerator:
     """
     if isinstance(name, Accelerator):
         return name
-    if isinstance(name, Path) or str(name).endswith(".toml"):
+    if isinstance(name, Path) or (isinstance(name, str) and name.endswith(".toml")):
         return _profile(Path(name))
+    if not isinstance(name, str):
+        raise ConfigError(f"accelerator = {name!r}: must be a name, or the path of a profile")
     exact = _spellings()
     for spelling in (name, " ".join(_words(name))):
         if squash(spelling) in exact:
@@ -224,7 +226,7 @@ def accelerator(name: str | Path | Accelerator) -> Accelerator:
         return _entry(meant[0])
     if meant:
         raise ConfigError(f"accelerator = {name!r}: could be any of {', '.join(meant)}; name one")
-    return _entry(choose("accelerator", name, accelerators()))
+    raise unknown("accelerator", name, exact, accelerators())
 
 
 def cluster(
@@ -337,13 +339,15 @@ def _profile(path: Path) -> Accelerator:
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ConfigError(f"profile {str(path)!r}: is not TOML ({error})") from None
     table.pop("calibration", None)
+    missing = [field for field in ("memory_bytes", "memory_bandwidth", "peak") if field not in table]
+    if missing:
+        raise ConfigError(
+            f"profile {str(path)!r}: {missing[0]} is missing; needed are memory_bytes, memory_bandwidth, peak"
+        )
     allowed = {f.name for f in fields(Accelerator)} - {"peaks", "measured_peaks", "profile"} | {"peak", "measured_peak"}
     try:
         for field in table:
             choose("field", field, sorted(allowed))
-        for field in ("memory_bytes", "memory_bandwidth", "peak"):
-            if field not in table:
-                raise ConfigError(f"{field} is missing: a profile needs memory_bytes, memory_bandwidth and peak")
         return _build({"id": path.stem, "name": path.stem, **table, "profile": str(path)})
     except ConfigError as error:
         raise ConfigError(f"profile {str(path)!r}: {error}") from None
