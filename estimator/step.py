@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 from estimator.eager.autograd import backward, zero_grad
 from estimator.eager.ledger import Category, Phase
-from estimator.eager.losses import torch_cross_entropy
-from estimator.eager.optimizers import ForeachAdamW, FusedAdamW, LoopAdamW
+from estimator.eager.losses import cross_entropy, torch_cross_entropy
+from estimator.eager.ops import div_number
+from estimator.eager.optimizers import OPTIMIZERS, clip_gradients
 from estimator.eager.tensor import INT64, Machine, Tensor
 from estimator.models import FAMILIES
 
@@ -16,8 +17,7 @@ if TYPE_CHECKING:
     from estimator.eager.sizes import ShapeClass
     from estimator.models.layers import Recipe
 
-LOSSES = {"torch": torch_cross_entropy}
-OPTIMIZERS = {("adamw", "loop"): LoopAdamW, ("adamw", "foreach"): ForeachAdamW, ("adamw", "fused"): FusedAdamW}
+LOSSES = {"bundled": cross_entropy, "torch": torch_cross_entropy}
 
 
 def run_step(recipe: Recipe, shapes: ShapeClass, device: str, num_layers: int) -> Ledger:
@@ -36,6 +36,9 @@ def run_step(recipe: Recipe, shapes: ShapeClass, device: str, num_layers: int) -
         logits = model(ids)
         with ledger.inside("loss"):
             loss = LOSSES[recipe.loss](logits, targets).hold()
+            if recipe.micro_batches > 1:
+                mean, loss = loss, div_number(loss).hold()
+                mean.drop()
             ledger.phase = Phase.BACKWARD
             backward(loss)
         loss.drop()
@@ -43,6 +46,8 @@ def run_step(recipe: Recipe, shapes: ShapeClass, device: str, num_layers: int) -
     for _ in range(recipe.micro_batches):
         micro_batch()
     ledger.phase = Phase.OPTIMIZER
+    if recipe.clips:
+        clip_gradients(parameters)
     optimizer.step()
     zero_grad(parameters)
     return ledger

@@ -19,6 +19,8 @@ LEGEND = {
     "n": "CPU threads that PyTorch uses (torch.get_num_threads); scratch of some CPU kernels grows with them",
     "s": "query rows in one tile of the CPU's flash attention",
     "w": "key rows in one tile of the CPU's flash attention",
+    "c": "elements in the scratch of the bundled cross entropy on the CPU",
+    "z": "elements in the scratch of the bundled AdamW",
     "N": "number of parameters",
 }
 

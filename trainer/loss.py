@@ -34,7 +34,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean of -log softmax(logits)[target] over all leading dimensions.
 
     The logits are saved for backward, not copied, and the gradient is made in one tensor of their size. The forward
-    pass needs a scratch of `CPU_TILE` elements on CPU, of the size of the logits on other devices, where few launches
+    pass needs a scratch of at most `CPU_TILE` elements on CPU, of the size of the logits on other devices, where few launches
     matter more, and where it is gone before the gradient takes its place.
 
     Args:
@@ -121,7 +121,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _tile_elements(x_NV: Tensor) -> int:
-    return CPU_TILE if x_NV.device.type == "cpu" else x_NV.numel()
+    return min(CPU_TILE, x_NV.numel()) if x_NV.device.type == "cpu" else x_NV.numel()
 
 
 def _tiles(x_NV: Tensor) -> Iterator[tuple[slice, slice]]:

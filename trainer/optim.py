@@ -149,11 +149,13 @@ class AdamW(_InPlace):
         parameter = tensors[0]
         if not all(t.is_contiguous() for t in tensors):
             return [(*tensors, torch.empty_like(parameter))]
-        size = CPU_SLICE if parameter.device.type == "cpu" else CUDA_SLICE
         key = parameter.device, parameter.dtype
         if key not in self._scratch:
-            self._scratch[key] = parameter.new_empty(size)
+            alike = (p.numel() for g in self.param_groups for p in g["params"] if (p.device, p.dtype) == key)
+            most = CPU_SLICE if parameter.device.type == "cpu" else CUDA_SLICE
+            self._scratch[key] = parameter.new_empty(min(most, max(alike)))
         scratch = self._scratch[key]
+        size = len(scratch)
         pieces = zip(*(torch.split(t.view(-1), size) for t in tensors), strict=True)
         return ((*piece, scratch[: len(piece[0])]) for piece in pieces)
 

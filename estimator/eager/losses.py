@@ -5,12 +5,44 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from estimator.eager.autograd import Context, attach, record
-from estimator.eager.ops import elementwise
-from estimator.eager.tensor import Tensor, op
+from estimator.eager.ops import elementwise, mean_all, with_number
+from estimator.eager.sizes import LETTER, ONE
+from estimator.eager.tensor import INT64, Locals, Tensor, op
 from estimator.eager.views import view
 
 if TYPE_CHECKING:
     from estimator.eager.ops import Gradients
+
+
+@op
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """`trainer.loss.cross_entropy`: an autograd.Function that saves the logits and one log-sum-exp a row."""
+    machine, dtype = logits.machine, logits.dtype
+    flat = (machine.product(logits.shape[:-1]), logits.shape[-1])
+    rows = flat[:1]
+
+    def backward(c: Context, grad: Tensor) -> Gradients:
+        logits, _, lse = c.saved
+        c.grad = machine.empty(logits.shape, dtype)
+        c.scale = with_number("div", grad)
+        machine.kernel("softmax", (logits, lse), (c.grad,))
+        c.at_target = machine.empty((*rows, ONE), dtype)
+        machine.kernel("gather", (c.at_target,), (c.at_target,))
+        machine.kernel("scatter_", (c.at_target,), (c.at_target,))
+        return [c.take("grad")]
+
+    if machine.device == "cpu":  # min and max of the targets
+        low, high = machine.empty((), INT64), machine.empty((), INT64)
+        low.discard()
+        high.discard()
+    with Locals() as v:
+        v.scratch = machine.empty((LETTER["c"],) if machine.device == "cpu" else flat, dtype)
+        v.lse, v.top, v.sum = (machine.empty(rows, dtype) for _ in range(3))
+        machine.kernel("logsumexp", (logits,), (v.lse,))
+        node = record("CrossEntropyBackward", (logits,), backward, (logits, targets, v.lse))
+        v.picked = machine.empty((*rows, ONE), dtype)
+        machine.kernel("gather", (v.picked,), (v.picked,))
+        return attach(node, mean_all(v.picked))
 
 
 @op

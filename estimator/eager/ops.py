@@ -18,6 +18,7 @@ from estimator.eager.tensor import BOOL, FLOAT64, Dtype, Machine, Tensor, op
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from estimator.eager.autograd import Backward
     from estimator.eager.sizes import Size
     from estimator.eager.tensor import Shape
 
@@ -159,13 +160,28 @@ def mul_number(a: Tensor) -> Tensor:
         with cast_number(grad.machine, grad.dtype):
             return [elementwise("mul", grad)]
 
+    return _with_saved_number("MulBackward0", "mul", a, backward)
+
+
+def _with_saved_number(node_name: str, name: str, a: Tensor, backward: Backward) -> Tensor:
     number = wrapped_number(a.machine)
-    node = record("MulBackward0", (a,), backward, (number,))
+    node = record(node_name, (a,), backward, (number,))
     with cast_number(a.machine, a.dtype):
-        out = elementwise("mul", a)
+        out = elementwise(name, a)
     if number is not None:
         number.drop()
     return attach(node, out)
+
+
+@op
+def div_number(a: Tensor) -> Tensor:
+    """A / number; backward divides too, and the wrapped number is saved as in `mul_number`."""
+
+    def backward(_: Context, grad: Tensor) -> Gradients:
+        with cast_number(grad.machine, grad.dtype):
+            return [elementwise("div", grad)]
+
+    return _with_saved_number("DivBackward0", "div", a, backward)
 
 
 @op
@@ -248,6 +264,14 @@ def mean_last(x: Tensor) -> Tensor:
     x.machine.kernel("sum", (x,), (out,))
     _divide_sum(out)
     return attach(node, out)
+
+
+def mean_all(x: Tensor) -> Tensor:
+    """x.mean() where nothing is recorded."""
+    out = x.machine.empty((), x.dtype)
+    x.machine.kernel("sum", (x,), (out,))
+    _divide_sum(out)
+    return out
 
 
 def _divide_sum(total: Tensor) -> None:

@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING
 
 from estimator.eager.ledger import Category
 from estimator.eager.ops import elementwise, in_place_with_number, python_number, with_number
-from estimator.eager.tensor import FLOAT32, Tensor
+from estimator.eager.sizes import LETTER
+from estimator.eager.tensor import FLOAT32, Locals, Tensor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+
+    from estimator.eager.sizes import Size
 
 
 @contextmanager
@@ -130,3 +133,74 @@ class FusedAdamW(Optimizer):
             assert p.grad is not None
             with at_parameter(p, "AdamW fused"):
                 self.machine.kernel("_fused_adamw_", (p, p.grad, m, v), (p, m, v), arithmetic=14 * p.numel)
+
+
+class BundledAdamW(Optimizer):
+    """`trainer.optim.AdamW`: slice by slice through one scratch, which lives for the step."""
+
+    moments = 2
+
+    def step(self) -> None:
+        with at_parameter(self.parameters[0], "AdamW bundled"):
+            scratch = self.machine.empty((LETTER["z"],)).hold()
+        for p, (m, v) in zip(self.parameters, self.states, strict=True):
+            assert p.grad is not None
+            with at_parameter(p, "AdamW bundled"):
+                in_place_with_number("mul_", p)
+                in_place("lerp_", m, p.grad, arithmetic=3)
+                in_place_with_number("mul_", v)
+                in_place("addcmul_", v, p.grad, arithmetic=3)
+                with python_number(self.machine, p.dtype):
+                    self.machine.kernel("sqrt", (v,), (v,), arithmetic=2 * p.numel)
+                in_place("addcdiv_", p, m, p.grad, arithmetic=3)
+        scratch.drop()
+
+
+class SGD(Optimizer):
+    """`trainer.optim.SGD`: one in-place kernel a parameter, no state, no temporaries."""
+
+    def step(self) -> None:
+        for p in self.parameters:
+            assert p.grad is not None
+            with at_parameter(p, "SGD"):
+                in_place("add_", p, p.grad, arithmetic=2)
+
+
+OPTIMIZERS: dict[tuple[str, str], type[Optimizer]] = {
+    ("adamw", "loop"): LoopAdamW,
+    ("adamw", "foreach"): ForeachAdamW,
+    ("adamw", "fused"): FusedAdamW,
+    ("adamw", "bundled"): BundledAdamW,
+    ("sgd", "bundled"): SGD,
+}
+
+
+def clip_gradients(parameters: Sequence[Tensor]) -> None:
+    """`trainer.clip.gradient_clipping`: a norm a parameter, the norm of those stacked, the factor in place.
+
+    The scalars between norm and factor are less than the stack that is gone by then.
+    """
+    machine = parameters[0].machine
+    with Locals() as v, machine.ledger.at("clipping", None, "gradient_clipping"):
+        norms = []
+        for p in parameters:
+            assert p.grad is not None
+            with at_parameter(p, "vector_norm"):
+                norms.append(machine.empty(()).hold())
+                machine.kernel("vector_norm", (p.grad,), (norms[-1],), arithmetic=2 * p.numel)
+        stacked = machine.empty((_number_of(parameters),)).hold()
+        v.norm = machine.empty(())
+        stacked.drop()
+        v.factor = machine.empty(())
+        for p in parameters:
+            assert p.grad is not None
+            with at_parameter(p, "mul_"):
+                in_place("mul_", p.grad, v.factor, arithmetic=1)
+        for norm in norms:
+            norm.drop()
+
+
+def _number_of(parameters: Sequence[Tensor]) -> Size:
+    """How many parameters a model of any number of layers has: as many in each block as in the first."""
+    outside = sum(p.storage.where.block is None for p in parameters)
+    return outside + sum(p.storage.where.block == 0 for p in parameters) * LETTER["L"]

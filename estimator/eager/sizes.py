@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from estimator.config import ModelConfig
 
-NAMES = ("B", "T", "L", "d", "h", "k", "g", "e", "f", "V", "C", "n", "s", "w")
+NAMES = ("B", "T", "L", "d", "h", "k", "g", "e", "f", "V", "C", "n", "s", "w", "c", "z")
 RING, *_generators = ring(",".join(NAMES), QQ)
 LETTER = dict(zip(NAMES, _generators, strict=True))
 INDEX = {name: i for i, name in enumerate(NAMES)}
@@ -30,7 +30,7 @@ Size = Any  # sympy.polys.rings.PolyElement, untyped upstream; a dimension is on
 
 # A point in general position for ordering strides; any would do that keeps products of sizes apart and h e = d, g k = h.
 _GENERIC = {"B": 1013, "T": 1019, "L": 7, "k": 1033, "g": 1049, "e": 1064, "f": 1061, "V": 1063, "C": 1069}
-_GENERIC |= {"n": 3, "s": 5, "w": 11, "h": 1033 * 1049, "d": 1033 * 1049 * 1064}
+_GENERIC |= {"n": 3, "s": 5, "w": 11, "c": 13, "z": 17, "h": 1033 * 1049, "d": 1033 * 1049 * 1064}
 
 
 @lru_cache(maxsize=65536)
@@ -127,12 +127,19 @@ class ShapeClass:
         return size
 
 
-def sizes_of(m: ModelConfig, batch_size: int, seq_len: int, threads: int = 1) -> dict[str, int]:
-    """The number behind each letter; `s` and `w` are the tile of PyTorch's CPU flash attention.
+# Scratch of the bundled trainer: trainer.loss.CPU_TILE, trainer.optim.CPU_SLICE and CUDA_SLICE (a test holds them equal).
+LOSS_TILE = 2**19
+ADAMW_SLICE = {"cpu": 2**18, "cuda": 2**26}
 
-    The tile is aten/src/ATen/native/cpu/FlashAttentionKernel.cpp's: 256, 64 or 32 query rows from 768, from 192 and
-    below, 512 key rows, never more than there are.
+
+def sizes_of(m: ModelConfig, batch_size: int, seq_len: int, device: str = "cpu", threads: int = 1) -> dict[str, int]:
+    """The number behind each letter of the legend.
+
+    The tile of the CPU's flash attention, `s` x `w`, is aten/src/ATen/native/cpu/FlashAttentionKernel.cpp's: 256, 64 or
+    32 query rows from 768, from 192 and below, 512 key rows, never more than there are.
     """
+    largest = max(m.vocab_size * m.d_model, m.context_length * m.d_model * (m.family == "gpt2"), m.f * m.d_model)
+    largest = max(largest, m.d_model * m.width_of_heads * (3 if m.family == "gpt2" else 1))
     rows = 256 if seq_len >= 768 else 64 if seq_len >= 192 else 32
     return {
         "B": batch_size,
@@ -149,4 +156,6 @@ def sizes_of(m: ModelConfig, batch_size: int, seq_len: int, threads: int = 1) ->
         "n": threads,
         "s": min(rows, seq_len),
         "w": min(512, seq_len),
+        "c": min(LOSS_TILE, batch_size * seq_len * m.vocab_size),
+        "z": min(ADAMW_SLICE[device], largest),
     }

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from sympy import Rational
 
 from estimator.eager import ops
+from estimator.eager.sizes import ONE
 from estimator.eager.tensor import Locals, arguments
 from estimator.eager.views import concatenate, repeat_heads, reshape, split, transpose, view
 from estimator.models.layers import Linear, Module, RMSNorm, Transformer, attend
@@ -50,11 +51,11 @@ class Attention(Module):
 
     def forward(self, v: Locals, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
         B, T, _ = x.shape
-        v.q = transpose(view(self.q(x), (B, T, self.h, self.e)), 1, 2)
-        v.k = transpose(view(self.k(x), (B, T, self.k_heads, self.e)), 1, 2)
+        v.q = view(self.q(x), (B, T, self.h, self.e))
+        v.k = view(self.k(x), (B, T, self.k_heads, self.e))
         v.v = transpose(view(self.v(x), (B, T, self.k_heads, self.e)), 1, 2)
-        v.q = rotate(v.q, cos, sin)
-        v.k = rotate(v.k, cos, sin)
+        v.q = transpose(rotate(v.q, cos, sin), 1, 2)
+        v.k = transpose(rotate(v.k, cos, sin), 1, 2)
         v.k = repeat_heads(v.k, self.g)
         v.v = repeat_heads(v.v, self.g)
         v.y = attend(v.q, v.k, v.v, mask)
@@ -101,14 +102,12 @@ class Llama(Transformer):
         bias = self.recipe.qkv_bias
         self.blocks = [self.child(Block(self.machine, i, bias=bias)) for i in range(self.num_layers)]
         self.final_norm = self.child(RMSNorm(self.machine, "final_norm", size["d"]))
-        self.cos = self.buffer(size["C"], half(size["e"]))
-        self.sin = self.buffer(size["C"], half(size["e"]))
+        self.tables = [self.buffer(size["C"], half(size["e"])) for _ in ("cos", "sin")]
 
     def forward(self, v: Locals, ids: Tensor) -> Tensor:
         v.x = self.embedding(ids)
         T = ids.shape[1]
-        v.cos = self.cos.view((T, self.cos.shape[1]), self.cos.stride)
-        v.sin = self.sin.view((T, self.sin.shape[1]), self.sin.stride)
+        v.cos, v.sin = (table.view((T, ONE, table.shape[1]), (table.stride[0], *table.stride)) for table in self.tables)
         v.mask = self.causal_mask(ids)
         for block in self.blocks:
             v.x = self.run_block(block, v.x, v.cos, v.sin, v.mask)
