@@ -93,10 +93,10 @@ def rope_tables(context_length: int, head_dim: int) -> tuple[Tensor, Tensor]:
     return angle.cos(), angle.sin()
 
 
-def rotate(x_BhTe: Tensor, cos_Tr: Tensor, sin_Tr: Tensor) -> Tensor:
+def rotate(x_BThe: Tensor, cos_T1r: Tensor, sin_T1r: Tensor) -> Tensor:
     """Turn the pairs (i, i + e / 2) of each head by their position's angle, the layout of Llama's published weights."""
-    a, b = x_BhTe.chunk(2, -1)
-    return torch.cat((a * cos_Tr - b * sin_Tr, a * sin_Tr + b * cos_Tr), -1)
+    a, b = x_BThe.chunk(2, -1)
+    return torch.cat((a * cos_T1r - b * sin_T1r, a * sin_T1r + b * cos_T1r), -1)
 
 
 def repeat_heads(x_BkTe: Tensor, groups: int) -> Tensor:
@@ -108,13 +108,32 @@ def repeat_heads(x_BkTe: Tensor, groups: int) -> Tensor:
 
 
 def attend(q_BhTe: Tensor, k_BhTe: Tensor, v_BhTe: Tensor, mask_TT: Tensor | None) -> Tensor:
-    """Causal attention, (B, h, T, e). With a mask (True above the diagonal) by separate ops, without one by SDPA."""
+    """Causal attention, (B, h, T, e). With a mask (True above the diagonal) by separate ops, without one by SDPA.
+
+    Without a mask the queries are either all positions or, with a cache, the last one alone, which may look at all.
+    """
     if mask_TT is None:
-        return F.scaled_dot_product_attention(q_BhTe, k_BhTe, v_BhTe, is_causal=True)
+        return F.scaled_dot_product_attention(q_BhTe, k_BhTe, v_BhTe, is_causal=q_BhTe.shape[2] == k_BhTe.shape[2])
     scores_BhTT = q_BhTe @ k_BhTe.transpose(-2, -1)
     scores_BhTT = scores_BhTT * (1 / math.sqrt(q_BhTe.shape[-1]))
     scores_BhTT = scores_BhTT.masked_fill(mask_TT, float("-inf"))
     return torch.softmax(scores_BhTT, -1) @ v_BhTe
+
+
+class KeysAndValues:
+    """What one block has computed of the tokens so far: generation's cache, (B, k, C, e) each, filled from the left."""
+
+    def __init__(self, m: ModelConfig, batch_size: int, like: Tensor) -> None:
+        shape = batch_size, m.kv_heads, m.context_length, m.e
+        self.keys, self.values = like.new_empty(shape), like.new_empty(shape)
+        self.length = 0
+
+    def extend(self, k_BkTe: Tensor, v_BkTe: Tensor) -> tuple[Tensor, Tensor]:
+        """Append those of T new tokens; views of all so far, (B, k, length, e)."""
+        start, self.length = self.length, self.length + k_BkTe.shape[2]
+        self.keys[:, :, start : self.length] = k_BkTe
+        self.values[:, :, start : self.length] = v_BkTe
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
 
 class GPT2Attention(nn.Module):
@@ -126,12 +145,14 @@ class GPT2Attention(nn.Module):
         self.qkv = Linear(m.d_model, 3 * m.d_model, bias=True)
         self.out = Linear(m.d_model, m.d_model, bias=True)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None, cache: KeysAndValues | None = None) -> Tensor:
         B, T, d = x.shape
         q, k, v = self.qkv(x).split(d, -1)
         q = q.view(B, T, self.num_heads, -1).transpose(1, 2)
         k = k.view(B, T, self.num_heads, -1).transpose(1, 2)
         v = v.view(B, T, self.num_heads, -1).transpose(1, 2)
+        if cache is not None:
+            k, v = cache.extend(k, v)
         y = attend(q, k, v, mask)
         return self.out(y.transpose(1, 2).reshape(B, T, d))
 
@@ -147,13 +168,17 @@ class LlamaAttention(nn.Module):
         self.v = Linear(m.d_model, m.kv_heads * m.e, bias=bool(m.qkv_bias))
         self.out = Linear(m.num_heads * m.e, m.d_model, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KeysAndValues | None = None
+    ) -> Tensor:
         B, T, _ = x.shape
-        q = self.q(x).view(B, T, self.num_heads, self.head_dim).transpose(1, 2)
-        k = self.k(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)
+        q = self.q(x).view(B, T, self.num_heads, self.head_dim)
+        k = self.k(x).view(B, T, self.kv_heads, self.head_dim)
         v = self.v(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)
-        q = rotate(q, cos, sin)
-        k = rotate(k, cos, sin)
+        q = rotate(q, cos, sin).transpose(1, 2)
+        k = rotate(k, cos, sin).transpose(1, 2)
+        if cache is not None:
+            k, v = cache.extend(k, v)
         k = repeat_heads(k, self.num_heads // self.kv_heads)
         v = repeat_heads(v, self.num_heads // self.kv_heads)
         y = attend(q, k, v, mask)
@@ -195,8 +220,8 @@ class GPT2Block(nn.Module):
         self.ffn_norm = LayerNorm(m.d_model)
         self.ffn = GELUFeedForward(m)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), mask)
+    def forward(self, x: Tensor, mask: Tensor | None, cache: KeysAndValues | None = None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), mask, cache)
         return x + self.ffn(self.ffn_norm(x))
 
 
@@ -210,13 +235,18 @@ class LlamaBlock(nn.Module):
         self.ffn_norm = RMSNorm(m.d_model)
         self.ffn = SwiGLUFeedForward(m)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), cos, sin, mask)
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KeysAndValues | None = None
+    ) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), cos, sin, mask, cache)
         return x + self.ffn(self.ffn_norm(x))
 
 
 class Transformer(nn.Module):
-    """ids (B, T) -> logits (B, T, V): what both families share."""
+    """ids (B, T) -> logits (B, T, V): what both families share.
+
+    With a cache, `forward` takes the ids of the next T positions and attends to those before them as well.
+    """
 
     def __init__(self, m: ModelConfig, p: Plan) -> None:
         super().__init__()
@@ -234,14 +264,18 @@ class Transformer(nn.Module):
         """Make the family's own modules."""
         raise NotImplementedError
 
-    def causal_mask(self, ids_BT: Tensor) -> Tensor | None:
-        """(T, T), True where a query must not look; one for all blocks. None where the attention kernel is causal."""
-        if self.plan.attention != "naive":
-            return None
+    def causal_mask(self, ids_BT: Tensor, start: int) -> Tensor | None:
+        """(T, start + T), True where a query must not look; one for all blocks. None where `attend` needs none."""
         T = ids_BT.shape[1]
-        return torch.ones(T, T, dtype=torch.bool, device=ids_BT.device).triu(1)
+        if self.plan.attention != "naive" and (start == 0 or T == 1):
+            return None
+        return torch.ones(T, start + T, dtype=torch.bool, device=ids_BT.device).triu(start + 1)
 
-    def run_block(self, block: nn.Module, *args: Tensor | None) -> Tensor:
+    def new_cache(self, batch_size: int) -> list[KeysAndValues]:
+        """An empty cache for `forward`, one entry a block, in the weights' dtype and on their device."""
+        return [KeysAndValues(self.config, batch_size, self.head.weight) for _ in range(self.config.num_layers)]
+
+    def run_block(self, block: nn.Module, *args: Tensor | KeysAndValues | None) -> Tensor:
         """`block(*args)`, checkpointed if the plan says so."""
         if self.plan.checkpointing == "block" and torch.is_grad_enabled():
             return checkpoint(block, *args, use_reentrant=False)
@@ -256,11 +290,12 @@ class GPT2(Transformer):
         self.blocks = nn.ModuleList(GPT2Block(m) for _ in range(m.num_layers))
         self.final_norm = LayerNorm(m.d_model)
 
-    def forward(self, ids_BT: Tensor) -> Tensor:
-        x = self.embedding(ids_BT) + self.positions(0, ids_BT.shape[1])
-        mask = self.causal_mask(ids_BT)
-        for block in self.blocks:
-            x = self.run_block(block, x, mask)
+    def forward(self, ids_BT: Tensor, cache: list[KeysAndValues] | None = None) -> Tensor:
+        start = cache[0].length if cache else 0
+        x = self.embedding(ids_BT) + self.positions(start, ids_BT.shape[1])
+        mask = self.causal_mask(ids_BT, start)
+        for layer, block in enumerate(self.blocks):
+            x = self.run_block(block, x, mask, cache[layer] if cache else None)
         return self.head(self.final_norm(x))
 
 
@@ -274,13 +309,14 @@ class Llama(Transformer):
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
-    def forward(self, ids_BT: Tensor) -> Tensor:
+    def forward(self, ids_BT: Tensor, cache: list[KeysAndValues] | None = None) -> Tensor:
+        start = cache[0].length if cache else 0
         x = self.embedding(ids_BT)
-        T = ids_BT.shape[1]
-        cos, sin = self.cos[:T], self.sin[:T]
-        mask = self.causal_mask(ids_BT)
-        for block in self.blocks:
-            x = self.run_block(block, x, cos, sin, mask)
+        end = start + ids_BT.shape[1]
+        cos, sin = self.cos[start:end, None], self.sin[start:end, None]
+        mask = self.causal_mask(ids_BT, start)
+        for layer, block in enumerate(self.blocks):
+            x = self.run_block(block, x, cos, sin, mask, cache[layer] if cache else None)
         return self.head(self.final_norm(x))
 
 
