@@ -1,12 +1,14 @@
-"""What the data files have in common: how they are read, and how people's spellings of a name are forgiven."""
+"""What presets, accelerators and prices have in common: data files, forgiving names, numbers within limits."""
 
 from __future__ import annotations
 
+import math
 import re
 import tomllib
 from difflib import get_close_matches
 from functools import cache
 from importlib import resources
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from estimator.config import ConfigError
@@ -35,3 +37,19 @@ def unknown(field: str, name: str, spellings: Mapping[str, str], allowed: Iterab
     near = list(dict.fromkeys([*close, *begun]))[:3]
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     return ConfigError(f"{field} = {name!r}: {hint}allowed are {', '.join(allowed)}")
+
+
+def number(field: str, value: object, least: float = 0, most: float = math.inf, *, above: bool = False) -> float:
+    """`value` as a float if it is a finite number of at least `least` (with `above`: more) and at most `most`.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    try:
+        x = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:  # an integer that no float holds
+        x = math.inf
+    if math.isfinite(x) and least <= x <= most and not (above and x == least):
+        return x
+    limits = f"{'above' if above else 'of at least'} {least:g}" + (f" and at most {most:g}" if most < math.inf else "")
+    raise ConfigError(f"{field} = {value!r}: must be a finite number {limits}")

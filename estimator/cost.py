@@ -5,13 +5,14 @@ Every figure is time x dated data (`data/prices.toml`, `data/energy.toml`), and 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache
 from statistics import median
 from typing import TYPE_CHECKING
 
-from estimator.catalogue import read_data
-from estimator.config import ConfigError, choose, positive_int
+from estimator.catalogue import number, read_data
+from estimator.config import choose, positive_int
 from estimator.hardware import Accelerator, accelerator
 
 if TYPE_CHECKING:
@@ -166,17 +167,15 @@ def cost(
             the figure is None and `missing` says why.
     """
     a = accelerator(name)
-    seconds = _number("seconds", seconds, least=0)
+    seconds = number("seconds", seconds)
     count = positive_int("count", count)
     hours = count * seconds / SECONDS_PER_HOUR
     missing, assumptions, factors = [], [], {}
-    bounds = {"utilisation": (0, 1), "server": (1, None), "pue": (1, None), "grid": (0, None)}
+    bounds = {"utilisation": (0, 1), "server": (1, math.inf), "pue": (1, math.inf), "grid": (0, math.inf)}
     given = {"utilisation": utilisation, "server": server, "pue": pue, "grid": grid}
     for field, (least, most) in bounds.items():
         factors[field], said = _factor(field, given[field], least, most)
         assumptions.append(said)
-    if factors["utilisation"] == 0:
-        raise ConfigError(f"utilisation = {utilisation!r}: must be above 0")
 
     asked, used = _asked(a, price)
     dollars = None
@@ -221,11 +220,11 @@ def _asked(a: Accelerator, price: float | str | None) -> tuple[Range | None, tup
     """Dollars per accelerator-hour, and the prices on file behind it."""
     if price is None or isinstance(price, str):
         return price_range(a, price or "on-demand") or (None, ())
-    own = _number("price", price, least=0)
+    own = number("price", price)
     return Range(own, own, own), ()
 
 
-def _factor(field: str, given: float | str | None, least: float, most: float | None) -> tuple[float, str]:
+def _factor(field: str, given: float | str | None, least: float, most: float) -> tuple[float, str]:
     """The value of a factor, and a sentence that says where it comes from."""
     table = read_data("energy")[field]
     if given is None or isinstance(given, str):
@@ -234,14 +233,5 @@ def _factor(field: str, given: float | str | None, least: float, most: float | N
         entry = table[name]
         doubt = "" if entry["verified"] else ", unverified"
         return entry["value"], f"{field} = {entry['value']:g} ({name}, {entry['date']}{doubt}: {entry['source']})"
-    value = _number(field, given, least, most)
+    value = number(field, given, least, most, above=field == "utilisation")
     return value, f"{field} = {value:g} (given)"
-
-
-def _number(field: str, value: object, least: float, most: float | None = None) -> float:
-    top = float("inf") if most is None else most
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not least <= value <= top or value == float("inf"):  # type: ignore[operator]  # a number by now
-        limits = f"of at least {least:g}" if most is None else f"from {least:g} to {most:g}"
-        raise ConfigError(f"{field} = {value!r}: must be a finite number {limits}")
-    return float(value)  # type: ignore[arg-type]  # as above

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from estimator.catalogue import read_data, squash, unknown
+from estimator.catalogue import number, read_data, squash, unknown
 from estimator.config import ConfigError, choose, positive_int
 
 DTYPES = ("fp64", "fp32", "tf32", "fp16", "bf16", "fp8", "int8", "fp4")
@@ -113,15 +113,15 @@ class Accelerator:
         for name in ("memory_driver_bytes", "memory_marketed_bytes", "sm_count", "l2_bytes", "scale_up_size"):
             if getattr(self, name) is not None:
                 positive_int(name, getattr(self, name))
-        _positive("memory_bandwidth", self.memory_bandwidth)
+        number("memory_bandwidth", self.memory_bandwidth, above=True)
         for name in ("boost_clock", "power", "scale_up_bandwidth", "pcie_bandwidth", "inter_node_bandwidth"):
             if getattr(self, name) is not None:
-                _positive(name, getattr(self, name))
+                number(name, getattr(self, name), above=True)
         if not self.peaks:
             raise ConfigError("peaks = (): must have the peak of at least one dtype, in FLOP/s")
         for dtype, flops in (*self.peaks, *self.measured_peaks):
             choose("dtype of a peak", dtype, DTYPES)
-            _positive(f"peak.{dtype}", flops)
+            number(f"peak.{dtype}", flops, above=True)
         for field in self.unverified:
             self._known(field)
 
@@ -263,13 +263,8 @@ def cluster(
         if needed and link is None:
             raise ConfigError(f"{field} = None: no figure is known for {a.id}; give the bytes/s of one accelerator")
         if link is not None:
-            _positive(field, link)
+            number(field, link, above=True)
     return Cluster(a, nodes, per_node, within if per_node > 1 else None, between if nodes > 1 else None)
-
-
-def _positive(field: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-        raise ConfigError(f"{field} = {value!r}: must be a finite number above 0")
 
 
 def _words(name: str) -> list[str]:

@@ -127,7 +127,7 @@ def from_hf(source: str | Path | bytes | Mapping[str, Any]) -> ModelConfig:
 
 def _model(raw: Mapping[str, Any]) -> ModelConfig:
     nested = raw.get("text_config")
-    if isinstance(nested, Mapping) and raw.get("model_type") not in DEFAULTS:
+    if isinstance(nested, Mapping) and raw.get("model_type") not in tuple(DEFAULTS):
         # The outer class ties the head, by its own setting; inside, that key is what the text part was exported with.
         outer = {key: raw[key] for key in ("tie_word_embeddings",) if key in raw}
         raw = {**nested, **outer}
