@@ -29,6 +29,16 @@ from trainer.checkpoint import (
 )
 from trainer.model import build_model
 
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tensors of some bytes are handed to a second thread in vain, and slowly on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 CONFIGS = {
     "gpt2": ModelConfig("gpt2", num_layers=1, d_model=8, num_heads=2, vocab_size=11, context_length=6),
     "llama": ModelConfig("llama", num_layers=1, d_model=8, num_heads=2, vocab_size=11, context_length=6, d_ff=12),
