@@ -34,8 +34,8 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean of -log softmax(logits)[target] over all leading dimensions.
 
     The logits are saved for backward, not copied, and the gradient is made in one tensor of their size. The forward
-    pass needs a scratch of at most `CPU_TILE` elements on CPU, of the size of the logits on other devices, where few launches
-    matter more, and where it is gone before the gradient takes its place.
+    pass needs a scratch: on CPU of at most `CPU_TILE` elements, elsewhere, where few launches matter more, as large as
+    the logits, but gone before the gradient takes its place. Half precision needs a float32 scratch in backward too.
 
     Args:
         logits: (..., V), a floating dtype; bfloat16 and float16 are worked on in float32.
@@ -105,7 +105,7 @@ class _CrossEntropy(torch.autograd.Function):
         grad_NV = grad.view(-1, V)
         scale = grad_loss / len(x_NV)
         half = logits.dtype in HALF
-        scratch = lse_N.new_empty(_tile_elements(x_NV)) if half else grad_NV
+        scratch = lse_N.new_empty(_tile_elements(x_NV) if half else 0)
         for rows, columns in _tiles(x_NV):
             tile, lse, out = x_NV[rows, columns], lse_N[rows, None], grad_NV[rows, columns]
             if half:
@@ -121,7 +121,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _tile_elements(x_NV: Tensor) -> int:
-    return min(CPU_TILE, x_NV.numel()) if x_NV.device.type == "cpu" else x_NV.numel()
+    return min(CPU_TILE, x_NV.numel()) if x_NV.is_cpu else x_NV.numel()
 
 
 def _tiles(x_NV: Tensor) -> Iterator[tuple[slice, slice]]:

@@ -1,42 +1,48 @@
 """SGD and AdamW that update in place and hold, beside their state, one scratch of a fixed size.
 
-Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization", algorithm 2, with the bias corrections of Kingma
-and Ba 2015 written as torch.optim.AdamW writes them.
+AdamW is Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization", algorithm 2, with torch.optim.AdamW's
+order: the weights shrink first, and eps joins the root after the bias correction.
 """
 
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
 
+from estimator.config import ConfigError
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
-# AdamW is seven passes over four tensors. On CPU a slice of each stays in the cache from the first pass to the last;
-# on CUDA a launch costs more than a miss, so slices are large there and only bound the scratch.
-CPU_SLICE = 2**18  # elements: 1 MiB a tensor in fp32
-CUDA_SLICE = 2**26  # elements: 256 MiB in fp32
+# AdamW is seven passes over four tensors and a scratch. On CPU a slice of each stays in the cache from the first pass
+# to the last; the size is where the caches still hold it and the starting of the ops no longer shows
+# (benchmarks/bench_optim.py). On CUDA a launch costs more than a miss: slices are large and only bound the scratch.
+CPU_SLICE = 2**18  # elements, 1 MiB in fp32
+CUDA_SLICE = 2**26  # elements, 256 MiB in fp32
 
 
-class _InPlace(torch.optim.Optimizer):
-    """What both optimizers share: validated groups, the closure, the walk over the parameters that have a gradient."""
+class InPlace(torch.optim.Optimizer):
+    """What both optimizers share: validated groups, closures, the walk over the parameters that have a gradient."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch.optim.Optimizer's, after the group's hyper-parameters have been validated.
+        """As torch.optim.Optimizer's, but validates the group's hyper-parameters first.
 
         Raises:
-            ValueError: a hyper-parameter is out of its range.
+            ConfigError: a hyper-parameter is out of its range.
         """
-        self._validate({**self.defaults, **param_group})
+        self.validate({**self.defaults, **param_group})
         super().add_param_group(param_group)
 
-    def _validate(self, group: dict[str, Any]) -> None:
-        _in_range("lr", group["lr"], 0.0, math.inf)
+    def validate(self, group: dict[str, Any]) -> None:
+        """Raise ConfigError if a hyper-parameter of `group` is out of its range."""
+        in_range("lr", group["lr"], 0, math.inf)
 
-    def _update(self, group: dict[str, Any], parameter: Tensor, gradient: Tensor) -> None:
+    def update(self, group: dict[str, Any], p: Tensor, g: Tensor, scratch: Scratch) -> None:
+        """Move the parameter `p`, whose gradient is `g`, in place."""
         raise NotImplementedError
 
     @overload
@@ -48,62 +54,67 @@ class _InPlace(torch.optim.Optimizer):
         """Update every parameter that has a gradient, in place.
 
         Args:
-            closure: evaluates the model again and returns the loss; runs with gradients enabled.
+            closure: evaluates the model again and returns the loss; it runs with gradients enabled.
 
         Returns:
             What the closure returned, None without one.
 
         Raises:
-            ValueError: a gradient is sparse.
+            ConfigError: a gradient is sparse.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        scratch = Scratch(self.param_groups)
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
+            for p in group["params"]:
+                if p.grad is None:
                     continue
-                if parameter.grad.layout != torch.strided:
-                    raise ValueError(
-                        f"gradient layout = {parameter.grad.layout}: {type(self).__name__} needs dense ones"
-                    )
-                self._update(group, parameter, parameter.grad)
-        self._end_step()
+                if p.grad.layout != torch.strided:
+                    raise ConfigError(f"gradient layout = {p.grad.layout}: {type(self).__name__} takes torch.strided")
+                self.update(group, p, p.grad, scratch)
         return loss
 
-    def _end_step(self) -> None:
-        """Let go of what only this step needed."""
 
+class SGD(InPlace):
+    """Gradient descent whose step decays: p -= lr / sqrt(t + 1) * g, with t counted from 0 for each parameter.
 
-class SGD(_InPlace):
-    """Gradient descent whose step decays: p -= lr / sqrt(t + 1) * gradient, t counted from 0 for each parameter."""
+    Args:
+        params: parameters, or dictionaries of parameters with a learning rate of their own.
+        lr: the learning rate, at least 0.
+
+    Raises:
+        ConfigError: lr is out of its range.
+    """
 
     def __init__(self, params: Iterable[Any], lr: float = 1e-3) -> None:
         super().__init__(params, {"lr": lr})
 
-    def _update(self, group: dict[str, Any], parameter: Tensor, gradient: Tensor) -> None:
-        state = self.state[parameter]
-        t = state.get("step", 0)
-        parameter.add_(gradient, alpha=-group["lr"] / math.sqrt(t + 1))
-        state["step"] = t + 1
+    def update(self, group: dict[str, Any], p: Tensor, g: Tensor, scratch: Scratch) -> None:  # noqa: ARG002  # one pass needs no scratch
+        """One fused multiply-add a parameter."""
+        t = self.state[p].get("step", 0)
+        p.add_(g, alpha=-group["lr"] / math.sqrt(t + 1))
+        self.state[p]["step"] = t + 1
 
 
-class AdamW(_InPlace):
-    """Adam with decoupled weight decay. State a parameter: exp_avg and exp_avg_sq of its shape, step as a plain int.
+class AdamW(InPlace):
+    """Adam with decoupled weight decay. State: exp_avg and exp_avg_sq of the parameter's shape, step as a plain int.
 
-    Contiguous parameters go slice by slice through one scratch; others, whose slices are no views, go whole, through a
-    scratch of their own size.
+    Contiguous parameters go slice by slice through one scratch. Others have no flat view to slice: they go whole,
+    through a scratch of their own size.
 
     Args:
-        params: parameters, or dictionaries of parameters with their own hyper-parameters.
+        params: parameters, or dictionaries of parameters with hyper-parameters of their own.
         lr: the learning rate, at least 0.
-        betas: decay of the first and of the second moment, each in [0, 1).
+        betas: how much of the first and of the second moment a step keeps, each in [0, 1).
         eps: added to the root of the second moment, at least 0.
-        weight_decay: at least 0; the parameter shrinks by lr * weight_decay before the update.
+        weight_decay: at least 0; a weight shrinks by lr * weight_decay of itself before it moves.
+        compiled: on CPU, let torch.compile make one pass of the seven for contiguous parameters larger than a slice.
+            Needs a C++ compiler, and some ten seconds at the first step.
 
     Raises:
-        ValueError: a hyper-parameter is out of its range.
+        ConfigError: a hyper-parameter is out of its range.
     """
 
     def __init__(
@@ -113,56 +124,92 @@ class AdamW(_InPlace):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.01,
+        *,
+        compiled: bool = False,
     ) -> None:
-        self._scratch: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self.compiled = compiled
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
-    def _validate(self, group: dict[str, Any]) -> None:
-        super()._validate(group)
-        beta1, beta2 = group["betas"]
-        _in_range("betas[0]", beta1, 0.0, 1.0)
-        _in_range("betas[1]", beta2, 0.0, 1.0)
-        _in_range("eps", group["eps"], 0.0, math.inf)
-        _in_range("weight_decay", group["weight_decay"], 0.0, math.inf)
+    def validate(self, group: dict[str, Any]) -> None:
+        """Raise ConfigError if a hyper-parameter of `group` is out of its range."""
+        super().validate(group)
+        betas = group["betas"]
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+            raise ConfigError(f"betas = {betas!r}: must be a pair of numbers")
+        for i, beta in enumerate(betas):
+            in_range(f"betas[{i}]", beta, 0, 1)
+        in_range("eps", group["eps"], 0, math.inf)
+        in_range("weight_decay", group["weight_decay"], 0, math.inf)
 
-    def _update(self, group: dict[str, Any], parameter: Tensor, gradient: Tensor) -> None:
-        state = self.state[parameter]
+    def update(self, group: dict[str, Any], p: Tensor, g: Tensor, scratch: Scratch) -> None:
+        """Seven passes, slice by slice, or one compiled pass."""
+        state = self.state[p]
         if not state:
             state["step"] = 0
-            state["exp_avg"] = torch.zeros_like(parameter)
-            state["exp_avg_sq"] = torch.zeros_like(parameter)
+            state["exp_avg"] = torch.zeros_like(p)
+            state["exp_avg_sq"] = torch.zeros_like(p)
         state["step"] += 1
-        lr, (beta1, beta2) = group["lr"], group["betas"]
-        # p -= lr / c1 * m / (sqrt(v) / r + eps) with c1 = 1 - beta1^t, r = sqrt(1 - beta2^t): multiplied through by r,
+        (beta1, beta2), t = group["betas"], state["step"]
+        # p -= lr / c * m / (sqrt(v) / r + eps) with c = 1 - beta1^t and r = sqrt(1 - beta2^t). Multiplied through by r
         # the root needs no division of its own, which saves a pass.
-        root = math.sqrt(1 - beta2 ** state["step"])
-        rate = lr / (1 - beta1 ** state["step"]) * root
-        eps, shrink = group["eps"] * root, 1 - lr * group["weight_decay"]
-        for p, g, m, v, scratch in self._slices(parameter, gradient, state["exp_avg"], state["exp_avg_sq"]):
-            p.mul_(shrink)
-            m.lerp_(g, 1 - beta1)
-            v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-            torch.sqrt(v, out=scratch).add_(eps)
-            p.addcdiv_(m, scratch, value=-rate)
+        r = math.sqrt(1 - beta2**t)
+        shrink, rate, eps = 1 - group["lr"] * group["weight_decay"], group["lr"] / (1 - beta1**t) * r, group["eps"] * r
 
-    def _slices(self, *tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
-        parameter = tensors[0]
-        if not all(t.is_contiguous() for t in tensors):
-            return [(*tensors, torch.empty_like(parameter))]
-        key = parameter.device, parameter.dtype
-        if key not in self._scratch:
-            alike = (p.numel() for g in self.param_groups for p in g["params"] if (p.device, p.dtype) == key)
-            most = CPU_SLICE if parameter.device.type == "cpu" else CUDA_SLICE
-            self._scratch[key] = parameter.new_empty(min(most, max(alike)))
-        scratch = self._scratch[key]
-        size = len(scratch)
-        pieces = zip(*(torch.split(t.view(-1), size) for t in tensors), strict=True)
-        return ((*piece, scratch[: len(piece[0])]) for piece in pieces)
-
-    def _end_step(self) -> None:
-        self._scratch.clear()
+        tensors = [local(x) for x in (p, g, state["exp_avg"], state["exp_avg_sq"])]
+        flat = all(x.is_contiguous() for x in tensors)
+        if self.compiled and flat and tensors[0].device.type == "cpu" and tensors[0].numel() > CPU_SLICE:
+            # As a tensor they are inputs of the compiled code; as floats constants of it, compiled anew each step.
+            numbers = torch.tensor(
+                [shrink, 1 - beta1, 1 - beta2, rate, eps], dtype=torch.promote_types(p.dtype, torch.float32)
+            )
+            compiled_update()(*(x.view(-1) for x in tensors), numbers)
+            return
+        for p_, g_, m, v, s in scratch.slices(tensors) if flat else [(*tensors, torch.empty_like(tensors[0]))]:
+            p_.mul_(shrink)
+            m.lerp_(g_, 1 - beta1)
+            v.mul_(beta2).addcmul_(g_, g_, value=1 - beta2)
+            torch.sqrt(v, out=s).add_(eps)
+            p_.addcdiv_(m, s, value=-rate)
 
 
-def _in_range(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value < high:
-        raise ValueError(f"{name} = {value!r}: must be at least {low:g} and below {high:g}")
+class Scratch:
+    """A step's one buffer for each device and dtype: a slice long, or as the largest parameter where that is less."""
+
+    def __init__(self, groups: list[dict[str, Any]]) -> None:
+        self.parameters = [local(p) for group in groups for p in group["params"]]
+        self.buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def slices(self, tensors: list[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+        """Flat slices of contiguous `tensors` of one size, side by side, and as much of the scratch."""
+        device, dtype = tensors[0].device, tensors[0].dtype
+        if (device, dtype) not in self.buffers:
+            largest = max(p.numel() for p in self.parameters if (p.device, p.dtype) == (device, dtype))
+            size = min(CPU_SLICE if device.type == "cpu" else CUDA_SLICE, largest)
+            self.buffers[device, dtype] = torch.empty(size, device=device, dtype=dtype)
+        scratch = self.buffers[device, dtype]
+        for together in zip(*(torch.split(x.view(-1), len(scratch)) for x in tensors), strict=True):
+            yield (*together, scratch[: len(together[0])])
+
+
+@cache
+def compiled_update() -> Callable[..., None]:
+    """AdamW's update of one flat parameter as one loop, compiled when first called, and then for any length."""
+
+    def update(p: Tensor, g: Tensor, m: Tensor, v: Tensor, numbers: Tensor) -> None:
+        shrink, w1, w2, rate, eps = numbers.unbind()
+        m.copy_(m + w1 * (g - m))
+        v.copy_(v + w2 * (g * g - v))
+        p.copy_(p * shrink - rate * m / (v.sqrt() + eps))
+
+    return torch.compile(update, dynamic=True, fullgraph=True)
+
+
+def local(x: Tensor) -> Tensor:
+    """The part of a sharded tensor (DTensor, under FSDP2) that this process holds: the update is element by element."""
+    return x.to_local() if hasattr(x, "to_local") else x
+
+
+def in_range(name: str, value: object, low: float, high: float) -> None:
+    """Raise ConfigError unless `value` is a number in [low, high)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value < high:
+        raise ConfigError(f"{name} = {value!r}: must be a number in [{low:g}, {high:g})")
