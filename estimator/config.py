@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 FAMILIES = ("gpt2", "llama")
 PRECISIONS = ("fp32",)
 ATTENTIONS = ("naive", "sdpa")
+LOSSES = ("bundled", "torch")
 CHECKPOINTINGS = ("none", "block")
 OPTIMIZERS = ("adamw", "sgd")
 OPTIMIZER_IMPLS = ("auto", "loop", "foreach", "fused", "bundled")
@@ -158,6 +159,7 @@ class Plan:
         precision: "fp32".
         attention: "naive" (scores, mask, softmax and product as separate ops) or "sdpa"
             (`torch.nn.functional.scaled_dot_product_attention`, causal).
+        loss: "bundled" (the trainer's own cross entropy) or "torch" (`torch.nn.functional.cross_entropy`).
         checkpointing: "none", or "block": each block under `torch.utils.checkpoint`, non-reentrant.
         optimizer: "adamw" or "sgd" (plain, no momentum; bundled only).
         optimizer_impl: "loop" (for-loop over parameters), "foreach", "fused": torch.optim's; "bundled": the trainer's
@@ -173,6 +175,7 @@ class Plan:
     seq_len: int | None = None
     precision: str = "fp32"
     attention: str = "naive"
+    loss: str = "bundled"
     checkpointing: str = "none"
     optimizer: str = "adamw"
     optimizer_impl: str = "auto"
@@ -187,6 +190,7 @@ class Plan:
             put(self, "seq_len", positive_int("seq_len", self.seq_len))
         choose("precision", self.precision, PRECISIONS)
         choose("attention", self.attention, ATTENTIONS)
+        choose("loss", self.loss, LOSSES)
         choose("checkpointing", self.checkpointing, CHECKPOINTINGS)
         choose("optimizer", self.optimizer, OPTIMIZERS)
         choose("optimizer_impl", self.optimizer_impl, OPTIMIZER_IMPLS)

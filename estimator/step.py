@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from estimator.eager.autograd import backward, zero_grad
+from estimator.eager.autograd import backward
 from estimator.eager.ledger import Category, Phase
 from estimator.eager.losses import cross_entropy, torch_cross_entropy
 from estimator.eager.ops import div_number
-from estimator.eager.optimizers import OPTIMIZERS, clip_gradients
+from estimator.eager.optimizers import OPTIMIZERS, clip_gradients, zero_grad
 from estimator.eager.tensor import INT64, Machine, Tensor
 from estimator.models import FAMILIES
 
@@ -43,7 +43,8 @@ def run_step(recipe: Recipe, shapes: ShapeClass, device: str, num_layers: int) -
             backward(loss)
         loss.drop()
 
-    for _ in range(recipe.micro_batches):
+    for turn in range(recipe.micro_batches):
+        ledger.micro_batch = turn
         micro_batch()
     ledger.phase = Phase.OPTIMIZER
     if recipe.clips:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -41,6 +42,7 @@ class Step:
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, inputs: tuple[Tensor, Tensor], p: Plan) -> None:
         self.model, self.optimizer, self.inputs, self.plan = model, optimizer, inputs, p
+        self.loss = {"bundled": cross_entropy, "torch": torch_cross_entropy}[p.loss]
 
     def __call__(self) -> None:
         for _ in range(self.plan.grad_accumulation):
@@ -53,7 +55,7 @@ class Step:
     def forward(self) -> Tensor:
         """The loss of one micro-batch, divided by their number."""
         ids, targets = self.inputs
-        loss = cross_entropy(self.model(ids), targets)
+        loss = self.loss(self.model(ids), targets)
         if self.plan.grad_accumulation == 1:
             return loss
         return loss / self.plan.grad_accumulation
@@ -65,6 +67,11 @@ class Step:
     def state(self) -> Iterable[Tensor]:
         """The optimizer's state tensors."""
         return (t for s in self.optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor))
+
+
+def torch_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """PyTorch's own, to compare with. Shapes: (B, T, V), (B, T) -> ()."""
+    return F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.view(-1))
 
 
 def build_optimizer(parameters: Iterable[Tensor], p: Plan, device: str) -> torch.optim.Optimizer:

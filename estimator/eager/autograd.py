@@ -254,11 +254,3 @@ def sum_to(x: Tensor, shape: Shape) -> Tensor:
     total = machine.empty(kept, x.dtype)
     machine.kernel("sum", (x,), (total,))
     return total.view(shape, total.stride[leading:]) if leading else total
-
-
-def zero_grad(parameters: Sequence[Tensor]) -> None:
-    """`optimizer.zero_grad(set_to_none=True)`."""
-    for p in parameters:
-        if p.grad is not None:
-            p.grad.drop()
-            p.grad = None

@@ -132,7 +132,7 @@ def save_for_backward(t: Tensor) -> Tensor:
     storage, ledger = t.storage, t.machine.ledger
     if _as_activation(t).storage.category is Category.ACTIVATION and not storage.hooked:
         storage.hooked = True
-        if ledger.phase is Phase.FORWARD:
+        if ledger.phase is Phase.FORWARD and ledger.micro_batch == 0:
             ledger.saved.append(storage)
     return t
 

@@ -36,9 +36,13 @@ class Category(StrEnum):
 
 @dataclass(eq=False, slots=True)
 class Storage:
-    """One allocation. `owners` counts the tensors that share it; `hooked` says that saved_tensors_hooks sees it saved."""
+    """One allocation, of elements of `itemsize` bytes.
+
+    `owners` counts the tensors that share it; `hooked` says that saved_tensors_hooks sees it saved.
+    """
 
     nbytes: Size
+    itemsize: int
     category: Category
     where: Where
     owners: int = 0
@@ -72,7 +76,7 @@ class Gemm(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """One launch: its matrix FLOPs (2 a multiply-add), other arithmetic, bytes read plus written, and its shape."""
+    """One launch: its matrix FLOPs (2 a multiply-add), other arithmetic, bytes read plus written, its shape, its turn."""
 
     name: str
     where: Where
@@ -81,6 +85,7 @@ class Kernel(NamedTuple):
     nbytes: Size
     gemm: Gemm | None
     recompute: bool
+    micro_batch: int
 
 
 @dataclass(slots=True)
@@ -90,6 +95,7 @@ class Ledger:
     events: list[Event] = field(default_factory=list)
     kernels: list[Kernel] = field(default_factory=list)
     saved: list[Storage] = field(default_factory=list)
+    micro_batch: int = 0
     phase: Phase = Phase.SETUP
     module: str = ""
     block: int | None = None
@@ -101,9 +107,10 @@ class Ledger:
         """The place that the next event will carry."""
         return Where(self.phase, self.module, self.block, self.op)
 
-    def allocate(self, nbytes: Size, category: Category) -> Storage:
-        """A new storage of `nbytes`."""
-        storage = Storage(nbytes, category, self.here)
+    def allocate(self, elements: Size, itemsize: int, category: Category) -> Storage:
+        """A new storage of so many elements."""
+        nbytes = itemsize * elements
+        storage = Storage(nbytes, itemsize, category, self.here)
         if nbytes != ZERO:
             self.events.append(Event(1, storage, storage.where))
         return storage

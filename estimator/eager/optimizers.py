@@ -29,6 +29,15 @@ def in_place(name: str, x: Tensor, *reads: Tensor, arithmetic: int) -> None:
     x.machine.kernel(name, (x, *reads), (x,), arithmetic=arithmetic * x.numel)
 
 
+def zero_grad(parameters: Sequence[Tensor]) -> None:
+    """`optimizer.zero_grad()`: gradients become None."""
+    for p in parameters:
+        if p.grad is not None:
+            with at_parameter(p, "zero_grad"):
+                p.grad.drop()
+            p.grad = None
+
+
 class Optimizer:
     """Parameters and their state, which exists before the steady step that is accounted."""
 
@@ -112,8 +121,9 @@ class ForeachAdamW(Optimizer):
                 in_place_with_number("div_", root)
                 in_place_with_number("add_", root)
                 in_place("addcdiv_", p, m, root, arithmetic=3)
-        for root in roots:
-            root.drop()
+        for p, root in zip(self.parameters, roots, strict=True):
+            with at_parameter(p, "AdamW foreach"):
+                root.drop()
 
 
 class FusedAdamW(Optimizer):
@@ -196,8 +206,9 @@ def clip_gradients(parameters: Sequence[Tensor]) -> None:
             assert p.grad is not None
             with at_parameter(p, "mul_"):
                 in_place("mul_", p.grad, v.factor, arithmetic=1)
-        for norm in norms:
-            norm.drop()
+        for p, norm in zip(parameters, norms, strict=True):
+            with at_parameter(p, "gradient_clipping"):
+                norm.drop()
 
 
 def _number_of(parameters: Sequence[Tensor]) -> Size:

@@ -7,10 +7,13 @@ in a model whose heads share its width, g k = h with grouped queries).
 
 from __future__ import annotations
 
+import os
+import sys
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from sympy import QQ
 from sympy.polys.rings import ring
 
@@ -69,13 +72,17 @@ class ShapeClass:
     grouped: bool
 
     @classmethod
-    def of(cls, m: ModelConfig, batch_size: int, seq_len: int) -> ShapeClass:
-        """The class of a model run at B = `batch_size`, T = `seq_len`."""
-        sizes = sizes_of(m, batch_size, seq_len)
-        narrow = m.family == "llama" and m.e == 2
+    def at(cls, family: str, sizes: Mapping[str, int]) -> ShapeClass:
+        """The class of the models of a family that have these sizes."""
+        narrow = family == "llama" and sizes["e"] == 2
         ones = frozenset(name for name in "BTdhkefVC" if sizes[name] == 1)
-        degenerate = m.family == "llama" and (narrow or "h" in ones)  # then the relation would tie numbers to letters
-        return cls(ones, narrow, m.width_of_heads == m.d_model and not degenerate, m.kv_heads != m.num_heads)
+        degenerate = family == "llama" and (narrow or "h" in ones)  # then the relation would tie numbers to letters
+        return cls(ones, narrow, sizes["h"] * sizes["e"] == sizes["d"] and not degenerate, sizes["k"] != sizes["h"])
+
+    @classmethod
+    def general(cls, sizes: Mapping[str, int]) -> ShapeClass:
+        """The same with no size of 1 or 2: the class whose formulas keep every letter."""
+        return cls(frozenset(), False, sizes["h"] * sizes["e"] == sizes["d"], sizes["k"] != sizes["h"])  # noqa: FBT003 - the fields' order
 
     @cached_property
     def letters(self) -> dict[str, Size]:
@@ -132,30 +139,48 @@ LOSS_TILE = 2**19
 ADAMW_SLICE = {"cpu": 2**18, "cuda": 2**26}
 
 
-def sizes_of(m: ModelConfig, batch_size: int, seq_len: int, device: str = "cpu", threads: int = 1) -> dict[str, int]:
-    """The number behind each letter of the legend.
+def cpu_threads() -> int:
+    """How many threads PyTorch works with: its own answer if it is loaded in this process, else the cores we may use."""
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        return int(torch.get_num_threads())
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-    The tile of the CPU's flash attention, `s` x `w`, is aten/src/ATen/native/cpu/FlashAttentionKernel.cpp's: 256, 64 or
-    32 query rows from 768, from 192 and below, 512 key rows, never more than there are.
-    """
-    largest = max(m.vocab_size * m.d_model, m.context_length * m.d_model * (m.family == "gpt2"), m.f * m.d_model)
-    largest = max(largest, m.d_model * m.width_of_heads * (3 if m.family == "gpt2" else 1))
-    rows = 256 if seq_len >= 768 else 64 if seq_len >= 192 else 32
-    return {
+
+def sizes_of(
+    m: ModelConfig, batch_size: int, seq_len: int, device: str = "cpu", threads: int | None = None
+) -> dict[str, int]:
+    """The number behind each letter of the legend for a model; `threads` None means `cpu_threads()`."""
+    given = {
         "B": batch_size,
         "T": seq_len,
         "L": m.num_layers,
         "d": m.d_model,
         "h": m.num_heads,
         "k": m.kv_heads,
-        "g": m.num_heads // m.kv_heads,
         "e": m.e,
         "f": m.f,
         "V": m.vocab_size,
         "C": m.context_length,
-        "n": threads,
-        "s": min(rows, seq_len),
-        "w": min(512, seq_len),
-        "c": min(LOSS_TILE, batch_size * seq_len * m.vocab_size),
-        "z": min(ADAMW_SLICE[device], largest),
+        "n": cpu_threads() if threads is None else threads,
+    }
+    return given | {name: int(x) for name, x in derived_letters(m.family, given, device).items()}
+
+
+def derived_letters(family: str, given: Mapping[str, Any], device: str) -> dict[str, Any]:
+    """The letters that follow from the others, numbers or numpy arrays.
+
+    The tile of the CPU's flash attention, `s` x `w`, is aten/src/ATen/native/cpu/FlashAttentionKernel.cpp's: 256, 64 or
+    32 query rows from 768, from 192 and below, 512 key rows, never more than there are.
+    """
+    T, d = given["T"], given["d"]
+    largest = np.maximum(np.maximum(given["V"], given["f"]) * d, d * given["h"] * given["e"])
+    if family == "gpt2":
+        largest = np.maximum(largest, np.maximum(given["C"], 3 * d) * d)
+    return {
+        "g": given["h"] // given["k"],
+        "s": np.minimum(np.where(T >= 768, 256, np.where(T >= 192, 64, 32)), T),
+        "w": np.minimum(512, T),
+        "c": np.minimum(LOSS_TILE, given["B"] * T * given["V"]),
+        "z": np.minimum(ADAMW_SLICE[device], largest),
     }

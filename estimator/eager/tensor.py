@@ -88,7 +88,7 @@ class Machine:
     ) -> Tensor:
         """A new tensor with a storage of its own, floating."""
         shape = tuple(shape)
-        storage = self.ledger.allocate(dtype.itemsize * self.product(shape), category)
+        storage = self.ledger.allocate(self.product(shape), dtype.itemsize, category)
         return Tensor(self, storage, shape, stride or self.contiguous(shape), dtype)
 
     def kernel(
@@ -106,7 +106,8 @@ class Machine:
         for t in (*reads, *writes):
             nbytes = nbytes + t.dtype.itemsize * t.numel
         flops = ZERO if gemm is None else 2 * self.product((gemm.b, gemm.m, gemm.n, gemm.k))
-        ledger.kernels.append(Kernel(name, ledger.here, flops, arithmetic, nbytes, gemm, ledger.recompute))
+        here, recompute, turn = ledger.here, ledger.recompute, ledger.micro_batch
+        ledger.kernels.append(Kernel(name, here, flops, arithmetic, nbytes, gemm, recompute, turn))
 
     @contextmanager
     def no_grad(self) -> Iterator[None]:

@@ -1,0 +1,285 @@
+"""The account of a training step: every figure as a closed form in the legend's letters, read off one ledger."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any
+
+import sympy
+
+from estimator.config import choose
+from estimator.eager.ledger import Category, Phase
+from estimator.eager.sizes import LETTER, NAMES, ONE, ZERO, ShapeClass, Size, sizes_of
+from estimator.models.layers import Recipe
+from estimator.peak import Piece, peak_pieces
+from estimator.polynomials import Polynomials
+from estimator.symbols import SYMBOLS
+from estimator.trace import Trace, total, trace
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from numpy.typing import ArrayLike, NDArray
+
+    from estimator.config import ModelConfig, Plan
+    from estimator.eager.ledger import Where
+
+DEVICES = ("cpu", "cuda")
+COMPONENTS = ("embedding", "attention", "feed-forward", "norms", "residual", "head", "loss")
+GEOMETRY = ("B", "T", "L", "d", "h", "k", "e", "f", "V", "C")  # the letters that a user gives; the rest follow from them
+
+
+def component(module: str) -> str:
+    """The part of the model that a module path belongs to."""
+    parts = module.split(".")
+    if parts[-1].endswith("norm"):
+        return "norms"
+    if "attention" in parts:
+        return "attention"
+    if "ffn" in parts:
+        return "feed-forward"
+    return {"head": "head", "loss": "loss", "blocks": "residual"}.get(parts[0], "embedding")
+
+
+@dataclass(frozen=True, slots=True)
+class Forms:
+    """Sums over a step or a part of it, as polynomials (in an `Account`) or as integers (in `Values`).
+
+    Attributes:
+        parameters: number of parameters, shared ones once.
+        parameter_bytes, gradient_bytes, optimizer_bytes: bytes of each.
+        activation_bytes: bytes that autograd keeps from a micro-batch's forward for its backward; parameters, inputs
+            and buffers not counted, every storage once.
+        forward_flops, backward_flops: FLOPs of matrix products of a micro-batch (2 a multiply-add), those of
+            recomputation in backward.
+        recompute_flops: the part of backward_flops that repeats forward.
+        optimizer_flops: arithmetic of an optimizer step (an operation on an element is one FLOP), clipping included.
+    """
+
+    parameters: Any
+    parameter_bytes: Any
+    gradient_bytes: Any
+    optimizer_bytes: Any
+    activation_bytes: Any
+    forward_flops: Any
+    backward_flops: Any
+    recompute_flops: Any
+    optimizer_flops: Any
+
+
+FORMS = tuple(f.name for f in fields(Forms))
+
+
+@dataclass(frozen=True, slots=True)
+class Values(Forms):
+    """An account's figures for one model and plan, plain ints.
+
+    Attributes:
+        peak_bytes: the most bytes of live tensors at any moment of a steady step.
+        peak_categories: those bytes by what they are for; their sum is peak_bytes.
+        peak_where: phase, module and operator of the allocation at which they are alive.
+        modules: the figures above by part of the model; each sums to the whole.
+    """
+
+    peak_bytes: int
+    peak_categories: Mapping[str, int]
+    peak_where: Where
+    modules: Mapping[str, Forms]
+
+
+@lru_cache(maxsize=64)
+def _account(recipe: Recipe, shapes: ShapeClass, general: ShapeClass, device: str, layers: int) -> Account:
+    letter = LETTER["L"] if layers == 3 else layers * ONE
+    traced = trace(recipe, shapes, device, layers)
+    whole, parts = _forms(traced, letter)
+    if shapes != general or layers != 3:
+        common, common_parts = _forms(trace(recipe, general, device, 3), LETTER["L"])
+        to = {**shapes.letters, "L": letter}
+        whole = _restored(whole, common, shapes, to)
+        parts = {name: _restored(form, common_parts[name], shapes, to) for name, form in parts.items()}
+    return Account(recipe, shapes, device, traced, whole, parts, peak_pieces(traced, shapes, letter))
+
+
+def account(m: ModelConfig, p: Plan, device: str = "cuda") -> Account:
+    """The closed forms of a step of `m` run as `p`, by the rules of PyTorch on `device` ("cpu" or "cuda").
+
+    The result is free of sizes, save where PyTorch treats a size of 1 differently: the peak is that of the shape class
+    of `m` and `p` (see `Account.peak_bytes`).
+
+    Raises:
+        ConfigError: an unknown device, or a sequence longer than the model's positions.
+    """
+    choose("device", device, DEVICES)
+    recipe = Recipe(
+        family=m.family,
+        tie_embeddings=bool(m.tie_embeddings),
+        qkv_bias=bool(m.qkv_bias),
+        attention=p.attention,
+        loss=p.loss,
+        checkpointing=p.checkpointing,
+        optimizer=p.optimizer,
+        optimizer_impl=p.implementation(device),
+        clips=p.max_grad_norm is not None,
+        micro_batches=min(p.grad_accumulation, 2),  # the second adds to gradients that exist, and so do all after it
+    )
+    return account_at(recipe, sizes_of(m, p.batch_size, p.tokens(m), device, threads=1), device)
+
+
+def account_at(recipe: Recipe, sizes: Mapping[str, int], device: str) -> Account:
+    """The account of the shape class that `sizes` are in."""
+    shapes, general = ShapeClass.at(recipe.family, sizes), ShapeClass.general(sizes)
+    return _account(recipe, shapes, general, device, min(sizes["L"], 3))
+
+
+_RESIDENT = {
+    Category.PARAMETER: "parameter_bytes",
+    Category.GRADIENT: "gradient_bytes",
+    Category.OPTIMIZER: "optimizer_bytes",
+}
+
+
+def _forms(traced: Trace, layers: Size) -> tuple[Forms, dict[str, Forms]]:
+    """(the whole, by component): every sum is over the ledger's entries of a component."""
+    entries: dict[tuple[str, str], list[tuple[int | None, Size]]] = {}
+
+    def enter(form: str, where: Where, size: Size) -> None:
+        entries.setdefault((form, component(where.module)), []).append((where.block, size))
+
+    ledger = traced.ledger
+    for event in ledger.events:
+        storage = event.storage
+        if event.sign > 0 and storage.category in _RESIDENT:
+            enter(_RESIDENT[storage.category], storage.where, storage.nbytes)
+            if storage.category is Category.PARAMETER:
+                enter("parameters", storage.where, storage.nbytes / storage.itemsize)
+    for storage in ledger.saved:
+        enter("activation_bytes", storage.where, storage.nbytes)
+    for kernel in ledger.kernels:
+        if kernel.flops and kernel.micro_batch == 0:
+            enter(f"{kernel.where.phase}_flops", kernel.where, kernel.flops)
+            if kernel.recompute:
+                enter("recompute_flops", kernel.where, kernel.flops)
+    for kernel in ledger.kernels:
+        if kernel.where.phase is Phase.OPTIMIZER and kernel.arithmetic:
+            enter("optimizer_flops", kernel.where, kernel.arithmetic)
+    parts = {
+        name: Forms(**{form: total(traced, entries.get((form, name), []), layers) for form in FORMS}) for name in COMPONENTS
+    }
+    whole = Forms(**{form: sum((getattr(part, form) for part in parts.values()), ZERO) for form in FORMS})
+    return whole, parts
+
+
+def _restored(own: Forms, common: Forms, shapes: ShapeClass, to: Mapping[str, Size]) -> Forms:
+    """The general class's forms where they say the same: a batch of 1 is then still a B in the formula."""
+
+    def choice(form: str) -> Size:
+        general = getattr(common, form)
+        special = shapes.normal(general.compose([(LETTER[name], size) for name, size in to.items()]))
+        return general if special == getattr(own, form) else getattr(own, form)
+
+    return Forms(**{form: choice(form) for form in FORMS})
+
+
+def expression(polynomial: Size) -> sympy.Expr:
+    """A polynomial as a sympy expression in `estimator.symbols.SYMBOLS`."""
+    return polynomial.as_expr(*(SYMBOLS[name] for name in NAMES))
+
+
+@dataclass(frozen=True, eq=False)
+class Account:
+    """Closed forms of a step for one recipe; letters are `estimator.symbols.LEGEND`'s, bytes and FLOPs the units.
+
+    Attributes:
+        recipe: which statements the step executes.
+        shapes: the shape class whose peak this is.
+        device: whose rules.
+        traced: the ledger behind it.
+        forms: sums over the step, as polynomials.
+        modules: the same by part of the model.
+        pieces: the polynomials of the peak's maximum, each with its moment and its categories.
+    """
+
+    recipe: Recipe
+    shapes: ShapeClass
+    device: str
+    traced: Trace
+    forms: Forms
+    modules: Mapping[str, Forms]
+    pieces: tuple[Piece, ...]
+
+    def __getattr__(self, name: str) -> sympy.Expr:
+        """The form `name` (`FORMS`) as a sympy expression."""
+        if name not in FORMS:
+            raise AttributeError(f"Account has no {name!r}; its forms are {', '.join(FORMS)} and peak_bytes")
+        return expression(getattr(self.forms, name))
+
+    @cached_property
+    def peak_bytes(self) -> sympy.Expr:
+        """The peak of live bytes: a Max of the undominated polynomials, exact in the shape class `shapes`.
+
+        A letter that is 1 in that class (`shapes.ones`) does not occur; `evaluate` and `lambdify` pick the class by
+        themselves.
+        """
+        return sympy.Max(*(expression(p.live) for p in self.pieces), evaluate=False)
+
+    def by_module(self, form: str) -> dict[str, sympy.Expr]:
+        """The form `form` by part of the model; the parts add up to the whole."""
+        choose("form", form, FORMS)
+        return {name: expression(getattr(part, form)) for name, part in self.modules.items()}
+
+    def latex(self, form: str = "peak_bytes") -> str:
+        """LaTeX of a form."""
+        choose("form", form, (*FORMS, "peak_bytes"))
+        return str(sympy.latex(getattr(self, form)))
+
+    def for_sizes(self, m: ModelConfig, p: Plan) -> Account:
+        """This account, or the one of the shape class that `m` and `p` are in."""
+        return account(m, p, self.device)
+
+    def evaluate(self, m: ModelConfig, p: Plan, threads: int | None = None) -> Values:
+        """The figures for `m` and `p`; `threads` are PyTorch's CPU threads, all cores by default.
+
+        Raises:
+            ConfigError: `m` and `p` take another recipe than this account's.
+        """
+        return self.for_sizes(m, p).values(sizes_of(m, p.batch_size, p.tokens(m), self.device, threads))
+
+    def values(self, sizes: Mapping[str, int]) -> Values:
+        """The figures at `sizes`, which must be in this account's shape class."""
+        point = self.compiled.at(sizes)
+        live = [self.compiled.value(("live", i), point) for i in range(len(self.pieces))]
+        ruling = max(range(len(live)), key=live.__getitem__)
+        piece = self.pieces[ruling]
+        value = self.compiled.value
+        return Values(
+            **{form: value((form,), point) for form in FORMS},
+            peak_bytes=live[ruling],
+            peak_categories={c.value: value((c, ruling), point) if c in piece.categories else 0 for c in Category},
+            peak_where=self.traced.named(piece.where, sizes["L"]),
+            modules={
+                name: Forms(**{form: value((form, name), point) for form in FORMS}) for name in self.modules
+            },
+        )
+
+    def lambdify(self) -> Callable[..., NDArray[np.int64]]:
+        """A vectorised function `peak(B=..., T=..., ...)` of numbers or numpy arrays that broadcast: peak bytes.
+
+        Takes the letters of `GEOMETRY` as keywords and `n`, CPU threads. B and T must be given; any other that is left
+        out is derived as in `ModelConfig` (k = h, e = d / h, f = 4 d, C = T) or, if it cannot be, asked for by name.
+        Each point is computed in its own shape class, exactly, up to 2^53 bytes.
+        """
+        from estimator.vectorised import VectorisedPeak  # noqa: PLC0415 - which needs accounts itself
+
+        return VectorisedPeak(self.recipe, self.device)
+
+    @cached_property
+    def compiled(self) -> Polynomials:
+        """All polynomials, ready to evaluate."""
+        rows: dict[tuple[Any, ...], Size] = {(form,): getattr(self.forms, form) for form in FORMS}
+        rows |= {(form, name): getattr(part, form) for name, part in self.modules.items() for form in FORMS}
+        rows |= {("live", i): piece.live for i, piece in enumerate(self.pieces)}
+        rows |= {(c, i): size for i, piece in enumerate(self.pieces) for c, size in piece.categories.items()}
+        return Polynomials(rows)
+

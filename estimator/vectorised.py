@@ -1,0 +1,79 @@
+"""The peak at a million points at once: sweeps, plots and searches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from estimator.account import GEOMETRY, account_at
+from estimator.config import ConfigError, choose
+from estimator.eager.sizes import cpu_threads, derived_letters
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
+
+    from estimator.models.layers import Recipe
+
+
+@dataclass(frozen=True)
+class VectorisedPeak:
+    """What `Account.lambdify` returns: peak bytes of one recipe as a function of the legend's letters."""
+
+    recipe: Recipe
+    device: str
+
+    def __call__(self, **letters: ArrayLike) -> NDArray[np.int64]:
+        """Peak bytes at each point; the letters are positive integers or arrays of them, and broadcast.
+
+        Raises:
+            ConfigError: a letter is unknown, missing or below 1.
+        """
+        sizes = self._complete(letters)
+        shape = np.broadcast_shapes(*(x.shape for x in sizes.values()))
+        fixed = {name: int(x.flat[0]) for name, x in sizes.items() if x.size == 1}
+        varying = {name: np.broadcast_to(x, shape).ravel() for name, x in sizes.items() if x.size > 1}
+        codes = self._codes({**fixed, **varying})
+        out = np.empty(int(np.prod(shape)), dtype=np.int64)
+        for code in np.unique(codes):
+            here = np.flatnonzero(codes == code) if codes.size > 1 else slice(None)
+            points = {name: x[here] for name, x in varying.items()}
+            first = {name: int(x[0]) for name, x in points.items()}
+            account = account_at(self.recipe, {**fixed, **first}, self.device)
+            keys = [("live", i) for i in range(len(account.pieces))]
+            used = account.compiled.letters(keys)
+            arrays = {name: x.astype(np.float64) for name, x in points.items() if name in used}
+            out[here] = account.compiled.greatest(keys, {**fixed, **arrays})
+        return out.reshape(shape)
+
+    def _complete(self, letters: dict[str, ArrayLike]) -> dict[str, NDArray[np.int64]]:
+        for name in letters:
+            choose("letter", name, (*GEOMETRY, "n"))
+        given = {name: np.asarray(x, dtype=np.int64) for name, x in letters.items()}
+        for name, x in given.items():
+            if x.size and x.min() < 1:
+                raise ConfigError(f"{name} = {x.min()}: must be an integer of at least 1")
+        if "T" in given:
+            given.setdefault("C", given["T"])
+        if "h" in given:
+            given.setdefault("k", given["h"])
+        if "d" in given and "h" in given:
+            given.setdefault("e", given["d"] // given["h"])
+        if "d" in given and self.recipe.family == "gpt2":
+            given.setdefault("f", 4 * given["d"])
+        given.setdefault("n", np.asarray(cpu_threads()))
+        for name in GEOMETRY:
+            if name not in given:
+                raise ConfigError(f"{name} is missing: give each of {', '.join(GEOMETRY)} that the others do not imply")
+        return given | derived_letters(self.recipe.family, given, self.device)
+
+    def _codes(self, sizes: dict[str, Any]) -> NDArray[np.int64]:
+        """A number for each point that tells its shape class (`ShapeClass.at`) and its layers from all others."""
+        facts = [sizes[name] == 1 for name in "BTdhkefVCL"]
+        facts += [sizes["e"] == 2, sizes["L"] == 2, sizes["k"] == sizes["h"], sizes["h"] * sizes["e"] == sizes["d"]]
+        code: Any = np.zeros(1, dtype=np.int64)
+        for bit, fact in enumerate(facts):
+            if np.any(fact):
+                code = code | (np.asarray(fact, dtype=np.int64) << bit)
+        return np.atleast_1d(np.asarray(code))
