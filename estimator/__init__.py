@@ -1,0 +1,63 @@
+"""Bytes, FLOPs, hours, dollars and kilowatt-hours of training a Transformer, derived symbolically.
+
+    import estimator as est
+    m = est.preset("gpt2-xl")
+    p = est.Plan(batch_size=4, attention="sdpa")
+    r = est.estimate(m, p, "a100-80gb-sxm", mfu=0.5, steps=400_000, global_batch_size=1024)
+    r.memory.peak, r.fits, r.time.hours
+    est.account(m, p).peak_bytes          # the formula behind it
+
+Names are loaded when they are first used, so that importing this package takes no time.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from estimator.config import ConfigError, ModelConfig, Plan
+
+if TYPE_CHECKING:
+    from estimator.accounts import Account, account
+    from estimator.costs import cost
+    from estimator.estimates import Estimate, estimate, max_batch_size
+    from estimator.hardware import Accelerator, accelerator, accelerators
+    from estimator.planning import compute_optimal, tokens_for
+    from estimator.presets import from_hf, preset, presets
+    from estimator.assignment import textbook
+
+_HOME = {
+    "Account": "accounts",
+    "account": "accounts",
+    "cost": "costs",
+    "Estimate": "estimates",
+    "estimate": "estimates",
+    "max_batch_size": "estimates",
+    "Accelerator": "hardware",
+    "accelerator": "hardware",
+    "accelerators": "hardware",
+    "compute_optimal": "planning",
+    "tokens_for": "planning",
+    "from_hf": "presets",
+    "preset": "presets",
+    "presets": "presets",
+    "textbook": "assignment",
+}
+
+__all__ = [  # noqa: PLE0604 - the lazy names are strings of a dictionary
+    "ConfigError",
+    "ModelConfig",
+    "Plan",
+    *_HOME,
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'estimator' has no attribute {name!r}")
+    module = importlib.import_module(f"estimator.{_HOME[name]}")
+    # A sub-module may have the name of its function (estimator.accounts): the function wins.
+    for public, home in _HOME.items():
+        if home == _HOME[name]:
+            globals()[public] = getattr(module, public)
+    return globals()[name]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from estimator import hardware
 from estimator.catalogue import number, read_data
 from estimator.config import ConfigError, choose, positive_int
-from estimator.cost import SECONDS_PER_HOUR, Cost, cost
+from estimator.costs import SECONDS_PER_HOUR, Cost, cost
 from estimator.presets import presets, published_parameters
 
 if TYPE_CHECKING:

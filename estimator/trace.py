@@ -160,12 +160,9 @@ class Trace:
         return first, last
 
     @cached_property
-    def resident(self) -> Moment:
-        """What is alive before the step."""
-        counts = self.deltas[: self.step]
-        middle = self.middle[: self.step, None]
-        where = self.ledger.events[0].where
-        return Moment(where, np.where(middle, 0, counts).sum(0), np.where(middle, counts, 0).sum(0))
+    def moment_counts(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(moments, classes) twice: the constants and the slopes of all moments."""
+        return np.array([m.constant for m in self.moments]), np.array([m.slope for m in self.moments])
 
     def class_bytes(self, sizes: Mapping[str, int], granule: int = 1) -> NDArray[np.int64]:
         """Bytes of one storage of each class, rounded up to `granule`."""

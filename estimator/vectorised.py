@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from estimator.account import GEOMETRY, account_at
+from estimator.accounts import GEOMETRY, account_at
 from estimator.config import ConfigError, choose
 from estimator.eager.sizes import cpu_threads, derived_letters
 

@@ -90,7 +90,7 @@ class Kernel(NamedTuple):
 
 @dataclass(slots=True)
 class Ledger:
-    """Written by a run, read by `estimator.account`."""
+    """Written by a run, read by `estimator.accounts`."""
 
     events: list[Event] = field(default_factory=list)
     kernels: list[Kernel] = field(default_factory=list)

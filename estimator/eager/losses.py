@@ -49,11 +49,13 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 def torch_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """F.cross_entropy(logits.view(-1, V), targets.view(-1)): log_softmax, then nll_loss."""
     rows = logits.machine.product(logits.shape[:-1])
-    return _nll_loss(_log_softmax(view(logits, (rows, logits.shape[-1]))), view(targets, (rows,)))  # type: ignore[no-any-return]  # `op` keeps the signature of what it wraps
+    return _nll_loss(log_softmax(view(logits, (rows, logits.shape[-1]))), view(targets, (rows,)))  # type: ignore[no-any-return]  # `op` keeps the signature of what it wraps
 
 
 @op
-def _log_softmax(x: Tensor) -> Tensor:
+def log_softmax(x: Tensor) -> Tensor:
+    """torch.log_softmax(x, -1): saves its result."""
+
     def backward(c: Context, grad: Tensor) -> Gradients:
         return [elementwise("_log_softmax_backward_data", grad, c.saved[0])]
 

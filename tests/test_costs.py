@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from estimator.catalogue import read_data
 from estimator.config import ConfigError
-from estimator.cost import KINDS, checkpoint_storage, cost, price_range, prices
+from estimator.costs import KINDS, checkpoint_storage, cost, price_range, prices
 from estimator.hardware import Accelerator, accelerator, accelerators
 
 PRICED = [id_ for id_ in accelerators() if price_range(id_)]

@@ -1,0 +1,269 @@
+"""estimate(model, plan, accelerator): the account on one model and machine, with time."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from estimator.accounts import COMPONENTS, Account, Values, account
+from estimator.config import ConfigError, ModelConfig, Plan, choose, positive_int
+from estimator.eager.sizes import sizes_of
+from estimator.hardware import Accelerator, accelerator
+from estimator.memory import Memory, memory
+from estimator.presets import preset
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    import pandas as pd
+
+SECONDS_PER_HOUR = 3600
+SECONDS_PER_DAY = 86400
+
+
+@dataclass(frozen=True, slots=True)
+class Flops:
+    """FLOPs of one optimizer step of the whole job (matrix products, 2 a multiply-add; the optimizer's arithmetic).
+
+    Attributes:
+        forward, backward: of one micro-batch on one accelerator; backward includes what is recomputed.
+        recompute: the part of backward that repeats forward.
+        optimizer: of one optimizer step.
+        sequences: sequences in one optimizer step.
+        batch_size: sequences in a micro-batch.
+    """
+
+    forward: int
+    backward: int
+    recompute: int
+    optimizer: int
+    sequences: int
+    batch_size: int
+
+    @property
+    def model(self) -> int:
+        """FLOPs of a step that any implementation needs: forward and backward of all sequences, nothing recomputed."""
+        return (self.forward + self.backward - self.recompute) * self.sequences // self.batch_size
+
+    @property
+    def step(self) -> int:
+        """FLOPs of a step that are done: forward, backward with recomputation, optimizer."""
+        return (self.forward + self.backward) * self.sequences // self.batch_size + self.optimizer
+
+
+@dataclass(frozen=True, slots=True)
+class Time:
+    """How long a run takes, in seconds.
+
+    Attributes:
+        seconds_per_step: of one optimizer step.
+        steps: optimizer steps; None if it was not said how many.
+        tokens_per_second: of the whole job.
+        mfu: model FLOPs utilisation, model FLOPs / (seconds x peak), Chowdhery et al. 2022, appendix B; FLOPs as
+            counted by the ledger, attention whole.
+        hfu: the same with recomputed FLOPs counted.
+        peak_flops: FLOP/s of one accelerator in the plan's precision.
+    """
+
+    seconds_per_step: float
+    steps: int | None
+    tokens_per_second: float
+    mfu: float
+    hfu: float
+    peak_flops: float
+
+    @property
+    def seconds(self) -> float:
+        """The whole run, or one step where the number of steps was not said."""
+        return self.seconds_per_step * (self.steps or 1)
+
+    @property
+    def hours(self) -> float:
+        """The same in hours."""
+        return self.seconds / SECONDS_PER_HOUR
+
+    @property
+    def days(self) -> float:
+        """The same in days."""
+        return self.seconds / SECONDS_PER_DAY
+
+
+@dataclass(frozen=True, eq=False)
+class Estimate:
+    """What `estimate` returns: everything about one model, plan and accelerator.
+
+    Attributes:
+        model, plan, accelerator: what was asked.
+        account: the closed forms behind the figures.
+        values: the account at this model and plan.
+        memory: bytes on one accelerator.
+        flops: FLOPs of a step.
+        time: how long it takes; None without an MFU.
+        notes: what the reader should know of how the figures came about.
+    """
+
+    model: ModelConfig
+    plan: Plan
+    accelerator: Accelerator
+    account: Account
+    values: Values
+    memory: Memory
+    flops: Flops
+    time: Time | None
+    notes: tuple[str, ...]
+
+    @property
+    def fits(self) -> bool:
+        """Whether the step fits the accelerator's memory."""
+        return self.memory.fits
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain, JSON-ready."""
+        modules = {name: asdict(form) for name, form in self.values.modules.items()}
+        time = None
+        if self.time is not None:
+            time = asdict(self.time) | {"seconds": self.time.seconds, "hours": self.time.hours}
+        return {
+            "model": self.model.to_dict(),
+            "plan": self.plan.to_dict() | {"seq_len": self.plan.tokens(self.model)},
+            "accelerator": self.accelerator.id,
+            "fits": self.fits,
+            "parameters": self.values.parameters,
+            "memory": self.memory.to_dict(),
+            "activation_bytes": self.values.activation_bytes,
+            "flops": asdict(self.flops) | {"model": self.flops.model, "step": self.flops.step},
+            "time": time,
+            "modules": modules,
+            "notes": list(self.notes),
+        }
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row a part of the model and one for the whole; columns are the account's forms."""
+        import pandas as pd  # noqa: PLC0415 - half a second that only this needs
+
+        rows: Mapping[str, dict[str, int]] = {name: asdict(form) for name, form in self.values.modules.items()}
+        frame = pd.DataFrame.from_dict(rows, orient="index").loc[list(COMPONENTS)]
+        frame.loc["total"] = frame.sum()
+        return frame.rename_axis("module")
+
+
+def estimate(
+    model: ModelConfig | str,
+    plan: Plan | None = None,
+    on: Accelerator | str | Path = "a100-80gb-sxm",
+    *,
+    mfu: float | None = None,
+    steps: int | None = None,
+    global_batch_size: int | None = None,
+    count: int = 1,
+    threads: int | None = None,
+) -> Estimate:
+    """Everything about training `model` as `plan` says on an accelerator.
+
+    Args:
+        model: a configuration or the name of a preset.
+        plan: how a step is run; a bare `Plan()` by default.
+        on: the accelerator, its name, or the path of a profile.
+        mfu: model FLOPs utilisation to reckon time with, above 0 and at most 1; without it there is no time.
+        steps: optimizer steps of the run.
+        global_batch_size: sequences in an optimizer step of the whole job; by default the plan's micro-batch times its
+            accumulation times `count`. Memory is always that of the plan.
+        count: accelerators that share the global batch.
+        threads: CPU threads, for a profile of a CPU.
+
+    Raises:
+        ConfigError: a name is unknown, a figure out of its range, the accelerator has no peak for the precision.
+    """
+    m = preset(model) if isinstance(model, str) else model
+    p = plan if plan is not None else Plan()
+    device = accelerator(on)
+    if device.device not in ("cuda", "cpu"):
+        raise ConfigError(
+            f"accelerator = {device.id!r}: it runs PyTorch's {device.device} backend, whose memory rules are not "
+            "modelled; allowed are accelerators of the cuda and cpu backends"
+        )
+    sizes = sizes_of(m, p.batch_size, p.tokens(m), device.device, threads)
+    a = account(m, p, device.device)
+    values = a.values(sizes)
+    sequences = p.batch_size * p.grad_accumulation * positive_int("count", count)
+    notes = []
+    if global_batch_size is not None:
+        wanted = positive_int("global_batch_size", global_batch_size)
+        if wanted != sequences:
+            notes.append(
+                f"Time is for {wanted:,} sequences a step; memory is for micro-batches of {p.batch_size} with "
+                f"grad_accumulation = {p.grad_accumulation}."
+            )
+        sequences = wanted
+    flops = Flops(
+        values.forward_flops,
+        values.backward_flops,
+        values.recompute_flops,
+        values.optimizer_flops,
+        sequences,
+        p.batch_size,
+    )
+    time = None
+    if mfu is not None:
+        time = _time_at(_checked_mfu(mfu), flops, p.tokens(m), steps, count, device.peak_flops(p.precision))
+    return Estimate(m, p, device, a, values, memory(a, values, sizes, device), flops, time, tuple(notes))
+
+
+def _checked_mfu(mfu: float) -> float:
+    if not 0 < mfu <= 1:
+        raise ConfigError(f"mfu = {mfu!r}: must be above 0 and at most 1")
+    return float(mfu)
+
+
+def _time_at(mfu: float, flops: Flops, tokens: int, steps: int | None, count: int, peak: float) -> Time:
+    seconds = flops.model / (mfu * peak * count)
+    return Time(
+        seconds_per_step=seconds,
+        steps=positive_int("steps", steps) if steps is not None else None,
+        tokens_per_second=flops.sequences * tokens / seconds,
+        mfu=mfu,
+        hfu=mfu * (flops.forward + flops.backward) / (flops.forward + flops.backward - flops.recompute),
+        peak_flops=peak,
+    )
+
+
+def max_batch_size(
+    model: ModelConfig | str, plan: Plan | None = None, on: Accelerator | str | Path | float = "a100-80gb-sxm"
+) -> int:
+    """The largest micro-batch whose step fits: 0 if not even one sequence does.
+
+    Args:
+        model: a configuration or the name of a preset.
+        plan: how a step is run; its batch_size is not looked at.
+        on: an accelerator, on which `Memory.needed` must fit; or a number of bytes, in which the live tensors of a CUDA
+            step (`Memory.peak`) must.
+    """
+    m = preset(model) if isinstance(model, str) else model
+    p = plan if plan is not None else Plan()
+    if isinstance(on, (int, float)):
+        if not on > 0:
+            raise ConfigError(f"bytes = {on!r}: must be above 0")
+        device, name = None, "cuda"
+    else:
+        device = accelerator(on)
+        name = choose("device", device.device, ("cuda", "cpu"))
+
+    def fits(batch_size: int) -> bool:
+        trial = p.replace(batch_size=batch_size)
+        sizes = sizes_of(m, batch_size, trial.tokens(m), name)
+        a = account(m, trial, name)
+        values = a.values(sizes)
+        if device is None:
+            return values.peak_bytes <= on  # type: ignore[operator]  # a number where there is no accelerator
+        return memory(a, values, sizes, device).fits
+
+    if not fits(1):
+        return 0
+    least, most = 1, 2
+    while fits(most):
+        least, most = most, 2 * most
+    while most - least > 1:
+        middle = (least + most) // 2
+        least, most = (middle, most) if fits(middle) else (least, middle)
+    return least
