@@ -1,11 +1,13 @@
 """Cross entropy that holds the logits and their gradient, and nothing else of that size.
 
 Written with separate ops, a cross entropy over a vocabulary of 50,257 is the peak of many training steps: the shifted
-logits, their exponential, their logarithm and the gradients of each are as large as the logits. With
+logits, their exponential, their logarithm and the gradients of each are as large as the logits. With m a row's maximum
+and s the sum of exp(x - m) over it,
 
-    loss = log(sum(exp(x))) - x[target]        d loss / d x = exp(x - log(sum(exp(x)))) - onehot(target)
+    loss = log(s) - (x[target] - m)        d loss / d x = exp(x - m) / s - onehot(target)
 
-one number a row, the log-sum-exp, is all that backward needs beside the logits themselves.
+two numbers a row are all that backward needs beside the logits themselves. One, m + log(s), would do on paper; but a
+float32 near 1e4 comes in steps of 1e-3, which is then the error of every loss and, relatively, of every gradient.
 
 Shape suffixes are the legend's letters, with N for the rows, B times T: N rows, V vocabulary.
 """
@@ -16,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -71,64 +72,69 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """See `cross_entropy`. Every pass writes into memory that is already there, by `out=` or in place."""
+    """See `cross_entropy`. The passes write into memory that is already there, by `out=` or in place."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
-        V = logits.shape[-1]
-        x_NV, targets_N1 = logits.reshape(-1, V), targets.reshape(-1, 1)
-        working = torch.float32 if logits.dtype in HALF else logits.dtype
+        x_NV, targets_N1 = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1, 1)
+        half = logits.dtype in HALF
+        working = torch.float32 if half else logits.dtype
         scratch = x_NV.new_empty(_tile_elements(x_NV), dtype=working)
-        lse_N = x_NV.new_full((len(x_NV),), float("-inf"), dtype=working)
-        top_N, sum_N = torch.empty_like(lse_N), torch.empty_like(lse_N)
-        for rows, columns in _tiles(x_NV):
-            tile, top, total = x_NV[rows, columns], top_N[rows], sum_N[rows]
-            e = scratch[: tile.numel()].view(tile.shape)
-            if tile.dtype != working:
-                tile = e.copy_(tile)
-            torch.amax(tile, 1, out=top)
-            torch.sub(tile, top[:, None], out=e).exp_()
-            torch.sum(e, 1, out=total).log_().add_(top)
-            # Rows longer than a tile come in several pieces; for all others this adds to exp(-inf) = 0.
-            torch.logaddexp(lse_N[rows], total, out=lse_N[rows])
-        ctx.save_for_backward(logits, targets, lse_N)
-        picked_N = torch.gather(x_NV, 1, targets_N1).to(working).view(-1)
-        return torch.sub(lse_N, picked_N, out=picked_N).mean()
+        max_N, sum_N, piece_N = (x_NV.new_zeros(len(x_NV), dtype=working) for _ in range(3))
+        half_max_N = x_NV.new_empty(len(x_NV) if half else 0)  # amax writes its input's dtype only
+        for rows, pieces in _tiles(x_NV):
+            torch.amax(x_NV[rows], 1, out=half_max_N[rows] if half else max_N[rows])
+            if half:
+                max_N[rows].copy_(half_max_N[rows])
+            top = max_N[rows, None]
+            for columns in pieces:
+                tile = x_NV[rows, columns]
+                e = scratch[: tile.numel()].view(tile.shape)
+                _shift(tile, top, out=e).exp_()
+                sum_N[rows].add_(torch.sum(e, 1, out=piece_N[rows]))
+        ctx.save_for_backward(logits, targets, max_N, sum_N)
+        at_target_N = torch.gather(x_NV, 1, targets_N1).to(working).view(-1).sub_(max_N)
+        return torch.log(sum_N, out=piece_N).sub_(at_target_N).mean()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None]:
-        logits, targets, lse_N = ctx.saved_tensors
-        V = logits.shape[-1]
-        x_NV, targets_N1 = logits.reshape(-1, V), targets.reshape(-1, 1)
+        if torch.is_grad_enabled():  # create_graph: the gradient would pass for a constant, without a word
+            raise RuntimeError("cross_entropy has no second derivative: call backward or grad without create_graph")
+        logits, targets, max_N, sum_N = ctx.saved_tensors
+        x_NV, targets_N1 = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1, 1)
         grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        grad_NV = grad.view(-1, V)
+        grad_NV = grad.view(x_NV.shape)
         scale = grad_loss / len(x_NV)
+        factor_N1, max_N1 = (scale / sum_N)[:, None], max_N[:, None]
         half = logits.dtype in HALF
-        scratch = lse_N.new_empty(_tile_elements(x_NV) if half else 0)
-        for rows, columns in _tiles(x_NV):
-            tile, lse, out = x_NV[rows, columns], lse_N[rows, None], grad_NV[rows, columns]
-            if half:
-                e = scratch[: tile.numel()].view(tile.shape)
-                out.copy_(e.copy_(tile).sub_(lse).exp_().mul_(scale))
-            else:
-                torch.sub(tile, lse, out=out).exp_().mul_(scale)
-        # p - 1 at the targets by expm1, which keeps its digits where p is nearly 1.
-        at_target_N1 = torch.gather(x_NV, 1, targets_N1).to(lse_N.dtype)
-        at_target_N1.sub_(lse_N[:, None]).expm1_().mul_(scale)
+        scratch = sum_N.new_empty(_tile_elements(x_NV) if half else 0)
+        for rows, pieces in _tiles(x_NV):
+            for columns in pieces:
+                tile, out = x_NV[rows, columns], grad_NV[rows, columns]
+                e = scratch[: tile.numel()].view(tile.shape) if half else out
+                _shift(tile, max_N1[rows], out=e).exp_().mul_(factor_N1[rows])
+                if half:
+                    out.copy_(e)
+        at_target_N1 = torch.gather(x_NV, 1, targets_N1).to(sum_N.dtype)
+        at_target_N1.sub_(max_N1).exp_().mul_(factor_N1).sub_(scale)
         grad_NV.scatter_(1, targets_N1, at_target_N1.to(grad.dtype))
         return grad, None
+
+
+def _shift(tile: Tensor, top: Tensor, *, out: Tensor) -> Tensor:
+    """`tile` - `top` into `out`, whose dtype may be wider: an op over two dtypes would copy the narrower one first."""
+    return torch.sub(tile, top, out=out) if tile.dtype == out.dtype else out.copy_(tile).sub_(top)
 
 
 def _tile_elements(x_NV: Tensor) -> int:
     return min(CPU_TILE, x_NV.numel()) if x_NV.is_cpu else x_NV.numel()
 
 
-def _tiles(x_NV: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Whole rows, as many as a tile holds; where one row is longer than a tile, pieces of it."""
+def _tiles(x_NV: Tensor) -> Iterator[tuple[slice, list[slice]]]:
+    """As many rows as a tile holds, and their columns in one piece; a row longer than a tile alone, in several."""
     N, V = x_NV.shape
     elements = _tile_elements(x_NV)
     height, width = max(1, elements // V), min(V, elements)
+    pieces = [slice(column, column + width) for column in range(0, V, width)]
     for row in range(0, N, height):
-        for column in range(0, V, width):
-            yield slice(row, min(row + height, N)), slice(column, min(column + width, V))
+        yield slice(row, row + height), pieces
