@@ -117,6 +117,8 @@ class AdamW(InPlace):
         ConfigError: a hyper-parameter is out of its range.
     """
 
+    compiled = False  # torch's Optimizer copies and pickles its groups and state only: a copy goes uncompiled
+
     def __init__(
         self,
         params: Iterable[Any],
