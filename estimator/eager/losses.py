@@ -16,16 +16,17 @@ if TYPE_CHECKING:
 
 @op
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """`trainer.loss.cross_entropy`: an autograd.Function that saves the logits and one log-sum-exp a row."""
+    """`trainer.loss.cross_entropy`: an autograd.Function that saves the logits, and two numbers a row."""
     machine, dtype = logits.machine, logits.dtype
     flat = (machine.product(logits.shape[:-1]), logits.shape[-1])
     rows = flat[:1]
 
     def backward(c: Context, grad: Tensor) -> Gradients:
-        logits, _, lse = c.saved
+        logits, _, _, total = c.saved
         c.grad = machine.empty(logits.shape, dtype)
         c.scale = with_number("div", grad)
-        machine.kernel("softmax", (logits, lse), (c.grad,))
+        c.factor = elementwise("div", total, c.scale)
+        machine.kernel("softmax", (logits,), (c.grad,))
         c.at_target = machine.empty((*rows, ONE), dtype)
         machine.kernel("gather", (c.at_target,), (c.at_target,))
         machine.kernel("scatter_", (c.at_target,), (c.at_target,))
@@ -37,12 +38,13 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
         high.discard()
     with Locals() as v:
         v.scratch = machine.empty((LETTER["c"],) if machine.device == "cpu" else flat, dtype)
-        v.lse, v.top, v.sum = (machine.empty(rows, dtype) for _ in range(3))
-        machine.kernel("logsumexp", (logits,), (v.lse,))
-        node = record("CrossEntropyBackward", (logits,), backward, (logits, targets, v.lse))
-        v.picked = machine.empty((*rows, ONE), dtype)
-        machine.kernel("gather", (v.picked,), (v.picked,))
-        return attach(node, mean_all(v.picked))
+        v.max, v.sum, v.piece = (machine.empty(rows, dtype) for _ in range(3))
+        machine.kernel("amax", (logits,), (v.max,))
+        machine.kernel("logsumexp", (logits,), (v.sum,))
+        node = record("CrossEntropyBackward", (logits,), backward, (logits, targets, v.max, v.sum))
+        v.at_target = machine.empty((*rows, ONE), dtype)
+        machine.kernel("gather", (v.at_target,), (v.at_target,))
+        return attach(node, mean_all(v.piece))
 
 
 @op
