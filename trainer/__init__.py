@@ -1,0 +1,22 @@
+"""A trainer for small language models, whose parts are the systems of the seed notes and whose steps are measured."""
+
+from trainer.checkpoint import load_checkpoint, save_checkpoint
+from trainer.clip import gradient_clipping
+from trainer.data import Dataset, get_batch
+from trainer.generate import generate
+from trainer.loss import cross_entropy
+from trainer.optim import SGD, AdamW
+from trainer.schedule import lr_cosine_schedule
+
+__all__ = [
+    "SGD",
+    "AdamW",
+    "Dataset",
+    "cross_entropy",
+    "generate",
+    "get_batch",
+    "gradient_clipping",
+    "load_checkpoint",
+    "lr_cosine_schedule",
+    "save_checkpoint",
+]

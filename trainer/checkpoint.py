@@ -117,8 +117,22 @@ def _read(file: IO[bytes], name: str) -> dict[str, Any]:
     return content
 
 
-def restore(content: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer | None, name: str) -> int:
-    """Copy what `read_checkpoint` gave into `model` and `optimizer`: all of it or, with CheckpointError, nothing."""
+def restore(
+    content: dict[str, Any],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    name: str,
+    place: Callable[[Tensor, Tensor], object] = Tensor.copy_,
+) -> int:
+    """Copy what `read_checkpoint` gave into `model` and `optimizer`: all of it or, with CheckpointError, nothing.
+
+    Args:
+        content: of the file.
+        model: its tensors are overwritten.
+        optimizer: its state is replaced; None: weights only.
+        name: of the file, for messages.
+        place: copies a whole tensor of the file into the model's, which may hold a part of it only.
+    """
     weights, iteration = content["model"], content["iteration"]
     if not isinstance(iteration, int) or not isinstance(weights, dict):
         raise CheckpointError(f"{name}: no checkpoint: iteration or model has the wrong type")
@@ -130,13 +144,20 @@ def restore(content: dict[str, Any], model: nn.Module, optimizer: torch.optim.Op
             theirs, ours = tuple(getattr(weights[key], "shape", ())), tuple(own[key].shape)
             raise CheckpointError(f"{name}: of another model: {key} is {theirs}, the model's is {ours}")
     if optimizer is not None:
-        wanted, found = type_name(type(optimizer)), content.get("optimizer_class")
-        if found is not None and found != wanted:
-            raise CheckpointError(f"{name}: of another optimizer: {found}, this run's is {wanted}")
+        check_optimizer_class(content, optimizer, name)
         _check_optimizer(content["optimizer"], optimizer, name)
         optimizer.load_state_dict(content["optimizer"])
-    model.load_state_dict(weights)
+    with torch.no_grad():
+        for key, tensor in own.items():
+            place(tensor, weights[key])
     return iteration
+
+
+def check_optimizer_class(content: dict[str, Any], optimizer: torch.optim.Optimizer, name: str) -> None:
+    """Raise CheckpointError if another class of optimizer wrote the file, whose state this one would misread."""
+    wanted, found = type_name(type(optimizer)), content.get("optimizer_class")
+    if found is not None and found != wanted:
+        raise CheckpointError(f"{name}: of another optimizer: {found}, this run's is {wanted}")
 
 
 def _holder(in_model: bool) -> str:
