@@ -112,7 +112,12 @@ def account(m: ModelConfig, p: Plan, device: str = "cuda") -> Account:
         ConfigError: an unknown device, or a sequence longer than the model's positions.
     """
     choose("device", device, DEVICES)
-    recipe = Recipe(
+    return account_at(recipe_of(m, p, device), sizes_of(m, p.batch_size, p.tokens(m), device, threads=1), device)
+
+
+def recipe_of(m: ModelConfig, p: Plan, device: str) -> Recipe:
+    """What of `m` and `p` decides which statements a step executes on `device`."""
+    return Recipe(
         family=m.family,
         tie_embeddings=bool(m.tie_embeddings),
         qkv_bias=bool(m.qkv_bias),
@@ -124,7 +129,6 @@ def account(m: ModelConfig, p: Plan, device: str = "cuda") -> Account:
         clips=p.max_grad_norm is not None,
         micro_batches=min(p.grad_accumulation, 2),  # the second adds to gradients that exist, and so do all after it
     )
-    return account_at(recipe, sizes_of(m, p.batch_size, p.tokens(m), device, threads=1), device)
 
 
 def account_at(recipe: Recipe, sizes: Mapping[str, int], device: str) -> Account:
@@ -159,8 +163,8 @@ def _forms(traced: Trace, layers: Size) -> tuple[Forms, dict[str, Forms]]:
     for kernel in ledger.kernels:
         if kernel.flops and kernel.micro_batch == 0:
             enter(f"{kernel.where.phase}_flops", kernel.where, kernel.flops)
-            if kernel.recompute:
-                enter("recompute_flops", kernel.where, kernel.flops)
+            if kernel.repeated:
+                enter("recompute_flops", kernel.where, kernel.repeated)
     for kernel in ledger.kernels:
         if kernel.where.phase is Phase.OPTIMIZER and kernel.arithmetic:
             enter("optimizer_flops", kernel.where, kernel.arithmetic)

@@ -86,6 +86,7 @@ class Kernel(NamedTuple):
     gemm: Gemm | None
     recompute: bool
     micro_batch: int
+    repeated: Size  # of the FLOPs, those that repeat forward: all under a checkpoint, the scores in a flash backward
 
 
 @dataclass(slots=True)

@@ -133,7 +133,7 @@ def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if machine.device == "cpu":  # a tile of scores and one of their gradient for each thread, and one row of sums
             c.scratch = machine.empty((2 * LETTER["n"], LETTER["s"], LETTER["w"]), FLOAT32)
             c.sums = machine.empty((LETTER["s"],), FLOAT32)
-        _attention_kernel("flash_attention_backward", (grad, *c.saved), (c.dq, c.dk, c.dv), products=5)
+        _attention_kernel("flash_attention_backward", (grad, *c.saved), (c.dq, c.dk, c.dv), products=5, again=1)
         return [c.take("dq"), c.take("dk"), c.take("dv")]
 
     node = record("ScaledDotProductFlashAttentionBackward0", (q, k, v), backward, (q, k, v))
@@ -155,8 +155,12 @@ def _heads_inside(x: Tensor) -> Tensor:
     return x.machine.empty(x.shape, x.dtype, stride=(stride[0], stride[2], stride[1], stride[3]))
 
 
-def _attention_kernel(name: str, reads: Sequence[Tensor], writes: Sequence[Tensor], products: int) -> None:
-    """A fused kernel of `products` matrix products of T x T x e a head, the masked half counted."""
+def _attention_kernel(
+    name: str, reads: Sequence[Tensor], writes: Sequence[Tensor], products: int, again: int = 0
+) -> None:
+    """A fused kernel of `products` matrix products of T x T x e a head, the masked half counted, `again` of them anew."""
     b, h, t, e = reads[1].shape
     machine = reads[1].machine
-    machine.kernel(name, reads, writes, gemm=Gemm(machine.product((b, h)), t, t, products * e))
+    heads = machine.product((b, h))
+    repeated = 2 * again * machine.product((heads, t, t, e))
+    machine.kernel(name, reads, writes, gemm=Gemm(heads, t, t, products * e), repeated=repeated)

@@ -99,15 +99,17 @@ class Machine:
         *,
         gemm: Gemm | None = None,
         arithmetic: Size = ZERO,
+        repeated: Size = ZERO,
     ) -> None:
-        """Record a launch; its bytes are those of its operands, once each."""
+        """Record a launch; its bytes are those of its operands, once each; `repeated` of its FLOPs repeat forward's."""
         ledger = self.ledger
         nbytes = ZERO
         for t in (*reads, *writes):
             nbytes = nbytes + t.dtype.itemsize * t.numel
         flops = ZERO if gemm is None else 2 * self.product((gemm.b, gemm.m, gemm.n, gemm.k))
         here, recompute, turn = ledger.here, ledger.recompute, ledger.micro_batch
-        ledger.kernels.append(Kernel(name, here, flops, arithmetic, nbytes, gemm, recompute, turn))
+        repeated = flops if recompute else repeated
+        ledger.kernels.append(Kernel(name, here, flops, arithmetic, nbytes, gemm, recompute, turn, repeated))
 
     @contextmanager
     def no_grad(self) -> Iterator[None]:
