@@ -62,7 +62,13 @@ def save_checkpoint(
 def _write(content: dict[str, Any], path: Path) -> None:
     # Through a file object: given a path, torch reports a full disk as a RuntimeError about positions.
     with path.open("wb") as file:
-        torch.save(content, file)
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:
+            # After a failed write torch still tries to end its archive, and reports that this failed as well.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from error
+            raise
 
 
 def load_checkpoint(

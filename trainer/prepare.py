@@ -7,9 +7,10 @@ import json
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
+import tyro
 
 from estimator.config import ConfigError
 from trainer.data import DTYPES, smallest_dtype
@@ -38,7 +39,7 @@ class PrepareConfig:
         valid_fraction: share of the text held out for validation.
     """
 
-    files: tuple[Path, ...] = ()
+    files: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
     out: Path = Path("data/stdlib")
     vocab_size: int = 4096
     bytes: bool = False
