@@ -1,0 +1,1 @@
+"""The views of `app.py`: widgets and drawing only; every figure comes from `estimator`."""

@@ -1,0 +1,175 @@
+"""Every headline figure with its formula, the formula with numbers in it, the result and where it comes from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import sympy
+
+from estimator.accounts import FORMS, expression
+from estimator.config import choose
+from estimator.symbols import SYMBOLS
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from estimator.accounts import Account
+    from estimator.estimates import Estimate
+
+LEDGER = "read off the ledger of one symbolic step, by the rules of PyTorch eager"
+TITLES = {
+    "parameters": "Parameters",
+    "parameter_bytes": "Bytes of parameters",
+    "gradient_bytes": "Bytes of gradients",
+    "optimizer_bytes": "Bytes of optimizer state",
+    "activation_bytes": "Bytes of activations saved for backward",
+    "forward_flops": "FLOPs forward, one micro-batch",
+    "backward_flops": "FLOPs backward, one micro-batch",
+    "recompute_flops": "of which recomputation",
+    "optimizer_flops": "FLOPs of the optimizer, one step",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Derivation:
+    """How one figure comes about.
+
+    Attributes:
+        name: the field of the library that holds the figure.
+        title: what it is, in words.
+        formula: the right-hand side, a sympy expression.
+        values: each symbol of the formula and its number.
+        result: the formula's value; an int where the figure is one.
+        unit: of the result: "", "bytes", "FLOPs", "s", "h", "sequences".
+        source: where the formula comes from.
+    """
+
+    name: str
+    title: str
+    formula: sympy.Expr
+    values: Mapping[sympy.Symbol, float]
+    result: float
+    unit: str
+    source: str
+
+    @property
+    def latex(self) -> str:
+        """The formula as LaTeX."""
+        return str(sympy.latex(self.formula))
+
+    @property
+    def substituted(self) -> str:
+        """The formula as LaTeX with a number for each symbol."""
+        names = {symbol: latex_number(value) for symbol, value in self.values.items()}
+        return str(sympy.latex(self.formula, symbol_names=names, mul_symbol="times"))
+
+    @property
+    def python(self) -> str:
+        """The formula as a Python expression."""
+        return str(sympy.pycode(self.formula))
+
+
+def latex_number(x: float) -> str:
+    """A number with its thousands apart, powers of ten where it is long."""
+    if float(x).is_integer() and abs(x) < 1e9:
+        return f"{int(x):,}".replace(",", r"{,}")
+    mantissa, _, exponent = f"{x:.6g}".partition("e")
+    return rf"{mantissa} \cdot 10^{{{int(exponent)}}}" if exponent else mantissa
+
+
+@lru_cache(maxsize=512)
+def _form(account: Account, name: str) -> sympy.Expr:
+    return getattr(account, name)
+
+
+@lru_cache(maxsize=512)
+def piece(account: Account, index: int) -> sympy.Expr:
+    """The polynomial `index` of the peak's maximum, in the legend's letters."""
+    return expression(account.pieces[index].live)
+
+
+def ruling(estimate: Estimate) -> int:
+    """Which polynomial of the peak's maximum is the greatest at this estimate's sizes."""
+    a = estimate.account
+    point = a.compiled.at(estimate.memory.sizes)
+    return max(range(len(a.pieces)), key=lambda i: a.compiled.value(("live", i), point))
+
+
+def form(estimate: Estimate, name: str) -> Derivation:
+    """One of the account's forms (`estimator.accounts.FORMS`) at this estimate's sizes.
+
+    Raises:
+        ConfigError: no such form.
+    """
+    formula = _form(estimate.account, choose("form", name, FORMS))
+    unit = "bytes" if name.endswith("bytes") else "FLOPs" if name.endswith("flops") else ""
+    result = getattr(estimate.values, name)
+    return Derivation(name, TITLES[name], formula, _sizes(estimate, formula), result, unit, LEDGER)
+
+
+def peak(estimate: Estimate) -> Derivation:
+    """The polynomial that is the peak at this estimate's sizes."""
+    formula = piece(estimate.account, ruling(estimate))
+    others = len(estimate.account.pieces) - 1
+    source = f"{LEDGER}; the greatest of the step's live bytes"
+    if others:
+        source += f", of which {others} other polynomials are each the greatest at other sizes"
+    title = "Peak of live tensor bytes"
+    return Derivation("peak", title, formula, _sizes(estimate, formula), estimate.memory.peak, "bytes", source)
+
+
+def needed(estimate: Estimate) -> Derivation:
+    """What must be free on the accelerator: what the allocator holds at the peak, and the CUDA context."""
+    allocated, least, most = sympy.symbols(r"M_{\mathrm{allocated}} M_{\mathrm{ctx}}^{-} M_{\mathrm{ctx}}^{+}")
+    memory = estimate.memory
+    values = {allocated: memory.allocated, least: memory.context[0], most: memory.context[1]}
+    formula = allocated + (least + most) / 2
+    source = (
+        "allocated bytes are the peak with each tensor rounded up to 512 bytes, and the cuBLAS workspace; the CUDA "
+        "context is outside of the allocator, and takes between its least and its most"
+        if estimate.account.device == "cuda"
+        else "the CPU's allocator adds nothing that is modelled"
+    )
+    return Derivation("needed", "Memory that must be free", formula, values, memory.needed, "bytes", source)
+
+
+def hours(estimate: Estimate, count: int = 1) -> Derivation | None:
+    """Hours of the run on `count` accelerators at the estimate's MFU; None without a time."""
+    time = estimate.time
+    if time is None:
+        return None
+    flops = estimate.flops
+    forward, backward, again = sympy.symbols(r"F_{\mathrm{fwd}} F_{\mathrm{bwd}} F_{\mathrm{recompute}}")
+    steps, sequences, mfu, peak_flops, accelerators = sympy.symbols(r"S G \mathrm{MFU} P n", positive=True)
+    batch = SYMBOLS["B"]
+    work = forward + backward - again if flops.recompute else forward + backward
+    formula = steps * (sequences / batch) * work / (mfu * peak_flops * accelerators) / 3600
+    values = {
+        forward: flops.forward,
+        backward: flops.backward,
+        again: flops.recompute,
+        steps: time.steps or 1,
+        sequences: flops.sequences,
+        batch: flops.batch_size,
+        mfu: time.mfu,
+        peak_flops: time.peak_flops,
+        accelerators: count,
+    }
+    if not flops.recompute:
+        del values[again]
+    source = "MFU as in Chowdhery et al. 2022, appendix B: recomputed FLOPs do not count as useful"
+    return Derivation("hours", "Hours of the run", formula, values, time.hours, "h", source)
+
+
+def headline(estimate: Estimate, count: int = 1) -> tuple[Derivation, ...]:
+    """The derivations behind the figures that the page shows first."""
+    forms = ("parameters", "activation_bytes", "forward_flops", "backward_flops", "optimizer_flops")
+    found = (peak(estimate), needed(estimate), hours(estimate, count), *(form(estimate, name) for name in forms))
+    return tuple(d for d in found if d is not None)
+
+
+def _sizes(estimate: Estimate, formula: sympy.Expr) -> dict[sympy.Symbol, float]:
+    sizes = estimate.memory.sizes
+    return {symbol: sizes[symbol.name] for symbol in sorted(formula.free_symbols, key=lambda s: str(s.name))}
