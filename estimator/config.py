@@ -15,6 +15,8 @@ ATTENTIONS = ("naive", "sdpa")
 LOSSES = ("bundled", "torch")
 CHECKPOINTINGS = ("none", "block")
 OPTIMIZERS = ("adamw", "sgd")
+SHARDINGS = ("none", "zero1", "zero2", "zero3")
+SHARDING_SPELLINGS = {"ddp": "none", "fsdp": "zero3"}  # PyTorch's names of the same
 OPTIMIZER_IMPLS = ("auto", "loop", "foreach", "fused", "bundled")
 
 
@@ -166,6 +168,10 @@ class Plan:
             own; "auto": what torch picks for the device (loop on CPU, foreach on CUDA), for sgd the bundled one.
         grad_accumulation: micro-batches whose gradients are added before one optimizer step.
         max_grad_norm: clip the gradients to this global norm before the step; None means no clipping.
+        compile: `torch.compile` fuses the elementwise kernels; time knows it, memory is eager's.
+        data_parallel: accelerators that each run this plan on their own sequences.
+        sharding: what they do not replicate: "none" (DDP), "zero1" (optimizer state), "zero2" (gradients too) or
+            "zero3" (parameters too; "fsdp" is the same).
 
     Raises:
         ConfigError: a value is not among those allowed.
@@ -181,11 +187,19 @@ class Plan:
     optimizer_impl: str = "auto"
     grad_accumulation: int = 1
     max_grad_norm: float | None = None
+    compile: bool = False
+    data_parallel: int = 1
+    sharding: str = "none"
 
     def __post_init__(self) -> None:
         put = object.__setattr__
         put(self, "batch_size", positive_int("batch_size", self.batch_size))
         put(self, "grad_accumulation", positive_int("grad_accumulation", self.grad_accumulation))
+        put(self, "data_parallel", positive_int("data_parallel", self.data_parallel))
+        put(self, "sharding", SHARDING_SPELLINGS.get(self.sharding, self.sharding))
+        choose("sharding", self.sharding, SHARDINGS)
+        if not isinstance(self.compile, bool):
+            raise ConfigError(f"compile = {self.compile!r}: must be true or false")
         if self.seq_len is not None:
             put(self, "seq_len", positive_int("seq_len", self.seq_len))
         choose("precision", self.precision, PRECISIONS)
