@@ -68,12 +68,13 @@ class World:
         )
         if device == "cuda":
             torch.cuda.set_device(self.device)
-        if self.size > 1:
+        self.joined = self.size > 1 and not dist.is_initialized()  # a group that the caller has made stays the caller's
+        if self.joined:
             dist.init_process_group("nccl" if device == "cuda" else "gloo")
 
     def leave(self) -> None:
         """End the talk with the others."""
-        if self.size > 1:
+        if self.joined:
             dist.destroy_process_group()
 
     def total(self, x: Tensor) -> Tensor:

@@ -1,0 +1,220 @@
+"""Two processes on gloo against one: the same losses, and checkpoints that either can read."""
+
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from distributed_worker import half
+
+import trainer
+from estimator.config import ModelConfig, Plan
+from trainer.__main__ import main
+from trainer.checkpoint import CheckpointError, checkpoints
+from trainer.distributed import RUN_FILE, Weights, World, checksum, load_run
+from trainer.model import build_model
+from trainer.prepare import PrepareConfig, prepare
+
+CONFIG = """
+steps = 6
+save_every = 3
+eval_every = 3
+eval_batches = 2
+keep = 9
+device = "cpu"
+[model]
+num_layers = 2
+d_model = 16
+num_heads = 2
+context_length = 16
+[plan]
+batch_size = 4
+[optim]
+lr = 1e-2
+warmup_steps = 1
+"""
+TWO = ["--plan.grad-accumulation", "2"]  # the processes take a micro-batch each; otherwise half the rows of each
+LOOP = ["--plan.optimizer-impl", "loop"]  # whose state has a scalar tensor
+
+
+def torchrun(*arguments):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(trainer.__file__).parents[1])}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=200)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # which it passes on to its workers
+        output, _ = process.communicate()
+    assert process.returncode == 0, output
+    return output
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A folder of finished runs: name -> run; see the calls of `add`."""
+    root = tmp_path_factory.mktemp("runs")
+    library = Path(os.__file__).parent
+    prepare(PrepareConfig((library / "argparse.py",), root / "data", bytes=True))
+    (root / "c.toml").write_text(CONFIG)
+    jobs = []
+
+    def arguments(name, *more):
+        return [
+            "train",
+            "--config",
+            str(root / "c.toml"),
+            "--data",
+            str(root / "data"),
+            "--out",
+            str(root / name),
+            *more,
+        ]
+
+    def add(name, *more, source=None, stop_at=None):
+        if source:
+            jobs.append({"copy": (str(root / source), str(root / name))})
+            more = (*more, "--resume")
+        status = 0 if stop_at is None else 128 + signal.SIGTERM
+        jobs.append({"arguments": arguments(name, *more), "stop_at": stop_at, "status": status})
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trainer.train.matmul_peak", lambda *_: 1e9)
+        assert main(arguments("one", *TWO)) == 0
+        assert main(arguments("one_rows")) == 0
+        assert main(arguments("one_loop", *TWO, *LOOP)) == 0
+        add("ddp", *TWO)
+        add("ddp_rows")
+        add("fsdp", *TWO, "--sharding", "fsdp")
+        add("fsdp_rows", "--sharding", "fsdp")
+        add("fsdp_loop", *TWO, *LOOP, "--sharding", "fsdp")
+        add("ddp_of_one", *TWO, source="one")
+        add("fsdp_of_one", *TWO, "--sharding", "fsdp", source="one")
+        add("fsdp_of_ddp", *TWO, "--sharding", "fsdp", source="ddp")
+        add("ddp_of_fsdp", *TWO, source="fsdp")
+        add("fsdp_loop_of_one", *TWO, *LOOP, "--sharding", "fsdp", source="one_loop")
+        add("stopped", *TWO, stop_at=2)
+        add("stopped", *TWO, "--resume")
+        (root / "jobs.json").write_text(json.dumps(jobs))
+        torchrun(str(Path(__file__).with_name("distributed_worker.py")), str(root / "jobs.json"))
+        for source, more in (("ddp", TWO), ("fsdp", TWO), ("fsdp_loop", TWO + LOOP)):
+            name = f"one_of_{source}"
+            half(root / source, root / name)
+            assert main(arguments(name, *more, "--resume")) == 0
+    torch.set_num_threads(threads)
+    return root
+
+
+def losses(folder):
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(r["step"], r.get("loss") or r.get("valid_loss")) for r in records]
+
+
+ONE = {"ddp_rows": "one_rows", "fsdp_rows": "one_rows"}
+ONE |= dict.fromkeys(("fsdp_loop", "fsdp_loop_of_one", "one_of_fsdp_loop"), "one_loop")
+ALL = ["ddp", "ddp_rows", "fsdp", "fsdp_rows", "fsdp_loop", "stopped", "ddp_of_one", "fsdp_of_one", "fsdp_of_ddp"]
+ALL += ["ddp_of_fsdp", "fsdp_loop_of_one", "one_of_ddp", "one_of_fsdp", "one_of_fsdp_loop"]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_losses_equal_those_of_one_process_on_the_same_global_batch(runs, name):
+    ours, one = losses(runs / name), losses(runs / ONE.get(name, "one"))
+    assert [step for step, _ in ours] == [step for step, _ in one] == [1, 2, 3, 3, 4, 5, 6, 6]
+    assert [loss for _, loss in ours] == pytest.approx([loss for _, loss in one], rel=2e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["none", "fsdp"])
+def test_torchrun_runs_the_command(runs, tmp_path, sharding):
+    config = ["--config", str(runs / "c.toml"), "--data", str(runs / "data"), "--out", str(tmp_path / "x"), *TWO]
+    output = torchrun("-m", "trainer", "train", *config, "--sharding", sharding)
+    assert output.count("validation loss") == 2 + 1  # said by one process: two validations and the unigram loss
+    assert [loss for _, loss in losses(tmp_path / "x")] == pytest.approx([y for _, y in losses(runs / "one")], rel=2e-6)
+
+
+def load(path, model=None):
+    model = model or build_model(ModelConfig("gpt2", 2, 16, 2, 257, 16), Plan())
+    load_run(World("cpu"), path, Weights(model), None)
+    return model.state_dict()
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "fsdp_of_one"])
+def test_a_checkpoint_of_many_holds_the_weights_that_one_process_has(runs, name):
+    ours, one = load(checkpoints(runs / name)[-1]), load(checkpoints(runs / "one")[-1])
+    for key, weight in one.items():
+        torch.testing.assert_close(ours[key], weight, rtol=1e-4, atol=1e-5)
+
+
+def test_one_process_alone_stopped_and_so_did_all(runs):
+    assert [path.name for path in checkpoints(runs / "stopped")] == ["step_00000002", "step_00000003", "step_00000006"]
+
+
+def test_text_is_generated_from_a_sharded_checkpoint(runs, capsys):
+    assert main(["generate", str(runs / "fsdp"), "--prompt", "def", "--max-new-tokens", "4"]) == 0
+    assert capsys.readouterr().out.startswith("def")
+
+
+@pytest.fixture
+def sharded(runs, tmp_path):
+    return Path(shutil.copytree(checkpoints(runs / "fsdp")[-1], tmp_path / "step_00000006"))
+
+
+def test_damaged_sharded_checkpoints_are_refused(sharded):
+    load(sharded)
+    for name in sorted(path.name for path in sharded.iterdir()):
+        whole = (sharded / name).read_bytes()
+        flipped = bytearray(whole)
+        flipped[len(whole) // 2] ^= 1
+        for content in (bytes(flipped), whole[: len(whole) // 2], b""):
+            (sharded / name).write_bytes(content)
+            with pytest.raises(CheckpointError, match=r"checksum|truncated"):
+                load(sharded)
+        (sharded / name).unlink()
+        with pytest.raises(CheckpointError, match=rf"checksum|{RUN_FILE} is missing"):
+            load(sharded)
+        (sharded / name).write_bytes(whole)
+    load(sharded)
+
+
+class Program:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_loading_never_runs_what_the_metadata_holds(sharded, tmp_path):
+    (sharded / ".metadata").write_bytes(pickle.dumps(Program(tmp_path / "ran")))
+    content = torch.load(sharded / RUN_FILE)
+    content["files"][".metadata"] = checksum(sharded / ".metadata")  # whoever altered it fixed the checksum too
+    torch.save(content, sharded / RUN_FILE)
+    with pytest.raises(CheckpointError, match="more than metadata"):
+        load(sharded)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("layers", "width", "message"),
+    [
+        (3, 16, r"blocks\.2\S* is absent, the model's is \("),
+        (1, 16, r"the model's is absent"),
+        (2, 8, r"is \(257, 16\), the model's is \(257, 8\)"),
+    ],
+)
+def test_another_models_sharded_checkpoint_is_refused(sharded, layers, width, message):
+    with pytest.raises(CheckpointError, match=message):
+        load(sharded, build_model(ModelConfig("gpt2", layers, width, 2, 257, 16), Plan()))
