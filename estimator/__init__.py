@@ -19,12 +19,12 @@ from estimator.config import ConfigError, ModelConfig, Plan
 
 if TYPE_CHECKING:
     from estimator.accounts import Account, account
+    from estimator.assignment import textbook
     from estimator.costs import cost
     from estimator.estimates import Estimate, estimate, max_batch_size
     from estimator.hardware import Accelerator, accelerator, accelerators
     from estimator.planning import compute_optimal, tokens_for
     from estimator.presets import from_hf, preset, presets
-    from estimator.assignment import textbook
 
 _HOME = {
     "Account": "accounts",
@@ -44,11 +44,25 @@ _HOME = {
     "textbook": "assignment",
 }
 
-__all__ = [  # noqa: PLE0604 - the lazy names are strings of a dictionary
+__all__ = [
+    "Accelerator",
+    "Account",
     "ConfigError",
+    "Estimate",
     "ModelConfig",
     "Plan",
-    *_HOME,
+    "accelerator",
+    "accelerators",
+    "account",
+    "compute_optimal",
+    "cost",
+    "estimate",
+    "from_hf",
+    "max_batch_size",
+    "preset",
+    "presets",
+    "textbook",
+    "tokens_for",
 ]
 
 

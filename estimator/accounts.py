@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
@@ -19,16 +18,28 @@ from estimator.symbols import SYMBOLS
 from estimator.trace import Trace, total, trace
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping
 
-    from numpy.typing import ArrayLike, NDArray
+    import numpy as np
+    from numpy.typing import NDArray
 
     from estimator.config import ModelConfig, Plan
     from estimator.eager.ledger import Where
 
 DEVICES = ("cpu", "cuda")
 COMPONENTS = ("embedding", "attention", "feed-forward", "norms", "residual", "head", "loss")
-GEOMETRY = ("B", "T", "L", "d", "h", "k", "e", "f", "V", "C")  # the letters that a user gives; the rest follow from them
+GEOMETRY = (
+    "B",
+    "T",
+    "L",
+    "d",
+    "h",
+    "k",
+    "e",
+    "f",
+    "V",
+    "C",
+)  # the letters that a user gives
 
 
 def component(module: str) -> str:
@@ -169,9 +180,10 @@ def _forms(traced: Trace, layers: Size) -> tuple[Forms, dict[str, Forms]]:
         if kernel.where.phase is Phase.OPTIMIZER and kernel.arithmetic:
             enter("optimizer_flops", kernel.where, kernel.arithmetic)
     parts = {
-        name: Forms(**{form: total(traced, entries.get((form, name), []), layers) for form in FORMS}) for name in COMPONENTS
+        name: Forms(**{form: total(traced, entries.get((form, name), []), layers) for form in FORMS})
+        for name in COMPONENTS
     }
-    whole = Forms(**{form: sum((getattr(part, form) for part in parts.values()), ZERO) for form in FORMS})
+    whole = Forms(**{form: sum((getattr(p, form) for p in parts.values()), ZERO) for form in FORMS})
     return whole, parts
 
 
@@ -262,9 +274,7 @@ class Account:
             peak_bytes=live[ruling],
             peak_categories={c.value: value((c, ruling), point) if c in piece.categories else 0 for c in Category},
             peak_where=self.traced.named(piece.where, sizes["L"]),
-            modules={
-                name: Forms(**{form: value((form, name), point) for form in FORMS}) for name in self.modules
-            },
+            modules={name: Forms(**{form: value((form, name), point) for form in FORMS}) for name in self.modules},
         )
 
     def lambdify(self) -> Callable[..., NDArray[np.int64]]:
@@ -286,4 +296,3 @@ class Account:
         rows |= {("live", i): piece.live for i, piece in enumerate(self.pieces)}
         rows |= {(c, i): size for i, piece in enumerate(self.pieces) for c, size in piece.categories.items()}
         return Polynomials(rows)
-

@@ -1,8 +1,8 @@
 """The assignment's own account (`seed notes, problem 4`): the same ledger, read by a different rule of what counts.
 
 Students and teachers look for its figures, so here they are, from a symbolic run of the assignment's Transformer:
-RMSNorm blocks with separate q, k and v, a feed-forward of two matrices and width 4 d, no biases, no positions' table, an
-untied head counted once as "the vocabulary matrix". What counts as an activation is the output of each listed
+RMSNorm blocks with separate q, k and v, a feed-forward of two matrices and width 4 d, no biases, no positions' table,
+an untied head counted once as "the vocabulary matrix". What counts as an activation is the output of each listed
 component, once; nothing that PyTorch really allocates beside them, and no release.
 """
 

@@ -23,7 +23,7 @@ def parser() -> argparse.ArgumentParser:
     """Arguments: a model, each field of the plan, each size of the model, the accelerator, the run, the output."""
     p = argparse.ArgumentParser(
         prog="estimate",
-        description="How many bytes, FLOPs and hours a training step takes, when its memory peaks, and by what formula.",
+        description="The bytes, FLOPs and hours of a training step, when its memory peaks, and by what formula.",
         epilog="`estimate calibrate` measures this machine and writes a profile that --gpu takes.",
         allow_abbrev=False,
     )
@@ -114,7 +114,9 @@ def _run(args: argparse.Namespace) -> int:
     from estimator.estimates import estimate, max_batch_size  # noqa: PLC0415 - sympy, which --help does without
     from estimator.presets import from_hf, preset  # noqa: PLC0415 - only here
 
-    named = from_hf(Path(args.model)) if args.model.endswith(".json") or Path(args.model).is_dir() else preset(args.model)
+    named = (
+        from_hf(Path(args.model)) if args.model.endswith(".json") or Path(args.model).is_dir() else preset(args.model)
+    )
     given = vars(args)
     model = named.replace(**{f.name: given[f.name] for f in fields(ModelConfig) if given.get(f.name) is not None})
     plan = Plan(**{f.name: given[f.name] for f in fields(Plan) if given[f.name] is not None})

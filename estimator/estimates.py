@@ -13,7 +13,6 @@ from estimator.memory import Memory, memory
 from estimator.presets import preset
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from pathlib import Path
 
     import pandas as pd
@@ -142,7 +141,7 @@ class Estimate:
         """One row a part of the model and one for the whole; columns are the account's forms."""
         import pandas as pd  # noqa: PLC0415 - half a second that only this needs
 
-        rows: Mapping[str, dict[str, int]] = {name: asdict(form) for name, form in self.values.modules.items()}
+        rows = {name: asdict(form) for name, form in self.values.modules.items()}
         frame = pd.DataFrame.from_dict(rows, orient="index").loc[list(COMPONENTS)]
         frame.loc["total"] = frame.sum()
         return frame.rename_axis("module")

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from estimator.eager.ledger import Where
     from estimator.hardware import Accelerator
 
-GRANULE = 512  # bytes: the CUDA caching allocator rounds every block to a multiple (kMinBlockSize, CUDACachingAllocator)
+GRANULE = (
+    512  # bytes: the CUDA caching allocator rounds every block to a multiple (kMinBlockSize, CUDACachingAllocator)
+)
 # cuBLAS's workspace of one handle and stream, inside memory_allocated: PyTorch's default CUBLAS_WORKSPACE_CONFIG,
 # 4096 KiB x 2 + 16 KiB x 8, and 32 MiB from compute capability 9 on (aten/src/ATen/cuda/CublasHandlePool.cpp).
 CUBLAS_WORKSPACE = 8_519_680
@@ -98,7 +100,9 @@ def timeline(account: Account, sizes: Mapping[str, int], granule: int = 1) -> Ti
     category = np.array([list(Category).index(c) for _, c in traced.classes])[traced.klass][index]
     by = {c.value: np.where(category == i, delta, 0).cumsum()[first:] for i, c in enumerate(Category)}
     start = int(live[first - 1])
-    return Timeline(live[first:], by, delta[first:], index[first:], int(live[first:].argmax()), start, account, sizes["L"])
+    return Timeline(
+        live[first:], by, delta[first:], index[first:], int(live[first:].argmax()), start, account, sizes["L"]
+    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from estimator.eager.ledger import Category
 from estimator.eager.sizes import INDEX, LETTER, NAMES, ONE, ZERO, Size, evaluate
 
 if TYPE_CHECKING:
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from estimator.eager.ledger import Where
+    from estimator.eager.ledger import Category, Where
     from estimator.eager.sizes import ShapeClass
     from estimator.trace import Moment, Trace
 
@@ -113,5 +112,3 @@ def _piece(trace: Trace, moment: Moment, layers: Size) -> Piece:
             part = int(constant) * size + int(slope) * size * (layers - 2)
             categories[category] = categories.get(category, ZERO) + part
     return Piece(sum(categories.values(), ZERO), moment.where, categories)
-
-

@@ -1,9 +1,9 @@
 """From a ledger of three blocks to a step of any number of blocks.
 
 Blocks are alike, so the ledger of a model with three of them says everything about one with L: what the first block
-does happens once, what the last does happens once, and what the middle one does happens L - 2 times in a row. (Models of
-one or two blocks are run as they are.) A `Trace` holds the ledger as arrays of counts over *size classes*, the few dozen
-different (bytes, category) of storages, from which live bytes follow exactly, as polynomials or as numbers.
+does happens once, what the last does happens once, and what the middle one does happens L - 2 times in a row. (Models
+of one or two blocks are run as they are.) A `Trace` holds the ledger as arrays of counts over *size classes*, the few
+dozen different (bytes, category) of storages, from which live bytes follow exactly, as polynomials or as numbers.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ class Trace:
         return {at: key for key, at in self._positions.items()}
 
     def _partners(self, i: int) -> tuple[int, int]:
-        """The events of the first and the last block that are what event i is in the middle one (i, where there is none)."""
+        """The events of the first and the last block that are event i of the middle one; i where there is none."""
         phase, block, ordinal = self._places[i]
         assert block == MIDDLE
         ends = (self._positions.get((phase, end, ordinal), i) for end in (0, 2))

@@ -52,7 +52,9 @@ def test_symbols_numbers_and_vectors_agree(m, p, device):
         B=np.array([p.batch_size, p.batch_size + 1, 1]), T=m.context_length, L=m.num_layers, d=m.d_model, n=2,
         h=m.num_heads, k=m.num_kv_heads, e=m.head_dim, f=m.d_ff, V=m.vocab_size, C=m.context_length,
     )  # fmt: skip
-    scalars = [a.evaluate(m, p.replace(batch_size=b), threads=2).peak_bytes for b in (p.batch_size, p.batch_size + 1, 1)]
+    scalars = [
+        a.evaluate(m, p.replace(batch_size=b), threads=2).peak_bytes for b in (p.batch_size, p.batch_size + 1, 1)
+    ]
     assert list(vector) == scalars
 
 

@@ -24,7 +24,9 @@ def run(capsys, *argv):
 
 
 def test_json_is_the_librarys_answer(capsys):
-    status, out, _ = run(capsys, "gpt2-xl", "--gpu", "a100-80gb-sxm", "--batch-size", "4", "--attention", "sdpa", "--json")
+    status, out, _ = run(
+        capsys, "gpt2-xl", "--gpu", "a100-80gb-sxm", "--batch-size", "4", "--attention", "sdpa", "--json"
+    )
     r = est.estimate("gpt2-xl", Plan(batch_size=4, attention="sdpa"), "a100-80gb-sxm")
     assert status == 0
     assert json.loads(out) == json.loads(json.dumps(r.to_dict()))
@@ -34,7 +36,13 @@ def test_the_tables_say_the_verdict_and_the_figures(capsys):
     status, out, _ = run(capsys, "gpt2-xl", "--batch-size", "1", "--mfu", "0.5", "--steps", "400000")
     assert status == 0
     flat = " ".join(out.split())
-    for words in ("Fits: needs", "1,557,611,200", "3,506,703,564,800", "the largest micro-batch is", "The peak is in the"):
+    for words in (
+        "Fits: needs",
+        "1,557,611,200",
+        "3,506,703,564,800",
+        "the largest micro-batch is",
+        "The peak is in the",
+    ):
         assert words in flat
     _, out, _ = run(capsys, "llama-2-70b")
     assert "Does not fit" in " ".join(out.split())
@@ -96,14 +104,15 @@ def test_names_can_be_listed(capsys):
     assert "a100-80gb-sxm" in out
 
 
+def loaded_by(code, *modules):
+    code += f"; import sys; print([m for m in {modules} if m in sys.modules])"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
 def test_importing_the_library_is_light():
-    code = "import sys, estimator; print([m for m in ('torch', 'streamlit', 'pandas', 'sympy') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
-    code = (
-        "import sys, estimator as e; e.estimate('gpt2', e.Plan(), 'a100-80gb-sxm', mfu=0.5); e.textbook('gpt2');"
-        "print([m for m in ('torch', 'streamlit', 'pandas') if m in sys.modules])"
-    )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert loaded_by("import estimator", "torch", "streamlit", "pandas", "sympy") == "[]"
+    code = "import estimator as e; e.estimate('gpt2', e.Plan(), 'a100-80gb-sxm', mfu=0.5); e.textbook('gpt2')"
+    assert loaded_by(code, "torch", "streamlit", "pandas") == "[]"
 
 
 def test_public_names_resolve():

@@ -67,7 +67,9 @@ def test_blocks_of_the_timeline_run_forward_and_backward():
 
 
 def test_the_setup_comes_before_the_step():
-    trace = Trace(run_step(recipe_of(GPT2, PLANS[0], "cpu"), ShapeClass.at("gpt2", sizes_of(GPT2, 3, 9)), "cpu", 3), repeats=True)
+    trace = Trace(
+        run_step(recipe_of(GPT2, PLANS[0], "cpu"), ShapeClass.at("gpt2", sizes_of(GPT2, 3, 9)), "cpu", 3), repeats=True
+    )
     phases = [e.where.phase for e in trace.ledger.events]
     assert all(x is Phase.SETUP for x in phases[: trace.step])
     assert Phase.SETUP not in phases[trace.step :]

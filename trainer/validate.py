@@ -7,7 +7,7 @@ does not know, and the exit status is 1.
 from __future__ import annotations
 
 import argparse
-import datetime
+import datetime as dt
 import json
 import platform
 import random
@@ -67,7 +67,7 @@ def compare(m: ModelConfig, p: Plan, device: str = "cpu", case: int = 0, timed_s
 
 
 def cases(count: int, seed: int = 0) -> Iterator[tuple[ModelConfig, Plan]]:
-    """`count` models and plans of each family: first the edges (sizes of 1, vocabulary below sequence), then at random."""
+    """`count` models and plans of each family: first the edges (sizes of 1, V below T), then at random."""
     rng = random.Random(seed)  # noqa: S311 - shapes, not secrets
     edges = [
         {"B": 1},
@@ -117,7 +117,8 @@ def _case(family: str, rng: random.Random, fixed: dict[str, int], turn: int) -> 
 
 def describe(m: ModelConfig, p: Plan) -> str:
     """A case in a line."""
-    sizes = f"B{p.batch_size} T{p.tokens(m)} L{m.num_layers} d{m.d_model} h{m.num_heads} k{m.num_kv_heads} e{m.e} f{m.f}"
+    run = f"B{p.batch_size} T{p.tokens(m)}"
+    sizes = f"{run} L{m.num_layers} d{m.d_model} h{m.num_heads} k{m.num_kv_heads} e{m.e} f{m.f}"
     recipe = f"{p.attention} {p.checkpointing} {p.optimizer}-{p.optimizer_impl} x{p.grad_accumulation}"
     return f"{m.family} {sizes} V{m.vocab_size} {recipe}{' clip' if p.max_grad_norm else ''}"
 
@@ -144,20 +145,21 @@ def report(chosen: Sequence[tuple[ModelConfig, Plan]], rows: Sequence[Sequence[R
         bad = [r for r in mine if r.difference]
         wrong += len(bad)
         greatest = max((abs(r.difference or 0) for r in mine), default=0)
-        figures = (len(mine), len(mine) - len(bad), sum(r.estimate for r in mine), sum(r.measurement or 0 for r in mine))
-        table.add_row(quantity, *(f"{x:,}" for x in figures), f"{greatest:,}")
+        sums = (sum(r.estimate for r in mine), sum(r.measurement or 0 for r in mine))
+        table.add_row(quantity, *(f"{x:,}" for x in (len(mine), len(mine) - len(bad), *sums, greatest)))
     console.print(table)
     for (m, p), case in zip(chosen, rows, strict=True):
         for r in case:
             if r.difference:
-                console.print(f"[red]{describe(m, p)}: {r.quantity} {r.estimate:,} != {r.measurement:,} ({r.difference:+,})")
+                figures = f"{r.estimate:,} != {r.measurement:,} ({r.difference:+,})"
+                console.print(f"[red]{describe(m, p)}: {r.quantity} {figures}")
     return wrong
 
 
 def to_json(chosen: Sequence[tuple[ModelConfig, Plan]], rows: Sequence[Sequence[Row]], device: str) -> dict[str, Any]:
     """Everything that was found, with where and when."""
     return {
-        "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
+        "date": dt.datetime.now(tz=dt.UTC).date().isoformat(),
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),

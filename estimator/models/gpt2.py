@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from estimator.eager.tensor import Locals, Machine, Tensor
 
 
-
 class Attention(Module):
     """Multi-head attention with one fused projection."""
 
@@ -31,7 +30,7 @@ class Attention(Module):
         v.k = transpose(view(v.k, (B, T, self.h, self.e)), 1, 2)
         v.v = transpose(view(v.v, (B, T, self.h, self.e)), 1, 2)
         v.y = attend(v.q, v.k, v.v, mask)
-        return self.out(reshape(transpose(v.y, 1, 2), (B, T, d)))  # type: ignore[no-any-return]  # see Module.child
+        return self.out(reshape(transpose(v.y, 1, 2), (B, T, d)))
 
 
 class FeedForward(Module):
@@ -45,7 +44,7 @@ class FeedForward(Module):
             self.down = self.child(Linear(machine, "down", size["f"], size["d"], bias=True))
 
     def forward(self, v: Locals, x: Tensor) -> Tensor:
-        return self.down(ops.activation("gelu", self.up(x)))  # type: ignore[no-any-return]  # see Module.child
+        return self.down(ops.activation("gelu", self.up(x)))
 
 
 class Block(Module):
@@ -62,7 +61,7 @@ class Block(Module):
 
     def forward(self, v: Locals, x: Tensor, mask: Tensor | None) -> Tensor:
         v.x = ops.add(x, self.attention(self.attention_norm(x), mask))
-        return ops.add(v.x, self.ffn(self.ffn_norm(v.x)))  # type: ignore[no-any-return]  # see Module.child
+        return ops.add(v.x, self.ffn(self.ffn_norm(v.x)))
 
 
 class GPT2(Transformer):

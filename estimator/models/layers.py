@@ -68,7 +68,7 @@ class Module:
     def __call__(self, *args: Any) -> Tensor:
         with self.inside(), arguments(args) as results, Locals() as v:
             results.append(self.forward(v, *args))
-            return results[0]  # type: ignore[no-any-return]  # `arguments` carries results of any type
+            return results[0]
 
     def forward(self, v: Locals, *args: Any) -> Tensor:
         """The module's statements; `v` are the names of its frame."""
@@ -142,7 +142,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         names.scores = ops.mul_number(names.scores)
         names.scores = ops.masked_fill(names.scores, mask)
         results.append(matmul(ops.softmax(names.scores), v))
-        return results[0]  # type: ignore[no-any-return]  # `arguments` carries results of any type
+        return results[0]
 
 
 class Transformer(Module):
@@ -181,7 +181,7 @@ class Transformer(Module):
     def logits(self, x: Tensor) -> Tensor:
         """The head, tied or not."""
         if self.head is not None:
-            return self.head(x)  # type: ignore[no-any-return]  # children are of any module type
+            return self.head(x)
         with self.machine.ledger.inside("head"):
             return linear(x, self.embedding.weight, None)
 

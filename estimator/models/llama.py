@@ -31,7 +31,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         v.a, v.b = split(x, half(x.shape[-1]), 2)
         first = ops.sub(ops.mul(v.a, cos), ops.mul(v.b, sin))
         results.append(concatenate((first, ops.add(ops.mul(v.a, sin), ops.mul(v.b, cos)))))
-        return results[0]  # type: ignore[no-any-return]  # `arguments` carries results of any type
+        return results[0]
 
 
 class Attention(Module):
@@ -59,7 +59,7 @@ class Attention(Module):
         v.k = repeat_heads(v.k, self.g)
         v.v = repeat_heads(v.v, self.g)
         v.y = attend(v.q, v.k, v.v, mask)
-        return self.out(reshape(transpose(v.y, 1, 2), (B, T, self.wide)))  # type: ignore[no-any-return]  # see child
+        return self.out(reshape(transpose(v.y, 1, 2), (B, T, self.wide)))
 
 
 class FeedForward(Module):
@@ -74,7 +74,7 @@ class FeedForward(Module):
             self.down = self.child(Linear(machine, "down", size["f"], size["d"], bias=False))
 
     def forward(self, v: Locals, x: Tensor) -> Tensor:
-        return self.down(ops.mul(ops.activation("silu", self.gate(x)), self.up(x)))  # type: ignore[no-any-return]  # see Module.child
+        return self.down(ops.mul(ops.activation("silu", self.gate(x)), self.up(x)))
 
 
 class Block(Module):
@@ -91,7 +91,7 @@ class Block(Module):
 
     def forward(self, v: Locals, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
         v.x = ops.add(x, self.attention(self.attention_norm(x), cos, sin, mask))
-        return ops.add(v.x, self.ffn(self.ffn_norm(v.x)))  # type: ignore[no-any-return]  # see Module.child
+        return ops.add(v.x, self.ffn(self.ffn_norm(v.x)))
 
 
 class Llama(Transformer):
