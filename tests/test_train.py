@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 import trainer.train
 from estimator.config import ConfigError, Plan
@@ -109,7 +110,7 @@ def test_the_same_configuration_gives_the_same_run(whole, corpus, tmp_path):
 
 
 @pytest.mark.parametrize(("number", "stop_at"), [(signal.SIGINT, 1), (signal.SIGTERM, 5)])
-def test_stopped_by_a_signal_and_resumed_equals_uninterrupted_bit_for_bit(  # noqa: PLR0917  (fixtures)
+def test_stopped_by_a_signal_and_resumed_equals_uninterrupted_bit_for_bit(
     whole, corpus, tmp_path, monkeypatch, capsys, number, stop_at
 ):
     real = trainer.train.Reporter.step
@@ -440,6 +441,45 @@ def test_generated_text_continues_the_prompt(whole, tmp_path, capsys):
     assert main(["generate", str(whole), "--max-new-tokens", "5", "--samples", "2"]) == 0
     assert main(["export", str(whole), str(tmp_path / "w.safetensors")]) == 0
     assert (tmp_path / "w.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_tensorboard_is_an_extra(corpus, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # as if it were not installed
+    with pytest.raises(ConfigError, match=r"tensorboard = True: not installed; pip install"):
+        train(configure(corpus, tmp_path, tensorboard=True))
+
+
+def test_tensorboard_gets_what_the_metrics_get(corpus, tmp_path, monkeypatch):
+    class Writer:
+        def __init__(self, folder, purge_step):
+            self.scalars = []
+            written.append(self)
+            assert folder == tmp_path / "tensorboard"
+            assert purge_step == 1
+
+        def add_scalar(self, name, value, step):
+            self.scalars.append((step, name, value))
+
+        def close(self):
+            self.scalars.sort()
+
+    written = []
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", type("Module", (), {"SummaryWriter": Writer}))
+    train(configure(corpus, tmp_path, tensorboard=True))
+    records = metrics(tmp_path)
+    assert written[0].scalars == sorted((r["step"], k, v) for r in records for k, v in r.items() if k != "step")
+
+
+def test_on_a_terminal_one_line_is_redrawn(corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        "trainer.progress.Console", lambda **options: Console(force_terminal=True, width=160, **options)
+    )
+    train(configure(corpus, tmp_path))
+    out = capsys.readouterr().out
+    assert "\x1b[2K" in out  # erases a line
+    assert "step 8/8" in out
+    assert "tokens/s" in out
+    assert "left" in out
 
 
 def test_durations_read_as_clocks_do():

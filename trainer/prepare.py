@@ -41,7 +41,7 @@ class PrepareConfig:
 
     files: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
     out: Path = Path("data/stdlib")
-    vocab_size: int = 4096
+    vocab_size: int = 2048
     bytes: bool = False
     valid_fraction: float = 0.05
 

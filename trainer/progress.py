@@ -51,10 +51,6 @@ class Reporter:
         self.board: SummaryWriter | None = None
         if quiet:
             return
-        metrics = folder / "metrics.jsonl"
-        old = metrics.read_text(encoding="utf-8").splitlines(keepends=True) if start and metrics.exists() else []
-        write_whole(metrics, "".join(line for line in old if _step(line) <= start).encode())
-        self.file = metrics.open("a", encoding="utf-8")
         if tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415  (an extra)
@@ -63,6 +59,10 @@ class Reporter:
                     "tensorboard = True: not installed; pip install 'transformer-estimator[tensorboard]'"
                 ) from error
             self.board = SummaryWriter(folder / "tensorboard", purge_step=start + 1)
+        metrics = folder / "metrics.jsonl"
+        old = metrics.read_text(encoding="utf-8").splitlines(keepends=True) if start and metrics.exists() else []
+        write_whole(metrics, "".join(line for line in old if _step(line) <= start).encode())
+        self.file = metrics.open("a", encoding="utf-8")
 
     def __enter__(self) -> Self:
         self.progress.start()
