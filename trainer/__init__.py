@@ -5,6 +5,7 @@ from trainer.clip import gradient_clipping
 from trainer.data import Dataset, get_batch
 from trainer.generate import generate
 from trainer.loss import cross_entropy
+from trainer.measure import Measurement, Step, build_step, measure
 from trainer.optim import SGD, AdamW
 from trainer.schedule import lr_cosine_schedule
 
@@ -12,11 +13,15 @@ __all__ = [
     "SGD",
     "AdamW",
     "Dataset",
+    "Measurement",
+    "Step",
+    "build_step",
     "cross_entropy",
     "generate",
     "get_batch",
     "gradient_clipping",
     "load_checkpoint",
     "lr_cosine_schedule",
+    "measure",
     "save_checkpoint",
 ]
