@@ -75,6 +75,14 @@ class Gemm(NamedTuple):
     k: Size
 
 
+class Operand(NamedTuple):
+    """What a kernel reads or writes of a storage, in bytes."""
+
+    storage: Storage
+    nbytes: Size
+    written: bool
+
+
 class Kernel(NamedTuple):
     """One launch: its matrix FLOPs (2 a multiply-add), other arithmetic, bytes read plus written, its shape, its turn."""
 
@@ -87,6 +95,7 @@ class Kernel(NamedTuple):
     recompute: bool
     micro_batch: int
     repeated: Size  # of the FLOPs, those that repeat forward: all under a checkpoint, the scores in a flash backward
+    operands: tuple[Operand, ...]  # what the bytes are of: fused, a kernel no longer moves what stays inside
 
 
 @dataclass(slots=True)

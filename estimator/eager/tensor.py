@@ -12,7 +12,7 @@ import functools
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
-from estimator.eager.ledger import Category, Gemm, Kernel, Ledger, Storage
+from estimator.eager.ledger import Category, Gemm, Kernel, Ledger, Operand, Storage
 from estimator.eager.sizes import ONE, ZERO, ShapeClass, Size, generic_value
 
 if TYPE_CHECKING:
@@ -103,13 +103,15 @@ class Machine:
     ) -> None:
         """Record a launch; its bytes are those of its operands, once each; `repeated` of its FLOPs repeat forward's."""
         ledger = self.ledger
-        nbytes = ZERO
-        for t in (*reads, *writes):
-            nbytes = nbytes + t.dtype.itemsize * t.numel
+        operands = [Operand(t.storage, t.dtype.itemsize * t.numel, written=False) for t in reads]
+        operands += [Operand(t.storage, t.dtype.itemsize * t.numel, written=True) for t in writes]
+        nbytes = sum((operand.nbytes for operand in operands), ZERO)
         flops = ZERO if gemm is None else 2 * self.product((gemm.b, gemm.m, gemm.n, gemm.k))
         here, recompute, turn = ledger.here, ledger.recompute, ledger.micro_batch
         repeated = flops if recompute else repeated
-        ledger.kernels.append(Kernel(name, here, flops, arithmetic, nbytes, gemm, recompute, turn, repeated))
+        ledger.kernels.append(
+            Kernel(name, here, flops, arithmetic, nbytes, gemm, recompute, turn, repeated, tuple(operands))
+        )
 
     @contextmanager
     def no_grad(self) -> Iterator[None]:
