@@ -179,9 +179,18 @@ def _check_optimizer(state: Any, optimizer: torch.optim.Optimizer, name: str) ->
         for indices, parameters in zip(theirs, ours, strict=True):
             for index, parameter in zip(indices, parameters, strict=True):
                 for value in state["state"].get(index, {}).values():
-                    assert not isinstance(value, Tensor) or value.numel() == 1 or value.shape == parameter.shape
+                    assert not isinstance(value, Tensor) or _is_state_of(value, parameter)
     except (AssertionError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{name}: its optimizer state does not fit this run's parameters") from error
+
+
+def _is_state_of(value: Tensor, parameter: Tensor) -> bool:
+    """A scalar, a tensor of the parameter's shape, or one with a dimension summed up, as Adafactor's."""
+    if value.numel() <= 1:
+        return True
+    return value.ndim == parameter.ndim and all(
+        n in (1, whole) for n, whole in zip(value.shape, parameter.shape, strict=True)
+    )
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
@@ -293,14 +294,20 @@ def _load_sharded(
         state = content["optimizer"]
         if [g["names"] for g in state["param_groups"]] != [g["names"] for g in optimizer.param_groups]:
             raise CheckpointError(f"{path}: its optimizer state does not fit this run's parameters")
-        for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
-            group.update({key: value for key, value in saved.items() if key != "params"})
+        for group, values in zip(optimizer.param_groups, state["param_groups"], strict=True):
+            group.update({key: value for key, value in values.items() if key != "params"})
         for name, parameter in weights.named.items():
             own = optimizer.state[parameter]
             own.update(state["scalars"].get(name, {}))
             for key in state["keys"].get(name, []):
-                own[key] = torch.zeros_like(parameter, requires_grad=False)
-                tensors[f"optimizer.{name}.{key}"] = weights.whole(name, own[key])
+                saved = stored[f"optimizer.{name}.{key}"]
+                assert isinstance(saved, TensorStorageMetadata)
+                if saved.size == weights.originals[name].shape:
+                    own[key] = torch.zeros_like(parameter, dtype=saved.properties.dtype, requires_grad=False)
+                    tensors[f"optimizer.{name}.{key}"] = weights.whole(name, own[key])
+                else:  # never a shard's: see `build_optimizer`
+                    own[key] = parameter.new_zeros(saved.size, dtype=saved.properties.dtype)
+                    tensors[f"optimizer.{name}.{key}"] = own[key]
     with warnings.catch_warnings():
         # It says that one process reads what several may have written: that is what is wanted.
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)

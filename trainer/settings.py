@@ -75,9 +75,9 @@ class OptimSection:
         lr: at the end of the warm-up.
         min_lr: at the end of the run.
         warmup_steps: of linear increase; half a cosine follows, down to min_lr at the last step.
-        weight_decay: of matrices; biases and norms have none.
-        betas: decay of AdamW's two moments.
-        eps: AdamW's.
+        weight_decay: of matrices, for the optimizers that have it; biases and norms have none.
+        betas: decay of the two moments of adamw, adam and lion.
+        eps: of adamw and adam.
     """
 
     lr: float = 1e-3
@@ -108,7 +108,6 @@ class TrainConfig:
         device: "auto" (CUDA where there is one), "cpu" or "cuda".
         sharding: with several processes, "none" (DDP) or "fsdp" (fully_shard).
         autocast: matrix products in bfloat16.
-        compile: run the model through torch.compile.
         tensorboard: write TensorBoard's files too.
         resume: go on from the newest checkpoint in `out`.
         force: start even if the estimate does not fit the machine.
@@ -129,7 +128,6 @@ class TrainConfig:
     device: str = "auto"
     sharding: str = "none"
     autocast: bool = False
-    compile: bool = False
     tensorboard: bool = False
     resume: bool = False
     force: bool = False
@@ -141,6 +139,9 @@ class TrainConfig:
             raise ConfigError(f"seed = {self.seed}: must be at least 0")
         choose("device", self.device, DEVICES)
         choose("sharding", self.sharding, SHARDINGS)
+        if self.plan.data_parallel != 1 or self.plan.sharding != "none":
+            given = f"plan.data_parallel = {self.plan.data_parallel}, plan.sharding = {self.plan.sharding!r}"
+            raise ConfigError(f"{given}: torchrun says how many processes there are, and --sharding fsdp shards")
         if self.optim.warmup_steps > self.steps:
             raise ConfigError(
                 f"optim.warmup_steps = {self.optim.warmup_steps}: longer than the run (steps = {self.steps})"

@@ -22,7 +22,7 @@ from trainer.distributed import Weights, World, load_run, save_run
 from trainer.loss import cross_entropy
 from trainer.measure import torch_cross_entropy
 from trainer.model import build_model
-from trainer.optim import SGD, AdamW
+from trainer.optim import SGD, AdamW, Lion, MuonAdamW
 from trainer.prepare import write_whole
 from trainer.progress import Reporter, duration
 from trainer.schedule import lr_cosine_schedule
@@ -75,7 +75,7 @@ def _train(config: TrainConfig, world: World) -> int:
     model = build_model(m, plan).to(device)
     wrapped = world.wrap(model, config.sharding)
     # compile() gives back a module too, whatever its annotation says.
-    module = cast("nn.Module", torch.compile(wrapped)) if config.compile else wrapped
+    module = cast("nn.Module", torch.compile(wrapped)) if plan.compile else wrapped
     weights = Weights(model)
     optimizer = build_optimizer(weights, plan, config.optim, device.type)
     start = 0 if source is None else load(world, source, weights, optimizer, m.to_dict())
@@ -235,7 +235,14 @@ def build_optimizer(weights: Weights, p: Plan, o: OptimSection, device: str) -> 
     """The optimizer that `p` names, with `o`'s hyper-parameters; weight decay for matrices only.
 
     A bias or a norm's gain has nothing that decay should keep small: it scales no input.
+
+    Raises:
+        ConfigError: it needs whole matrices and the parameters are sharded.
     """
+    if weights.sharded and p.optimizer in ("muon", "adafactor"):
+        raise ConfigError(
+            f"plan.optimizer = {p.optimizer!r}: works on whole matrices, which FSDP shards; allowed is --sharding none"
+        )
     matrices = {name: p for name, p in weights.named.items() if p.ndim >= 2}
     others = {name: p for name, p in weights.named.items() if p.ndim < 2}
     groups = [
@@ -244,13 +251,46 @@ def build_optimizer(weights: Weights, p: Plan, o: OptimSection, device: str) -> 
         if part
     ]
     kind = p.implementation(device)
-    if p.optimizer == "sgd":
-        return SGD(groups, lr=o.lr)
-    if kind == "bundled":
-        return AdamW(groups, lr=o.lr, betas=o.betas, eps=o.eps)
-    return torch.optim.AdamW(
-        groups, lr=o.lr, betas=o.betas, eps=o.eps, foreach=kind == "foreach", fused=kind == "fused"
+    match p.optimizer:
+        case "sgd" if kind == "bundled":
+            return SGD(groups, lr=o.lr)
+        case "sgd" | "sgd-momentum":
+            momentum = 0.9 if p.optimizer == "sgd-momentum" else 0.0
+            return torch.optim.SGD(groups, lr=o.lr, momentum=momentum, foreach=kind == "foreach", fused=kind == "fused")
+        case "adam":
+            return torch.optim.Adam(
+                groups, lr=o.lr, betas=o.betas, eps=o.eps, foreach=kind == "foreach", fused=kind == "fused"
+            )
+        case "lion":
+            return Lion(groups, lr=o.lr, betas=o.betas)
+        case "adafactor":
+            return torch.optim.Adafactor(groups, lr=o.lr)
+        case "muon":
+            return build_muon(weights, o, kind)
+        case _ if kind == "bundled":
+            return AdamW(groups, lr=o.lr, betas=o.betas, eps=o.eps)
+        case _:
+            return torch.optim.AdamW(
+                groups, lr=o.lr, betas=o.betas, eps=o.eps, foreach=kind == "foreach", fused=kind == "fused"
+            )
+
+
+def build_muon(weights: Weights, o: OptimSection, kind: str) -> torch.optim.Optimizer:
+    """Muon for the blocks' matrices, AdamW for all else."""
+    named = weights.named
+    inside = [name for name, p in named.items() if name.startswith("blocks.") and p.ndim == 2]
+    outside = [name for name in named if name not in inside]
+    optimizer = MuonAdamW(
+        [named[name] for name in inside],
+        [named[name] for name in outside],
+        lr=o.lr,
+        weight_decay=o.weight_decay,
+        foreach=kind == "foreach",
+        fused=kind == "fused",
     )
+    for group, names in zip(optimizer.param_groups, (inside, outside), strict=True):
+        group["names"] = names
+    return optimizer
 
 
 def start_point(config: TrainConfig, world: World) -> Path | None:
@@ -321,7 +361,7 @@ def left_out(config: TrainConfig, world: World) -> list[str]:
         note
         for note, applies in (
             ("autocast's copies of weights and activations in bfloat16", config.autocast),
-            ("torch.compile, which fuses ops and so saves less", config.compile),
+            ("torch.compile, which fuses ops and so saves less", config.plan.compile),
             ("DDP's buckets, as large as the gradients", world.size > 1 and config.sharding == "none"),
             (
                 "sharding: parameters, gradients and states are divided by the processes",
