@@ -66,7 +66,8 @@ class Forms:
         forward_flops, backward_flops: FLOPs of matrix products of a micro-batch (2 a multiply-add), those of
             recomputation in backward.
         recompute_flops: the part of backward_flops that repeats forward.
-        optimizer_flops: arithmetic of an optimizer step (an operation on an element is one FLOP), clipping included.
+        optimizer_flops: arithmetic of an optimizer step (an operation on an element is one FLOP), clipping and the
+            matrix products of Muon included.
     """
 
     parameters: Any
@@ -172,13 +173,13 @@ def _forms(traced: Trace, layers: Size) -> tuple[Forms, dict[str, Forms]]:
     for storage in ledger.saved:
         enter("activation_bytes", storage.where, storage.nbytes)
     for kernel in ledger.kernels:
-        if kernel.flops and kernel.micro_batch == 0:
+        if kernel.flops and kernel.micro_batch == 0 and kernel.where.phase is not Phase.OPTIMIZER:
             enter(f"{kernel.where.phase}_flops", kernel.where, kernel.flops)
             if kernel.repeated:
                 enter("recompute_flops", kernel.where, kernel.repeated)
     for kernel in ledger.kernels:
-        if kernel.where.phase is Phase.OPTIMIZER and kernel.arithmetic:
-            enter("optimizer_flops", kernel.where, kernel.arithmetic)
+        if kernel.where.phase is Phase.OPTIMIZER and (kernel.arithmetic or kernel.flops):
+            enter("optimizer_flops", kernel.where, kernel.arithmetic + kernel.flops)
     parts = {
         name: Forms(**{form: total(traced, entries.get((form, name), []), layers) for form in FORMS})
         for name in COMPONENTS

@@ -14,7 +14,16 @@ PRECISIONS = ("fp32",)
 ATTENTIONS = ("naive", "sdpa")
 LOSSES = ("bundled", "torch")
 CHECKPOINTINGS = ("none", "block")
-OPTIMIZERS = ("adamw", "sgd")
+# The implementations of each optimizer; "auto" is the first, on CUDA foreach in place of loop.
+OPTIMIZERS = {
+    "adamw": ("loop", "foreach", "fused", "bundled"),
+    "adam": ("loop", "foreach", "fused"),
+    "sgd": ("bundled", "loop", "foreach", "fused"),
+    "sgd-momentum": ("loop", "foreach", "fused"),
+    "lion": ("bundled",),
+    "muon": ("loop", "foreach", "fused"),
+    "adafactor": ("loop",),
+}
 SHARDINGS = ("none", "zero1", "zero2", "zero3")
 SHARDING_SPELLINGS = {"ddp": "none", "fsdp": "zero3"}  # PyTorch's names of the same
 OPTIMIZER_IMPLS = ("auto", "loop", "foreach", "fused", "bundled")
@@ -103,7 +112,9 @@ class ModelConfig:
             raise ConfigError(f"num_kv_heads = {self.num_kv_heads}: must divide num_heads ({self.num_heads})")
         if gpt2:
             if self.num_kv_heads != self.num_heads:
-                raise ConfigError(f"num_kv_heads = {self.num_kv_heads}: gpt2 is multi-head; allowed is {self.num_heads}")
+                raise ConfigError(
+                    f"num_kv_heads = {self.num_kv_heads}: gpt2 is multi-head; allowed is {self.num_heads}"
+                )
             if self.width_of_heads != self.d_model:
                 raise ConfigError(
                     f"head_dim = {self.head_dim}: gpt2 needs num_heads x head_dim = d_model ({self.d_model})"
@@ -163,9 +174,11 @@ class Plan:
             (`torch.nn.functional.scaled_dot_product_attention`, causal).
         loss: "bundled" (the trainer's own cross entropy) or "torch" (`torch.nn.functional.cross_entropy`).
         checkpointing: "none", or "block": each block under `torch.utils.checkpoint`, non-reentrant.
-        optimizer: "adamw" or "sgd" (plain, no momentum; bundled only).
-        optimizer_impl: "loop" (for-loop over parameters), "foreach", "fused": torch.optim's; "bundled": the trainer's
-            own; "auto": what torch picks for the device (loop on CPU, foreach on CUDA), for sgd the bundled one.
+        optimizer: "adamw", "adam", "sgd" (no momentum), "sgd-momentum", "lion", "muon" (`torch.optim.Muon` for the
+            blocks' matrices, AdamW for all else) or "adafactor".
+        optimizer_impl: "loop" (for-loop over parameters), "foreach", "fused": torch.optim's (of muon's AdamW);
+            "bundled": the trainer's own; "auto": what torch picks for the device (loop on CPU, foreach on CUDA), for
+            sgd and lion the bundled one.
         grad_accumulation: micro-batches whose gradients are added before one optimizer step.
         max_grad_norm: clip the gradients to this global norm before the step; None means no clipping.
         compile: `torch.compile` fuses the elementwise kernels; time knows it, memory is eager's.
@@ -208,8 +221,11 @@ class Plan:
         choose("checkpointing", self.checkpointing, CHECKPOINTINGS)
         choose("optimizer", self.optimizer, OPTIMIZERS)
         choose("optimizer_impl", self.optimizer_impl, OPTIMIZER_IMPLS)
-        if self.optimizer == "sgd" and self.optimizer_impl not in ("auto", "bundled"):
-            raise ConfigError(f"optimizer_impl = {self.optimizer_impl!r}: sgd is the trainer's own; allowed is bundled")
+        own = OPTIMIZERS[self.optimizer]
+        if self.optimizer_impl not in ("auto", *own):
+            raise ConfigError(
+                f"optimizer_impl = {self.optimizer_impl!r}: {self.optimizer} has {', '.join(own)}; or leave it at auto"
+            )
         norm = self.max_grad_norm
         if norm is not None and (isinstance(norm, bool) or not isinstance(norm, (int, float)) or not norm > 0):
             raise ConfigError(f"max_grad_norm = {norm!r}: must be a number above 0, or None for no clipping")
@@ -232,9 +248,8 @@ class Plan:
         """The optimizer implementation on `device` ("cpu" or "cuda"), with "auto" resolved as torch.optim does."""
         if self.optimizer_impl != "auto":
             return self.optimizer_impl
-        if self.optimizer == "sgd":
-            return "bundled"
-        return {"cpu": "loop", "cuda": "foreach"}[device]
+        own = OPTIMIZERS[self.optimizer]
+        return "foreach" if device == "cuda" and "foreach" in own and own[0] == "loop" else own[0]
 
     def replace(self, **changes: Any) -> Plan:
         """A copy with `changes`."""

@@ -8,8 +8,9 @@ from estimator.eager.autograd import backward
 from estimator.eager.ledger import Category, Phase
 from estimator.eager.losses import cross_entropy, torch_cross_entropy
 from estimator.eager.ops import div_number
-from estimator.eager.optimizers import OPTIMIZERS, clip_gradients, zero_grad
+from estimator.eager.optimizers import OPTIMIZERS
 from estimator.eager.tensor import INT64, Machine, Tensor
+from estimator.eager.updates import clip_gradients, zero_grad
 from estimator.models import FAMILIES
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from trainer.clip import gradient_clipping
 from trainer.loss import cross_entropy
 from trainer.model import build_model
-from trainer.optim import SGD, AdamW
+from trainer.optim import SGD, AdamW, Lion, MuonAdamW
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -40,7 +40,9 @@ class Step:
         inputs: (ids, targets), each (B, T) int64; every micro-batch of the step is the same one.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, inputs: tuple[Tensor, Tensor], p: Plan) -> None:
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, inputs: tuple[Tensor, Tensor], p: Plan
+    ) -> None:
         self.model, self.optimizer, self.inputs, self.plan = model, optimizer, inputs, p
         self.loss = {"bundled": cross_entropy, "torch": torch_cross_entropy}[p.loss]
 
@@ -74,14 +76,31 @@ def torch_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.view(-1))
 
 
-def build_optimizer(parameters: Iterable[Tensor], p: Plan, device: str) -> torch.optim.Optimizer:
-    """The optimizer that `p` names, with its default hyper-parameters."""
-    kind = p.implementation(device)
-    if p.optimizer == "sgd":
-        return SGD(parameters, lr=1e-3)
-    if kind == "bundled":
-        return AdamW(parameters)
-    return torch.optim.AdamW(parameters, foreach=kind == "foreach", fused=kind == "fused")
+def build_optimizer(model: nn.Module, p: Plan, device: str) -> torch.optim.Optimizer:
+    """The optimizer that `p` names for the parameters of `model`, with its default hyper-parameters."""
+    kind, parameters = p.implementation(device), list(model.parameters())
+    torchs = {"foreach": kind == "foreach", "fused": kind == "fused"}
+    match p.optimizer:
+        case "sgd" if kind == "bundled":
+            return SGD(parameters)
+        case "sgd":
+            return torch.optim.SGD(parameters, **torchs)
+        case "sgd-momentum":
+            return torch.optim.SGD(parameters, momentum=0.9, **torchs)
+        case "adam":
+            return torch.optim.Adam(parameters, **torchs)
+        case "lion":
+            return Lion(parameters)
+        case "adafactor":
+            return torch.optim.Adafactor(parameters, foreach=kind == "foreach")
+        case "muon":
+            matrices = [x for name, x in model.named_parameters() if name.startswith("blocks.") and x.ndim == 2]
+            others = [x for x in parameters if all(x is not matrix for matrix in matrices)]
+            return MuonAdamW(matrices, others, **torchs)
+        case _ if kind == "bundled":
+            return AdamW(parameters)
+        case _:
+            return torch.optim.AdamW(parameters, **torchs)
 
 
 def build_step(m: ModelConfig, p: Plan, device: str = "cpu", seed: int = 0) -> Step:
@@ -96,7 +115,7 @@ def build_step(m: ModelConfig, p: Plan, device: str = "cpu", seed: int = 0) -> S
         model = build_model(m, p)
         ids, targets = (torch.randint(m.vocab_size, (p.batch_size, T)) for _ in range(2))
     kind = torch.device(device).type
-    return Step(model, build_optimizer(model.parameters(), p, kind), (ids, targets), p)
+    return Step(model, build_optimizer(model, p, kind), (ids, targets), p)
 
 
 @dataclass(frozen=True, slots=True)

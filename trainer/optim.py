@@ -174,6 +174,84 @@ class AdamW(InPlace):
             p_.addcdiv_(m, s, value=-rate)
 
 
+class Lion(InPlace):
+    """Chen et al. 2023, "Symbolic Discovery of Optimization Algorithms": every weight moves by the same amount.
+
+    State: exp_avg, of the parameter's shape; half of AdamW's.
+
+    Args:
+        params: parameters, or dictionaries of parameters with hyper-parameters of their own.
+        lr: the learning rate, at least 0; the paper takes 3 to 10 times less than for AdamW.
+        betas: how much of the average the sign sees and how much of it a step keeps, each in [0, 1).
+        weight_decay: at least 0; a weight shrinks by lr * weight_decay of itself before it moves.
+
+    Raises:
+        ConfigError: a hyper-parameter is out of its range.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.01,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+
+    def validate(self, group: dict[str, Any]) -> None:
+        """Raise ConfigError if a hyper-parameter of `group` is out of its range."""
+        super().validate(group)
+        for i, beta in enumerate(group["betas"]):
+            in_range(f"betas[{i}]", beta, 0, 1)
+        in_range("weight_decay", group["weight_decay"], 0, math.inf)
+
+    def update(self, group: dict[str, Any], p: Tensor, g: Tensor, scratch: Scratch) -> None:
+        """Four passes, slice by slice."""
+        state = self.state[p]
+        if not state:
+            state["exp_avg"] = torch.zeros_like(p)
+        beta1, beta2 = group["betas"]
+        tensors = [local(x) for x in (p, g, state["exp_avg"])]
+        flat = all(x.is_contiguous() for x in tensors)
+        for p_, g_, m, s in scratch.slices(tensors) if flat else [(*tensors, torch.empty_like(tensors[0]))]:
+            p_.mul_(1 - group["lr"] * group["weight_decay"])
+            torch.lerp(g_, m, beta1, out=s).sign_()
+            p_.add_(s, alpha=-group["lr"])
+            m.lerp_(g_, 1 - beta2)
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """`torch.optim.Muon` for the matrices between embedding and head, `torch.optim.AdamW` for everything else.
+
+    One optimizer to the outside: two parameter groups, one state. Muon makes an update's singular values alike (Jordan
+    et al. 2024), which is meant for matrices that map one hidden vector to another; an embedding is none.
+
+    Args:
+        matrices: the parameters for Muon, all of two dimensions.
+        others: those for AdamW.
+        lr: the learning rate of both; "match_rms_adamw" makes one figure right for either.
+        weight_decay: of both.
+        **adamw: further arguments of torch.optim.AdamW, such as `foreach`.
+    """
+
+    def __init__(
+        self, matrices: list[Tensor], others: list[Tensor], lr: float = 1e-3, weight_decay: float = 0.1, **adamw: Any
+    ) -> None:
+        shared = {"lr": lr, "weight_decay": weight_decay}
+        self.parts = (
+            torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **shared),
+            torch.optim.AdamW(others, **shared, **adamw),
+        )
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # torch's takes closures, which two parts would run twice
+        """Update both parts; each works on this optimizer's own group and state, which may have been loaded since."""
+        for part, group in zip(self.parts, self.param_groups, strict=True):
+            part.param_groups, part.state = [group], self.state
+            part.step(closure)
+
+
 class Scratch:
     """A step's one buffer for each device and dtype: a slice long, or as the largest parameter where that is less."""
 

@@ -40,7 +40,7 @@ def _factors(c: Context) -> tuple[Tensor | None, Tensor | None]:
 def _second_gradient(grad: Tensor, a: Tensor, b: Tensor | None, name: str) -> Tensor:
     """a^T grad; for a column-major second factor the product is transposed (`mm_mat2_backward`)."""
     if name == "mm" and b is not None and _is_column_major(b):
-        return transpose(product("mm", transpose(grad, 0, 1), a), 0, 1)  # type: ignore[no-any-return]  # `op`
+        return transpose(product("mm", transpose(grad, 0, 1), a), 0, 1)
     return product(name, transpose(a, -2, -1), grad)
 
 
@@ -99,12 +99,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     out = (*x.shape[:-1], weight.shape[0])
     if bias is None:
         return unsafe_view(_fold_mm(x, flat, weight), out)
-    return view(addmm(bias, reshape(x, flat), transpose(weight, 0, 1)), out)  # type: ignore[no-any-return]  # `op`
+    return view(addmm(bias, reshape(x, flat), transpose(weight, 0, 1)), out)
 
 
 def _fold_mm(x: Tensor, flat: Shape, weight: Tensor) -> Tensor:
     w_t = transpose(weight, 0, 1)
-    return mm(reshape(x, flat), w_t)  # type: ignore[no-any-return]  # `op` keeps the signature of what it wraps
+    return mm(reshape(x, flat), w_t)
 
 
 @op
@@ -114,7 +114,7 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     left = reshape(a, (batch, *a.shape[-2:])).hold()
     right = reshape(b, (batch, *b.shape[-2:])).hold()
     try:
-        return unsafe_view(bmm(left, right), (*a.shape[:-1], b.shape[-1]))  # type: ignore[no-any-return]  # `op`
+        return unsafe_view(bmm(left, right), (*a.shape[:-1], b.shape[-1]))
     finally:
         right.drop()
         left.drop()

@@ -51,7 +51,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 def torch_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """F.cross_entropy(logits.view(-1, V), targets.view(-1)): log_softmax, then nll_loss."""
     rows = logits.machine.product(logits.shape[:-1])
-    return _nll_loss(log_softmax(view(logits, (rows, logits.shape[-1]))), view(targets, (rows,)))  # type: ignore[no-any-return]  # `op` keeps the signature of what it wraps
+    return _nll_loss(log_softmax(view(logits, (rows, logits.shape[-1]))), view(targets, (rows,)))
 
 
 @op

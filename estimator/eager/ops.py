@@ -185,6 +185,18 @@ def div_number(a: Tensor) -> Tensor:
 
 
 @op
+def cast(x: Tensor, dtype: Dtype) -> Tensor:
+    """x.to(dtype): x itself where it has that dtype, else a copy with x's layout; its gradient is cast back."""
+    before = x.dtype
+    if dtype == before:
+        return x
+    node = record("ToCopyBackward0", (x,), lambda _, grad: [cast(grad, before)])
+    out = empty_like(x, dtype)
+    x.machine.kernel("_to_copy", (x,), (out,))
+    return attach(node, out)
+
+
+@op
 def square(x: Tensor) -> Tensor:
     """x.pow(2)."""
 
@@ -344,5 +356,3 @@ def parameter(machine: Machine, shape: Sequence[Size], dtype: Dtype) -> Tensor:
     p = machine.empty(shape, dtype, category=Category.PARAMETER).hold()
     p.requires_grad = True
     return p
-
-

@@ -1,173 +1,33 @@
-"""What an optimizer's step does to memory: torch.optim.AdamW's three implementations and the bundled trainer's own."""
+"""All optimizers by name and implementation, and the steps of those that are not Adam's kin."""
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from estimator.eager.ledger import Category
-from estimator.eager.ops import elementwise, in_place_with_number, python_number, with_number
-from estimator.eager.sizes import LETTER
-from estimator.eager.tensor import FLOAT32, Locals, Tensor
+from estimator.eager.adam import (
+    BundledAdamW,
+    ForeachAdam,
+    ForeachAdamW,
+    FusedAdam,
+    FusedAdamW,
+    LoopAdam,
+    LoopAdamW,
+)
+from estimator.eager.ledger import Gemm
+from estimator.eager.linalg import product
+from estimator.eager.ops import cast, elementwise, in_place_with_number
+from estimator.eager.sizes import LETTER, ONE
+from estimator.eager.tensor import BFLOAT16, Locals
+from estimator.eager.updates import Optimizer, at_parameter, in_place
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
-    from estimator.eager.sizes import Size
-
-
-@contextmanager
-def at_parameter(p: Tensor, op: str) -> Iterator[None]:
-    """What happens in this context is the update of `p`."""
-    where = p.storage.where
-    with p.machine.ledger.at(where.module, where.block, op):
-        yield
-
-
-def in_place(name: str, x: Tensor, *reads: Tensor, arithmetic: int) -> None:
-    """One fused in-place kernel over x that does `arithmetic` operations an element."""
-    x.machine.kernel(name, (x, *reads), (x,), arithmetic=arithmetic * x.numel)
-
-
-def zero_grad(parameters: Sequence[Tensor]) -> None:
-    """`optimizer.zero_grad()`: gradients become None."""
-    for p in parameters:
-        if p.grad is not None:
-            with at_parameter(p, "zero_grad"):
-                p.grad.drop()
-            p.grad = None
-
-
-class Optimizer:
-    """Parameters and their state, which exists before the steady step that is accounted."""
-
-    moments = 0  # state tensors of a parameter's shape
-    counts_steps_in_tensors = False
-
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
-        self.parameters = parameters
-        self.machine = parameters[0].machine
-        self.states = []
-        for p in parameters:
-            with at_parameter(p, "state"):
-                if self.counts_steps_in_tensors and self.keeps_steps_on_device:
-                    self.machine.empty((), FLOAT32, category=Category.OPTIMIZER).hold()
-                self.states.append(
-                    [self.machine.empty(p.shape, p.dtype, category=Category.OPTIMIZER).hold() for _ in range(self.moments)]
-                )
-
-    @property
-    def keeps_steps_on_device(self) -> bool:
-        """torch.optim keeps step counts in CPU tensors, unless fused."""
-        return self.machine.device == "cpu"
-
-    def step(self) -> None:
-        """One update of all parameters."""
-        raise NotImplementedError
-
-
-class LoopAdamW(Optimizer):
-    """torch.optim.AdamW(foreach=False): `_single_tensor_adam`. The last parameter's denominator lives on as a local."""
-
-    moments = 2
-    counts_steps_in_tensors = True
-
-    def step(self) -> None:
-        denominator: Tensor | None = None
-        for p, (m, v) in zip(self.parameters, self.states, strict=True):
-            assert p.grad is not None
-            with at_parameter(p, "AdamW loop"):
-                _count_step(self)
-                in_place_with_number("mul_", p)
-                in_place("lerp_", m, p.grad, arithmetic=3)
-                in_place_with_number("mul_", v)
-                in_place("addcmul_", v, p.grad, arithmetic=3)
-                root = elementwise("sqrt", v).hold()
-                before, denominator = denominator, with_number("div", root).hold()
-                root.drop()
-                in_place_with_number("add_", denominator)
-                if before is not None:
-                    before.drop()
-                in_place("addcdiv_", p, m, denominator, arithmetic=3)
-        if denominator is not None:
-            denominator.drop()
-
-
-def _count_step(optimizer: Optimizer) -> None:
-    if optimizer.keeps_steps_on_device:
-        with python_number(optimizer.machine, FLOAT32):
-            pass
-
-
-class ForeachAdamW(Optimizer):
-    """torch.optim.AdamW(foreach=True): `_multi_tensor_adam`. All square roots are alive at once."""
-
-    moments = 2
-    counts_steps_in_tensors = True
-
-    def step(self) -> None:
-        _count_step(self)
-        roots = []
-        for p, (m, v) in zip(self.parameters, self.states, strict=True):
-            assert p.grad is not None
-            with at_parameter(p, "AdamW foreach"):
-                in_place("mul_", p, arithmetic=1)
-                in_place("lerp_", m, p.grad, arithmetic=3)
-                in_place("mul_", v, arithmetic=1)
-                in_place("addcmul_", v, p.grad, arithmetic=3)
-                roots.append(elementwise("sqrt", v).hold())
-        for p, (m, _), root in zip(self.parameters, self.states, roots, strict=True):
-            with at_parameter(p, "AdamW foreach"):
-                in_place_with_number("div_", root)
-                in_place_with_number("add_", root)
-                in_place("addcdiv_", p, m, root, arithmetic=3)
-        for p, root in zip(self.parameters, roots, strict=True):
-            with at_parameter(p, "AdamW foreach"):
-                root.drop()
-
-
-class FusedAdamW(Optimizer):
-    """torch.optim.AdamW(fused=True): one kernel, no temporaries; its step counts are on the parameters' device."""
-
-    moments = 2
-    counts_steps_in_tensors = True
-
-    @property
-    def keeps_steps_on_device(self) -> bool:
-        return True
-
-    def step(self) -> None:
-        with python_number(self.machine, FLOAT32):
-            pass
-        for p, (m, v) in zip(self.parameters, self.states, strict=True):
-            assert p.grad is not None
-            with at_parameter(p, "AdamW fused"):
-                self.machine.kernel("_fused_adamw_", (p, p.grad, m, v), (p, m, v), arithmetic=14 * p.numel)
-
-
-class BundledAdamW(Optimizer):
-    """`trainer.optim.AdamW`: slice by slice through one scratch, which lives for the step."""
-
-    moments = 2
-
-    def step(self) -> None:
-        with at_parameter(self.parameters[0], "AdamW bundled"):
-            scratch = self.machine.empty((LETTER["z"],)).hold()
-        for p, (m, v) in zip(self.parameters, self.states, strict=True):
-            assert p.grad is not None
-            with at_parameter(p, "AdamW bundled"):
-                in_place_with_number("mul_", p)
-                in_place("lerp_", m, p.grad, arithmetic=3)
-                in_place_with_number("mul_", v)
-                in_place("addcmul_", v, p.grad, arithmetic=3)
-                with python_number(self.machine, p.dtype):
-                    self.machine.kernel("sqrt", (v,), (v,), arithmetic=2 * p.numel)
-                in_place("addcdiv_", p, m, p.grad, arithmetic=3)
-        scratch.drop()
+    from estimator.eager.tensor import Shape, Tensor
 
 
 class SGD(Optimizer):
-    """`trainer.optim.SGD`: one in-place kernel a parameter, no state, no temporaries."""
+    """`trainer.optim.SGD`, and torch.optim.SGD without momentum: one in-place kernel a parameter, no state."""
 
     def step(self) -> None:
         for p in self.parameters:
@@ -176,42 +36,182 @@ class SGD(Optimizer):
                 in_place("add_", p, p.grad, arithmetic=2)
 
 
+class MomentumSGD(Optimizer):
+    """torch.optim.SGD(momentum=...) as a loop; foreach does the same on each of a list of parameters."""
+
+    moments = 1
+
+    def step(self) -> None:
+        for p, (m,) in zip(self.parameters, self.states, strict=True):
+            assert p.grad is not None
+            with at_parameter(p, "SGD with momentum"):
+                in_place_with_number("mul_", m)
+                in_place("add_", m, p.grad, arithmetic=2)
+                in_place("add_", p, m, arithmetic=2)
+
+
+class FusedMomentumSGD(Optimizer):
+    """torch.optim.SGD(momentum=..., fused=True): one kernel."""
+
+    moments = 1
+
+    def step(self) -> None:
+        for p, (m,) in zip(self.parameters, self.states, strict=True):
+            assert p.grad is not None
+            with at_parameter(p, "SGD with momentum, fused"):
+                self.machine.kernel("_fused_sgd_", (p, p.grad, m), (p, m), arithmetic=4 * p.numel)
+
+
+class Lion(Optimizer):
+    """`trainer.optim.Lion`: slice by slice through one scratch, which lives for the step."""
+
+    moments = 1
+
+    def step(self) -> None:
+        with at_parameter(self.parameters[0], "Lion"):
+            scratch = self.machine.empty((LETTER["z"],)).hold()
+        for p, (m,) in zip(self.parameters, self.states, strict=True):
+            assert p.grad is not None
+            with at_parameter(p, "Lion"):
+                in_place_with_number("mul_", p)
+                self.machine.kernel("lerp", (p.grad, m), (p.grad,), arithmetic=4 * p.numel)  # with sign_
+                in_place("add_", p, p.grad, arithmetic=2)
+                in_place("lerp_", m, p.grad, arithmetic=3)
+        scratch.drop()
+
+
+class Adafactor(Optimizer):
+    """torch.optim.Adafactor(foreach=False): a row and a column of second moments for a matrix.
+
+    Names of the loop's body live on into the next parameter's turn, as Python's do.
+    """
+
+    counts_steps_in_tensors = True
+
+    def state_shapes(self, p: Tensor) -> list[Shape]:
+        return [(p.shape[0], ONE), (ONE, p.shape[1])] if len(p.shape) == 2 else [p.shape]
+
+    def step(self) -> None:
+        with Locals() as v:
+            for p, state in zip(self.parameters, self.states, strict=True):
+                assert p.grad is not None
+                with at_parameter(p, "Adafactor"):
+                    self.count_step()
+                    self._norm(p)
+                    if len(state) == 2:
+                        self._factored(v, p.grad, *state)
+                    else:
+                        v.grad_squared = elementwise("mul", p.grad, p.grad)
+                        in_place("lerp_", state[0], v.grad_squared, arithmetic=3)
+                        v.var_estimate = elementwise("clone", state[0])
+                    in_place("rsqrt_", v.var_estimate, arithmetic=2)
+                    v.update = v.var_estimate
+                    in_place("mul_", v.update, p.grad, arithmetic=1)
+                    self._norm(v.update)
+                    in_place("add_", p, v.update, arithmetic=2)
+
+    def _factored(self, v: Locals, grad: Tensor, row: Tensor, column: Tensor) -> None:
+        machine = self.machine
+        for name, state in (("row_mean", row), ("column_mean", column)):
+            setattr(v, name, machine.empty(state.shape))
+            mean: Tensor = getattr(v, name)
+            machine.kernel("linalg_vector_norm", (grad,), (mean,), arithmetic=2 * grad.numel)
+            in_place_with_number("div_", mean)
+            in_place("lerp_", state, mean, arithmetic=3)
+        v.var_estimate = product("mm", row, column)
+        mean = machine.empty((ONE, ONE)).hold()
+        if machine.device == "cpu":
+            in_place_with_number("div_", mean)
+        in_place("div_", v.var_estimate, mean, arithmetic=1)
+        mean.drop()
+
+    def _norm(self, x: Tensor) -> None:
+        norm = self.machine.empty(())
+        self.machine.kernel("linalg_vector_norm", (x,), (norm,), arithmetic=2 * x.numel)
+        norm.discard()
+
+
+class Muon(Optimizer):
+    """`trainer.optim.MuonAdamW`: torch.optim.Muon for the blocks' matrices, AdamW for all else.
+
+    Muon turns an update into bfloat16 and makes it nearly orthogonal by five Newton-Schulz iterations, whose Gram
+    matrices are as wide as the smaller side of the matrix.
+    """
+
+    moments = 1
+    iterations = 5  # DEFAULT_NS_STEPS of torch/optim/_muon.py
+    others: type[Optimizer] = LoopAdamW
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        matrices = [p for p in parameters if p.storage.where.block is not None and len(p.shape) == 2]
+        super().__init__(matrices)
+        self.adamw = self.others([p for p in parameters if all(p is not m for m in matrices)])
+
+    def step(self) -> None:
+        with Locals() as v:
+            for p, (m,) in zip(self.parameters, self.states, strict=True):
+                assert p.grad is not None
+                with at_parameter(p, "Muon"):
+                    in_place("lerp_", m, p.grad, arithmetic=3)
+                    v.update = elementwise("lerp", p.grad, m)
+                    v.update = self._orthogonal(v.update)
+                    in_place_with_number("mul_", p)
+                    wide = cast(v.update, p.dtype).hold() if self.machine.casts_scalars else v.update.hold()
+                    in_place("add_", p, wide, arithmetic=2)
+                    wide.drop()
+        self.adamw.step()
+
+    def _orthogonal(self, update: Tensor) -> Tensor:
+        """`_zeropower_via_newtonschulz`."""
+        machine, (rows, columns) = self.machine, update.shape
+        less = machine.shapes.smaller(rows, columns)
+        more = rows + columns - less
+        with Locals() as v:
+            v.ortho = cast(update, BFLOAT16)
+            norm, clamped = (machine.empty((), BFLOAT16).hold() for _ in range(2))
+            clamped.drop()
+            norm.drop()
+            for _ in range(self.iterations):
+                v.gram = machine.empty((less, less), BFLOAT16)
+                machine.kernel("mm", (v.ortho,), (v.gram,), gemm=Gemm(ONE, less, less, more))
+                v.gram_update = machine.empty((less, less), BFLOAT16)
+                machine.kernel("addmm", (v.gram,), (v.gram_update,), gemm=Gemm(ONE, less, less, less))
+                ortho = machine.empty((rows, columns), BFLOAT16)
+                machine.kernel("addmm", (v.gram_update, v.ortho), (ortho,), gemm=Gemm(ONE, less, more, less))
+                v.ortho = ortho
+            return v.take("ortho")
+
+
+class ForeachMuon(Muon):
+    """With torch.optim.AdamW(foreach=True)."""
+
+    others = ForeachAdamW
+
+
+class FusedMuon(Muon):
+    """With torch.optim.AdamW(fused=True)."""
+
+    others = FusedAdamW
+
+
 OPTIMIZERS: dict[tuple[str, str], type[Optimizer]] = {
     ("adamw", "loop"): LoopAdamW,
     ("adamw", "foreach"): ForeachAdamW,
     ("adamw", "fused"): FusedAdamW,
     ("adamw", "bundled"): BundledAdamW,
+    ("adam", "loop"): LoopAdam,
+    ("adam", "foreach"): ForeachAdam,
+    ("adam", "fused"): FusedAdam,
     ("sgd", "bundled"): SGD,
+    ("sgd", "loop"): SGD,
+    ("sgd", "foreach"): SGD,
+    ("sgd", "fused"): SGD,
+    ("sgd-momentum", "loop"): MomentumSGD,
+    ("sgd-momentum", "foreach"): MomentumSGD,
+    ("sgd-momentum", "fused"): FusedMomentumSGD,
+    ("lion", "bundled"): Lion,
+    ("muon", "loop"): Muon,
+    ("muon", "foreach"): ForeachMuon,
+    ("muon", "fused"): FusedMuon,
+    ("adafactor", "loop"): Adafactor,
 }
-
-
-def clip_gradients(parameters: Sequence[Tensor]) -> None:
-    """`trainer.clip.gradient_clipping`: a norm a parameter, the norm of those stacked, the factor in place.
-
-    The scalars between norm and factor are less than the stack that is gone by then.
-    """
-    machine = parameters[0].machine
-    with Locals() as v, machine.ledger.at("clipping", None, "gradient_clipping"):
-        norms = []
-        for p in parameters:
-            assert p.grad is not None
-            with at_parameter(p, "vector_norm"):
-                norms.append(machine.empty(()).hold())
-                machine.kernel("vector_norm", (p.grad,), (norms[-1],), arithmetic=2 * p.numel)
-        stacked = machine.empty((_number_of(parameters),)).hold()
-        v.norm = machine.empty(())
-        stacked.drop()
-        v.factor = machine.empty(())
-        for p in parameters:
-            assert p.grad is not None
-            with at_parameter(p, "mul_"):
-                in_place("mul_", p.grad, v.factor, arithmetic=1)
-        for p, norm in zip(parameters, norms, strict=True):
-            with at_parameter(p, "gradient_clipping"):
-                norm.drop()
-
-
-def _number_of(parameters: Sequence[Tensor]) -> Size:
-    """How many parameters a model of any number of layers has: as many in each block as in the first."""
-    outside = sum(p.storage.where.block is None for p in parameters)
-    return outside + sum(p.storage.where.block == 0 for p in parameters) * LETTER["L"]

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from estimator.config import ModelConfig
 
-NAMES = ("B", "T", "L", "d", "h", "k", "g", "e", "f", "V", "C", "n", "s", "w", "c", "z")
+NAMES = ("B", "T", "L", "d", "h", "k", "g", "e", "f", "V", "C", "n", "s", "w", "c", "z", "p", "q", "u")
 RING, *_generators = ring(",".join(NAMES), QQ)
 LETTER = dict(zip(NAMES, _generators, strict=True))
 INDEX = {name: i for i, name in enumerate(NAMES)}
@@ -33,7 +33,18 @@ Size = Any  # sympy.polys.rings.PolyElement, untyped upstream; a dimension is on
 
 # A point in general position for ordering strides; any would do that keeps products of sizes apart and h e = d, g k = h.
 _GENERIC = {"B": 1013, "T": 1019, "L": 7, "k": 1033, "g": 1049, "e": 1064, "f": 1061, "V": 1063, "C": 1069}
-_GENERIC |= {"n": 3, "s": 5, "w": 11, "c": 13, "z": 17, "h": 1033 * 1049, "d": 1033 * 1049 * 1064}
+_GENERIC |= {
+    "n": 3,
+    "s": 5,
+    "w": 11,
+    "c": 13,
+    "z": 17,
+    "p": 19,
+    "q": 23,
+    "u": 29,
+    "h": 1033 * 1049,
+    "d": 1033 * 1049 * 1064,
+}
 
 
 @lru_cache(maxsize=65536)
@@ -82,7 +93,7 @@ class ShapeClass:
     @classmethod
     def general(cls, sizes: Mapping[str, int]) -> ShapeClass:
         """The same with no size of 1 or 2: the class whose formulas keep every letter."""
-        return cls(frozenset(), False, sizes["h"] * sizes["e"] == sizes["d"], sizes["k"] != sizes["h"])  # noqa: FBT003 - the fields' order
+        return cls(frozenset(), False, sizes["h"] * sizes["e"] == sizes["d"], sizes["k"] != sizes["h"])
 
     @cached_property
     def letters(self) -> dict[str, Size]:
@@ -119,6 +130,17 @@ class ShapeClass:
             if size != ONE:
                 result = result * size
         return self.normal(result)
+
+    def smaller(self, a: Size, b: Size) -> Size:
+        """The smaller side of one of the blocks' matrices; where that depends on the model, the letter that stands for it."""
+        (x, m), (y, n) = a.LT, b.LT
+        if x == y:
+            return a if m <= n else b
+        if ONE in (a, b):
+            return ONE
+        d, h, k, e, f = (self.letters[name] for name in "dhkef")
+        named = {f: "u", self.product((k, e)): "q", self.product((h, e)): "p"}
+        return LETTER[named[b if a == d else a]]
 
     def normal(self, size: Size) -> Size:
         """`size` with each relation applied as often as it can be."""
@@ -183,4 +205,7 @@ def derived_letters(family: str, given: Mapping[str, Any], device: str) -> dict[
         "w": np.minimum(512, T),
         "c": np.minimum(LOSS_TILE, given["B"] * T * given["V"]),
         "z": np.minimum(ADAMW_SLICE[device], largest),
+        "p": np.minimum(d, given["h"] * given["e"]),
+        "q": np.minimum(d, given["k"] * given["e"]),
+        "u": np.minimum(d, given["f"]),
     }

@@ -32,6 +32,8 @@ class Dtype(NamedTuple):
 
 
 FLOAT32 = Dtype("float32", 4)
+BFLOAT16 = Dtype("bfloat16", 2)
+FLOAT16 = Dtype("float16", 2)
 FLOAT64 = Dtype("float64", 8)
 INT64 = Dtype("int64", 8)
 BOOL = Dtype("bool", 1)

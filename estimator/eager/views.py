@@ -58,7 +58,7 @@ def view(x: Tensor, shape: Sequence[Size]) -> Tensor:
 def reshape(x: Tensor, shape: Sequence[Size]) -> Tensor:
     """x.reshape(shape): a view, or a contiguous clone."""
     if view_stride(x, tuple(shape)) is not None:
-        return view(x, shape)  # type: ignore[no-any-return]  # `op` keeps the signature of what it wraps
+        return view(x, shape)
     return unsafe_view(clone(x), shape)
 
 
@@ -160,4 +160,4 @@ def repeat_heads(x: Tensor, groups: Size) -> Tensor:
     b, k, t, e = x.shape
     with Locals() as v:
         v.wide = expand(unsqueeze(x, 2), (b, k, groups, t, e))
-        return reshape(v.wide, (b, x.machine.product((k, groups)), t, e))  # type: ignore[no-any-return]  # see reshape
+        return reshape(v.wide, (b, x.machine.product((k, groups)), t, e))

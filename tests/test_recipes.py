@@ -1,0 +1,61 @@
+"""Every recipe on random shapes: saved bytes, peak and FLOPs equal to what PyTorch does, to the last one."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from estimator.config import OPTIMIZERS, ConfigError, ModelConfig, Plan
+from trainer.validate import compare
+
+EXAMPLES = 3  # shapes a recipe: each is several real steps under the profiler
+
+
+@st.composite
+def models(draw: st.DrawFn) -> ModelConfig:
+    """Both families, edges of 1 among the sizes."""
+    heads = draw(st.sampled_from([1, 2, 4]))
+    layers, vocab, context = (
+        draw(st.integers(1, 5)),
+        draw(st.sampled_from([1, 17, 101])),
+        draw(st.sampled_from([1, 6, 13])),
+    )
+    if draw(st.booleans()):
+        width = heads * draw(st.sampled_from([1, 3, 8]))
+        return ModelConfig("gpt2", layers, width, heads, vocab, context, d_ff=draw(st.integers(1, 40)))
+    kv_heads = draw(st.sampled_from([k for k in (1, 2, 4) if heads % k == 0]))
+    head_dim = draw(st.sampled_from([2, 4, 6]))
+    width = draw(st.sampled_from([heads * head_dim, 7, 24]))
+    bias, tied = draw(st.booleans()), draw(st.booleans())
+    return ModelConfig(
+        "llama", layers, width, heads, vocab, context, kv_heads, head_dim, draw(st.integers(1, 40)), tied, bias
+    )
+
+
+def check(data: st.DataObject, **recipe: object) -> None:
+    m = data.draw(models())
+    p = Plan(
+        batch_size=data.draw(st.integers(1, 3)),
+        seq_len=data.draw(st.integers(1, m.context_length)),
+        grad_accumulation=data.draw(st.integers(1, 3)),
+        max_grad_norm=data.draw(st.sampled_from([None, 1.0])),
+        **recipe,
+    )
+    wrong = [row for row in compare(m, p) if row.difference]
+    assert not wrong, f"{m} {p}: {wrong}"
+
+
+quick = settings(max_examples=EXAMPLES, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+
+
+@pytest.mark.parametrize(("optimizer", "impl"), [(name, impl) for name, impls in OPTIMIZERS.items() for impl in impls])
+@quick
+@given(data=st.data())
+def test_optimizers(optimizer, impl, data):
+    check(data, optimizer=optimizer, optimizer_impl=impl, attention="sdpa")
+
+
+def test_an_implementation_that_an_optimizer_does_not_have_is_refused_with_those_that_it_has():
+    with pytest.raises(ConfigError, match="lion has bundled"):
+        Plan(optimizer="lion", optimizer_impl="fused")
