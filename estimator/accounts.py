@@ -133,6 +133,7 @@ def recipe_of(m: ModelConfig, p: Plan, device: str) -> Recipe:
         family=m.family,
         tie_embeddings=bool(m.tie_embeddings),
         qkv_bias=bool(m.qkv_bias),
+        precision=p.precision,
         attention=p.attention,
         loss=p.loss,
         checkpointing=p.checkpointing,

@@ -10,10 +10,10 @@ if TYPE_CHECKING:
     from collections.abc import Collection
 
 FAMILIES = ("gpt2", "llama")
-PRECISIONS = ("fp32",)
+PRECISIONS = ("fp32", "tf32", "bf16", "bf16-mixed")
 ATTENTIONS = ("naive", "sdpa")
 LOSSES = ("bundled", "torch")
-CHECKPOINTINGS = ("none", "block")
+CHECKPOINTINGS = ("none", "block", "attention")
 # The implementations of each optimizer; "auto" is the first, on CUDA foreach in place of loop.
 OPTIMIZERS = {
     "adamw": ("loop", "foreach", "fused", "bundled"),
@@ -169,11 +169,13 @@ class Plan:
     Attributes:
         batch_size: B, sequences in one micro-batch on one accelerator.
         seq_len: T, tokens a sequence; None means the model's context length.
-        precision: "fp32".
+        precision: "fp32"; "tf32" (fp32, whose matrix products CUDA rounds: faster, not smaller); "bf16" (parameters,
+            gradients, states and activations in bfloat16); "bf16-mixed" (fp32 under `torch.autocast`).
         attention: "naive" (scores, mask, softmax and product as separate ops) or "sdpa"
             (`torch.nn.functional.scaled_dot_product_attention`, causal).
         loss: "bundled" (the trainer's own cross entropy) or "torch" (`torch.nn.functional.cross_entropy`).
-        checkpointing: "none", or "block": each block under `torch.utils.checkpoint`, non-reentrant.
+        checkpointing: "none"; "block": each block under `torch.utils.checkpoint`, non-reentrant; "attention": each
+            block's attention, its norm not included.
         optimizer: "adamw", "adam", "sgd" (no momentum), "sgd-momentum", "lion", "muon" (`torch.optim.Muon` for the
             blocks' matrices, AdamW for all else) or "adafactor".
         optimizer_impl: "loop" (for-loop over parameters), "foreach", "fused": torch.optim's (of muon's AdamW);

@@ -9,7 +9,7 @@ from estimator.eager.ledger import Category, Phase
 from estimator.eager.losses import cross_entropy, torch_cross_entropy
 from estimator.eager.ops import div_number
 from estimator.eager.optimizers import OPTIMIZERS
-from estimator.eager.tensor import INT64, Machine, Tensor
+from estimator.eager.tensor import BFLOAT16, FLOAT32, INT64, Machine, Tensor
 from estimator.eager.updates import clip_gradients, zero_grad
 from estimator.models import FAMILIES
 
@@ -23,7 +23,7 @@ LOSSES = {"bundled": cross_entropy, "torch": torch_cross_entropy}
 
 def run_step(recipe: Recipe, shapes: ShapeClass, device: str, num_layers: int) -> Ledger:
     """The ledger of a steady step of `num_layers` blocks: everything alive before it, then the step itself."""
-    machine = Machine(shapes, device)
+    machine = Machine(shapes, device, BFLOAT16 if recipe.precision == "bf16" else FLOAT32)
     ledger = machine.ledger
     model = FAMILIES[recipe.family](machine, recipe, num_layers)
     parameters = list(model.parameters())

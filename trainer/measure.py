@@ -113,6 +113,8 @@ def build_step(m: ModelConfig, p: Plan, device: str = "cpu", seed: int = 0) -> S
     torch.manual_seed(seed)
     with torch.device(device):
         model = build_model(m, p)
+        if p.precision == "bf16":
+            model = model.to(torch.bfloat16)
         ids, targets = (torch.randint(m.vocab_size, (p.batch_size, T)) for _ in range(2))
     kind = torch.device(device).type
     return Step(model, build_optimizer(model, p, kind), (ids, targets), p)

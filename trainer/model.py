@@ -18,6 +18,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from estimator.config import ModelConfig, Plan
 
 ROPE_THETA = 10_000.0  # Su et al. 2021, "RoFormer", section 3.2.2
@@ -253,6 +255,9 @@ class Transformer(nn.Module):
         self.config, self.plan = m, p
         self.embedding = Embedding(m.vocab_size, m.d_model)
         self.build(m)
+        if p.checkpointing == "attention":
+            for block in self.blocks:
+                block.attention.forward = recomputed(block.attention.forward)
         self.head = Linear(m.d_model, m.vocab_size, bias=False)
         if m.tie_embeddings:
             self.head.weight = self.embedding.weight
@@ -280,6 +285,15 @@ class Transformer(nn.Module):
         if self.plan.checkpointing == "block" and torch.is_grad_enabled():
             return checkpoint(block, *args, use_reentrant=False)
         return block(*args)
+
+
+def recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`forward` under activation checkpointing, as it is where there is no backward to come."""
+
+    def call(*args: Tensor | KeysAndValues | None) -> Tensor:
+        return checkpoint(forward, *args, use_reentrant=False) if torch.is_grad_enabled() else forward(*args)
+
+    return call
 
 
 class GPT2(Transformer):

@@ -46,9 +46,10 @@ class Machine:
     The differences between devices are these properties, each used in the one place that it speaks of.
     """
 
-    def __init__(self, shapes: ShapeClass, device: str) -> None:
+    def __init__(self, shapes: ShapeClass, device: str, dtype: Dtype = FLOAT32) -> None:
         self.shapes = shapes
         self.device = device
+        self.dtype = dtype  # of parameters and buffers
         self.ledger = Ledger()
         self.grad_enabled = True
         self.sequence = 0

@@ -77,5 +77,5 @@ class GPT2(Transformer):
         v.x = ops.add(self.embedding(ids), self.positions(ids.shape[1]))
         v.mask = self.causal_mask(ids)
         for block in self.blocks:
-            v.x = self.run_block(block, v.x, v.mask)
+            v.x = block(v.x, v.mask)
         return self.logits(self.final_norm(v.x))

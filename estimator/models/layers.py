@@ -9,7 +9,7 @@ from estimator.eager import ops
 from estimator.eager.checkpointing import checkpoint
 from estimator.eager.ledger import Category
 from estimator.eager.linalg import linear, matmul, scaled_dot_product_attention
-from estimator.eager.tensor import FLOAT32, Locals, Machine, Tensor, arguments
+from estimator.eager.tensor import Locals, Machine, Tensor, arguments
 from estimator.eager.views import narrow, transpose
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ class Recipe:
     family: str
     tie_embeddings: bool
     qkv_bias: bool
+    precision: str
     attention: str
     loss: str
     checkpointing: str
@@ -41,11 +42,12 @@ class Module:
     def __init__(self, machine: Machine, name: str, block: int | None = None) -> None:
         self.machine, self.name, self.block = machine, name, block
         self.owned: list[Tensor | Module] = []
+        self.checkpointed = False
 
     def parameter(self, *shape: Size) -> Tensor:
         """A new parameter of this module."""
         with self.inside():
-            p = ops.parameter(self.machine, shape, FLOAT32)
+            p = ops.parameter(self.machine, shape, self.machine.dtype)
         self.owned.append(p)
         return p
 
@@ -66,6 +68,10 @@ class Module:
                 yield from x.parameters()
 
     def __call__(self, *args: Any) -> Tensor:
+        return checkpoint(self.run, *args) if self.checkpointed else self.run(*args)
+
+    def run(self, *args: Any) -> Tensor:
+        """`forward` in its frame."""
         with self.inside(), arguments(args) as results, Locals() as v:
             results.append(self.forward(v, *args))
             return results[0]
@@ -153,8 +159,12 @@ class Transformer(Module):
         self.recipe, self.num_layers = recipe, num_layers
         size = machine.shapes.letters
         self.embedding = self.child(Embedding(machine, "embedding", size["V"], size["d"]))
-        self.blocks: list[Module] = []
+        self.blocks: list[Any] = []
         self.build()
+        for block in self.blocks:
+            part = {"block": block, "attention": block.attention}.get(recipe.checkpointing)
+            if part is not None:
+                part.checkpointed = True
         self.head = self.child(Linear(machine, "head", size["d"], size["V"], bias=False)) if not self.tied else None
 
     @property
@@ -172,12 +182,6 @@ class Transformer(Module):
             return None
         return ops.causal_mask(ids, ids.shape[1])
 
-    def run_block(self, block: Module, *args: Tensor | None) -> Tensor:
-        """A block, checkpointed if the recipe says so."""
-        if self.recipe.checkpointing == "block":
-            return checkpoint(block, *args)
-        return block(*args)
-
     def logits(self, x: Tensor) -> Tensor:
         """The head, tied or not."""
         if self.head is not None:
@@ -187,4 +191,4 @@ class Transformer(Module):
 
     def buffer(self, *shape: Size) -> Tensor:
         """A tensor that the model holds and does not train."""
-        return self.machine.empty(shape, FLOAT32, category=Category.BUFFER).hold()
+        return self.machine.empty(shape, self.machine.dtype, category=Category.BUFFER).hold()

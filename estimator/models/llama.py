@@ -110,5 +110,5 @@ class Llama(Transformer):
         v.cos, v.sin = (table.view((T, ONE, table.shape[1]), (table.stride[0], *table.stride)) for table in self.tables)
         v.mask = self.causal_mask(ids)
         for block in self.blocks:
-            v.x = self.run_block(block, v.x, v.cos, v.sin, v.mask)
+            v.x = block(v.x, v.cos, v.sin, v.mask)
         return self.logits(self.final_norm(v.x))
