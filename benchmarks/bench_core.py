@@ -1,4 +1,4 @@
-"""Speed of the library: medians of one run on this machine, each beside its aim. Run: python benchmarks/bench_core.py."""
+"""Speed of the library: medians of one run on this machine, each beside its aim."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ def main():
     a = est.account(m, p)
     a.evaluate(m, p)
     rows.append(("estimate on a known account", median_seconds(lambda: est.estimate(m, p, mfu=0.5), 201), 1e-3))
-    rows.append(("estimate gpt2-xl from the shell", median_seconds(shell(sys.executable, "-m", "estimator.cli", "gpt2-xl"), 5), 1.5))
+    command = shell(sys.executable, "-m", "estimator.cli", "gpt2-xl")
+    rows.append(("estimate gpt2-xl from the shell", median_seconds(command, 5), 1.5))
     for what, seconds, aim in rows:
         print(f"{what:54} {seconds * 1e3:10.2f} ms   aim {aim * 1e3:8.1f} ms")
     f = a.lambdify()

@@ -102,7 +102,7 @@ def rotate(x_BThe: Tensor, cos_T1r: Tensor, sin_T1r: Tensor) -> Tensor:
 
 
 def repeat_heads(x_BkTe: Tensor, groups: int) -> Tensor:
-    """(B, k, T, e) -> (B, k groups, T, e): every key/value head serves `groups` query heads. A copy unless groups is 1."""
+    """(B, k, T, e) -> (B, k groups, T, e): every key/value head serves `groups` query heads; a copy unless 1."""
     if groups == 1:
         return x_BkTe
     B, k, T, e = x_BkTe.shape

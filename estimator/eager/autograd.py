@@ -128,8 +128,8 @@ Buffer = list[Tensor | None]
 def backward(loss: Tensor) -> None:
     """Run `loss.backward()`: torch/csrc/autograd/engine.cpp on one thread.
 
-    Nodes run from the latest recorded to the earliest, AccumulateGrad at once. The gradient of the loss, made by Python,
-    lives until the end.
+    Nodes run from the latest recorded to the earliest, AccumulateGrad at once. The gradient of the loss, made by
+    Python, lives until the end.
     """
     machine, root = loss.machine, loss.grad_fn
     assert root is not None, "the loss does not depend on a parameter"

@@ -80,7 +80,7 @@ def bmm(a: Tensor, b: Tensor) -> Tensor:
 
 @op
 def addmm(bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Bias + a b; backward goes first factor, second factor, and the bias's is the incoming one, which the engine sums."""
+    """Bias + a b; backward goes first factor, second factor, the bias's is the incoming one, which the engine sums."""
 
     def backward(c: Context, grad: Tensor) -> Gradients:
         a, b = _factors(c)
@@ -158,7 +158,7 @@ def _heads_inside(x: Tensor) -> Tensor:
 def _attention_kernel(
     name: str, reads: Sequence[Tensor], writes: Sequence[Tensor], products: int, again: int = 0
 ) -> None:
-    """A fused kernel of `products` matrix products of T x T x e a head, the masked half counted, `again` of them anew."""
+    """A fused kernel of `products` matrix products of T x T x e a head, the masked half counted, `again` anew."""
     b, h, t, e = reads[1].shape
     machine = reads[1].machine
     heads = machine.product((b, h))

@@ -1,8 +1,8 @@
 """Symbolic sizes: monomials in the legend's letters, in a polynomial ring, with the relations that a model obeys.
 
 PyTorch decides by sizes in one way only that changes memory: a dimension of 1 is contiguous with anything. So a step is
-executed once per *shape class*: which sizes are 1 (they are numbers in that class), and which products coincide (h e = d
-in a model whose heads share its width, g k = h with grouped queries).
+executed once per *shape class*: which sizes are 1 (they are numbers in that class), and which products coincide
+(h e = d in a model whose heads share its width, g k = h with grouped queries).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ZERO = RING.zero
 
 Size = Any  # sympy.polys.rings.PolyElement, untyped upstream; a dimension is one term, a number of bytes may be several
 
-# A point in general position for ordering strides; any would do that keeps products of sizes apart and h e = d, g k = h.
+# A point in general position for ordering strides; any would do that keeps sizes apart, with h e = d and g k = h.
 _GENERIC = {"B": 1013, "T": 1019, "L": 7, "k": 1033, "g": 1049, "e": 1064, "f": 1061, "V": 1063, "C": 1069}
 _GENERIC |= {
     "n": 3,
@@ -132,7 +132,7 @@ class ShapeClass:
         return self.normal(result)
 
     def smaller(self, a: Size, b: Size) -> Size:
-        """The smaller side of one of the blocks' matrices; where that depends on the model, the letter that stands for it."""
+        """The smaller side of a block's matrix; where that depends on the model, the letter that stands for it."""
         (x, m), (y, n) = a.LT, b.LT
         if x == y:
             return a if m <= n else b
@@ -156,13 +156,13 @@ class ShapeClass:
         return size
 
 
-# Scratch of the bundled trainer: trainer.loss.CPU_TILE, trainer.optim.CPU_SLICE and CUDA_SLICE (a test holds them equal).
+# Scratch of the bundled trainer: trainer.loss.CPU_TILE, trainer.optim.CPU_SLICE and CUDA_SLICE; a test holds them equal.
 LOSS_TILE = 2**19
 ADAMW_SLICE = {"cpu": 2**18, "cuda": 2**26}
 
 
 def cpu_threads() -> int:
-    """How many threads PyTorch works with: its own answer if it is loaded in this process, else the cores we may use."""
+    """PyTorch's number of threads: its own answer if it is loaded in this process, else the cores we may use."""
     torch = sys.modules.get("torch")
     if torch is not None:
         return int(torch.get_num_threads())

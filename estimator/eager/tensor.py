@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar, cast
 
 from estimator.eager.ledger import Category, Gemm, Kernel, Ledger, Operand, Storage
 from estimator.eager.sizes import ONE, ZERO, ShapeClass, Size, generic_value
@@ -250,7 +250,7 @@ class Locals:
         value.owners -= 1
         return value
 
-    def __enter__(self) -> Locals:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:

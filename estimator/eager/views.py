@@ -32,8 +32,7 @@ def view_stride(x: Tensor, shape: Shape) -> Shape | None:
         size, step = old.pop()
         inner = step
         while old and old[-1][1] == machine.product((step, size)):
-            size, step = machine.product((size, old[-1][0])), step
-            old.pop()
+            size = machine.product((size, old.pop()[0]))
         covered = ONE
         while new >= 0 and covered != size:
             stride[new] = machine.product((inner, covered))
