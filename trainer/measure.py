@@ -211,9 +211,9 @@ def allocator_events(step: Callable[[], object]) -> list[tuple[int, int]]:
     """[(time in ns, signed bytes)] of the CPU allocator during one call of `step`, in order of time."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
         step()
-    results = prof.profiler.kineto_results  # type: ignore[union-attr]  # prof.events() drops most memory events
+    results = prof.profiler.kineto_results  # prof.events() drops most memory events
     assert results is not None
-    cpu = torch._C._autograd.DeviceType.CPU  # type: ignore[attr-defined]  # noqa: SLF001 - kineto's own enum
+    cpu = torch._C._autograd.DeviceType.CPU  # noqa: SLF001 - kineto's own enum
     events = (e for e in results.events() if e.name() == "[memory]" and e.device_type() == cpu)
     return sorted(((e.start_ns(), e.nbytes()) for e in events), key=lambda event: event[0])
 

@@ -156,7 +156,7 @@ class ShapeClass:
         return size
 
 
-# Scratch of the bundled trainer: trainer.loss.CPU_TILE, trainer.optim.CPU_SLICE and CUDA_SLICE; a test holds them equal.
+# Scratch of the bundled trainer: trainer.loss.CPU_TILE, trainer.optim.CPU_SLICE and CUDA_SLICE: a test compares.
 LOSS_TILE = 2**19
 ADAMW_SLICE = {"cpu": 2**18, "cuda": 2**26}
 
