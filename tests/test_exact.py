@@ -53,22 +53,22 @@ def test_scratch_that_grows_with_the_threads(threads):
 
 
 LARGE = {
-    "gpt2-xl widths, naive": (ModelConfig("gpt2", 1, 1600, 25, 50257, 1024), Plan(batch_size=1)),
+    "gpt2-xl widths, naive": (ModelConfig("gpt2", 1, 1600, 25, 50257, 1024), Plan(batch_size=1, seq_len=256)),
     "gpt2-xl widths, two blocks, sdpa, fused": (
         ModelConfig("gpt2", 2, 1600, 25, 50257, 1024),
-        Plan(batch_size=2, attention="sdpa", optimizer_impl="fused"),
+        Plan(batch_size=2, seq_len=128, attention="sdpa", optimizer_impl="fused"),
     ),
     "gpt2-xl widths, three checkpointed blocks, bundled": (
         ModelConfig("gpt2", 3, 1600, 25, 50257, 1024),
-        Plan(batch_size=2, checkpointing="block", optimizer_impl="bundled"),
+        Plan(batch_size=2, seq_len=128, checkpointing="block", optimizer_impl="bundled"),
     ),
     "llama-3.2-1b widths, naive, foreach": (
         ModelConfig("llama", 1, 2048, 32, 128_256, 131_072, 8, 64, 8192, True),
-        Plan(batch_size=1, seq_len=512, optimizer_impl="foreach"),
+        Plan(batch_size=1, seq_len=64, optimizer_impl="foreach"),
     ),
     "llama-3.2-1b widths, two checkpointed blocks, sdpa": (
         ModelConfig("llama", 2, 2048, 32, 128_256, 131_072, 8, 64, 8192, True),
-        Plan(batch_size=2, seq_len=512, attention="sdpa", checkpointing="block", optimizer_impl="bundled"),
+        Plan(batch_size=2, seq_len=64, attention="sdpa", checkpointing="block", optimizer_impl="bundled"),
     ),
 }
 

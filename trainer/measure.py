@@ -7,6 +7,7 @@ step as it runs; any TorchDispatchMode would change what autograd does and read 
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from dataclasses import asdict, dataclass
@@ -133,7 +134,7 @@ class Measurement:
         peak_bytes: the most bytes of live tensors in a steady step.
         forward_flops: FlopCounterMode's count of forward.
         backward_flops: FlopCounterMode's count of backward, recomputation included.
-        seconds: median of the timed steps.
+        seconds: median of the timed steps; not a number if none was timed.
     """
 
     parameters: int
@@ -168,7 +169,7 @@ def measure(m: ModelConfig, p: Plan, device: str = "cpu", seed: int = 0, timed_s
         peak_bytes=peak,
         forward_flops=forward_flops,
         backward_flops=backward_flops,
-        seconds=statistics.median(_seconds(step, device) for _ in range(timed_steps)),
+        seconds=statistics.median([_seconds(step, device) for _ in range(timed_steps)] or [math.nan]),
     )
 
 

@@ -56,11 +56,11 @@ class Row:
         return None if self.measurement is None else self.estimate - self.measurement
 
 
-def compare(m: ModelConfig, p: Plan, device: str = "cpu", case: int = 0, timed_steps: int = 1) -> list[Row]:
+def compare(m: ModelConfig, p: Plan, device: str = "cpu", case: int = 0) -> list[Row]:
     """Estimate and measure one model and plan."""
     values = account(m, p, device).evaluate(m, p)
     estimates = {q: getattr(values, {"saved_bytes": "activation_bytes"}.get(q, q)) for q in QUANTITIES}
-    measured = measure(m, p, device, timed_steps=timed_steps).to_dict()
+    measured = measure(m, p, device, timed_steps=0).to_dict()
     if p.attention != "naive":
         measured |= dict.fromkeys(FUSED)
     return [Row(case, q, estimates[q], measured[q]) for q in QUANTITIES]
