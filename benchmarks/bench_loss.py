@@ -11,7 +11,7 @@ import argparse
 
 import torch
 from alternate import alternate, report
-from torch.nn import functional as F  # noqa: N812  # its usual name
+from torch.nn import functional as F
 
 import trainer.loss
 from trainer.loss import cross_entropy

@@ -15,7 +15,7 @@ import gc
 import torch
 from alternate import alternate, report
 from torch import nn
-from torch.nn import functional as F  # noqa: N812  # its usual name
+from torch.nn import functional as F
 
 from estimator.config import ModelConfig, Plan
 from trainer.loss import cross_entropy

@@ -2,10 +2,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn import functional as F  # noqa: N812  # its usual name
+from torch.nn import functional as F
 
 import trainer.loss
-from trainer.loss import cross_entropy
+from trainer.loss import CPU_TILE, cross_entropy
 from trainer.measure import allocator_events
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}
@@ -13,7 +13,7 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}
 shapes = st.lists(st.integers(1, 5), min_size=0, max_size=3)
 seeds = st.integers(0, 2**32)
 vocabularies = st.integers(1, 70)
-tiles = st.sampled_from([1, 7, 64, 200, 2**19])  # less than a row, a few rows, everything
+tiles = st.sampled_from([1, 7, 64, 200, CPU_TILE])  # less than a row, a few rows, everything
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_agrees_with_torch_in_value_and_gradient(sizes, dtype, seed, weight):
     torch.testing.assert_close(da.double(), db, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("elements", [16, 2**19])
+@pytest.mark.parametrize("elements", [16, CPU_TILE])
 def test_gradient_is_the_limit_of_differences(tile, elements):
     tile(elements)
     x = torch.randn(3, 4, 9, dtype=torch.float64, requires_grad=True)
@@ -60,7 +60,7 @@ def test_gradient_is_the_limit_of_differences(tile, elements):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("elements", [16, 100, 2**19])
+@pytest.mark.parametrize("elements", [16, 100, CPU_TILE])
 def test_half_precision_is_worked_on_in_float32(tile, dtype, elements):
     tile(elements)
     x = (5 * torch.randn(4, 6, 33)).to(dtype)
@@ -186,5 +186,5 @@ def test_backward_holds_one_gradient_and_a_few_rows(N, V):
     x, targets = torch.randn(N, V, requires_grad=True), torch.randint(V, (N,))
     rows, scalars = 4 * N, 64
     events = step_events(cross_entropy, x, targets)
-    assert 4 * N * V <= peak(events) <= max(4 * N * V + 4 * rows, 4 * min(N * V, 2**19) + 4 * rows) + scalars
+    assert 4 * N * V <= peak(events) <= max(4 * N * V + 4 * rows, 4 * min(N * V, CPU_TILE) + 4 * rows) + scalars
     assert sum(events) == 0

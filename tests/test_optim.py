@@ -12,7 +12,7 @@ from torch import nn
 import trainer.optim
 from estimator.config import ConfigError
 from trainer.measure import allocator_events
-from trainer.optim import SGD, AdamW
+from trainer.optim import CPU_SLICE, SGD, AdamW
 
 SHAPES = [(17, 5), (40,), (1,), (3, 2, 4), ()]
 
@@ -40,7 +40,7 @@ def assert_equal(ours, theirs, **tolerance):
     st.tuples(st.floats(0, 0.99), st.floats(0, 0.9999)),
     st.sampled_from([1e-8, 1e-3, 1.0]),
     st.floats(0, 0.5),
-    st.sampled_from([1, 3, 16, 2**18]),
+    st.sampled_from([1, 3, 16, CPU_SLICE]),
 )
 def test_adamw_agrees_with_torch(lr, betas, eps, weight_decay, size):
     ours, theirs = parameters(), parameters()
@@ -257,8 +257,8 @@ def test_a_step_allocates_one_scratch_and_numbers():
     assert events[0] == 4 * 1000 == -events[-1]  # as the largest parameter
     assert max(accumulate(events)) == 4 * 1000 + number
     assert sum(events) == 0
-    big = [nn.Parameter(torch.randn(2**18 + 1000)), *ps]
-    assert step_events(AdamW(big), big)[0] == 4 * 2**18
+    big = [nn.Parameter(torch.randn(CPU_SLICE + 1000)), *ps]
+    assert step_events(AdamW(big), big)[0] == 4 * CPU_SLICE
     assert step_events(SGD(ps), ps) == []
 
 
@@ -288,7 +288,7 @@ def test_shards_of_distributed_tensors(tmp_path):
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own imports
 def test_the_compiled_update_is_the_same(monkeypatch):
-    monkeypatch.setattr(trainer.optim, "CPU_SLICE", 16)
+    monkeypatch.setattr(trainer.optim, "COMPILED_FROM", 16)
     ours, theirs = parameters(torch.float32), parameters(torch.float32)
     a, b = AdamW(ours, lr=0.05, compiled=True), AdamW(theirs, lr=0.05)
     for seed in range(5):

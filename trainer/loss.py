@@ -22,9 +22,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-# On CPU the passes over a tile (maximum, subtract, exp, sum) should find it in the cache: 2 MiB in fp32, with the
-# scratch of the same size, is twice what two cores have as L2 and far below their L3. Smaller tiles lose more to the
-# starting of ops than they win (benchmarks/bench_loss.py).
+# On CPU the passes over a tile (maximum, subtract, exp, sum) should find it in the cache. From 2**19 to 2**22 elements
+# a quiet machine makes no difference (benchmarks/bench_loss.py --tiles); smaller tiles lose to the starting of ops.
 CPU_TILE = 2**19  # elements
 
 HALF = (torch.bfloat16, torch.float16)

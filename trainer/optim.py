@@ -16,13 +16,16 @@ from torch import Tensor
 from estimator.config import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
 # AdamW is seven passes over four tensors and a scratch. On CPU a slice of each stays in the cache from the first pass
-# to the last; the size is where the caches still hold it and the starting of the ops no longer shows
-# (benchmarks/bench_optim.py). On CUDA a launch costs more than a miss: slices are large and only bound the scratch.
+# to the last; from 2**18 to 2**22 elements it is about as fast, below that the starting of the ops shows
+# (benchmarks/bench_optim.py --slices). On CUDA a launch costs more than a miss: slices are large, to bound the scratch.
 CPU_SLICE = 2**18  # elements, 1 MiB in fp32
 CUDA_SLICE = 2**26  # elements, 256 MiB in fp32
+
+# A call of compiled code costs 0.1 ms before it begins: as much as the seven passes over some 2**16 elements.
+COMPILED_FROM = 2**18  # elements
 
 
 class InPlace(torch.optim.Optimizer):
@@ -110,8 +113,8 @@ class AdamW(InPlace):
         betas: how much of the first and of the second moment a step keeps, each in [0, 1).
         eps: added to the root of the second moment, at least 0.
         weight_decay: at least 0; a weight shrinks by lr * weight_decay of itself before it moves.
-        compiled: on CPU, let torch.compile make one pass of the seven for contiguous parameters larger than a slice.
-            Needs a C++ compiler, and some ten seconds at the first step.
+        compiled: on CPU, let torch.compile make one pass of the seven for contiguous parameters of at least
+            COMPILED_FROM elements. Needs a C++ compiler, and some ten seconds at the first step.
 
     Raises:
         ConfigError: a hyper-parameter is out of its range.
@@ -159,7 +162,7 @@ class AdamW(InPlace):
 
         tensors = [local(x) for x in (p, g, state["exp_avg"], state["exp_avg_sq"])]
         flat = all(x.is_contiguous() for x in tensors)
-        if self.compiled and flat and tensors[0].device.type == "cpu" and tensors[0].numel() > CPU_SLICE:
+        if self.compiled and flat and tensors[0].device.type == "cpu" and tensors[0].numel() >= COMPILED_FROM:
             # As a tensor they are inputs of the compiled code; as floats constants of it, compiled anew each step.
             numbers = torch.tensor(
                 [shrink, 1 - beta1, 1 - beta2, rate, eps], dtype=torch.promote_types(p.dtype, torch.float32)
@@ -235,9 +238,9 @@ class MuonAdamW(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, matrices: list[Tensor], others: list[Tensor], lr: float = 1e-3, weight_decay: float = 0.1, **adamw: Any
+        self, matrices: Sequence[Tensor], others: Sequence[Tensor], lr: float = 1e-3, weight_decay: float = 0.1, **adamw: Any
     ) -> None:
-        shared = {"lr": lr, "weight_decay": weight_decay}
+        shared: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
         self.parts = (
             torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **shared),
             torch.optim.AdamW(others, **shared, **adamw),
