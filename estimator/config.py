@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection
 
 FAMILIES = ("gpt2", "llama")
-PRECISIONS = ("fp32", "tf32", "bf16", "bf16-mixed")
+PRECISIONS = ("fp32", "bf16")
 ATTENTIONS = ("naive", "sdpa")
 LOSSES = ("bundled", "torch")
 CHECKPOINTINGS = ("none", "block", "attention")
@@ -169,8 +169,7 @@ class Plan:
     Attributes:
         batch_size: B, sequences in one micro-batch on one accelerator.
         seq_len: T, tokens a sequence; None means the model's context length.
-        precision: "fp32"; "tf32" (fp32, whose matrix products CUDA rounds: faster, not smaller); "bf16" (parameters,
-            gradients, states and activations in bfloat16); "bf16-mixed" (fp32 under `torch.autocast`).
+        precision: "fp32"; "bf16" (parameters, gradients, states and activations in bfloat16).
         attention: "naive" (scores, mask, softmax and product as separate ops) or "sdpa"
             (`torch.nn.functional.scaled_dot_product_attention`, causal).
         loss: "bundled" (the trainer's own cross entropy) or "torch" (`torch.nn.functional.cross_entropy`).

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from estimator.config import OPTIMIZERS, ConfigError, ModelConfig, Plan
+from estimator.config import ATTENTIONS, CHECKPOINTINGS, OPTIMIZERS, PRECISIONS, ConfigError, ModelConfig, Plan
 from trainer.validate import compare
 
 EXAMPLES = 3  # shapes a recipe: each is several real steps under the profiler
@@ -54,6 +54,15 @@ quick = settings(max_examples=EXAMPLES, deadline=None, derandomize=True, suppres
 @given(data=st.data())
 def test_optimizers(optimizer, impl, data):
     check(data, optimizer=optimizer, optimizer_impl=impl, attention="sdpa")
+
+
+@pytest.mark.parametrize("checkpointing", CHECKPOINTINGS)
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("precision", PRECISIONS)
+@quick
+@given(data=st.data())
+def test_precision_attention_and_checkpointing(precision, attention, checkpointing, data):
+    check(data, precision=precision, attention=attention, checkpointing=checkpointing, optimizer="sgd")
 
 
 def test_an_implementation_that_an_optimizer_does_not_have_is_refused_with_those_that_it_has():

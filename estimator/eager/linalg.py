@@ -132,6 +132,8 @@ def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         c.dq, c.dk, c.dv = (_heads_inside(x) for x in c.saved[:3])
         if machine.device == "cpu":  # a tile of scores and one of their gradient for each thread, and one row of sums
             c.scratch = machine.empty((2 * LETTER["n"], LETTER["s"], LETTER["w"]), FLOAT32)
+            if grad.dtype.itemsize < FLOAT32.itemsize:  # both tiles in the inputs' dtype
+                c.narrow = machine.empty((2 * LETTER["n"], LETTER["s"], LETTER["w"]), grad.dtype)
             c.sums = machine.empty((LETTER["s"],), FLOAT32)
         _attention_kernel("flash_attention_backward", (grad, *c.saved), (c.dq, c.dk, c.dv), products=5, again=1)
         return [c.take("dq"), c.take("dk"), c.take("dv")]
@@ -141,7 +143,10 @@ def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     lse = machine.empty((q.shape[0], q.shape[2], q.shape[1]), FLOAT32)
     if machine.device == "cpu":  # a tile of scores, its rows' maximum and sum, and a tile of the output
         n, s, w = LETTER["n"], LETTER["s"], LETTER["w"]
-        machine.empty((n * s * w + 2 * n * s + machine.product((n, s, q.shape[-1])),), FLOAT32).discard()
+        tile = machine.empty((n * s * w + 2 * n * s + machine.product((n, s, q.shape[-1])),), FLOAT32).hold()
+        if q.dtype.itemsize < FLOAT32.itemsize:  # the tile of scores in the inputs' dtype, to multiply with v
+            machine.empty((n, s, w), q.dtype).discard()
+        tile.drop()
     _attention_kernel("flash_attention", (q, k, v), (out, lse), products=2)
     attach(node, out, lse, save=(out, lse))
     lse.discard()

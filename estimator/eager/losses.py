@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from estimator.eager.autograd import Context, attach, record
-from estimator.eager.ops import elementwise, mean_all, with_number
+from estimator.eager.ops import cast, elementwise, mean_all, with_number
 from estimator.eager.sizes import LETTER, ONE
-from estimator.eager.tensor import INT64, Locals, Tensor, op
+from estimator.eager.tensor import FLOAT32, INT64, Locals, Tensor, op
 from estimator.eager.views import view
 
 if TYPE_CHECKING:
@@ -16,20 +16,33 @@ if TYPE_CHECKING:
 
 @op
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """`trainer.loss.cross_entropy`: an autograd.Function that saves the logits, and two numbers a row."""
+    """`trainer.loss.cross_entropy`: an autograd.Function that saves the logits, and two numbers a row.
+
+    Logits in half precision are worked on in fp32, tile by tile, in both directions.
+    """
     machine, dtype = logits.machine, logits.dtype
+    half = dtype.itemsize < FLOAT32.itemsize
     flat = (machine.product(logits.shape[:-1]), logits.shape[-1])
     rows = flat[:1]
+    scratch = (LETTER["c"],) if machine.device == "cpu" else flat
+
+    def at_target() -> Tensor:
+        at_target = machine.empty((*rows, ONE), dtype)
+        _move_elements("gather", at_target)
+        return cast(at_target, FLOAT32)  # type: ignore[no-any-return]  # `op` keeps the signature of what it wraps
 
     def backward(c: Context, grad: Tensor) -> Gradients:
         logits, _, _, total = c.saved
         c.grad = machine.empty(logits.shape, dtype)
         c.scale = with_number("div", grad)
         c.factor = elementwise("div", total, c.scale)
+        if half:
+            c.scratch = machine.empty(scratch)
         machine.kernel("softmax", (logits,), (c.grad,))
-        c.at_target = machine.empty((*rows, ONE), dtype)
-        machine.kernel("gather", (c.at_target,), (c.at_target,))
-        machine.kernel("scatter_", (c.at_target,), (c.at_target,))
+        c.at_target = at_target()
+        narrow = cast(c.at_target, dtype).hold()
+        _move_elements("scatter_", c.grad)
+        narrow.drop()
         return [c.take("grad")]
 
     if machine.device == "cpu":  # min and max of the targets
@@ -37,14 +50,28 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
         low.discard()
         high.discard()
     with Locals() as v:
-        v.scratch = machine.empty((LETTER["c"],) if machine.device == "cpu" else flat, dtype)
-        v.max, v.sum, v.piece = (machine.empty(rows, dtype) for _ in range(3))
+        v.scratch = machine.empty(scratch)
+        v.max, v.sum, v.piece = (machine.empty(rows) for _ in range(3))
+        if half:
+            v.half_max = machine.empty(rows, dtype)
         machine.kernel("amax", (logits,), (v.max,))
         machine.kernel("logsumexp", (logits,), (v.sum,))
         node = record("CrossEntropyBackward", (logits,), backward, (logits, targets, v.max, v.sum))
-        v.at_target = machine.empty((*rows, ONE), dtype)
-        machine.kernel("gather", (v.at_target,), (v.at_target,))
+        v.at_target = at_target()
         return attach(node, mean_all(v.piece))
+
+
+def _move_elements(name: str, out: Tensor) -> None:
+    """gather or scatter_ of one element a row; on the CPU in half precision through an fp32 buffer as large as `out`.
+
+    aten/src/ATen/native/cpu/ScatterGatherKernel.cpp, create_acc_buffer.
+    """
+    machine = out.machine
+    if machine.device == "cpu" and out.dtype.itemsize < FLOAT32.itemsize:
+        machine.empty(out.shape).discard()
+    touched = Tensor(machine, out.storage, (machine.product(out.shape[:-1]),), (ONE,), out.dtype).hold()
+    machine.kernel(name, (touched,), (touched,))
+    touched.drop()
 
 
 @op

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from estimator.eager.autograd import Context, attach, record
 from estimator.eager.ledger import Category
 from estimator.eager.sizes import LETTER, ONE
-from estimator.eager.tensor import BOOL, FLOAT64, Dtype, Machine, Tensor, op
+from estimator.eager.tensor import BOOL, FLOAT32, FLOAT64, Dtype, Machine, Tensor, op
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -273,9 +273,20 @@ def mean_last(x: Tensor) -> Tensor:
 
     node = record("MeanBackward1", (x,), backward)
     out = x.machine.empty((*x.shape[:-1], ONE), x.dtype)
-    x.machine.kernel("sum", (x,), (out,))
-    _divide_sum(out)
+    total = x.machine.empty(out.shape).hold() if _sums_in_fp32(x) else out.hold()
+    wide = cast(x, FLOAT32).hold() if _sums_in_fp32(x) else x.hold()
+    x.machine.kernel("sum", (wide,), (total,))
+    wide.drop()
+    _divide_sum(total)
+    total.owners -= 1
+    if total is not out:
+        total.discard()
     return attach(node, out)
+
+
+def _sums_in_fp32(x: Tensor) -> bool:
+    """at::mean on the CPU sums half precision as a copy in fp32, with a result in fp32 that is copied back."""
+    return x.machine.device == "cpu" and x.dtype.itemsize < FLOAT32.itemsize
 
 
 def mean_all(x: Tensor) -> Tensor:
