@@ -24,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="estimate",
         description="The bytes, FLOPs and hours of a training step, when its memory peaks, and by what formula.",
-        epilog="`estimate calibrate` measures this machine and writes a profile that --gpu takes.",
+        epilog="`estimate --list` prints the names of all presets and accelerators.",
         allow_abbrev=False,
     )
     p.add_argument("model", help="a preset (estimate --list) or the path of a config.json")
@@ -78,8 +78,6 @@ def _attribute_helps(cls: type) -> dict[str, str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; 0 if all is well, 2 for bad input."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    if argv[:1] == ["calibrate"]:
-        return _calibrate(argv[1:])
     if argv[:1] == ["--list"]:
         return _list()
     arguments = parser()
@@ -91,15 +89,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `estimate ... | head` has read enough
         sys.stderr.close()
         return 0
-
-
-def _calibrate(argv: list[str]) -> int:
-    try:
-        from trainer.calibrate import main as calibrate  # noqa: PLC0415 - torch, which the rest does without
-    except ModuleNotFoundError as error:
-        sys.stderr.write(f"estimate: error: calibrate measures with {error.name}; pip install -e '.[trainer]'\n")
-        return 2
-    return int(calibrate(argv))
 
 
 def _list() -> int:

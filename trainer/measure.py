@@ -48,6 +48,7 @@ class Step:
         self.loss = {"bundled": cross_entropy, "torch": torch_cross_entropy}[p.loss]
 
     def __call__(self) -> None:
+        """Run it."""
         for _ in range(self.plan.grad_accumulation):
             self.backward(self.forward())
         if self.plan.max_grad_norm is not None:
@@ -80,7 +81,7 @@ def torch_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 def build_optimizer(model: nn.Module, p: Plan, device: str) -> torch.optim.Optimizer:
     """The optimizer that `p` names for the parameters of `model`, with its default hyper-parameters."""
     kind, parameters = p.implementation(device), list(model.parameters())
-    torchs = {"foreach": kind == "foreach", "fused": kind == "fused"}
+    torchs: dict[str, Any] = {"foreach": kind == "foreach", "fused": kind == "fused"}
     match p.optimizer:
         case "sgd" if kind == "bundled":
             return SGD(parameters)

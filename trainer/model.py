@@ -250,6 +250,8 @@ class Transformer(nn.Module):
     With a cache, `forward` takes the ids of the next T positions and attends to those before them as well.
     """
 
+    blocks: nn.ModuleList
+
     def __init__(self, m: ModelConfig, p: Plan) -> None:
         super().__init__()
         self.config, self.plan = m, p
@@ -257,7 +259,8 @@ class Transformer(nn.Module):
         self.build(m)
         if p.checkpointing == "attention":
             for block in self.blocks:
-                block.attention.forward = recomputed(block.attention.forward)
+                attention = block.get_submodule("attention")
+                attention.forward = recomputed(attention.forward)
         self.head = Linear(m.d_model, m.vocab_size, bias=False)
         if m.tie_embeddings:
             self.head.weight = self.embedding.weight
@@ -315,6 +318,9 @@ class GPT2(Transformer):
 
 class Llama(Transformer):
     """Touvron et al. 2023; with biases on q, k and v it is Qwen2."""
+
+    cos: Tensor
+    sin: Tensor
 
     def build(self, m: ModelConfig) -> None:
         self.blocks = nn.ModuleList(LlamaBlock(m) for _ in range(m.num_layers))

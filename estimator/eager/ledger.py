@@ -84,7 +84,7 @@ class Operand(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """One launch: its matrix FLOPs (2 a multiply-add), other arithmetic, bytes read plus written, its shape, its turn."""
+    """One launch: its matrix FLOPs (2 a multiply-add), other arithmetic, bytes moved, its shape, its turn."""
 
     name: str
     where: Where
