@@ -1,8 +1,9 @@
-"""Drawing: each chart is a function from the library's figures to an Altair chart, and a sentence that says the same."""
+"""Drawing: each function takes the library's figures and gives a chart, and a sentence that says the same."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
 import altair as alt
 import numpy as np
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 CATEGORIES = tuple(NOUNS[c.value] for c in Category)
 RESERVE = "allocator and context"
 POINTS = 500  # moments of a timeline: about as many as a chart has pixels to show them
+VISIBLE = 0.002  # of the peak: what is thinner than a pixel gets no legend
 BUSY = 0.5  # of the capacity: from there on the timeline shows it as a line
 
 
@@ -38,36 +40,42 @@ def memory_frame(memory: Memory, unit: str) -> pd.DataFrame:
     return frame
 
 
-def memory_bar(memory: Memory, unit: str) -> tuple[alt.Chart, str]:
+def memory_bar(memory: Memory, unit: str) -> tuple[alt.LayerChart, str]:
     """One stacked bar of what must be free, against the capacity."""
     frame = memory_frame(memory, unit)
-    assert memory.capacity is not None
+    frame["end"] = frame["number"].cumsum()
+    frame["start"] = frame["end"] - frame["number"]
+    assert memory.capacity is not None, "an Estimate is always on an accelerator"
     capacity = in_unit(memory.capacity, unit)
-    most = max(capacity, in_unit(memory.needed, unit)) * 1.02
-    y = alt.Y("row:N", title=None, axis=None, scale=alt.Scale(paddingOuter=0.6))
-    x = alt.X("sum(number):Q", title=None, scale=alt.Scale(domain=[0, most], nice=False), axis=alt.Axis(grid=False))
-    frame["row"] = ""
+    most = max(capacity, in_unit(memory.needed, unit)) * 1.01
+    scale = alt.Scale(domain=[0, most], nice=False)
     bar = (
         alt.Chart(frame)
-        .mark_bar(height=34)
+        .mark_rect()
         .encode(
-            x=x,
-            y=y,
+            x=alt.X("start:Q", title=None, scale=scale, axis=None),
+            x2="end:Q",
+            y=alt.value(22),
+            y2=alt.value(58),
             color=_colour(),
-            order=alt.Order("order:Q"),
             tooltip=[alt.Tooltip("what:N", title="What"), alt.Tooltip("text:N", title="Memory")],
         )
     )
     end = pd.DataFrame({"capacity": [capacity], "said": [f"capacity {size(memory.capacity, unit)}"]})
-    rule = alt.Chart(end).mark_rule(strokeWidth=2, strokeDash=[5, 3], color="gray").encode(x="capacity:Q")
+    at = alt.X("capacity:Q", scale=scale)
+    rule = (
+        alt.Chart(end)
+        .mark_rule(strokeWidth=2, strokeDash=[5, 3], color="gray")
+        .encode(x=at, y=alt.value(0), y2=alt.value(66))
+    )
     name = (
         alt.Chart(end)
-        .mark_text(align="right", dx=-6, dy=-27, color="gray", fontSize=12)
-        .encode(x="capacity:Q", text="said:N")
+        .mark_text(align="right", baseline="top", dx=-6, color="gray", fontSize=12)
+        .encode(x=at, y=alt.value(2), text="said:N")
     )
     said = ", ".join(f"{row.what} {row.text}" for row in frame.itertuples())
     text = f"Memory in a step's greatest moment: {said}; the capacity is {size(memory.capacity, unit)}."
-    return (bar + rule + name).properties(height=90).configure_view(stroke=None), text
+    return alt.layer(bar, rule, name).properties(height=68).configure_view(stroke=None), text
 
 
 def thinned(timeline: Timeline, points: int = POINTS) -> NDArray[np.intp]:
@@ -76,7 +84,7 @@ def thinned(timeline: Timeline, points: int = POINTS) -> NDArray[np.intp]:
     if events <= points:
         return np.arange(events)
     edges = np.linspace(0, events, points - 2).astype(np.intp)
-    most = [start + int(timeline.live[start:end].argmax()) for start, end in zip(edges[:-1], edges[1:], strict=True)]
+    most = [start + int(timeline.live[start:end].argmax()) for start, end in pairwise(edges)]
     return np.unique([0, *most, timeline.peak, events - 1])
 
 
@@ -106,8 +114,9 @@ def timeline_chart(estimate: Estimate, unit: str) -> tuple[alt.LayerChart, str]:
     """Live bytes over the events of one step, by category, with the phases banded and the peak marked and named."""
     timeline, memory = estimate.memory.timeline, estimate.memory
     frame = timeline_frame(timeline, unit)
-    present = [name for name in CATEGORIES if name in frame]
     peak = in_unit(memory.peak, unit)
+    present = [name for name in CATEGORIES if name in frame]
+    seen = [name for name in present if frame[name].max() > VISIBLE * peak]
     capacity = in_unit(memory.capacity or 0, unit)
     crowded = memory.peak > BUSY * (memory.capacity or 0)
     top = max(peak, capacity if crowded else 0) * 1.12
@@ -126,18 +135,18 @@ def timeline_chart(estimate: Estimate, unit: str) -> tuple[alt.LayerChart, str]:
     )
     names = (
         alt.Chart(wide)
-        .mark_text(baseline="top", dy=4, color="gray", fontSize=12)
-        .encode(x=alt.X("middle:Q", scale=x), y=alt.Y("top:Q", scale=y), text="phase:N")
+        .mark_text(baseline="bottom", color="gray", fontSize=12)
+        .encode(x=alt.X("middle:Q", scale=x), y=alt.value(-4), text="phase:N")
     )
     area = (
         alt.Chart(frame)
-        .transform_fold(present, as_=["what", "number"])
+        .transform_fold(list[Any](present), as_=["what", "number"])
         .transform_calculate(order=f"indexof({present!r}, datum.what)")
         .mark_area(interpolate="step-after", opacity=0.92)
         .encode(
             x=alt.X("event:Q", scale=x, title="allocations and frees of one step, in order", axis=alt.Axis(grid=False)),
             y=alt.Y("number:Q", stack=True, scale=y, title=title, axis=alt.Axis(gridOpacity=0.4, tickCount=6)),
-            color=_colour(present),
+            color=_colour(seen),
             order=alt.Order("order:Q"),
         )
     )
@@ -186,7 +195,7 @@ def timeline_chart(estimate: Estimate, unit: str) -> tuple[alt.LayerChart, str]:
 def flops_chart(estimate: Estimate) -> tuple[alt.Chart, str]:
     """FLOPs of one micro-batch by module and pass."""
     rows = []
-    for name, form in estimate.values.modules.items():
+    for name, form in estimate.values.modules.items():  # noqa: PD011 - a field of the Estimate, not a frame's
         passes = {
             "forward": form.forward_flops,
             "backward": form.backward_flops - form.recompute_flops,
@@ -197,7 +206,7 @@ def flops_chart(estimate: Estimate) -> tuple[alt.Chart, str]:
     kinds = [kind for kind in ("forward", "backward", "recomputed") if kind in set(frame["pass"])]
     frame["order"] = [kinds.index(kind) for kind in frame["pass"]]
     totals = frame.groupby("module", sort=False)["flops"].sum().sort_values(ascending=False)
-    ends = pd.DataFrame({"module": totals.index, "flops": totals.values})
+    ends = pd.DataFrame({"module": totals.index, "flops": totals.to_numpy()})
     ends["text"] = [f"{prefixed(x, 'FLOP')} · {x / totals.sum():.0%}" for x in ends["flops"]]
     x = alt.Scale(domain=[0, float(totals.iloc[0]) * 1.35], nice=False)
     y = alt.Y("module:N", sort=list(totals.index), title=None, axis=alt.Axis(ticks=False, domain=False))
@@ -226,6 +235,6 @@ def flops_chart(estimate: Estimate) -> tuple[alt.Chart, str]:
 
 def _colour(shown: Sequence[str] = ()) -> alt.Color:
     """Each category's colour, and a legend of those `shown`."""
-    legend = alt.Legend(values=list(shown), orient="bottom", title=None, columns=5, symbolType="square")
+    legend = alt.Legend(values=list(shown), orient="bottom", title=None, columns=3, symbolType="square", labelLimit=140)
     domain = [*CATEGORIES, RESERVE]
     return alt.Color("what:N", scale=alt.Scale(domain=domain), sort=domain, legend=legend if shown else None)

@@ -1,46 +1,33 @@
-"""The library's answers, remembered: pure functions of frozen configurations, so sessions may share them."""
+"""The library's answers, remembered: pure functions of frozen configurations, so that sessions may share them."""
 
 from __future__ import annotations
 
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-import estimator as est
-from estimator.config import ConfigError
+from estimator.advice import Change, advice
+from estimator.costs import Cost, cost
+from estimator.estimates import max_batch_size
 
 if TYPE_CHECKING:
     from app_pages.inputs import Setup
     from estimator.config import ModelConfig, Plan
-    from estimator.costs import Cost
-    from estimator.estimates import Estimate
-
-
-@lru_cache(maxsize=256)
-def estimated(
-    model: ModelConfig, plan: Plan, gpu: str, mfu: float | None, steps: int, global_batch_size: int, count: int
-) -> Estimate:
-    """`est.estimate`, remembered."""
-    return est.estimate(model, plan, gpu, mfu=mfu, steps=steps, global_batch_size=global_batch_size, count=count)
-
-
-def estimate_of(s: Setup) -> Estimate:
-    """The estimate of what the sidebar says.
-
-    Raises:
-        ConfigError: the library cannot answer.
-    """
-    return estimated(s.model, s.plan, s.gpu, s.mfu, s.steps, s.global_batch_size, s.count)
+    from estimator.report import Request
 
 
 @lru_cache(maxsize=256)
 def largest_batch(model: ModelConfig, plan: Plan, gpu: str) -> int:
-    """`est.max_batch_size`, remembered."""
-    return est.max_batch_size(model, plan, gpu)
+    """`max_batch_size`, remembered."""
+    return max_batch_size(model, plan, gpu)
 
 
-def cost_of(s: Setup, seconds: float) -> Cost:
-    """What the run costs."""
-    return est.cost(s.gpu, seconds, s.count, price=s.price)
+@lru_cache(maxsize=64)
+def changes(request: Request) -> tuple[Change, ...]:
+    """`advice` on a request, remembered."""
+    return advice(request.estimate())
 
 
-__all__ = ["ConfigError", "cost_of", "estimate_of", "estimated", "largest_batch"]
+def cost_of(s: Setup) -> Cost | None:
+    """What the run costs; None without a time."""
+    time = s.request.estimate().time
+    return None if time is None else cost(s.request.gpu, time.seconds, s.request.count, price=s.price)

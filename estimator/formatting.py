@@ -50,7 +50,7 @@ def size(nbytes: float, unit: str = "GiB") -> str:
 
 
 def prefixed(x: float, unit: str) -> str:
-    """A decimal quantity with an SI prefix: prefixed(1.95e13, "FLOP/s") is "19.5 TFLOP/s"."""
+    """A decimal quantity with an SI prefix: 1.95e13 of "FLOP/s" is "19.5 TFLOP/s"."""
     for factor, prefix in PREFIXES:
         if abs(x) >= factor:
             return f"{figures(x / factor)} {prefix}{unit}"
@@ -74,6 +74,14 @@ def hours(seconds: float) -> str:
 def dollars(x: float) -> str:
     """US dollars: "$1,250,000", "$3.40"."""
     return f"${x:,.2f}" if x < 100 else f"${x:,.0f}"
+
+
+def short_dollars(x: float) -> str:
+    """US dollars with three digits: "$171k", "$1.25M"."""
+    for factor, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if x >= factor:
+            return f"${figures(x / factor)}{suffix}"
+    return dollars(x)
 
 
 def place(estimate: Estimate) -> str:

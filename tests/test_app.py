@@ -6,7 +6,7 @@ import estimator as est
 from estimator.formatting import hours, size
 
 pytest.importorskip("streamlit", reason="the page needs the app extra: pip install -e '.[app]'")
-from streamlit.testing.v1 import AppTest  # noqa: E402 - after the check that it is there
+from streamlit.testing.v1 import AppTest
 
 GPU = "a100-80gb-sxm"
 

@@ -1,0 +1,115 @@
+"""The sidebar's model: a preset with every size open to change, or one's own from a config.json."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import streamlit as st
+
+from app_pages.labels import explained, label
+from estimator.config import ConfigError, ModelConfig
+from estimator.presets import from_hf, preset, presets
+from estimator.report import BASES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+# What the widgets take at most: beyond any model, and few enough events to draw the step.
+LIMITS = {"num_layers": 2000, "num_heads": 10_000, "num_kv_heads": 10_000, "head_dim": 100_000}
+LIMIT = 10_000_000
+FOLLOWING = ("num_kv_heads", "head_dim", "d_ff")  # may be left empty: as published, or following d_model and the heads
+OWN = {f"own-{family}": family for family in BASES}
+FAMILIES = {"gpt2": "GPT-2 family", "llama": "Llama family"}
+
+
+def model_input(problem: Callable[[ConfigError], None]) -> tuple[str, ModelConfig]:
+    """Draw the inputs; (name, model), the model as published where the sizes given do not make one."""
+    names = (*presets(), *OWN)
+    name = st.selectbox(
+        "Model",
+        names,
+        index=names.index("gpt2-xl"),
+        format_func=called,
+        key="model",
+        bind="query-params",
+        label_visibility="collapsed",
+    )
+    published = preset(BASES[OWN[name]] if name in OWN else name)
+    with st.expander("Sizes"):
+        changes = _sizes(name, published)
+    with st.expander("From a config.json"):
+        st.file_uploader("Upload", type="json", key="upload", max_upload_size=5, on_change=_take, args=("upload",))
+        st.text_area(
+            "or paste",
+            key="paste",
+            height=90,
+            on_change=_take,
+            args=("paste",),
+            placeholder='{"model_type": "llama", ...}',
+            help="A Hugging Face configuration of type gpt2, llama, mistral or qwen2. It is read as data, not stored.",
+        )
+        if "config_problem" in st.session_state:
+            st.error(st.session_state["config_problem"], icon=":material/error:")
+    try:
+        return name, published.replace(**changes)
+    except ConfigError as error:
+        problem(error)
+        return name, published
+
+
+def called(name: str) -> str:
+    """What a model goes by on the page."""
+    return f"your own, {FAMILIES[OWN[name]]}" if name in OWN else name
+
+
+def _take(source: str) -> None:
+    """Make the model of an uploaded or pasted file the one of the page; the link then carries its sizes."""
+    st.session_state.pop("config_problem", None)
+    given = st.session_state[source]
+    if not given:
+        return
+    try:
+        m = from_hf(given.getvalue() if source == "upload" else given.encode())
+    except ConfigError as error:
+        st.session_state["config_problem"] = str(error)
+        return
+    name = f"own-{m.family}"
+    st.session_state["model"] = name
+    for field, value in m.to_dict().items():
+        if field != "family":
+            st.session_state[f"{name}.{field}"] = value
+
+
+def _sizes(name: str, published: ModelConfig) -> dict[str, Any]:
+    """Inputs for each size; those that differ from the preset's."""
+    columns = st.columns(2)
+    gpt2 = published.family == "gpt2"
+    changes: dict[str, Any] = {}
+    following = published
+    sizes = ["num_layers", "d_model", "num_heads", "vocab_size", "context_length", "d_ff"]
+    sizes += [] if gpt2 else ["num_kv_heads", "head_dim"]
+    for i, field in enumerate(sizes):
+        own = getattr(published, field)
+        value = columns[i % 2].number_input(
+            label(field),
+            min_value=1,
+            max_value=LIMITS.get(field, LIMIT),
+            value=None if field in FOLLOWING else own,
+            placeholder=f"{getattr(following, field):,}",
+            key=f"{name}.{field}",
+            bind="query-params",
+            help=explained(ModelConfig)[field],
+        )
+        if value is not None and value != own:
+            changes[field] = value
+            with suppress(ConfigError):  # said once all sizes are known
+                following = published.replace(**changes)
+    for field in ["tie_embeddings"] + ([] if gpt2 else ["qkv_bias"]):
+        own = getattr(published, field)
+        value = st.toggle(
+            label(field), own, key=f"{name}.{field}", bind="query-params", help=explained(ModelConfig)[field]
+        )
+        if value != own:
+            changes[field] = value
+    return changes

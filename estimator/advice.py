@@ -1,0 +1,98 @@
+"""What would make it fit or go faster: every single change of the recipe, computed, with what it saves and costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from estimator import config
+from estimator.config import ConfigError, Plan
+from estimator.estimates import Estimate, estimate
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+
+NOTICEABLE = 0.001  # of the memory, the work or the time: a change that saves less is no advice
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One change of a recipe and what it does.
+
+    Attributes:
+        fields: the plan's fields that change, with their new values.
+        estimate: of the changed plan.
+        saves: bytes that no longer must be free; negative if more must be.
+        work: FLOPs that a step executes over those that it did (1.33 is a third more).
+        seconds: time of a step over what it was; None without a time.
+    """
+
+    fields: Mapping[str, Any]
+    estimate: Estimate
+    saves: int
+    work: float
+    seconds: float | None
+
+    @property
+    def fits(self) -> bool:
+        """Whether the step fits after the change."""
+        return self.estimate.fits
+
+
+def choices() -> dict[str, tuple[str, ...]]:
+    """The plan's fields that are one of a few names, and those names."""
+    found = {}
+    for f in fields(Plan):
+        plural = f"{f.name}es" if f.name.endswith("s") else f"{f.name}s"
+        names = getattr(config, plural.upper(), None)
+        if names is not None:
+            found[f.name] = tuple(names)
+    return found
+
+
+def single_changes(plan: Plan) -> Iterator[dict[str, Any]]:
+    """Every single change of `plan`: another name for a field, or half the micro-batch with twice the accumulation."""
+    for name, names in choices().items():
+        yield from ({name: other} for other in names if other != getattr(plan, name))
+    yield from ({f.name: not getattr(plan, f.name)} for f in fields(plan) if isinstance(getattr(plan, f.name), bool))
+    if plan.batch_size % 2 == 0:
+        yield {"batch_size": plan.batch_size // 2, "grad_accumulation": plan.grad_accumulation * 2}
+
+
+def advice(now: Estimate, estimated: Callable[[Plan], Estimate] | None = None) -> tuple[Change, ...]:
+    """Single changes of the recipe that save memory, work or time; those that make it fit first, the cheapest first.
+
+    A change that comes out as the same recipe (an implementation that "auto" means anyway) is left out, and so is one
+    that is no better in anything.
+
+    Args:
+        now: the estimate of the recipe as it is.
+        estimated: the estimate of another plan; by default of the same model on the same accelerator, without a run.
+    """
+    if estimated is None:
+        mfu = now.time.mfu if now.time is not None else None
+
+        def estimated(plan: Plan) -> Estimate:
+            return estimate(now.model, plan, now.accelerator, mfu=mfu, global_batch_size=now.flops.sequences)
+
+    found = []
+    for changed in single_changes(now.plan):
+        try:
+            then = estimated(now.plan.replace(**changed))
+        except ConfigError:  # not with this optimizer, not on this accelerator: no advice
+            continue
+        change = _compared(now, then, changed)
+        same = then.account.recipe == now.account.recipe and then.plan.batch_size == now.plan.batch_size
+        faster = min(change.work, change.seconds or 1) < 1 - NOTICEABLE
+        if not same and (faster or change.saves > NOTICEABLE * now.memory.needed):
+            found.append(change)
+    return tuple(sorted(found, key=lambda c: (not c.fits, c.seconds or c.work, -c.saves)))
+
+
+def _compared(now: Estimate, then: Estimate, changed: dict[str, Any]) -> Change:
+    seconds = None
+    if now.time is not None and then.time is not None:
+        seconds = then.time.seconds_per_step / now.time.seconds_per_step
+    work = then.flops.step / now.flops.step
+    return Change(changed, then, now.memory.needed - then.memory.needed, work, seconds)

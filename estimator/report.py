@@ -1,0 +1,196 @@
+"""What was asked, as one object: its estimate, the Python and the command that ask the same, and reports to keep."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from estimator.config import ConfigError, ModelConfig, Plan
+from estimator.estimates import estimate
+from estimator.formatting import dollars, duration, hours, prefixed, size, verdict
+from estimator.presets import preset, presets
+
+if TYPE_CHECKING:
+    from estimator.costs import Cost
+    from estimator.estimates import Estimate
+
+BASES = {"gpt2": "gpt2-xl", "llama": "llama-3.2-1b"}  # what a model of one's own starts from, by family
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A question to `estimator.estimate`, with the name that the model goes by.
+
+    Attributes:
+        name: a preset's name, or any other for a model of one's own.
+        model, plan: what is trained, and how.
+        gpu: an accelerator's id.
+        count: accelerators.
+        mfu: model FLOPs utilisation; None to have it predicted, where the library can.
+        steps: optimizer steps of the run.
+        global_batch_size: sequences in a step of the whole job.
+    """
+
+    name: str
+    model: ModelConfig
+    plan: Plan
+    gpu: str
+    count: int = 1
+    mfu: float | None = None
+    steps: int | None = None
+    global_batch_size: int | None = None
+
+    @property
+    def run(self) -> dict[str, Any]:
+        """The keyword arguments of `estimate` that are not at their defaults."""
+        given = {
+            "mfu": self.mfu,
+            "steps": self.steps,
+            "global_batch_size": self.global_batch_size,
+            "count": self.count if self.count != 1 else None,
+        }
+        return {name: value for name, value in given.items() if value is not None}
+
+    @property
+    def base(self) -> str:
+        """The preset that the model is, or that it is written as a change of."""
+        return self.name if self.name in presets() else BASES[self.model.family]
+
+    def estimate(self) -> Estimate:
+        """The answer, remembered.
+
+        Raises:
+            ConfigError: as `estimator.estimate`.
+        """
+        return _answer(self)
+
+    def python(self) -> str:
+        """Python that computes the same figures."""
+        changes = _differences(preset(self.base), self.model)
+        model = f'est.preset("{self.base}")'
+        if changes:
+            model += f".replace({_keywords(changes)})"
+        plan = _keywords(_differences(Plan(), self.plan))
+        run = "".join(f", {name}={value!r}" for name, value in self.run.items())
+        return "\n".join(
+            (
+                "import estimator as est",
+                "",
+                f"model = {model}",
+                f"plan = est.Plan({plan})",
+                f'r = est.estimate(model, plan, "{self.gpu}"{run})',
+                "print(r.memory.needed, r.fits, r.time and r.time.hours)",
+                f'print(est.max_batch_size(model, plan, "{self.gpu}"))',
+            )
+        )
+
+    def command(self) -> str:
+        """The `estimate` command that prints the same figures."""
+        words = ["estimate", self.base, "--gpu", self.gpu]
+        changes = _differences(preset(self.base), self.model) | _differences(Plan(), self.plan) | self.run
+        for name, value in changes.items():
+            flag = name.replace("_", "-")
+            if isinstance(value, bool):
+                words.append(f"--{flag}" if value else f"--no-{flag}")
+            else:
+                words += [f"--{flag}", str(value)]
+        return shlex.join(words)
+
+
+@lru_cache(maxsize=256)
+def _answer(request: Request) -> Estimate:
+    return estimate(request.model, request.plan, request.gpu, **request.run)
+
+
+def _differences(base: ModelConfig | Plan, other: ModelConfig | Plan) -> dict[str, Any]:
+    """Fields of `other` that are not as in `base`.
+
+    A size of `base` that follows from another one (d_ff from d_model) follows here too, unless it is given.
+    """
+    if base.__class__ is Plan:
+        return {f.name: getattr(other, f.name) for f in fields(base) if getattr(other, f.name) != getattr(base, f.name)}
+    plain = [f.name for f in fields(base) if f.name not in ("num_kv_heads", "head_dim", "d_ff")]
+    changes = {name: getattr(other, name) for name in plain if getattr(other, name) != getattr(base, name)}
+    try:
+        following = base.replace(**changes)
+    except ConfigError:  # only with the sizes that follow does it make a model
+        following = base
+    for name in ("num_kv_heads", "head_dim", "d_ff"):
+        if getattr(other, name) != getattr(following, name):
+            changes[name] = getattr(other, name)
+    return changes
+
+
+def _keywords(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in values.items())
+
+
+def to_json(request: Request, cost: Cost | None = None) -> str:
+    """Everything as JSON: the estimate, what it costs, and how to ask again."""
+    plain = request.estimate().to_dict() | {"cost": cost_dict(cost), "python": request.python()}
+    return json.dumps(plain | {"command": request.command()}, indent=1)
+
+
+def cost_dict(cost: Cost | None) -> dict[str, Any] | None:
+    """The figures of a cost, JSON-ready, with what was assumed."""
+    if cost is None:
+        return None
+    spread = None
+    if cost.dollars is not None:
+        spread = {"low": cost.dollars.low, "median": cost.dollars.median, "high": cost.dollars.high}
+    return {
+        "accelerator_hours": cost.accelerator_hours,
+        "dollars": spread,
+        "energy_joules": cost.energy_joules,
+        "co2_kg": cost.co2_kg,
+        "assumptions": list(cost.assumptions),
+        "missing": list(cost.missing),
+    }
+
+
+def to_csv(request: Request) -> str:
+    """The account by module as CSV: one row a part of the model, and the total."""
+    return str(request.estimate().to_frame().to_csv())
+
+
+def to_markdown(request: Request, cost: Cost | None = None, unit: str = "GiB") -> str:
+    """A report in Markdown."""
+    r = request.estimate()
+    plan = ", ".join(
+        f"{name} {value}" for name, value in (r.plan.to_dict() | {"seq_len": r.plan.tokens(r.model)}).items()
+    )
+    lines = [
+        f"# {request.name} on {request.count} x {r.accelerator.name}",
+        "",
+        verdict(r, unit),
+        "",
+        f"Recipe: {plan}.",
+    ]
+    lines += ["", "| memory at the peak | bytes | |", "|---|---:|---:|"]
+    for name, held in r.memory.parts.items():
+        lines.append(f"| {name} | {held:,} | {size(held, unit)} |")
+    reserve = r.memory.needed - r.memory.peak
+    lines.append(f"| allocator and context | {reserve:,} | {size(reserve, unit)} |")
+    lines.append(f"| needed | {r.memory.needed:,} | {size(r.memory.needed, unit)} |")
+    lines += ["", "| figure | |", "|---|---:|", f"| parameters | {r.values.parameters:,} |"]
+    lines.append(f"| FLOPs of a step | {prefixed(r.flops.step, 'FLOP')} |")
+    if r.time is not None:
+        lines.append(f"| time of a step | {duration(r.time.seconds_per_step)} |")
+        lines.append(f"| time of the run | {hours(r.time.seconds)} |")
+        lines.append(f"| MFU | {r.time.mfu:.1%} |")
+    if cost is not None and cost.dollars is not None:
+        spread = f"{dollars(cost.dollars.low)} to {dollars(cost.dollars.high)}"
+        lines.append(f"| dollars | {dollars(cost.dollars.median)} ({spread}) |")
+    if cost is not None and cost.kilowatt_hours is not None:
+        lines.append(f"| energy | {prefixed(cost.kilowatt_hours * 1e3, 'Wh')} |")
+    for said in (
+        *r.notes,
+        *(cost.assumptions if cost is not None else ()),
+        *(cost.missing if cost is not None else ()),
+    ):
+        lines += ["", f"- {said}"]
+    lines += ["", "```python", request.python(), "```", "", "```sh", request.command(), "```", ""]
+    return "\n".join(lines)
