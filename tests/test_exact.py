@@ -68,7 +68,7 @@ LARGE = {
     ),
     "llama-3.2-1b widths, two checkpointed blocks, sdpa": (
         ModelConfig("llama", 2, 2048, 32, 128_256, 131_072, 8, 64, 8192, True),
-        Plan(batch_size=2, seq_len=64, attention="sdpa", checkpointing="block", optimizer_impl="bundled"),
+        Plan(batch_size=1, seq_len=32, attention="sdpa", checkpointing="block", optimizer_impl="bundled"),
     ),
 }
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # On CPU the passes over a tile (maximum, subtract, exp, sum) should find it in the cache. From 2**19 to 2**22 elements
 # a quiet machine makes no difference (benchmarks/bench_loss.py --tiles); smaller tiles lose to the starting of ops.
-CPU_TILE = 2**19  # elements
+CPU_TILE = 2**21  # elements
 
 HALF = (torch.bfloat16, torch.float16)
 TARGET_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)

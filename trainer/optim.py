@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # AdamW is seven passes over four tensors and a scratch. On CPU a slice of each stays in the cache from the first pass
 # to the last; from 2**18 to 2**22 elements it is about as fast, below that the starting of the ops shows
 # (benchmarks/bench_optim.py --slices). On CUDA a launch costs more than a miss: slices are large, to bound the scratch.
-CPU_SLICE = 2**18  # elements, 1 MiB in fp32
+CPU_SLICE = 2**20  # elements, 4 MiB in fp32
 CUDA_SLICE = 2**26  # elements, 256 MiB in fp32
 
 # A call of compiled code costs 0.1 ms before it begins: as much as the seven passes over some 2**16 elements.

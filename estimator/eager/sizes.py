@@ -157,8 +157,8 @@ class ShapeClass:
 
 
 # Scratch of the bundled trainer: trainer.loss.CPU_TILE, trainer.optim.CPU_SLICE and CUDA_SLICE: a test compares.
-LOSS_TILE = 2**19
-ADAMW_SLICE = {"cpu": 2**18, "cuda": 2**26}
+LOSS_TILE = 2**21
+ADAMW_SLICE = {"cpu": 2**20, "cuda": 2**26}
 
 
 def cpu_threads() -> int:
