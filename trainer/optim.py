@@ -238,7 +238,12 @@ class MuonAdamW(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, matrices: Sequence[Tensor], others: Sequence[Tensor], lr: float = 1e-3, weight_decay: float = 0.1, **adamw: Any
+        self,
+        matrices: Sequence[Tensor],
+        others: Sequence[Tensor],
+        lr: float = 1e-3,
+        weight_decay: float = 0.1,
+        **adamw: Any,
     ) -> None:
         shared: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
         self.parts = (
