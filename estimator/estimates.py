@@ -175,7 +175,7 @@ def estimate(
         ConfigError: a name is unknown, a figure out of its range, the accelerator has no peak for the precision.
     """
     m = preset(model) if isinstance(model, str) else model
-    p = plan if plan is not None else Plan()
+    p = _on_one_accelerator(plan)
     device = accelerator(on)
     if device.device not in ("cuda", "cpu"):
         raise ConfigError(
@@ -186,7 +186,7 @@ def estimate(
     a = account(m, p, device.device)
     values = a.values(sizes)
     sequences = p.batch_size * p.grad_accumulation * positive_int("count", count)
-    notes = []
+    notes = ["The bytes are those of eager execution; compiled, fused ops save some."] if p.compile else []
     if global_batch_size is not None:
         wanted = positive_int("global_batch_size", global_batch_size)
         if wanted != sequences:
@@ -207,6 +207,17 @@ def estimate(
     if mfu is not None:
         time = _time_at(_checked_mfu(mfu), flops, p.tokens(m), steps, count, device.peak_flops(p.precision))
     return Estimate(m, p, device, a, values, memory(a, values, sizes, device), flops, time, tuple(notes))
+
+
+def _on_one_accelerator(plan: Plan | None) -> Plan:
+    """The plan, if its memory is accounted: what several accelerators share among them is not yet."""
+    p = plan if plan is not None else Plan()
+    if p.data_parallel != 1 or p.sharding != "none":
+        raise ConfigError(
+            f"data_parallel = {p.data_parallel}, sharding = {p.sharding!r}: memory is accounted for one accelerator; "
+            "allowed are 1 and none (`count` says how many share the time)"
+        )
+    return p
 
 
 def _checked_mfu(mfu: float) -> float:
@@ -239,7 +250,7 @@ def max_batch_size(
             step (`Memory.peak`) must.
     """
     m = preset(model) if isinstance(model, str) else model
-    p = plan if plan is not None else Plan()
+    p = _on_one_accelerator(plan)
     if isinstance(on, (int, float)):
         if not on > 0:
             raise ConfigError(f"bytes = {on!r}: must be above 0")

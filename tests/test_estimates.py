@@ -99,9 +99,11 @@ def test_what_cannot_be_is_refused():
         ({"global_batch_size": -1}, "global_batch_size = -1"),
         ({"count": 0}, "count = 0"),
         ({"on": "H100"}, "H100"),
+        ({"plan": Plan(data_parallel=2)}, "data_parallel = 2"),
+        ({"plan": Plan(sharding="zero3")}, "sharding = 'zero3'"),
     ):
         with pytest.raises(ConfigError, match=message):
-            est.estimate("gpt2", Plan(), **changes)
+            est.estimate("gpt2", **changes)
     with pytest.raises(ConfigError, match="bytes = 0"):
         est.max_batch_size("gpt2", Plan(), 0)
     with pytest.raises(ConfigError, match="gpt2"):
