@@ -32,7 +32,7 @@ def memory_frame(memory: Memory, unit: str) -> pd.DataFrame:
     """The bytes that must be free, by what they are for, largest first; what the allocator adds is the last row."""
     rows = [(NOUNS[name], held) for name, held in memory.parts.items() if held]
     rows.append((RESERVE, memory.needed - memory.peak))
-    frame = pd.DataFrame(rows, columns=["what", "bytes"])
+    frame = pd.DataFrame(rows, columns=["what", "bytes"]).astype({"bytes": float})  # Arrow's integers end at 2^63
     frame["number"] = [in_unit(held, unit) for held in frame["bytes"]]
     frame["text"] = [size(held, unit) for held in frame["bytes"]]
     frame["share"] = frame["bytes"] / memory.needed
@@ -195,14 +195,14 @@ def timeline_chart(estimate: Estimate, unit: str) -> tuple[alt.LayerChart, str]:
 def flops_chart(estimate: Estimate) -> tuple[alt.Chart, str]:
     """FLOPs of one micro-batch by module and pass."""
     rows = []
-    for name, form in estimate.values.modules.items():  # noqa: PD011 - a field of the Estimate, not a frame's
+    for name, form in estimate.values.modules.items():  # noqa: PD011 - an Estimate's values, not a frame's
         passes = {
             "forward": form.forward_flops,
             "backward": form.backward_flops - form.recompute_flops,
             "recomputed": form.recompute_flops,
         }
         rows += [(name, kind, flops, prefixed(flops, "FLOP")) for kind, flops in passes.items() if flops]
-    frame = pd.DataFrame(rows, columns=["module", "pass", "flops", "text"])
+    frame = pd.DataFrame(rows, columns=["module", "pass", "flops", "text"]).astype({"flops": float})
     kinds = [kind for kind in ("forward", "backward", "recomputed") if kind in set(frame["pass"])]
     frame["order"] = [kinds.index(kind) for kind in frame["pass"]]
     totals = frame.groupby("module", sort=False)["flops"].sum().sort_values(ascending=False)

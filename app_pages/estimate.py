@@ -163,7 +163,9 @@ def _flops(r: Estimate) -> None:
     chart, text = charts.flops_chart(r)
     st.altair_chart(chart, width="stretch", alt=text)
     with st.expander("The whole table by module"):
-        st.dataframe(r.to_frame(), column_config={"_index": st.column_config.TextColumn("module")})
+        st.dataframe(
+            r.to_frame().astype(float), column_config={"_index": st.column_config.TextColumn("module")}
+        )  # floats: Arrow's integers end at 2^63
 
 
 def _derivations(s: Setup, r: Estimate) -> None:
@@ -184,8 +186,7 @@ def result(d: Derivation, unit: str) -> str:
 
 def derivation(d: Derivation, unit: str) -> None:
     """The formula, the formula with its numbers, the result and the source."""
-    st.latex(d.latex)
-    st.latex(rf"= {d.substituted}")
+    st.latex(d.aligned())
     exact = f"{d.result:,}" if isinstance(d.result, int) else f"{d.result:,.1f}"
     st.markdown(f"= **{exact}** {d.unit}" + (f" = {result(d, unit)}" if d.unit in ("bytes", "FLOPs") else ""))
     st.caption(d.source[0].upper() + d.source[1:] + ".")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from app_pages.model_input import LIMIT, model_input
 from estimator.accounts import DEVICES
 from estimator.advice import choices
 from estimator.config import ConfigError, Plan
-from estimator.formatting import prefixed, size
+from estimator.formatting import prefixed
 from estimator.hardware import accelerator, accelerators
 from estimator.report import Request
 
@@ -35,10 +36,25 @@ class Setup:
 
 
 @cache
-def supported() -> dict[str, str]:
-    """Id -> what to call it, of the accelerators whose memory rules are modelled."""
-    found = (accelerator(id_) for id_ in accelerators())
-    return {a.id: f"{a.name} · {size(a.memory_bytes)}" for a in found if a.device in DEVICES}
+def supported() -> tuple[str, ...]:
+    """Ids of the accelerators whose memory rules are modelled."""
+    return tuple(id_ for id_ in accelerators() if accelerator(id_).device in DEVICES)
+
+
+def drop_infinite() -> None:
+    """Forget the link's infinite numbers, of which Streamlit would make integers, and start again without them."""
+    infinite = [name for name, value in st.query_params.items() if _is_infinite(value)]
+    for name in infinite:
+        del st.query_params[name]
+    if infinite:
+        st.rerun()
+
+
+def _is_infinite(text: str) -> bool:
+    try:
+        return math.isinf(float(text))
+    except ValueError:
+        return False
 
 
 def sidebar() -> Setup:
@@ -66,6 +82,7 @@ def sidebar() -> Setup:
             bind="query-params",
             help="GiB is 2^30 bytes, GB is 10^9.",
         )
+    unit = unit or "GiB"  # an empty parameter in the link clears the choice
     request = Request(name, model, plan, gpu, count, mfu, steps, sequences)
     return Setup(request, price, unit, tuple(problems))
 
@@ -112,16 +129,15 @@ def _plan_input(name: str, model: ModelConfig) -> Any:
 
 
 def _machine() -> tuple[str, int]:
-    names = tuple(supported())
+    names = supported()
     left, right = st.columns([2, 1])
     gpu = left.selectbox(
         "Accelerator",
         names,
         index=names.index("a100-80gb-sxm"),
-        format_func=supported().__getitem__,
         key="gpu",
         bind="query-params",
-        help="Memory is what a framework sees, not what is on the label.",
+        help="Memory is what a framework sees of it, not what is on the label.",
     )
     count = right.number_input(
         "Count",

@@ -15,6 +15,7 @@ LABELS = {
     "vocab_size": "Vocabulary",
     "tie_embeddings": "Head shares the embedding",
     "qkv_bias": "Biases on q, k, v",
+    "gpu": "Accelerator",
     "batch_size": "Micro-batch",
     "seq_len": "Sequence",
     "grad_accumulation": "Accumulation",

@@ -30,7 +30,6 @@ def model_input(problem: Callable[[ConfigError], None]) -> tuple[str, ModelConfi
         "Model",
         names,
         index=names.index("gpt2-xl"),
-        format_func=called,
         key="model",
         bind="query-params",
         label_visibility="collapsed",

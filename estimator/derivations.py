@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+import numpy as np
 import sympy
 
-from estimator.accounts import FORMS, expression
-from estimator.config import choose
+from estimator.accounts import FORMS, account_at, expression
+from estimator.config import ConfigError, choose
 from estimator.symbols import SYMBOLS
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
+
+    from numpy.typing import NDArray
 
     from estimator.accounts import Account
     from estimator.estimates import Estimate
@@ -64,6 +68,20 @@ class Derivation:
         """The formula as LaTeX with a number for each symbol."""
         names = {symbol: latex_number(value) for symbol, value in self.values.items()}
         return str(sympy.latex(self.formula, symbol_names=names, mul_symbol="times"))
+
+    def aligned(self, terms: int = 3) -> str:
+        """Formula, numbers and result as one LaTeX display, with at most so many terms on a line."""
+        names = {symbol: latex_number(value) for symbol, value in self.values.items()}
+        lines = []
+        for options in ({}, {"symbol_names": names, "mul_symbol": "times"}):
+            parts = sympy.Add.make_args(self.formula) if self.formula.is_Add else (self.formula,)
+            parts = sorted(parts, key=sympy.default_sort_key, reverse=True)
+            for start in range(0, len(parts), terms):
+                text = sympy.latex(sympy.Add(*parts[start : start + terms], evaluate=False), **options)
+                sign = "=" if start == 0 else "" if text.startswith("-") else "+"
+                lines.append(rf"&{sign} {text}")
+        body = r" \\ ".join(lines)
+        return rf"\begin{{aligned}}{body}\end{{aligned}}"
 
     @property
     def python(self) -> str:
@@ -173,3 +191,59 @@ def headline(estimate: Estimate, count: int = 1) -> tuple[Derivation, ...]:
 def _sizes(estimate: Estimate, formula: sympy.Expr) -> dict[sympy.Symbol, float]:
     sizes = estimate.memory.sizes
     return {symbol: sizes[symbol.name] for symbol in sorted(formula.free_symbols, key=lambda s: str(s.name))}
+
+
+def at_sizes(d: Derivation, changed: Mapping[str, float]) -> Derivation:
+    """`d` with other numbers for some of its symbols, by name.
+
+    Raises:
+        ConfigError: a symbol that the formula does not have.
+    """
+    names = [str(symbol.name) for symbol in d.values]
+    for name in changed:
+        choose("symbol", name, names)
+    values = {symbol: changed.get(str(symbol.name), value) for symbol, value in d.values.items()}
+    exact = d.formula.subs({symbol: sympy.nsimplify(value) for symbol, value in values.items()})
+    whole = isinstance(d.result, int)
+    return replace(d, values=values, result=int(exact) if whole else float(exact))
+
+
+def to_json(d: Derivation) -> str:
+    """A derivation as JSON."""
+    plain = {"name": d.name, "title": d.title, "unit": d.unit, "result": d.result, "source": d.source}
+    values = {str(symbol.name): value for symbol, value in d.values.items()}
+    return json.dumps(plain | {"python": d.python, "latex": d.latex, "values": values}, indent=1)
+
+
+@dataclass(frozen=True)
+class Regions:
+    """Which polynomial of the peak's maximum is the greatest, over micro-batch and sequence length.
+
+    Attributes:
+        batches, lengths: the axes.
+        index: (batches, lengths), the ruling polynomial at each point, an index into `account.pieces`.
+        account: of sizes above 1, where every letter occurs in the formula.
+    """
+
+    batches: tuple[int, ...]
+    lengths: tuple[int, ...]
+    index: NDArray[np.intp]
+    account: Account
+
+
+def regions(estimate: Estimate, batches: Sequence[int], lengths: Sequence[int]) -> Regions:
+    """The regions in which each polynomial of the peak rules.
+
+    Raises:
+        ConfigError: a micro-batch or a length below 2, where PyTorch's step is another one.
+    """
+    for name, values in (("batches", batches), ("lengths", lengths)):
+        if min(values) < 2:
+            raise ConfigError(f"{name} = {min(values)}: must be at least 2")
+    general = {**estimate.memory.sizes, "B": 2, "T": 2}
+    account = account_at(estimate.account.recipe, general, estimate.account.device)
+    B, T = (x.ravel().astype(float) for x in np.meshgrid(batches, lengths, indexing="ij"))
+    sizes: dict[str, int | NDArray[np.float64]] = {**general, "B": B, "T": T}
+    live = [account.compiled.greatest([("live", i)], sizes) for i in range(len(account.pieces))]
+    index = np.argmax(live, axis=0).reshape(len(batches), len(lengths))
+    return Regions(tuple(batches), tuple(lengths), index, account)

@@ -1,5 +1,6 @@
 """Formulas are worth showing only if they give the figure: each is evaluated here by sympy and as Python."""
 
+import json
 import math
 
 import pytest
@@ -47,3 +48,33 @@ def test_numbers_in_latex():
 def test_an_unknown_form_is_refused_with_the_nearest():
     with pytest.raises(est.ConfigError, match="parameters"):
         derivations.form(est.estimate("gpt2"), "parametres")
+
+
+def test_changed_symbols_change_the_result():
+    d = derivations.form(est.estimate("gpt2"), "parameters")
+    assert derivations.at_sizes(d, {}).result == d.result
+    assert (
+        derivations.at_sizes(d, {"L": 24}).result
+        == est.estimate(est.preset("gpt2").replace(num_layers=24)).values.parameters
+    )
+    with pytest.raises(est.ConfigError, match="symbol"):
+        derivations.at_sizes(d, {"B": 2})
+
+
+def test_json_holds_the_formula():
+    d = derivations.form(est.estimate("gpt2", est.Plan(batch_size=2)), "forward_flops")
+    plain = json.loads(derivations.to_json(d))
+    assert eval(plain["python"], {}, plain["values"]) == d.result  # noqa: S307 - that it evaluates is what is tested
+
+
+def test_the_regions_are_where_each_polynomial_rules():
+    r = est.estimate("gpt2", est.Plan())
+    batches, lengths = [2, 8, 64], [2, 64, 1024]
+    found = derivations.regions(r, batches, lengths)
+    for i, batch in enumerate(batches):
+        for j, length in enumerate(lengths):
+            there = est.estimate("gpt2", est.Plan(batch_size=batch, seq_len=length))
+            assert found.account is there.account
+            assert found.index[i, j] == derivations.ruling(there)
+    with pytest.raises(est.ConfigError, match="batches = 1"):
+        derivations.regions(r, [1], [2])
