@@ -71,10 +71,12 @@ def advice(now: Estimate, estimated: Callable[[Plan], Estimate] | None = None) -
         estimated: the estimate of another plan; by default of the same model on the same accelerator, without a run.
     """
     if estimated is None:
-        mfu = now.time.mfu if now.time is not None else None
+        time, sequences = now.time, now.flops.sequences
+        mfu = time.mfu if time is not None and not time.predicted else None
+        count = time.count if time is not None else 1
 
         def estimated(plan: Plan) -> Estimate:
-            return estimate(now.model, plan, now.accelerator, mfu=mfu, global_batch_size=now.flops.sequences)
+            return estimate(now.model, plan, now.accelerator, mfu=mfu, count=count, global_batch_size=sequences)
 
     found = []
     for changed in single_changes(now.plan):
@@ -83,7 +85,9 @@ def advice(now: Estimate, estimated: Callable[[Plan], Estimate] | None = None) -
         except ConfigError:  # not with this optimizer, not on this accelerator: no advice
             continue
         change = _compared(now, then, changed)
-        same = then.account.recipe == now.account.recipe and then.plan.batch_size == now.plan.batch_size
+        same = then.account.recipe == now.account.recipe and (
+            (then.plan.batch_size, then.plan.compile) == (now.plan.batch_size, now.plan.compile)
+        )
         faster = min(change.work, change.seconds or 1) < 1 - NOTICEABLE
         if not same and (faster or change.saves > NOTICEABLE * now.memory.needed):
             found.append(change)

@@ -14,7 +14,10 @@ from estimator.config import ConfigError, ModelConfig, Plan
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from rich.console import Console
+
     from estimator.estimates import Estimate
+    from estimator.speed import Time
 
 GIB = 2**30
 
@@ -34,7 +37,9 @@ def parser() -> argparse.ArgumentParser:
     sizes = p.add_argument_group("sizes of the model, in place of the preset's")
     _add_fields(sizes, ModelConfig, skip=("family",))
     run = p.add_argument_group("the run")
-    run.add_argument("--mfu", type=float, help="model FLOPs utilisation to reckon time with, in (0, 1]")
+    run.add_argument(
+        "--mfu", type=float, help="MFU to reckon time with, in (0, 1] (default: predicted from the kernels)"
+    )
     run.add_argument("--steps", type=int, help="optimizer steps")
     run.add_argument("--global-batch-size", type=int, help="sequences in an optimizer step of the whole job")
     run.add_argument("--count", type=int, default=1, help="accelerators (default: %(default)s)")
@@ -204,15 +209,27 @@ def _tables(name: str, r: Estimate, largest: int) -> None:
         highlight=False,
     )
     if r.time is not None:
-        t = r.time
-        run = f"; {t.steps:,} steps: {t.hours:,.0f} hours ({t.days:,.0f} days)" if t.steps else ""
-        console.print(
-            f"time at {t.mfu:.0%} of {t.peak_flops / 1e12:g} TFLOP/s: {t.seconds_per_step:,.4g} s a step, "
-            f"{t.tokens_per_second:,.0f} tokens/s{run}",
-            highlight=False,
-        )
+        _time(r.time, console)
     for note in r.notes:
         console.print(note, highlight=False)
+
+
+def _time(t: Time, console: Console) -> None:
+    run = f"; {t.steps:,} steps: {t.hours:,.0f} hours ({t.days:,.0f} days)" if t.steps else ""
+    each = f" ({t.tokens_per_second_per_accelerator:,.0f} each)" if t.count > 1 else ""
+    what = "time predicted:" if t.predicted else "time at"
+    console.print(
+        f"{what} {t.mfu:.0%} of {t.peak_flops / 1e12:g} TFLOP/s: {t.seconds_per_step:,.4g} s a step, "
+        f"{t.tokens_per_second:,.0f} tokens/s{each}{run}",
+        highlight=False,
+    )
+    if t.interval is None:
+        return
+    shares = ", ".join(f"{name} {part / t.seconds_per_step:.0%}" for name, part in t.parts.items() if part)
+    low, high = (seconds / (t.steps or 1) for seconds in (t.interval.low, t.interval.high))
+    console.print(f"  of a step: {shares}", highlight=False)
+    console.print(f"  between {low:,.4g} and {high:,.4g} s a step: {t.interval.source}", highlight=False)
+    console.print(f"  {t.origin}", highlight=False)
 
 
 if __name__ == "__main__":

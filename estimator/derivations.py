@@ -12,6 +12,7 @@ import sympy
 
 from estimator.accounts import FORMS, account_at, expression
 from estimator.config import ConfigError, choose
+from estimator.speed import SECONDS_PER_HOUR
 from estimator.symbols import SYMBOLS
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from estimator.accounts import Account
     from estimator.estimates import Estimate
+    from estimator.speed import Time
 
 LEDGER = "read off the ledger of one symbolic step, by the rules of PyTorch eager"
 TITLES = {
@@ -154,10 +156,12 @@ def needed(estimate: Estimate) -> Derivation:
 
 
 def hours(estimate: Estimate, count: int = 1) -> Derivation | None:
-    """Hours of the run on `count` accelerators at the estimate's MFU; None without a time."""
+    """Hours of the run: a predicted step's parts, or a given MFU on `count` accelerators; None without a time."""
     time = estimate.time
     if time is None:
         return None
+    if time.predicted:
+        return _predicted_hours(time)
     flops = estimate.flops
     forward, backward, again = sympy.symbols(r"F_{\mathrm{fwd}} F_{\mathrm{bwd}} F_{\mathrm{recompute}}")
     steps, sequences, mfu, peak_flops, accelerators = sympy.symbols(r"S G \mathrm{MFU} P n", positive=True)
@@ -179,6 +183,15 @@ def hours(estimate: Estimate, count: int = 1) -> Derivation | None:
         del values[again]
     source = "MFU as in Chowdhery et al. 2022, appendix B: recomputed FLOPs do not count as useful"
     return Derivation("hours", "Hours of the run", formula, values, time.hours, "h", source)
+
+
+def _predicted_hours(time: Time) -> Derivation:
+    spent = {sympy.Symbol(rf"t_{{\mathrm{{{name}}}}}", positive=True): part for name, part in time.parts.items()}
+    steps = sympy.Symbol("S", positive=True)
+    formula = steps * sympy.Add(*spent) / SECONDS_PER_HOUR
+    return Derivation(
+        "hours", "Hours of the run", formula, {steps: time.steps or 1, **spent}, time.hours, "h", time.origin
+    )
 
 
 def headline(estimate: Estimate, count: int = 1) -> tuple[Derivation, ...]:

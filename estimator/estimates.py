@@ -11,14 +11,12 @@ from estimator.eager.sizes import sizes_of
 from estimator.hardware import Accelerator, accelerator
 from estimator.memory import Memory, memory
 from estimator.presets import preset
+from estimator.speed import Time, at_mfu, predicted
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     import pandas as pd
-
-SECONDS_PER_HOUR = 3600
-SECONDS_PER_DAY = 86400
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,43 +49,6 @@ class Flops:
         return (self.forward + self.backward) * self.sequences // self.batch_size + self.optimizer
 
 
-@dataclass(frozen=True, slots=True)
-class Time:
-    """How long a run takes, in seconds.
-
-    Attributes:
-        seconds_per_step: of one optimizer step.
-        steps: optimizer steps; None if it was not said how many.
-        tokens_per_second: of the whole job.
-        mfu: model FLOPs utilisation, model FLOPs / (seconds x peak), Chowdhery et al. 2022, appendix B; FLOPs as
-            counted by the ledger, attention whole.
-        hfu: the same with recomputed FLOPs counted.
-        peak_flops: FLOP/s of one accelerator in the plan's precision.
-    """
-
-    seconds_per_step: float
-    steps: int | None
-    tokens_per_second: float
-    mfu: float
-    hfu: float
-    peak_flops: float
-
-    @property
-    def seconds(self) -> float:
-        """The whole run, or one step where the number of steps was not said."""
-        return self.seconds_per_step * (self.steps or 1)
-
-    @property
-    def hours(self) -> float:
-        """The same in hours."""
-        return self.seconds / SECONDS_PER_HOUR
-
-    @property
-    def days(self) -> float:
-        """The same in days."""
-        return self.seconds / SECONDS_PER_DAY
-
-
 @dataclass(frozen=True, eq=False)
 class Estimate:
     """What `estimate` returns: everything about one model, plan and accelerator.
@@ -98,7 +59,8 @@ class Estimate:
         values: the account at this model and plan.
         memory: bytes on one accelerator.
         flops: FLOPs of a step.
-        time: how long it takes; None without an MFU.
+        time: how long it takes, predicted from the kernels or reckoned with a given MFU; None where neither can be, and
+            a note says why.
         notes: what the reader should know of how the figures came about.
     """
 
@@ -120,9 +82,6 @@ class Estimate:
     def to_dict(self) -> dict[str, Any]:
         """Plain, JSON-ready."""
         modules = {name: asdict(form) for name, form in self.values.modules.items()}
-        time = None
-        if self.time is not None:
-            time = asdict(self.time) | {"seconds": self.time.seconds, "hours": self.time.hours}
         return {
             "model": self.model.to_dict(),
             "plan": self.plan.to_dict() | {"seq_len": self.plan.tokens(self.model)},
@@ -132,7 +91,7 @@ class Estimate:
             "memory": self.memory.to_dict(),
             "activation_bytes": self.values.activation_bytes,
             "flops": asdict(self.flops) | {"model": self.flops.model, "step": self.flops.step},
-            "time": time,
+            "time": self.time.to_dict() if self.time is not None else None,
             "modules": modules,
             "notes": list(self.notes),
         }
@@ -164,7 +123,8 @@ def estimate(
         model: a configuration or the name of a preset.
         plan: how a step is run; a bare `Plan()` by default.
         on: the accelerator, its name, or the path of a profile.
-        mfu: model FLOPs utilisation to reckon time with, above 0 and at most 1; without it there is no time.
+        mfu: model FLOPs utilisation to reckon time with, above 0 and at most 1; None to predict the time from the
+            step's kernels (`estimator.speed`). Where that cannot be, there is no time and a note says why.
         steps: optimizer steps of the run.
         global_batch_size: sequences in an optimizer step of the whole job; by default the plan's micro-batch times its
             accumulation times `count`. Memory is always that of the plan.
@@ -205,7 +165,14 @@ def estimate(
     )
     time = None
     if mfu is not None:
-        time = _time_at(_checked_mfu(mfu), flops, p.tokens(m), steps, count, device.peak_flops(p.precision))
+        peak = device.peak_flops(p.precision)
+        time = at_mfu(_checked_mfu(mfu), m, p, peak, flops, values.parameters, steps, count)
+    else:
+        steps = positive_int("steps", steps) if steps is not None else None
+        try:
+            time = predicted(m, p, device, flops, values.parameters, steps, count)
+        except ConfigError as error:  # no peak, no link, no calibration: marked, never guessed
+            notes.append(f"No time is predicted: {error}.")
     return Estimate(m, p, device, a, values, memory(a, values, sizes, device), flops, time, tuple(notes))
 
 
@@ -224,18 +191,6 @@ def _checked_mfu(mfu: float) -> float:
     if not 0 < mfu <= 1:
         raise ConfigError(f"mfu = {mfu!r}: must be above 0 and at most 1")
     return float(mfu)
-
-
-def _time_at(mfu: float, flops: Flops, tokens: int, steps: int | None, count: int, peak: float) -> Time:
-    seconds = flops.model / (mfu * peak * count)
-    return Time(
-        seconds_per_step=seconds,
-        steps=positive_int("steps", steps) if steps is not None else None,
-        tokens_per_second=flops.sequences * tokens / seconds,
-        mfu=mfu,
-        hfu=mfu * (flops.forward + flops.backward) / (flops.forward + flops.backward - flops.recompute),
-        peak_flops=peak,
-    )
 
 
 def max_batch_size(

@@ -181,13 +181,19 @@ def to_markdown(request: Request, cost: Cost | None = None, unit: str = "GiB") -
         lines.append(f"| time of a step | {duration(r.time.seconds_per_step)} |")
         lines.append(f"| time of the run | {hours(r.time.seconds)} |")
         lines.append(f"| MFU | {r.time.mfu:.1%} |")
+        if r.time.interval is not None:
+            low, high = hours(r.time.interval.low), hours(r.time.interval.high)
+            lines.append(f"| interval of the run's time | {low} to {high} |")
+            lines += [f"| {name}, of a step | {duration(seconds)} |" for name, seconds in r.time.parts.items()]
     if cost is not None and cost.dollars is not None:
         spread = f"{dollars(cost.dollars.low)} to {dollars(cost.dollars.high)}"
         lines.append(f"| dollars | {dollars(cost.dollars.median)} ({spread}) |")
     if cost is not None and cost.kilowatt_hours is not None:
         lines.append(f"| energy | {prefixed(cost.kilowatt_hours * 1e3, 'Wh')} |")
+    behind = (r.time.origin, r.time.rows) if r.time is not None and r.time.predicted else ()
     for said in (
         *r.notes,
+        *behind,
         *(cost.assumptions if cost is not None else ()),
         *(cost.missing if cost is not None else ()),
     ):
