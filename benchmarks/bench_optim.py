@@ -1,9 +1,9 @@
 """Our AdamW against torch.optim.AdamW at 100 million parameters.
 
-    python benchmarks/bench_optim.py [--parameters 100000000] [--repeats 7] [--shapes flat|gpt2] [--compiled] [--slices]
+    python benchmarks/bench_optim.py [--parameters 100000000] [--repeats 7] [--shapes flat|gpt2] [--slices]
 
-All step the same parameters and gradients by turns in one run; ratios are of medians. `--compiled` adds our update
-compiled to one pass (a C++ compiler and some ten seconds at first); `--slices` adds other sizes of the CPU's slice.
+All step the same parameters and gradients by turns in one run; ratios are of medians. `--slices` adds our Lion with
+several sizes of the CPU's slice.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from alternate import alternate, report
 
 import trainer.optim
-from trainer.optim import AdamW
+from trainer.optim import AdamW, Lion
 
 
 def shapes(kind: str, total: int) -> list[tuple[int, ...]]:
@@ -33,7 +33,6 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--shapes", choices=("flat", "gpt2"), default="gpt2")
-    parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--slices", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -43,7 +42,7 @@ def main() -> None:
         p.grad = torch.randn_like(p)
 
     def sliced(elements):
-        optimizer = AdamW(ps)
+        optimizer = Lion(ps)
 
         def run():
             usual, trainer.optim.CPU_SLICE = trainer.optim.CPU_SLICE, elements
@@ -58,10 +57,8 @@ def main() -> None:
         "torch fused": torch.optim.AdamW(ps, fused=True).step,
         "trainer.AdamW": AdamW(ps).step,
     }
-    if arguments.compiled:
-        candidates["trainer.AdamW compiled"] = AdamW(ps, compiled=True).step
     if arguments.slices:
-        candidates |= {f"slice 2**{k}": sliced(2**k) for k in range(14, 23)}
+        candidates |= {f"Lion, slice 2**{k}": sliced(2**k) for k in range(14, 23)}
     count = sum(p.numel() for p in ps)
     print(f"AdamW step, {count:,} parameters in {len(ps)} tensors, {arguments.threads} threads")
     seconds = alternate(candidates, arguments.repeats)

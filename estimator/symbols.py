@@ -20,7 +20,7 @@ LEGEND = {
     "s": "query rows in one tile of the CPU's flash attention",
     "w": "key rows in one tile of the CPU's flash attention",
     "c": "elements in the scratch of the bundled cross entropy on the CPU",
-    "z": "elements in the scratch of the bundled AdamW and Lion",
+    "z": "elements in the scratch of Lion",
     "p": "the smaller side of the query projection's matrix, min(d, h e)",
     "q": "the smaller side of the key and value projections' matrices, min(d, k e)",
     "u": "the smaller side of the feed-forward's matrices, min(d, f)",

@@ -1,4 +1,4 @@
-"""SGD and AdamW that update in place and hold, beside their state, one scratch of a fixed size.
+"""Optimizers that update in place and allocate, beside their state, at most one scratch of a fixed size.
 
 AdamW is Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization", algorithm 2, with torch.optim.AdamW's
 order: the weights shrink first, and eps joins the root after the bias correction.
@@ -7,7 +7,8 @@ order: the weights shrink first, and eps joins the root after the bias correctio
 from __future__ import annotations
 
 import math
-from functools import cache
+from collections import defaultdict
+from itertools import chain
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
@@ -18,14 +19,14 @@ from estimator.config import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
-# AdamW is seven passes over four tensors and a scratch. On CPU a slice of each stays in the cache from the first pass
-# to the last; from 2**18 to 2**22 elements it is about as fast, below that the starting of the ops shows
-# (benchmarks/bench_optim.py --slices). On CUDA a launch costs more than a miss: slices are large, to bound the scratch.
+# Lion is four passes over three tensors and a scratch. On CPU a slice of each stays in the cache from the first pass to
+# the last (benchmarks/bench_optim.py --slices). On CUDA a launch costs more than a miss: slices are large, to bound the
+# scratch.
 CPU_SLICE = 2**20  # elements, 4 MiB in fp32
 CUDA_SLICE = 2**26  # elements, 256 MiB in fp32
 
-# A call of compiled code costs 0.1 ms before it begins: as much as the seven passes over some 2**16 elements.
-COMPILED_FROM = 2**18  # elements
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW; torch.optim.AdamW's names
 
 
 class InPlace(torch.optim.Optimizer):
@@ -44,8 +45,8 @@ class InPlace(torch.optim.Optimizer):
         """Raise ConfigError if a hyper-parameter of `group` is out of its range."""
         in_range("lr", group["lr"], 0, math.inf)
 
-    def update(self, group: dict[str, Any], p: Tensor, g: Tensor, scratch: Scratch) -> None:
-        """Move the parameter `p`, whose gradient is `g`, in place."""
+    def update(self, group: dict[str, Any], parameters: list[Tensor], scratch: Scratch) -> None:
+        """Move `parameters`, those of `group` that have a gradient, in place."""
         raise NotImplementedError
 
     @overload
@@ -71,12 +72,11 @@ class InPlace(torch.optim.Optimizer):
                 loss = closure()
         scratch = Scratch(self.param_groups)
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
+            parameters = [p for p in group["params"] if p.grad is not None]
+            for p in parameters:
                 if p.grad.layout != torch.strided:
                     raise ConfigError(f"gradient layout = {p.grad.layout}: {type(self).__name__} takes torch.strided")
-                self.update(group, p, p.grad, scratch)
+            self.update(group, parameters, scratch)
         return loss
 
 
@@ -94,18 +94,21 @@ class SGD(InPlace):
     def __init__(self, params: Iterable[Any], lr: float = 1e-3) -> None:
         super().__init__(params, {"lr": lr})
 
-    def update(self, group: dict[str, Any], p: Tensor, g: Tensor, scratch: Scratch) -> None:  # noqa: ARG002  # one pass needs no scratch
+    def update(self, group: dict[str, Any], parameters: list[Tensor], scratch: Scratch) -> None:  # noqa: ARG002  # one pass needs no scratch
         """One fused multiply-add a parameter."""
-        t = self.state[p].get("step", 0)
-        p.add_(g, alpha=-group["lr"] / math.sqrt(t + 1))
-        self.state[p]["step"] = t + 1
+        for p in parameters:
+            t = self.state[p].get("step", 0)
+            assert p.grad is not None
+            p.add_(p.grad, alpha=-group["lr"] / math.sqrt(t + 1))
+            self.state[p]["step"] = t + 1
 
 
 class AdamW(InPlace):
     """Adam with decoupled weight decay. State: exp_avg and exp_avg_sq of the parameter's shape, step as a plain int.
 
-    Contiguous parameters go slice by slice through one scratch. Others have no flat view to slice: they go whole,
-    through a scratch of their own size.
+    The arithmetic is one pass over the four tensors of a parameter, by PyTorch's own kernel (that of
+    torch.optim.AdamW(fused=True)): seven passes of separate ops take twice as long even where every operand stays in
+    the cache. Half precision is computed in float32 and rounded once.
 
     Args:
         params: parameters, or dictionaries of parameters with hyper-parameters of their own.
@@ -113,14 +116,10 @@ class AdamW(InPlace):
         betas: how much of the first and of the second moment a step keeps, each in [0, 1).
         eps: added to the root of the second moment, at least 0.
         weight_decay: at least 0; a weight shrinks by lr * weight_decay of itself before it moves.
-        compiled: on CPU, let torch.compile make one pass of the seven for contiguous parameters of at least
-            COMPILED_FROM elements. Needs a C++ compiler, and some ten seconds at the first step.
 
     Raises:
-        ConfigError: a hyper-parameter is out of its range.
+        ConfigError: a hyper-parameter is out of its range, or a parameter is not of real floating-point numbers.
     """
-
-    compiled = False  # torch's Optimizer copies and pickles its groups and state only: a copy goes uncompiled
 
     def __init__(
         self,
@@ -129,10 +128,7 @@ class AdamW(InPlace):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.01,
-        *,
-        compiled: bool = False,
     ) -> None:
-        self.compiled = compiled
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     def validate(self, group: dict[str, Any]) -> None:
@@ -146,35 +142,52 @@ class AdamW(InPlace):
         in_range("eps", group["eps"], 0, math.inf)
         in_range("weight_decay", group["weight_decay"], 0, math.inf)
 
-    def update(self, group: dict[str, Any], p: Tensor, g: Tensor, scratch: Scratch) -> None:
-        """Seven passes, slice by slice, or one compiled pass."""
-        state = self.state[p]
-        if not state:
-            state["step"] = 0
-            state["exp_avg"] = torch.zeros_like(p)
-            state["exp_avg_sq"] = torch.zeros_like(p)
-        state["step"] += 1
-        (beta1, beta2), t = group["betas"], state["step"]
-        # p -= lr / c * m / (sqrt(v) / r + eps) with c = 1 - beta1^t and r = sqrt(1 - beta2^t). Multiplied through by r
-        # the root needs no division of its own, which saves a pass.
-        r = math.sqrt(1 - beta2**t)
-        shrink, rate, eps = 1 - group["lr"] * group["weight_decay"], group["lr"] / (1 - beta1**t) * r, group["eps"] * r
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As its base's, for real floating-point parameters only.
 
-        tensors = [local(x) for x in (p, g, state["exp_avg"], state["exp_avg_sq"])]
-        flat = all(x.is_contiguous() for x in tensors)
-        if self.compiled and flat and tensors[0].device.type == "cpu" and tensors[0].numel() >= COMPILED_FROM:
-            # As a tensor they are inputs of the compiled code; as floats constants of it, compiled anew each step.
-            numbers = torch.tensor(
-                [shrink, 1 - beta1, 1 - beta2, rate, eps], dtype=torch.promote_types(p.dtype, torch.float32)
+        Raises:
+            ConfigError: a hyper-parameter is out of its range, or a parameter of another dtype.
+        """
+        super().add_param_group(param_group)
+        for p in self.param_groups[-1]["params"]:
+            if not p.is_floating_point():
+                raise ConfigError(f"parameter dtype = {p.dtype}: AdamW takes real floating-point numbers")
+
+    def update(self, group: dict[str, Any], parameters: list[Tensor], scratch: Scratch) -> None:  # noqa: ARG002  # the kernel needs no scratch
+        """One call of the kernel for all parameters of a device, a dtype and an age: as a rule, for all."""
+        alike: defaultdict[tuple[torch.device, torch.dtype, int], list[Tensor]] = defaultdict(list)
+        for p in parameters:
+            state = self.state[p]
+            if not state:
+                state["step"] = 0
+                state.update((name, torch.zeros_like(p)) for name in MOMENTS)
+            state["step"] += 1
+            alike[p.device, p.dtype, state["step"]].append(p)
+        for (device, _, t), ps in alike.items():
+            grads = [local(p.grad).contiguous() for p in ps if p.grad is not None]
+            written = [[local(x) for x in kind] for kind in (ps, *([self.state[p][k] for p in ps] for k in MOMENTS))]
+            # The kernel walks memory, not indices: it takes copies of tensors whose elements are not in order.
+            copies = [[x.contiguous() for x in kind] for kind in written]
+            # On its own device, filled there: copying a number to CUDA would make the host wait.
+            step = torch.full((), float(t), device=device)
+            torch._fused_adamw_(  # what torch.optim.AdamW(fused=True) calls
+                copies[0],
+                grads,
+                copies[1],
+                copies[2],
+                [],
+                [step] * len(ps),
+                lr=group["lr"],
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                amsgrad=False,
+                maximize=False,
             )
-            compiled_update()(*(x.view(-1) for x in tensors), numbers)
-            return
-        for p_, g_, m, v, s in scratch.slices(tensors) if flat else [(*tensors, torch.empty_like(tensors[0]))]:
-            p_.mul_(shrink)
-            m.lerp_(g_, 1 - beta1)
-            v.mul_(beta2).addcmul_(g_, g_, value=1 - beta2)
-            torch.sqrt(v, out=s).add_(eps)
-            p_.addcdiv_(m, s, value=-rate)
+            for x, copy in zip(chain(*written), chain(*copies), strict=True):
+                if copy is not x:
+                    x.copy_(copy)
 
 
 class Lion(InPlace):
@@ -208,19 +221,21 @@ class Lion(InPlace):
             in_range(f"betas[{i}]", beta, 0, 1)
         in_range("weight_decay", group["weight_decay"], 0, math.inf)
 
-    def update(self, group: dict[str, Any], p: Tensor, g: Tensor, scratch: Scratch) -> None:
-        """Four passes, slice by slice."""
-        state = self.state[p]
-        if not state:
-            state["exp_avg"] = torch.zeros_like(p)
+    def update(self, group: dict[str, Any], parameters: list[Tensor], scratch: Scratch) -> None:
+        """Four passes, slice by slice; a parameter without a flat view to slice goes whole, through its own scratch."""
         beta1, beta2 = group["betas"]
-        tensors = [local(x) for x in (p, g, state["exp_avg"])]
-        flat = all(x.is_contiguous() for x in tensors)
-        for p_, g_, m, s in scratch.slices(tensors) if flat else [(*tensors, torch.empty_like(tensors[0]))]:
-            p_.mul_(1 - group["lr"] * group["weight_decay"])
-            torch.lerp(g_, m, beta1, out=s).sign_()
-            p_.add_(s, alpha=-group["lr"])
-            m.lerp_(g_, 1 - beta2)
+        for p in parameters:
+            state = self.state[p]
+            if not state:
+                state["exp_avg"] = torch.zeros_like(p)
+            assert p.grad is not None
+            tensors = [local(x) for x in (p, p.grad, state["exp_avg"])]
+            flat = all(x.is_contiguous() for x in tensors)
+            for p_, g_, m, s in scratch.slices(tensors) if flat else [(*tensors, torch.empty_like(tensors[0]))]:
+                p_.mul_(1 - group["lr"] * group["weight_decay"])
+                torch.lerp(g_, m, beta1, out=s).sign_()
+                p_.add_(s, alpha=-group["lr"])
+                m.lerp_(g_, 1 - beta2)
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -277,19 +292,6 @@ class Scratch:
         scratch = self.buffers[device, dtype]
         for together in zip(*(torch.split(x.view(-1), len(scratch)) for x in tensors), strict=True):
             yield (*together, scratch[: len(together[0])])
-
-
-@cache
-def compiled_update() -> Callable[..., None]:
-    """AdamW's update of one flat parameter as one loop, compiled when first called, and then for any length."""
-
-    def update(p: Tensor, g: Tensor, m: Tensor, v: Tensor, numbers: Tensor) -> None:
-        shrink, w1, w2, rate, eps = numbers.unbind()
-        m.copy_(m + w1 * (g - m))
-        v.copy_(v + w2 * (g * g - v))
-        p.copy_(p * shrink - rate * m / (v.sqrt() + eps))
-
-    return torch.compile(update, dynamic=True, fullgraph=True)
 
 
 def local(x: Tensor) -> Tensor:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from estimator.eager.ops import elementwise, in_place_with_number, python_number, with_number
-from estimator.eager.sizes import LETTER
-from estimator.eager.tensor import FLOAT32, Tensor
+from typing import TYPE_CHECKING
+
+from estimator.eager.ops import elementwise, in_place_with_number, with_number
 from estimator.eager.updates import Optimizer, at_parameter, in_place
+
+if TYPE_CHECKING:
+    from estimator.eager.tensor import Tensor
 
 
 class LoopAdamW(Optimizer):
@@ -78,8 +81,11 @@ class FusedAdamW(Optimizer):
         return True
 
     def step(self) -> None:
-        with python_number(self.machine, FLOAT32):
-            pass
+        self.count_step()
+        self.update()
+
+    def update(self) -> None:
+        """The kernel, on one parameter after the other."""
         for p, (m, v) in zip(self.parameters, self.states, strict=True):
             assert p.grad is not None
             with at_parameter(p, "Adam fused"):
@@ -88,25 +94,16 @@ class FusedAdamW(Optimizer):
                 )
 
 
-class BundledAdamW(Optimizer):
-    """`trainer.optim.AdamW`: slice by slice through one scratch, which lives for the step."""
+class BundledAdamW(FusedAdamW):
+    """`trainer.optim.AdamW`: the fused kernel; the count is a Python number, and a tensor while the kernel runs."""
 
-    moments = 2
+    counts_steps_in_tensors = False
 
     def step(self) -> None:
         with at_parameter(self.parameters[0], "AdamW bundled"):
-            scratch = self.machine.empty((LETTER["z"],)).hold()
-        for p, (m, v) in zip(self.parameters, self.states, strict=True):
-            assert p.grad is not None
-            with at_parameter(p, "AdamW bundled"):
-                in_place_with_number("mul_", p)
-                in_place("lerp_", m, p.grad, arithmetic=3)
-                in_place_with_number("mul_", v)
-                in_place("addcmul_", v, p.grad, arithmetic=3)
-                with python_number(self.machine, p.dtype):
-                    self.machine.kernel("sqrt", (v,), (v,), arithmetic=2 * p.numel)
-                in_place("addcdiv_", p, m, p.grad, arithmetic=3)
-        scratch.drop()
+            count = self.machine.empty(()).hold()
+        self.update()
+        count.drop()
 
 
 class LoopAdam(LoopAdamW):

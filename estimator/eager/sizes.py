@@ -158,7 +158,7 @@ class ShapeClass:
 
 # Scratch of the bundled trainer: trainer.loss.CPU_TILE, trainer.optim.CPU_SLICE and CUDA_SLICE: a test compares.
 LOSS_TILE = 2**21
-ADAMW_SLICE = {"cpu": 2**20, "cuda": 2**26}
+LION_SLICE = {"cpu": 2**20, "cuda": 2**26}
 
 
 def cpu_threads() -> int:
@@ -204,7 +204,7 @@ def derived_letters(family: str, given: Mapping[str, Any], device: str) -> dict[
         "s": np.minimum(np.where(T >= 768, 256, np.where(T >= 192, 64, 32)), T),
         "w": np.minimum(512, T),
         "c": np.minimum(LOSS_TILE, given["B"] * T * given["V"]),
-        "z": np.minimum(ADAMW_SLICE[device], largest),
+        "z": np.minimum(LION_SLICE[device], largest),
         "p": np.minimum(d, given["h"] * given["e"]),
         "q": np.minimum(d, given["k"] * given["e"]),
         "u": np.minimum(d, given["f"]),
