@@ -178,7 +178,7 @@ def times(
     parameters = shape["parameter_bytes"] if setup.parameter_width is None else count * setup.parameter_width
     gradients = shape["gradient_bytes"] if setup.gradient_width is None else count * setup.gradient_width
     sent = messages(p.sharding, parameters, gradients, np.asarray(sizes["L"]) + 1, p.grad_accumulation)
-    return parts(work, exposed(sent, group, e, {phase.value: s for phase, s in work.phases.items()}), e)
+    return parts(work, exposed(sent, group, e, {phase.value: s for phase, s in work.phases.items()}))
 
 
 def predicted(
@@ -249,5 +249,5 @@ def spread(a: Accelerator) -> tuple[tuple[float, float], str]:
     found = _spreads()
     if a.architecture in found:
         return found[a.architecture]
-    between, rows = found["all"]
-    return between, f"{rows} None of them is on {a.name}'s architecture."
+    between, rows = found.get(a.vendor, found["all"])
+    return between, f"{rows} None, or too few, are on {a.name}'s architecture."

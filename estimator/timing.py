@@ -58,7 +58,8 @@ class Efficiency:
 
     Attributes:
         origin: where the figures come from, a sentence.
-        matmul: fraction of the peak of a product in large tiles, long in every direction.
+        matmul: fraction of the peak of a product in large tiles, long in every direction, on tensor cores.
+        single: the same in fp32 and fp64, where the board's power limits nothing.
         depth: prologue and epilogue of a tile, as a number of steps along k.
         tiles: (m, n) of the tiles that a library chooses from.
         tile_cost: a tile of s elements runs at s / (s + tile_cost) of that fraction: small ones load more for each
@@ -73,7 +74,7 @@ class Efficiency:
         host: seconds that the host takes to launch one from Python.
         checkpoint: seconds of the host to checkpoint a block and to prepare its recomputation. The device waits for
             them: in vTrain's runs each micro-batch has a constant of that size, at any width.
-        asynchronous: the host runs ahead of the device (CUDA), so that only the slower of both is paid for.
+        asynchronous: the host runs ahead of the device (CUDA), so that only the slower of both is waited for.
         within, between: fraction of the link inside a node and between nodes that a large collective reaches.
         latency: seconds of one hop of a collective.
         contention: part of a hidden collective's time by which it slows what hides it.
@@ -81,6 +82,7 @@ class Efficiency:
 
     origin: str
     matmul: float
+    single: float
     depth: float
     tiles: tuple[tuple[int, int], ...]
     tile_cost: float
@@ -102,11 +104,13 @@ class Efficiency:
 def matmul_seconds(shape: Mapping[str, Array], peak: Any, bandwidth: float, processors: float, e: Efficiency) -> Array:
     """Seconds of a batched product of b x (m, k) x (k, n) that moves `nbytes`, by the best of the library's tiles.
 
+    `peak` is what large tiles reach, in FLOP/s.
+
     A tile takes k + depth steps; tiles run in waves of one a processor. Few tiles on a long sum are split along it, for
     the price of writing and reading the partial sums in fp32.
     """
     b, m, n, k = (shape[name] for name in "bmnk")
-    rate = peak * e.matmul / processors
+    rate = peak / processors
     best = np.full(np.broadcast_shapes(m.shape, np.shape(rate)), np.inf)
     for tile_m, tile_n in e.tiles:
         area = tile_m * tile_n
@@ -145,15 +149,14 @@ class Busy:
 
     Attributes:
         kinds: device seconds by kind of kernel (`estimator.kernels.KINDS`).
-        phases: the same seconds, with the gaps between kernels, by phase of the step.
-        gap: seconds between kernels, and those in which the device waits for a checkpoint to be prepared.
-        host: seconds that the host needs to launch the kernels.
+        phases: seconds by phase of the step, of what is slower in it: the device with the gaps between its kernels, or
+            the host that launches them. Where the device does not run by itself, of both.
+        launch: seconds of the phases in which no kernel runs.
     """
 
     kinds: Mapping[str, Array]
     phases: Mapping[Phase, Array]
-    gap: Array
-    host: Array
+    launch: Array
 
 
 def busy(
@@ -189,11 +192,14 @@ def busy(
     launches = table.launches(layers, micro_batches)
     bandwidth = accelerator.memory_bandwidth
     streaming = bandwidth * e.memory[-1][1]
-    peak = np.array([accelerator.peak_flops(half if width == 2 else single) for width in table.width])[:, None]
+    dtype = {width: half if width == 2 else single for width in set(table.width.tolist())}
+    peaks = {width: accelerator.peak_flops(name) for width, name in dtype.items()}
+    reached = {width: peaks[width] * (e.single if dtype[width] in ("fp32", "fp64") else e.matmul) for width in peaks}
+    peak, rate = (np.array([by[width] for width in table.width.tolist()])[:, None] for by in (peaks, reached))
     seconds = moving_seconds(shape["nbytes"], bandwidth, e) * table.slower(e.slower)[:, None]
     if table.gemm.any():
         part = {name: shape[name][table.gemm] for name in COLUMNS}
-        seconds[table.gemm] = matmul_seconds(part, peak[table.gemm], streaming, accelerator.sm_count or 1, e)
+        seconds[table.gemm] = matmul_seconds(part, rate[table.gemm], streaming, accelerator.sm_count or 1, e)
     if table.flash.any():
         part = {name: shape[name][table.flash] for name in COLUMNS}
         flash = e.flash[choose("attention kernel", kernel or e.attention, e.flash)]
@@ -202,22 +208,23 @@ def busy(
     spent = seconds * launches
     spent[table.kind == "optimizer"] *= optimizer_share
     kinds = {kind: spent[table.kind == kind].sum(0) for kind in KINDS}
+    phases, launch = {}, np.zeros(1)
     working: tuple[Phase, ...] = (Phase.FORWARD, Phase.BACKWARD, Phase.OPTIMIZER)
-    phases = {phase: (spent + e.gap * launches)[table.phase == phase].sum(0) for phase in working}
-    total = launches.sum(0)
-    blocks = np.asarray(layers) * np.asarray(micro_batches) if table.checkpointed else np.zeros(1)
-    return Busy(kinds, phases, e.gap * total + e.checkpoint * blocks, e.host * total)
+    for phase in working:
+        here = table.phase == phase
+        kernels, count = spent[here].sum(0), launches[here].sum(0)
+        device = kernels + e.gap * count
+        if table.checkpointed and phase is Phase.BACKWARD:
+            device = device + e.checkpoint * np.asarray(layers) * np.asarray(micro_batches)
+        host = e.host * count
+        phases[phase] = np.maximum(device, host) if e.asynchronous else device + host
+        launch = launch + phases[phase] - kernels
+    return Busy(kinds, phases, launch)
 
 
-def parts(work: Busy, exposed: Array, e: Efficiency) -> dict[str, Array]:
-    """Seconds of a step by part (`PARTS`); they add up to the step.
-
-    Launching costs the gaps between kernels and the time by which the host is behind: all of its own time where it
-    waits for each kernel, else what is left of it when the device has done its work.
-    """
-    device = sum(work.kinds.values(), work.gap)
-    behind = np.maximum(work.host - device, 0) if e.asynchronous else work.host
-    return {**work.kinds, "communication": exposed, "launch": work.gap + behind}
+def parts(work: Busy, exposed: Array) -> dict[str, Array]:
+    """Seconds of a step by part (`PARTS`); they add up to the step."""
+    return {**work.kinds, "communication": exposed, "launch": work.launch}
 
 
 def efficiency(a: Accelerator) -> Efficiency:
@@ -229,15 +236,12 @@ def efficiency(a: Accelerator) -> Efficiency:
     if a.profile is not None:
         return _profiled(a.profile)
     data = read_data("efficiency")
-    named = data["accelerator"].get(a.id)
-    if named is not None:
-        return built({**data["architecture"][named["architecture"]], **named})
     entry = data["architecture"].get(a.architecture)
     if entry is None:
         entry = data["architecture"][data["default"]]
         origin = f"Nobody has published measurements of {a.architecture or a.id}: {data['default']}'s efficiencies."
         return built({**entry, "origin": origin})
-    return built(entry)
+    return built({**entry, **data["accelerator"].get(a.id, {})})
 
 
 @cache
@@ -262,7 +266,7 @@ def built(table: Mapping[str, Any]) -> Efficiency:
         KeyError, TypeError, ValueError: the table has other fields.
     """
     plain = dict(table)
-    for name in ("matmul", "within", "between"):
+    for name in ("matmul", "single", "within", "between"):
         number(name, plain[name], above=True, most=1)
     for name in ("depth", "tile_cost", "quantised", "gap", "host", "checkpoint", "latency", "contention"):
         number(name, plain[name])

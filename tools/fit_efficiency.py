@@ -3,35 +3,55 @@
     python tools/fit_efficiency.py > estimator/data/efficiency.toml
 
 Nothing is fitted to a training run: those rows judge (`validate-estimates --published`). Each fit minimises the mean
-absolute relative error by a random search that halves its step; the seed makes it repeatable.
+absolute relative error by a random search that narrows its step; the seed makes it repeatable.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 
 import numpy as np
 
-from estimator.hardware import accelerator
-from estimator.published import rows
+from estimator.hardware import accelerator, accelerators
+from estimator.runs import rows
 from estimator.timing import Efficiency, Flash, flash_seconds, matmul_seconds
 
 TILES = ((256, 128), (128, 256), (128, 128), (128, 64), (64, 128), (64, 64))  # CUTLASS's and cuBLAS's common tiles
 # Device-to-device copies over the datasheet's bandwidth (ml-engineering@744d01e18, accelerator benchmarks): A100 80GB
 # 1581 of 2039 GB/s, H100 2525 of 3350, GB200 5815 of 8000.
 COPIES = {"ampere": 1581 / 2039, "hopper": 2525 / 3350, "blackwell": 5815 / 8000}
+# H200's all-reduce without in-switch reduction, of 450 GB/s (ml-engineering@744d01e18, network): what the other
+# collectives reach too, which no switch helps.
+HOPPER_RING = 368 / 450
 GAP = 2.5e-6  # seconds between two kernels on the device: recalled as typical, in no source at hand
 # Seconds of the host for one kernel from eager PyTorch, forward and backward, and for one checkpointed block: steps of
 # a model too small to compute anything (6 blocks of width 32, 8 tokens) with PyTorch 2.13 on one core of an EPYC,
 # 2026-11. `estimate calibrate` measures both.
 HOST, CHECKPOINT = 1.5e-5, 1.5e-3
 CONTENTION = 0.15  # Calculon's processor_usage of NVLink (github:calculon-ai/calculon, systems/a100_80g.json)
-NIC = 0.73  # of 50 GB/s: 4 x 8 B200 over EFA at 4 GiB, a ring between nodes under one inside; nothing else is published
+NIC = 0.73  # of 50 GB/s: 4 x 8 B200 over EFA at 4 GiB, a ring between nodes under one inside; the only one published
+COMMON = {
+    "tiles": TILES,
+    "slower": {},
+    "gap": GAP,
+    "host": HOST,
+    "checkpoint": CHECKPOINT,
+    "asynchronous": True,
+    "contention": CONTENTION,
+    "between": NIC,
+}
+PRODUCT = ("matmul", "depth", "tile_cost", "quantised")
+HEADER = """\
+# What kernels reach of the peak, by architecture and, where it differs, by accelerator: written by
+# tools/fit_efficiency.py from the measurements in data/published, each with its source there. The fields are those of
+# estimator.timing.Efficiency and Flash. No figure is fitted to a training run.
+
+default = "ampere"
+"""
 
 
-def search(loss, start, most, seed=0):  # noqa: ANN001, ANN201 - a helper of this script
+def search(loss, start, most, seed=0):
     """The point of least loss found from `start`; parameters stay above 0 and below `most`."""
     rng = np.random.default_rng(seed)
     best = np.array(start, float)
@@ -44,21 +64,10 @@ def search(loss, start, most, seed=0):  # noqa: ANN001, ANN201 - a helper of thi
             best, least = trial, value
         if turn % 200 == 199:
             step /= 1.7
-    return best, least
+    return best
 
 
-def blank(**given) -> Efficiency:  # noqa: ANN003 - a helper of this script
-    """An Efficiency to fit with."""
-    plain = {
-        "origin": "", "matmul": 0.8, "depth": 100.0, "tiles": TILES, "tile_cost": 1000.0, "quantised": 0.5, "flash": {},
-        "attention": "flash-2", "memory": ((1.0, 1.0),), "slower": {}, "gap": GAP, "host": HOST,
-        "checkpoint": CHECKPOINT, "asynchronous": True, "within": 0.8, "between": NIC, "latency": 5e-6,
-        "contention": CONTENTION,
-    }  # fmt: skip
-    return Efficiency(**{**plain, **given})
-
-
-def fit_matmul(gpu: str, name: str, memory: float) -> tuple[dict[str, float], str]:
+def fit_matmul(gpu, name, memory):
     """(fields, how well) of the matrix products measured on `gpu`."""
     a = accelerator(name)
     data = [r for r in rows("gemm_efficiency") if r["gpu"] == gpu and r["op"] == "matmul"]
@@ -69,18 +78,30 @@ def fit_matmul(gpu: str, name: str, memory: float) -> tuple[dict[str, float], st
     shape["nbytes"] = b * (2 * m * k + 2 * k * n + np.where(fp32, 4, 2) * np.where(again, 2, 1) * m * n)
     peak = a.peak_flops("bf16")
     measured = 2 * b * m * n * k / (peak * np.array([float(r["efficiency"]) for r in data])[:, None])
+    blank = {"single": 1, "origin": "", "flash": {}, "attention": "", "memory": ((1, 1),), "within": 1, "latency": 1}
 
-    def predicted(x: np.ndarray) -> np.ndarray:
-        e = blank(matmul=x[0], depth=x[1], tile_cost=x[2], quantised=x[3])
-        return matmul_seconds(shape, peak, a.memory_bandwidth * memory, a.sm_count, e) + GAP
+    def predicted(x):
+        e = Efficiency(**COMMON, **blank, **dict(zip(PRODUCT, x, strict=True)))
+        return matmul_seconds(shape, peak * e.matmul, a.memory_bandwidth * memory, a.sm_count, e) + GAP
 
-    found, _ = search(lambda x: np.abs(predicted(x) / measured - 1).mean(), [0.8, 64, 2000, 0.5], [1, 1e3, 1e5, 1])
+    found = search(lambda x: np.abs(predicted(x) / measured - 1).mean(), [0.8, 64, 2000, 0.5], [1, 1e3, 1e5, 1])
     error = np.abs(predicted(found) / measured - 1)
     text = f"{len(data)} products on {gpu}: median error {np.median(error):.1%}, mean {error.mean():.1%}"
-    return dict(zip(("matmul", "depth", "tile_cost", "quantised"), found, strict=True)), text
+    return dict(zip(PRODUCT, found, strict=True)), text
 
 
-def fit_flash(gpu: str, kernel: str, ratio: float, *, by_width: bool = True) -> tuple[Flash, str]:
+def largest(fit):
+    """The fraction of the peak that a product reaches in the largest tiles, all dimensions long."""
+    area = max(m * n for m, n in TILES)
+    return fit["matmul"] * area / (area + fit["tile_cost"])
+
+
+def reaching(fit, fraction):
+    """`fit` with another fraction of the peak for the largest products."""
+    return {**fit, "matmul": fit["matmul"] * fraction / largest(fit)}
+
+
+def fit_flash(gpu, kernel, ratio, *, by_width=True):
     """(kernel, how well) of forward and backward together; `ratio` is backward's rate over forward's.
 
     `by_width`: each head width has a rate of its own. Not for the first generation, whose chart reads, against all
@@ -88,16 +109,19 @@ def fit_flash(gpu: str, kernel: str, ratio: float, *, by_width: bool = True) -> 
     """
     data = [r for r in rows("attention_efficiency") if (r["gpu"], r["kernel"], r["passes"]) == (gpu, kernel, "fwd+bwd")]
     dims = sorted({float(r["head_dim"]) for r in data})[-2 if by_width else -1 :]
-    column = {
-        x: np.array([float(r[x]) for r in data])[:, None] for x in ("head_dim", "seq_len", "efficiency", "causal")
-    }
+    names = ("head_dim", "seq_len", "efficiency", "causal")
+    column = {name: np.array([float(r[name]) for r in data])[:, None] for name in names}
     heads = np.array([float(r["total_tokens"]) * float(r["hidden"]) for r in data])[:, None]
     e, T = column["head_dim"], column["seq_len"]
     b = heads / (e * T)
     flops = 2 * 7 * b * T * T * e * np.where(column["causal"], 0.5, 1)  # 2 products forward, 5 backward
     measured = flops / column["efficiency"]
 
-    def predicted(x: np.ndarray) -> np.ndarray:
+    def made(x):
+        forward = x[: len(dims)]
+        return Flash(tuple(dims), tuple(forward), tuple(ratio * forward), x[-2], x[-1])
+
+    def predicted(x):
         flash = made(x)
         # A kernel without a mask does all the scores, and has no diagonal.
         n = np.where(column["causal"], T, 2 * T - flash.diagonal)
@@ -107,58 +131,29 @@ def fit_flash(gpu: str, kernel: str, ratio: float, *, by_width: bool = True) -> 
             seconds += flash_seconds(shape, np.full(T.shape, products == 5), 1.0, np.inf, flash)
         return seconds
 
-    def made(x: np.ndarray) -> Flash:
-        forward = x[: len(dims)]
-        return Flash(tuple(dims), tuple(forward), tuple(ratio * forward), x[-2], x[-1])
-
     start = [*[0.5] * len(dims), 150, 100]
-    found, _ = search(lambda x: np.abs(predicted(x) / measured - 1).mean(), start, [*[1] * len(dims), 1e3, 256])
+    found = search(lambda x: np.abs(predicted(x) / measured - 1).mean(), start, [*[1] * len(dims), 1e3, 256])
     error = np.abs(predicted(found) / measured - 1)
     return made(found), f"{len(data)} points of {kernel} on {gpu}: median error {np.median(error):.1%}"
 
 
-def ratio_of(gpu: str) -> float:
+def backward_over_forward(gpu):
     """Backward's rate over forward's, from kernels timed apart."""
-    rate = {op: [float(r["efficiency"]) for r in rows("gemm_efficiency") if (r["gpu"], r["op"]) == (gpu, op)]
-            for op in ("sdp_fwd", "sdp_bwd")}  # fmt: skip
-    return float(np.median(np.array(rate["sdp_bwd"]) / np.array(rate["sdp_fwd"])))
+    rate = {
+        op: np.array([float(r["efficiency"]) for r in rows("gemm_efficiency") if (r["gpu"], r["op"]) == (gpu, op)])
+        for op in ("sdp_fwd", "sdp_bwd")
+    }
+    return float(np.median(rate["sdp_bwd"] / rate["sdp_fwd"]))
 
 
-def fit_link(system: str, link: float) -> tuple[float, float, str]:
-    """(fraction of the link, seconds a hop, how well) of all-reduces inside a node."""
-    data = [r for r in rows("collectives") if r["system"] == system and float(r["bytes"]) >= 2**15]
-    n, size, measured = (np.array([float(r[x]) for r in data]) for x in ("n", "bytes", "time_us"))
-
-    def predicted(x: np.ndarray) -> np.ndarray:
-        return 2 * (n - 1) / n * size / (link * x[0]) + 2 * (n - 1) * x[1]
-
-    found, _ = search(lambda x: np.abs(np.log(predicted(x) * 1e6 / measured)).mean(), [0.7, 4e-6], [1.5, 1e-3])
-    error = np.abs(predicted(found) * 1e6 / measured - 1)
-    return found[0], found[1], f"{len(data)} all-reduces on {system}: median error {np.median(error):.0%}"
-
-
-def toml(value) -> str:  # noqa: ANN001 - a helper of this script
-    """A value as TOML."""
-    if isinstance(value, bool | str):
-        return json.dumps(value)
-    if isinstance(value, dict):
-        return "{}"
-    if isinstance(value, tuple | list):
-        return "[" + ", ".join(toml(x) for x in value) + "]"
-    return f"{float(value):.4g}"
-
-
-def blackwell_flash(like: Flash) -> tuple[Flash, str]:
+def blackwell_flash(like):
     """The fused kernels timed on B200 at 32 heads or more; at a width of 64 they lose what they lose on `like`."""
     fraction = {"sdp_fwd": [], "sdp_bwd": []}
     for r in rows("gemm_efficiency"):
+        if r["gpu"] != "B200 SXM" or r["op"] not in fraction:
+            continue
         size = dict(part.split("=") for part in r["key"].split(", ") if "=" in part)
-        if (
-            r["gpu"] == "B200 SXM"
-            and r["op"] in fraction
-            and size["qk_head_dim"] == "128"
-            and int(size["head_num"]) >= 32
-        ):
+        if size["qk_head_dim"] == "128" and int(size["head_num"]) >= 32:
             n = int(size["seq_len"])
             fraction[r["op"]].append(float(r["efficiency"]) / 2 * (n / 2 + like.diagonal / 2 + like.rows) / (n / 2))
     forward, backward = (float(np.median(fraction[op])) for op in ("sdp_fwd", "sdp_bwd"))
@@ -167,108 +162,143 @@ def blackwell_flash(like: Flash) -> tuple[Flash, str]:
     return made, f"{sum(map(len, fraction.values()))} fused kernels on B200 SXM (the source counts the masked half)"
 
 
-def entry(table: str, fields: dict[str, object], flash: dict[str, Flash]) -> None:
-    """Print one table of the file."""
-    print(f"\n[{table}]")  # noqa: T201 - the output
-    for name, value in fields.items():
-        print(f"{name} = {toml(value)}")  # noqa: T201 - the output
-    print("flash = { " + ", ".join(f'"{k}" = {{ {inner(f)} }}' for k, f in flash.items()) + " }")  # noqa: T201 - the output
+def fit_link(system, link):
+    """({fraction of the link, seconds a hop}, how well) of all-reduces inside a node."""
+    data = [r for r in rows("collectives") if r["system"] == system and float(r["bytes"]) >= 2**15]
+    n, size, measured = (np.array([float(r[x]) for r in data]) for x in ("n", "bytes", "time_us"))
+
+    def predicted(x):
+        return 2 * (n - 1) / n * size / (link * x[0]) + 2 * (n - 1) * x[1]
+
+    found = search(lambda x: np.abs(np.log(predicted(x) * 1e6 / measured)).mean(), [0.7, 4e-6], [1.5, 1e-3])
+    error = np.abs(predicted(found) * 1e6 / measured - 1)
+    text = f"{len(data)} all-reduces on {system}: median error {np.median(error):.0%}"
+    return {"within": found[0], "latency": found[1]}, text
 
 
-def inner(flash: Flash) -> str:
-    """A Flash as the inside of an inline table."""
-    return ", ".join(f"{name} = {toml(getattr(flash, name))}" for name in Flash.__slots__)
+def intensity(name):
+    """W for one TFLOP/s of 16-bit products: what an accelerator may draw for what it promises."""
+    a = accelerator(name)
+    peak = a.peak.get("bf16", a.peak.get("fp16"))
+    return None if a.power is None or peak is None else a.power / (peak / 1e12)
 
 
-def largest(fit: dict[str, float]) -> float:
-    """The fraction of the peak that a product reaches in the largest tiles, all dimensions long."""
-    area = max(m * n for m, n in TILES)
-    return fit["matmul"] * area / (area + fit["tile_cost"])
+def toml(value):
+    """A value as TOML."""
+    if isinstance(value, bool | str):
+        return json.dumps(value)
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f'"{k}" = {toml(x)}' for k, x in value.items()) + " }" if value else "{}"
+    if isinstance(value, Flash):
+        return toml({name: getattr(value, name) for name in Flash.__slots__})
+    if isinstance(value, tuple | list):
+        return "[" + ", ".join(toml(x) for x in value) + "]"
+    return f"{float(value):.4g}"
 
 
-def main() -> None:
-    """Fit and print."""
+def main():
+    best = {r["accelerator"]: float(r["efficiency"].rstrip("%")) / 100 for r in rows("mamf") if r["dtype"] == "bf16"}
     ampere, ampere_text = fit_matmul("A100 80GB PCIe", "a100-80gb-pcie", COPIES["ampere"])
     blackwell, blackwell_text = fit_matmul("B200 SXM", "b200-180gb-sxm", COPIES["blackwell"])
-    best = {r["accelerator"]: float(r["efficiency"].rstrip("%")) / 100 for r in rows("mamf") if r["dtype"] == "bf16"}
-    # What is left, over a sweep of shapes, of the best product that anybody timed.
+    # What a sweep of shapes sustains of the best product that anybody timed: less, the less power there is for a FLOP.
     sustained = {
         "ampere": largest(ampere) / best["NVIDIA A100 PCIe"],
         "blackwell": largest(blackwell) / best["NVIDIA B200 SXM"],
     }
-    # Between A100, which is not limited by its power, and B200, which is: H100's 700 W for 989 TFLOP/s lie between 400
-    # W for 312 and 1,000 W for 2,250. The geometric mean of the two, since nobody published a sweep on Hopper.
+    # Nobody published a sweep on Hopper. Its 700 W for 989 TFLOP/s lie between A100 PCIe's 300 W for 312 and B200's
+    # 1,000 W for 2,250: the geometric mean of what those two sustain.
     between = (sustained["ampere"] * sustained["blackwell"]) ** 0.5
-    scale = largest(ampere) / ampere["matmul"]
-    hopper = {**ampere, "matmul": best["NVIDIA H100 SXM"] * between / scale}
-    # AMD's tiles and power were not measured: A100's, at the best that was timed on MI300X and MI355X.
-    cdna3 = {**ampere, "matmul": best["AMD MI300X"] * sustained["ampere"] / scale}
-    cdna4 = {**ampere, "matmul": best["AMD MI355X"] * sustained["ampere"] / scale}
-    first, first_text = fit_flash("A100 80GB SXM", "FA1", ratio_of("A100 80GB PCIe"), by_width=False)
-    second, second_text = fit_flash("A100 80GB SXM", "FA2", ratio_of("A100 80GB PCIe"))
-    hopper_second, hopper_text = fit_flash("H100 SXM", "FA2", ratio_of("B200 SXM"))
+    hopper = reaching(ampere, best["NVIDIA H100 SXM"] * between)
+    # Cards of one architecture that may draw more or less power for a FLOP: a power law through the two sweeps, up to
+    # what A100 gained from its 400 W in place of 300 W.
+    a100, b200 = intensity("a100-80gb-pcie"), intensity("b200-180gb-sxm")
+    exponent = np.log(largest(ampere) / largest(blackwell)) / np.log(a100 / b200)
+    unlimited = best["NVIDIA A100 SXM"] / best["NVIDIA A100 PCIe"] * largest(ampere)
+    first, first_text = fit_flash("A100 80GB SXM", "FA1", backward_over_forward("A100 80GB PCIe"), by_width=False)
+    second, second_text = fit_flash("A100 80GB SXM", "FA2", backward_over_forward("A100 80GB PCIe"))
+    hopper_second, hopper_text = fit_flash("H100 SXM", "FA2", backward_over_forward("B200 SXM"))
     newest, newest_text = blackwell_flash(hopper_second)
-    a100, v100 = fit_link("8x A100 SXM NVLink3 single node", 300e9), fit_link("V100 node (NVLink)", 150e9)
-    b200 = fit_link("1 node(s) x 8 B200 (P6-B200: NVLink5 + 8x50GB/s EFA)", 900e9)
-    h200 = fit_link("8x H200 NVLink4 single node (NVLS on)", 450e9)
-    common = {
-        "slower": {},
-        "gap": GAP,
-        "host": HOST,
-        "checkpoint": CHECKPOINT,
-        "asynchronous": True,
-        "contention": CONTENTION,
-        "between": NIC,
-    }
+    a100_link, a100_text = fit_link("8x A100 SXM NVLink3 single node", 300e9)
+    v100_link, v100_text = fit_link("V100 node (NVLink)", 150e9)
+    b200_link, b200_text = fit_link("1 node(s) x 8 B200 (P6-B200: NVLink5 + 8x50GB/s EFA)", 900e9)
+    h200_link, h200_text = fit_link("8x H200 NVLink4 single node (NVLS on)", 450e9)
 
-    def fields(origin: str, matmul: dict[str, float], memory: str, link: tuple[float, float], attention: str) -> dict:
-        return {
-            "origin": origin, **matmul, "tiles": TILES, "memory": ((1, COPIES[memory]),), "within": link[0],
-            "latency": link[1], "attention": attention, **common,
-        }  # fmt: skip
+    def slower(fit):
+        part = fit["matmul"] / ampere["matmul"]
+        return replace(
+            second, forward=tuple(part * x for x in second.forward), backward=tuple(part * x for x in second.backward)
+        )
 
-    print(HEADER)  # noqa: T201 - the output
-    texts = [ampere_text, first_text, second_text, a100[2]]
-    entry("architecture.ampere", fields("Fitted to " + "; ".join(texts) + ".", ampere, "ampere", a100[:2], "flash-2"),
-          {"flash-1": first, "flash-2": second})  # fmt: skip
-    text = (f"Fitted to {hopper_text}; {h200[2]}, its bandwidth without in-switch reduction 368 of 450 GB/s "
-            f"(ml-engineering); matrix products at {between:.0%} of the best timed on H100, between A100 and B200."
-            )  # fmt: skip
-    entry(
-        "architecture.hopper",
-        fields(text, hopper, "hopper", (368 / 450, h200[1]), "flash-2"),
-        {"flash-2": hopper_second},
+    hopper_rest = (
+        f"without in-switch reduction 368 of 450 GB/s; products at {between:.0%} of the best timed on H100 SXM"
     )
-    text = f"Fitted to {blackwell_text}; {newest_text}; {b200[2]}."
-    for name, more in (("blackwell", ""), ("blackwell-ultra", " Measured on B200, not on this.")):
-        entry(
-            f"architecture.{name}",
-            fields(text + more, blackwell, "blackwell", b200[:2], "flash-2"),
-            {"flash-2": newest},
-        )
-    for name, fit, on in (("cdna3", cdna3, "MI300X"), ("cdna4", cdna4, "MI355X")):
-        text = (
-            f"Matrix products and attention scaled to the best product timed on {on}; all else is A100's, unmeasured."
-        )
-        slower = fit["matmul"] / ampere["matmul"]
-        attention = replace(second, forward=tuple(slower * x for x in second.forward),
-                            backward=tuple(slower * x for x in second.backward))  # fmt: skip
-        entry(f"architecture.{name}", fields(text, fit, "ampere", a100[:2], "flash-2"), {"flash-2": attention})
-    for name in ("volta", "turing"):
-        text = "A100's efficiencies, with its first fused attention: the second needs Ampere."
-        link = v100[:2] if name == "volta" else a100[:2]
-        text += f" Links: {v100[2]}." if name == "volta" else ""
-        entry(f"architecture.{name}", fields(text, ampere, "ampere", link, "flash-1"), {"flash-1": first})
+    hopper_rest += ", between what A100 and B200 sustain"
+    older = "A100's efficiencies, unmeasured here, with its first fused attention: the second needs Ampere."
+    fitted_to = {  # architecture: what its text says, matrix products, copies, links, kernels of attention
+        "ampere": (
+            f"Fitted to {ampere_text}; {first_text}; {second_text}; {a100_text}.",
+            ampere, "ampere", a100_link, {"flash-1": first, "flash-2": second},
+        ),
+        "hopper": (
+            f"Fitted to {hopper_text}; {h200_text}, {hopper_rest}.",
+            hopper, "hopper", {**h200_link, "within": HOPPER_RING}, {"flash-2": hopper_second},
+        ),
+        "blackwell": (
+            f"Fitted to {blackwell_text}; {newest_text}; {b200_text}.",
+            blackwell, "blackwell", b200_link, {"flash-2": newest},
+        ),
+        "blackwell-ultra": (
+            f"B200's, this one is unmeasured: fitted to {blackwell_text}; {newest_text}; {b200_text}.",
+            blackwell, "blackwell", b200_link, {"flash-2": newest},
+        ),
+        "volta": (
+            f"{older} Links fitted to {v100_text}.",
+            ampere, "ampere", v100_link, {"flash-1": first},
+        ),
+        "turing": (
+            older, ampere, "ampere", a100_link, {"flash-1": first},
+        ),
+        "ada": ("A100's efficiencies, unmeasured here.", ampere, "ampere", a100_link, {"flash-2": second}),
+        "blackwell-consumer": (
+            "A100's efficiencies, unmeasured here.", ampere, "ampere", a100_link, {"flash-2": second},
+        ),
+    }  # fmt: skip
+    for name, on in (("cdna3", "AMD MI300X"), ("cdna4", "AMD MI355X")):  # tiles and power were not measured
+        fit = reaching(ampere, best[on] * sustained["ampere"])
+        text = f"Products and attention scaled to the best product timed on {on}; all else is A100's, unmeasured."
+        fitted_to[name] = (text, fit, "ampere", a100_link, {"flash-2": slower(fit)})
 
+    print(HEADER)
+    for name, (origin, fit, memory, link, flash) in fitted_to.items():
+        attention = "flash-2" if "flash-2" in flash else "flash-1"
+        single = reaching(fit, unlimited)["matmul"]
+        fields = {
+            "origin": origin,
+            **fit,
+            "single": single,
+            "memory": ((1, COPIES[memory]),),
+            **link,
+            "attention": attention,
+            **COMMON,
+        }
+        print(f"[architecture.{name}]")
+        for field, value in {**fields, "flash": flash}.items():
+            print(f"{field} = {toml(value)}")
+        print()
+    reference = {"hopper": "h100-80gb-sxm", "blackwell": "b200-180gb-sxm", "blackwell-ultra": "b200-180gb-sxm"}
+    for id_ in accelerators():
+        a = accelerator(id_)
+        like = reference.get(a.architecture, "a100-80gb-pcie")
+        if a.vendor != "nvidia" or a.architecture not in fitted_to or intensity(id_) is None or id_ == like:
+            continue
+        origin, fit, *_ = fitted_to[a.architecture]
+        fraction = min(largest(fit) * (intensity(id_) / intensity(like)) ** exponent, unlimited)
+        said = f"products at {fraction:.0%} of the peak for its {intensity(id_):.2g} W a TFLOP/s, "
+        said += f"where {accelerator(like).name} has {intensity(like):.2g}"
+        print(f"[accelerator.{id_}]")
+        print(f"matmul = {toml(reaching(fit, fraction)['matmul'])}")
+        print(f"origin = {toml(f'{origin[:-1]}; {said}.')}\n")
 
-HEADER = """\
-# What kernels reach of the peak, by architecture: written by tools/fit_efficiency.py from the measurements in
-# data/published, each with its source there. Fields: estimator.timing.Efficiency and Flash.
-# No figure is fitted to a training run.
-
-default = "ampere"
-
-[accelerator]"""
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
