@@ -13,17 +13,17 @@ import platform
 import random
 import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from estimator import published
 from estimator.accounts import account
 from estimator.config import ConfigError, ModelConfig, Plan
-from trainer.measure import measure
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -58,6 +58,8 @@ class Row:
 
 def compare(m: ModelConfig, p: Plan, device: str = "cpu", case: int = 0) -> list[Row]:
     """Estimate and measure one model and plan."""
+    from trainer.measure import measure  # noqa: PLC0415 - torch, which --published does without
+
     values = account(m, p, device).evaluate(m, p)
     estimates = {q: getattr(values, {"saved_bytes": "activation_bytes"}.get(q, q)) for q in QUANTITIES}
     measured = measure(m, p, device, timed_steps=0).to_dict()
@@ -136,6 +138,8 @@ def validate(chosen: Sequence[tuple[ModelConfig, Plan]], device: str, console: C
 
 def report(chosen: Sequence[tuple[ModelConfig, Plan]], rows: Sequence[Sequence[Row]], console: Console) -> int:
     """Print a table a quantity and every case that differs; returns the number of figures that differ."""
+    import torch  # noqa: PLC0415 - which --published does without
+
     table = Table(title=f"estimate against PyTorch {torch.__version__}, {len(chosen)} configurations")
     for name in ("quantity", "measured", "exact", "sum of estimates", "sum of measurements", "greatest difference"):
         table.add_column(name, justify="left" if name == "quantity" else "right", no_wrap=name == "quantity")
@@ -158,6 +162,8 @@ def report(chosen: Sequence[tuple[ModelConfig, Plan]], rows: Sequence[Sequence[R
 
 def to_json(chosen: Sequence[tuple[ModelConfig, Plan]], rows: Sequence[Sequence[Row]], device: str) -> dict[str, Any]:
     """Everything that was found, with where and when."""
+    import torch  # noqa: PLC0415 - which --published does without
+
     return {
         "date": dt.datetime.now(tz=dt.UTC).date().isoformat(),
         "torch": torch.__version__,
@@ -176,15 +182,23 @@ def to_json(chosen: Sequence[tuple[ModelConfig, Plan]], rows: Sequence[Sequence[
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; 0 if every exact figure is equal, 1 if one is not, 2 for bad arguments."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if "--published" in argv:
+        return published.main([word for word in argv if word != "--published"])
     parser = argparse.ArgumentParser(prog="validate-estimates", description=__doc__, allow_abbrev=False)
     parser.add_argument("--cases", type=int, default=20, help="configurations of each family (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the random shapes (default: %(default)s)")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where to run (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure to FILE")
+    parser.add_argument("--published", action="store_true", help="predicted time against published runs (no torch)")
     args = parser.parse_args(argv)
     console = Console()
     if args.cases < 1:
         parser.error(f"--cases = {args.cases}: must be at least 1")
+    if find_spec("torch") is None:
+        parser.error('real training steps need PyTorch: pip install "transformer-estimator[trainer]"')
+    import torch  # noqa: PLC0415 - which --published does without
+
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device = cuda: this PyTorch sees no CUDA device; allowed here is cpu")
     try:

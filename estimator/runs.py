@@ -1,0 +1,185 @@
+"""Training runs that others published, as models and plans.
+
+Needs no torch. Every row is predicted with the parameters of its accelerator; what a source did differently from a
+plain eager step is its recipe (`SOURCES`), the same for all of its rows.
+"""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import TYPE_CHECKING
+
+from estimator.config import ModelConfig, Plan, choose
+from estimator.kernels import Variant
+from estimator.speed import Setup
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+
+@cache
+def rows(name: str) -> tuple[dict[str, str], ...]:
+    """The rows of `data/published/<name>.csv`, as they are in the file, each with the source that it was read in."""
+    with resources.files("estimator").joinpath("data", "published", f"{name}.csv").open(encoding="utf-8") as file:
+        return tuple(csv.DictReader(file))
+
+
+@dataclass(frozen=True)
+class Run:
+    """A measured training run and how to predict it.
+
+    Attributes:
+        source: name of the file.
+        accelerator: id in the catalogue.
+        model: what was trained.
+        plans: how; of two, each takes half of the time (checkpoints on every second layer).
+        setup: what of the source's recipe a plan does not say.
+        measured: tokens per second of one accelerator.
+        row: the row as published.
+    """
+
+    source: str
+    accelerator: str
+    model: ModelConfig
+    plans: tuple[Plan, ...]
+    setup: Setup
+    measured: float
+    row: Mapping[str, str]
+
+    @property
+    def plan(self) -> Plan:
+        """The first of the plans; the others train on the same tokens."""
+        return self.plans[0]
+
+
+def _count(row: Mapping[str, str], name: str) -> int:
+    return int(float(row[name]))
+
+
+def _model(row: Mapping[str, str], family: str) -> ModelConfig:
+    return ModelConfig(
+        family,
+        num_layers=_count(row, "layers"),
+        d_model=_count(row, "d_model"),
+        num_heads=_count(row, "heads"),
+        num_kv_heads=_count(row, "kv_heads"),
+        d_ff=_count(row, "d_ff"),
+        vocab_size=_count(row, "vocab"),
+        context_length=_count(row, "seq_len"),
+        tie_embeddings=row["tied_emb"] in ("1", "1.0"),
+    )
+
+
+def _run(source: str, row: Mapping[str, str], gpu: str, family: str, setup: Setup, *plans: Plan) -> Run:
+    return Run(source, gpu, _model(row, family), plans, setup, float(row["tokens_per_s_per_gpu"]), row)
+
+
+# MPT under Composer's FSDP: 16-bit everywhere but in the optimizer and the loss (low-precision LayerNorm, parameters
+# gathered in bf16, gradients summed in fp32 unless mixed_precision is PURE), no biases, flash-attn's fused cross
+# entropy. attn_impl=flash is flash-attn 1.0.3, which that version of the repository asks for, between unpadding and
+# padding (llmfoundry/models/layers/attention.py); the table's label "flash-attn 2" is contradicted by that, and by its
+# own long sequences, which run at half of the second generation's rate.
+MPT = Variant(frozenset({"loss"}), half=True, without=frozenset({"sum"}), extra=frozenset({"unpadded"}))
+
+
+def _llmfoundry(row: Mapping[str, str]) -> Run | None:
+    plan = Plan(
+        batch_size=_count(row, "micro_batch"),
+        attention="sdpa",
+        loss="torch",
+        checkpointing="block" if row["checkpointing"] == "full" else "none",
+        grad_accumulation=_count(row, "grad_accum"),
+        data_parallel=_count(row, "gpus"),
+        sharding="zero3",
+    )
+    pure = row["zero_or_sharding"].endswith("PURE")
+    setup = Setup(MPT, attention="flash-1", parameter_width=2, gradient_width=2 if pure else 4)
+    return _run("llmfoundry_a100_80gb", row, "a100-80gb-sxm", "gpt2", setup, plan)
+
+
+# Megatron-DeepSpeed: fp16 everywhere but in the optimizer and the loss, its fused kernels (masked softmax, bias and
+# GELU, LayerNorm), apex's fused Adam, dropout on the attention's weights (its default of 0.1), every block recomputed.
+MEGATRON = Variant(frozenset({"model", "loss"}), half=True, extra=frozenset({"dropout"}))
+
+
+def _vtrain(row: Mapping[str, str]) -> Run | None:
+    gpus, micro_batch = _count(row, "gpus"), _count(row, "micro_batch")
+    plan = Plan(
+        batch_size=micro_batch,
+        loss="torch",
+        checkpointing="block",
+        optimizer_impl="fused",
+        grad_accumulation=_count(row, "global_batch_seqs") // (gpus * micro_batch),
+        data_parallel=gpus,
+    )
+    setup = Setup(MEGATRON, dtype="fp16", parameter_width=2, gradient_width=2)
+    return _run("vtrain_dp_a100", row, "a100-80gb-sxm", "gpt2", setup, plan)
+
+
+# torchtune and torchtitan: bf16 everywhere, SDPA, and the techniques of the row. torchtitan's "selective" saves every
+# second product and recomputes the others, so a row of it is half way between no checkpoints and all. Left out is what
+# no plan describes: LoRA, quantised optimizers and products (fp8, 8-bit Adam), offloading, padded data, a card with an
+# unstated power limit; and rows without a sequence length.
+FUSED_PARTS = frozenset({"model", "loss"})
+TUNED: dict[str, tuple[frozenset[str], tuple[str, ...]]] = {
+    "cumulative technique +packed": (frozenset(), ("none",)),
+    "cumulative technique +compile": (FUSED_PARTS, ("none",)),
+    "cumulative technique +chunked CE": (FUSED_PARTS, ("none",)),
+    "cumulative technique +activation ckpt": (FUSED_PARTS, ("block",)),
+    "cumulative technique +optimizer in bwd": (FUSED_PARTS, ("block",)),
+}
+TITAN: dict[str, tuple[str, ...]] = {"none": ("none",), "every 2nd layer": ("none", "block"), "full": ("block",)}
+# PyTorch's own H100s are those of torchtitan's tables, with HBM2e and 500 W; some of these rows say so ("~95 GiB").
+TUNED_GPUS = {
+    "A100": "a100-80gb-sxm",
+    "H100": "h100-96gb-sxm",
+    "H100 (card reports ~95 GiB)": "h100-96gb-sxm",
+    "MI300X": "mi300x-192gb",
+}
+
+
+def _torchtune(row: Mapping[str, str]) -> Run | None:
+    if row["gpu"] not in TUNED_GPUS or not row["seq_len"]:
+        return None
+    checkpoints = row["checkpointing"]
+    if row["notes"] in TUNED:
+        fused, checkpointing = TUNED[row["notes"]]
+    elif row["dtype"] == "bf16" and checkpoints.startswith("selective"):
+        fused, checkpointing = FUSED_PARTS, ("none", "block")
+    elif row["dtype"] == "bf16 eager" and checkpoints in TITAN:
+        fused, checkpointing = frozenset(), TITAN[checkpoints]
+    else:
+        return None
+    gpus = _count(row, "gpus")
+    plan = Plan(
+        # Where none is stated, the memory that is printed is that of one sequence.
+        batch_size=_count(row, "micro_batch") if row["micro_batch"] else 1,
+        attention="sdpa",
+        loss="torch",
+        optimizer_impl="fused",
+        data_parallel=gpus,
+        sharding="zero3" if gpus > 1 else "none",
+    )
+    setup = Setup(Variant(fused, half=True), parameter_width=2, gradient_width=4 if gpus > 1 else 2)
+    plans = tuple(plan.replace(checkpointing=name) for name in checkpointing)
+    return _run("torchtune_torchao", row, TUNED_GPUS[row["gpu"]], "llama", setup, *plans)
+
+
+SOURCES: dict[str, Callable[[Mapping[str, str]], Run | None]] = {
+    "llmfoundry_a100_80gb": _llmfoundry,
+    "vtrain_dp_a100": _vtrain,
+    "torchtune_torchao": _torchtune,
+}
+
+
+def runs(source: str | None = None) -> tuple[Run, ...]:
+    """The published training runs that a plan can describe, of one source or of all.
+
+    Raises:
+        ConfigError: unknown source.
+    """
+    names = list(SOURCES) if source is None else [choose("source", source, SOURCES)]
+    return tuple(run for name in names for row in rows(name) if (run := SOURCES[name](row)) is not None)
