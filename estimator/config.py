@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 
 FAMILIES = ("gpt2", "llama")
 PRECISIONS = ("fp32", "bf16")
-ATTENTIONS = ("naive", "sdpa")
-LOSSES = ("bundled", "torch")
+ATTENTIONS = ("naive", "naive-fp32", "sdpa", "sdpa-math")
+LOSSES = ("bundled", "torch", "torch-fp32")
 CHECKPOINTINGS = ("none", "block", "attention")
 # The implementations of each optimizer; "auto" is the first, on CUDA foreach in place of loop.
 OPTIMIZERS = {
@@ -170,9 +170,13 @@ class Plan:
         batch_size: B, sequences in one micro-batch on one accelerator.
         seq_len: T, tokens a sequence; None means the model's context length.
         precision: "fp32"; "bf16" (parameters, gradients, states and activations in bfloat16).
-        attention: "naive" (scores, mask, softmax and product as separate ops) or "sdpa"
-            (`torch.nn.functional.scaled_dot_product_attention`, causal).
-        loss: "bundled" (the trainer's own cross entropy) or "torch" (`torch.nn.functional.cross_entropy`).
+        attention: "naive" (scores, mask, softmax and product as separate ops); "naive-fp32" (the same, the softmax in
+            float32); "sdpa" (`torch.nn.functional.scaled_dot_product_attention`, causal, by the kernel that PyTorch
+            picks); "sdpa-math" (by its unfused one).
+        dropout: the probability to drop an element, in training, of the embedding, of the attention's weights and of
+            what attention and feed-forward add to the residual stream, in both families (as GPT-2 does).
+        loss: "bundled" (the trainer's own cross entropy); "torch" (`torch.nn.functional.cross_entropy` of the logits
+            as they come) or "torch-fp32" (of the logits in float32).
         checkpointing: "none"; "block": each block under `torch.utils.checkpoint`, non-reentrant; "attention": each
             block's attention, its norm not included.
         optimizer: "adamw", "adam", "sgd" (no momentum), "sgd-momentum", "lion", "muon" (`torch.optim.Muon` for the
@@ -195,6 +199,7 @@ class Plan:
     seq_len: int | None = None
     precision: str = "fp32"
     attention: str = "naive"
+    dropout: float = 0.0
     loss: str = "bundled"
     checkpointing: str = "none"
     optimizer: str = "adamw"
@@ -219,6 +224,9 @@ class Plan:
         choose("precision", self.precision, PRECISIONS)
         choose("attention", self.attention, ATTENTIONS)
         choose("loss", self.loss, LOSSES)
+        rate = self.dropout
+        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate < 1:
+            raise ConfigError(f"dropout = {rate!r}: must be a number of at least 0 and below 1")
         choose("checkpointing", self.checkpointing, CHECKPOINTINGS)
         choose("optimizer", self.optimizer, OPTIMIZERS)
         choose("optimizer_impl", self.optimizer_impl, OPTIMIZER_IMPLS)
@@ -251,6 +259,12 @@ class Plan:
             return self.optimizer_impl
         own = OPTIMIZERS[self.optimizer]
         return "foreach" if device == "cuda" and "foreach" in own and own[0] == "loop" else own[0]
+
+    def attention_kernel(self, device: str) -> str:
+        """What computes attention on `device`: "naive", "naive-fp32", "math" or "flash" (on CPU without dropout)."""
+        if self.attention == "sdpa":
+            return "math" if device == "cpu" and self.dropout else "flash"
+        return self.attention.removeprefix("sdpa-")
 
     def replace(self, **changes: Any) -> Plan:
         """A copy with `changes`."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from estimator.eager.autograd import backward
 from estimator.eager.ledger import Category, Phase
-from estimator.eager.losses import cross_entropy, torch_cross_entropy
+from estimator.eager.losses import cross_entropy, torch_cross_entropy, torch_cross_entropy_fp32
 from estimator.eager.ops import div_number
 from estimator.eager.optimizers import OPTIMIZERS
 from estimator.eager.tensor import BFLOAT16, FLOAT32, INT64, Machine, Tensor
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from estimator.eager.sizes import ShapeClass
     from estimator.models.layers import Recipe
 
-LOSSES = {"bundled": cross_entropy, "torch": torch_cross_entropy}
+LOSSES = {"bundled": cross_entropy, "torch": torch_cross_entropy, "torch-fp32": torch_cross_entropy_fp32}
 
 
 def run_step(recipe: Recipe, shapes: ShapeClass, device: str, num_layers: int) -> Ledger:

@@ -16,7 +16,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 import trainer.train
-from estimator.config import OPTIMIZERS, ConfigError, Plan
+from estimator.config import OPTIMIZERS, ConfigError, ModelConfig, Plan
 from trainer.__main__ import main, parse_train
 from trainer.announce import available_memory, matmul_peak
 from trainer.checkpoint import checkpoints, read_checkpoint
@@ -176,14 +176,28 @@ def test_resuming_a_finished_run_does_nothing(corpus, tmp_path):
         {"optimizer_impl": "fused"},
         {"attention": "naive"},
         {"checkpointing": "block"},
+        {"attention": "naive-fp32"},
+        {"attention": "sdpa-math"},
         {"loss": "torch"},
+        {"loss": "torch-fp32"},
     ],
-    ids=lambda plan: next(iter(plan.items())),
+    ids=lambda plan: "-".join(plan.values()),
 )
 def test_other_ways_to_run_a_step_give_the_same_losses(whole, corpus, tmp_path, plan):
     train(configure(corpus, tmp_path, plan=plan))
     for a, b in zip(losses(tmp_path), losses(whole), strict=True):
         assert [x for x in a if x is not None] == pytest.approx([x for x in b if x is not None], rel=2e-3)
+
+
+def test_dropout_trains_and_evaluates_without(whole, corpus, tmp_path):
+    train(configure(corpus, tmp_path, plan={"dropout": 0.2}))
+    mine, theirs = losses(tmp_path), losses(whole)
+    assert mine[0][1] != theirs[0][1]  # of a training step: some elements are dropped
+    valid = [loss for *_, loss in mine if loss]
+    assert valid[-1] < valid[0]
+    again = trainer.train.build_model(ModelConfig("gpt2", 1, 16, 2, 257, 16), Plan(dropout=0.2)).eval()
+    ids = torch.arange(16)[None]
+    assert torch.equal(again(ids), again(ids))
 
 
 def test_bfloat16_autocast_agrees_with_float32(whole, corpus, tmp_path):

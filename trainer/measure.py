@@ -45,7 +45,7 @@ class Step:
         self, model: nn.Module, optimizer: torch.optim.Optimizer, inputs: tuple[Tensor, Tensor], p: Plan
     ) -> None:
         self.model, self.optimizer, self.inputs, self.plan = model, optimizer, inputs, p
-        self.loss = {"bundled": cross_entropy, "torch": torch_cross_entropy}[p.loss]
+        self.loss = LOSSES[p.loss]
 
     def __call__(self) -> None:
         """Run it."""
@@ -76,6 +76,14 @@ class Step:
 def torch_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """PyTorch's own, to compare with. Shapes: (B, T, V), (B, T) -> ()."""
     return F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.view(-1))
+
+
+def torch_cross_entropy_fp32(logits: Tensor, targets: Tensor) -> Tensor:
+    """The same of the logits in float32, as most scripts do it in half precision."""
+    return torch_cross_entropy(logits.float(), targets)
+
+
+LOSSES = {"bundled": cross_entropy, "torch": torch_cross_entropy, "torch-fp32": torch_cross_entropy_fp32}
 
 
 def build_optimizer(model: nn.Module, p: Plan, device: str) -> torch.optim.Optimizer:

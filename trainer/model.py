@@ -10,11 +10,13 @@ e head width, f feed-forward width, V vocabulary, C positions.
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 ROPE_THETA = 10_000.0  # Su et al. 2021, "RoFormer", section 3.2.2
 NORM_EPS = 1e-5
+KERNELS = {"sdpa-math": SDPBackend.MATH}  # "sdpa" leaves the choice to PyTorch
 INIT_STD = 0.02  # Radford et al. 2019, GPT-2; residual projections are scaled by 1 / sqrt(2 L)
 
 
@@ -109,17 +112,25 @@ def repeat_heads(x_BkTe: Tensor, groups: int) -> Tensor:
     return x_BkTe[:, :, None].expand(B, k, groups, T, e).reshape(B, k * groups, T, e)
 
 
-def attend(q_BhTe: Tensor, k_BhTe: Tensor, v_BhTe: Tensor, mask_TT: Tensor | None) -> Tensor:
+def attend(q_BhTe: Tensor, k_BhTe: Tensor, v_BhTe: Tensor, mask_TT: Tensor | None, kind: str, dropout: float) -> Tensor:
     """Causal attention, (B, h, T, e). With a mask (True above the diagonal) by separate ops, without one by SDPA.
 
     Without a mask the queries are either all positions or, with a cache, the last one alone, which may look at all.
+    `kind` is `Plan.attention`; `dropout` is a probability, of the weights.
     """
     if mask_TT is None:
-        return F.scaled_dot_product_attention(q_BhTe, k_BhTe, v_BhTe, is_causal=q_BhTe.shape[2] == k_BhTe.shape[2])
+        causal = q_BhTe.shape[2] == k_BhTe.shape[2]
+        with sdpa_kernel(KERNELS[kind]) if kind in KERNELS else nullcontext():
+            return F.scaled_dot_product_attention(q_BhTe, k_BhTe, v_BhTe, dropout_p=dropout, is_causal=causal)
     scores_BhTT = q_BhTe @ k_BhTe.transpose(-2, -1)
     scores_BhTT = scores_BhTT * (1 / math.sqrt(q_BhTe.shape[-1]))
     scores_BhTT = scores_BhTT.masked_fill(mask_TT, float("-inf"))
-    return torch.softmax(scores_BhTT, -1) @ v_BhTe
+    if kind == "naive-fp32":
+        weights_BhTT = torch.softmax(scores_BhTT, -1, dtype=torch.float32).to(q_BhTe.dtype)
+    else:
+        weights_BhTT = torch.softmax(scores_BhTT, -1)
+    weights_BhTT = F.dropout(weights_BhTT, dropout)
+    return weights_BhTT @ v_BhTe
 
 
 class KeysAndValues:
@@ -141,11 +152,12 @@ class KeysAndValues:
 class GPT2Attention(nn.Module):
     """Multi-head attention with one fused projection. Shapes: (B, T, d) -> (B, T, d)."""
 
-    def __init__(self, m: ModelConfig) -> None:
+    def __init__(self, m: ModelConfig, p: Plan) -> None:
         super().__init__()
-        self.num_heads = m.num_heads
+        self.num_heads, self.kind = m.num_heads, p.attention
         self.qkv = Linear(m.d_model, 3 * m.d_model, bias=True)
         self.out = Linear(m.d_model, m.d_model, bias=True)
+        self.dropout = nn.Dropout(p.dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None, cache: KeysAndValues | None = None) -> Tensor:
         B, T, d = x.shape
@@ -155,20 +167,21 @@ class GPT2Attention(nn.Module):
         v = v.view(B, T, self.num_heads, -1).transpose(1, 2)
         if cache is not None:
             k, v = cache.extend(k, v)
-        y = attend(q, k, v, mask)
-        return self.out(y.transpose(1, 2).reshape(B, T, d))
+        y = attend(q, k, v, mask, self.kind, self.dropout.p if self.training else 0.0)
+        return self.dropout(self.out(y.transpose(1, 2).reshape(B, T, d)))
 
 
 class LlamaAttention(nn.Module):
     """Grouped-query attention with rotary positions. Shapes: (B, T, d) -> (B, T, d)."""
 
-    def __init__(self, m: ModelConfig) -> None:
+    def __init__(self, m: ModelConfig, p: Plan) -> None:
         super().__init__()
-        self.num_heads, self.kv_heads, self.head_dim = m.num_heads, m.kv_heads, m.e
+        self.num_heads, self.kv_heads, self.head_dim, self.kind = m.num_heads, m.kv_heads, m.e, p.attention
         self.q = Linear(m.d_model, m.num_heads * m.e, bias=bool(m.qkv_bias))
         self.k = Linear(m.d_model, m.kv_heads * m.e, bias=bool(m.qkv_bias))
         self.v = Linear(m.d_model, m.kv_heads * m.e, bias=bool(m.qkv_bias))
         self.out = Linear(m.num_heads * m.e, m.d_model, bias=False)
+        self.dropout = nn.Dropout(p.dropout)
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KeysAndValues | None = None
@@ -183,44 +196,46 @@ class LlamaAttention(nn.Module):
             k, v = cache.extend(k, v)
         k = repeat_heads(k, self.num_heads // self.kv_heads)
         v = repeat_heads(v, self.num_heads // self.kv_heads)
-        y = attend(q, k, v, mask)
-        return self.out(y.transpose(1, 2).reshape(B, T, self.num_heads * self.head_dim))
+        y = attend(q, k, v, mask, self.kind, self.dropout.p if self.training else 0.0)
+        return self.dropout(self.out(y.transpose(1, 2).reshape(B, T, self.num_heads * self.head_dim)))
 
 
 class GELUFeedForward(nn.Module):
     """down(gelu(up(x))). Shapes: (B, T, d) -> (B, T, d), through f."""
 
-    def __init__(self, m: ModelConfig) -> None:
+    def __init__(self, m: ModelConfig, p: Plan) -> None:
         super().__init__()
         self.up = Linear(m.d_model, m.f, bias=True)
         self.down = Linear(m.f, m.d_model, bias=True)
+        self.dropout = nn.Dropout(p.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x), approximate="tanh"))
+        return self.dropout(self.down(F.gelu(self.up(x), approximate="tanh")))
 
 
 class SwiGLUFeedForward(nn.Module):
     """down(silu(gate(x)) * up(x)), Shazeer 2020. Shapes: (B, T, d) -> (B, T, d), through f."""
 
-    def __init__(self, m: ModelConfig) -> None:
+    def __init__(self, m: ModelConfig, p: Plan) -> None:
         super().__init__()
         self.gate = Linear(m.d_model, m.f, bias=False)
         self.up = Linear(m.d_model, m.f, bias=False)
         self.down = Linear(m.f, m.d_model, bias=False)
+        self.dropout = nn.Dropout(p.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        return self.dropout(self.down(F.silu(self.gate(x)) * self.up(x)))
 
 
 class GPT2Block(nn.Module):
     """Pre-norm block. Shapes: (B, T, d) -> (B, T, d)."""
 
-    def __init__(self, m: ModelConfig) -> None:
+    def __init__(self, m: ModelConfig, p: Plan) -> None:
         super().__init__()
         self.attention_norm = LayerNorm(m.d_model)
-        self.attention = GPT2Attention(m)
+        self.attention = GPT2Attention(m, p)
         self.ffn_norm = LayerNorm(m.d_model)
-        self.ffn = GELUFeedForward(m)
+        self.ffn = GELUFeedForward(m, p)
 
     def forward(self, x: Tensor, mask: Tensor | None, cache: KeysAndValues | None = None) -> Tensor:
         x = x + self.attention(self.attention_norm(x), mask, cache)
@@ -230,12 +245,12 @@ class GPT2Block(nn.Module):
 class LlamaBlock(nn.Module):
     """Pre-norm block. Shapes: (B, T, d) -> (B, T, d)."""
 
-    def __init__(self, m: ModelConfig) -> None:
+    def __init__(self, m: ModelConfig, p: Plan) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(m.d_model)
-        self.attention = LlamaAttention(m)
+        self.attention = LlamaAttention(m, p)
         self.ffn_norm = RMSNorm(m.d_model)
-        self.ffn = SwiGLUFeedForward(m)
+        self.ffn = SwiGLUFeedForward(m, p)
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KeysAndValues | None = None
@@ -256,7 +271,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.config, self.plan = m, p
         self.embedding = Embedding(m.vocab_size, m.d_model)
-        self.build(m)
+        self.dropout = nn.Dropout(p.dropout)
+        self.build(m, p)
         if p.checkpointing == "attention":
             for block in self.blocks:
                 attention = block.get_submodule("attention")
@@ -268,14 +284,14 @@ class Transformer(nn.Module):
             if name.endswith(("attention.out.weight", "ffn.down.weight")):
                 nn.init.normal_(weight, std=INIT_STD / math.sqrt(2 * m.num_layers))
 
-    def build(self, m: ModelConfig) -> None:
+    def build(self, m: ModelConfig, p: Plan) -> None:
         """Make the family's own modules."""
         raise NotImplementedError
 
     def causal_mask(self, ids_BT: Tensor, start: int) -> Tensor | None:
         """(T, start + T), True where a query must not look; one for all blocks. None where `attend` needs none."""
         T = ids_BT.shape[1]
-        if self.plan.attention != "naive" and (start == 0 or T == 1):
+        if not self.plan.attention.startswith("naive") and (start == 0 or T == 1):
             return None
         return torch.ones(T, start + T, dtype=torch.bool, device=ids_BT.device).triu(start + 1)
 
@@ -302,14 +318,14 @@ def recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
 class GPT2(Transformer):
     """Radford et al. 2019."""
 
-    def build(self, m: ModelConfig) -> None:
+    def build(self, m: ModelConfig, p: Plan) -> None:
         self.positions = Positions(m.context_length, m.d_model)
-        self.blocks = nn.ModuleList(GPT2Block(m) for _ in range(m.num_layers))
+        self.blocks = nn.ModuleList(GPT2Block(m, p) for _ in range(m.num_layers))
         self.final_norm = LayerNorm(m.d_model)
 
     def forward(self, ids_BT: Tensor, cache: list[KeysAndValues] | None = None) -> Tensor:
         start = cache[0].length if cache else 0
-        x = self.embedding(ids_BT) + self.positions(start, ids_BT.shape[1])
+        x = self.dropout(self.embedding(ids_BT) + self.positions(start, ids_BT.shape[1]))
         mask = self.causal_mask(ids_BT, start)
         for layer, block in enumerate(self.blocks):
             x = self.run_block(block, x, mask, cache[layer] if cache else None)
@@ -322,8 +338,8 @@ class Llama(Transformer):
     cos: Tensor
     sin: Tensor
 
-    def build(self, m: ModelConfig) -> None:
-        self.blocks = nn.ModuleList(LlamaBlock(m) for _ in range(m.num_layers))
+    def build(self, m: ModelConfig, p: Plan) -> None:
+        self.blocks = nn.ModuleList(LlamaBlock(m, p) for _ in range(m.num_layers))
         self.final_norm = RMSNorm(m.d_model)
         cos, sin = rope_tables(m.context_length, m.e)
         self.register_buffer("cos", cos, persistent=False)
@@ -331,7 +347,7 @@ class Llama(Transformer):
 
     def forward(self, ids_BT: Tensor, cache: list[KeysAndValues] | None = None) -> Tensor:
         start = cache[0].length if cache else 0
-        x = self.embedding(ids_BT)
+        x = self.dropout(self.embedding(ids_BT))
         end = start + ids_BT.shape[1]
         cos, sin = self.cos[start:end, None], self.sin[start:end, None]
         mask = self.causal_mask(ids_BT, start)

@@ -19,8 +19,7 @@ from trainer.announce import announce, matmul_peak
 from trainer.checkpoint import CheckpointError, checkpoints, export_safetensors, random_states, set_random_states
 from trainer.data import Dataset
 from trainer.distributed import Weights, World, load_run, save_run
-from trainer.loss import cross_entropy
-from trainer.measure import torch_cross_entropy
+from trainer.measure import LOSSES
 from trainer.model import build_model
 from trainer.optim import SGD, AdamW, Lion, MuonAdamW
 from trainer.prepare import write_whole
@@ -34,8 +33,6 @@ if TYPE_CHECKING:
 
     from estimator.config import Plan
     from trainer.settings import OptimSection, TrainConfig
-
-LOSSES = {"bundled": cross_entropy, "torch": torch_cross_entropy}
 
 
 class TrainingError(RuntimeError):

@@ -23,7 +23,7 @@ from rich.table import Table
 
 from estimator import published
 from estimator.accounts import account
-from estimator.config import ConfigError, ModelConfig, Plan
+from estimator.config import LOSSES, ConfigError, ModelConfig, Plan
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -63,7 +63,7 @@ def compare(m: ModelConfig, p: Plan, device: str = "cpu", case: int = 0) -> list
     values = account(m, p, device).evaluate(m, p)
     estimates = {q: getattr(values, {"saved_bytes": "activation_bytes"}.get(q, q)) for q in QUANTITIES}
     measured = measure(m, p, device, timed_steps=0).to_dict()
-    if p.attention != "naive":
+    if p.attention_kernel(device) == "flash":
         measured |= dict.fromkeys(FUSED)
     return [Row(case, q, estimates[q], measured[q]) for q in QUANTITIES]
 
@@ -107,7 +107,9 @@ def _case(family: str, rng: random.Random, fixed: dict[str, int], turn: int) -> 
     p = Plan(
         batch_size=B,
         seq_len=T,
-        attention=("naive", "sdpa")[turn // 5 % 2],
+        attention=(("naive", "naive-fp32"), ("sdpa", "sdpa-math"))[turn // 5 % 2][turn // 20 % 2],
+        dropout=rng.choice((0.0, 0.0, 0.1)),
+        loss=rng.choice(LOSSES),
         checkpointing=("none", "block")[turn // 10 % 2],
         optimizer=optimizer,
         optimizer_impl=implementation,
@@ -121,8 +123,9 @@ def describe(m: ModelConfig, p: Plan) -> str:
     """A case in a line."""
     run = f"B{p.batch_size} T{p.tokens(m)}"
     sizes = f"{run} L{m.num_layers} d{m.d_model} h{m.num_heads} k{m.num_kv_heads} e{m.e} f{m.f}"
-    recipe = f"{p.attention} {p.checkpointing} {p.optimizer}-{p.optimizer_impl} x{p.grad_accumulation}"
-    return f"{m.family} {sizes} V{m.vocab_size} {recipe}{' clip' if p.max_grad_norm else ''}"
+    recipe = f"{p.attention} {p.checkpointing} {p.loss} {p.optimizer}-{p.optimizer_impl} x{p.grad_accumulation}"
+    extra = f"{' dropout' if p.dropout else ''}{' clip' if p.max_grad_norm else ''}"
+    return f"{m.family} {sizes} V{m.vocab_size} {recipe}{extra}"
 
 
 def validate(chosen: Sequence[tuple[ModelConfig, Plan]], device: str, console: Console) -> list[list[Row]]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from estimator.eager.autograd import Context, attach, record
 from estimator.eager.ledger import Gemm
-from estimator.eager.ops import empty_like
+from estimator.eager.ops import add_in_place, empty_like
 from estimator.eager.sizes import LETTER, ONE
 from estimator.eager.tensor import FLOAT32, Tensor, op
 from estimator.eager.views import reshape, transpose, unsafe_view, view
@@ -94,12 +94,15 @@ def addmm(bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 @op
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """F.linear of a 3-D input: folded to a matrix, multiplied, unfolded."""
+    """F.linear of a 3-D input: folded to a matrix, multiplied, unfolded; a bias in one kernel if x is contiguous."""
     flat = (x.machine.product(x.shape[:-1]), x.shape[-1])
     out = (*x.shape[:-1], weight.shape[0])
-    if bias is None:
-        return unsafe_view(_fold_mm(x, flat, weight), out)
-    return view(addmm(bias, reshape(x, flat), transpose(weight, 0, 1)), out)
+    if bias is not None and x.is_contiguous:
+        return view(addmm(bias, view(x, flat), transpose(weight, 0, 1)), out)
+    y = unsafe_view(_fold_mm(x, flat, weight), out)
+    if bias is not None:
+        add_in_place(y, bias)
+    return y
 
 
 def _fold_mm(x: Tensor, flat: Shape, weight: Tensor) -> Tensor:

@@ -82,6 +82,12 @@ def torch_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 @op
+def torch_cross_entropy_fp32(logits: Tensor, targets: Tensor) -> Tensor:
+    """The same of logits.float()."""
+    return torch_cross_entropy(cast(logits, FLOAT32), targets)
+
+
+@op
 def log_softmax(x: Tensor) -> Tensor:
     """torch.log_softmax(x, -1): saves its result."""
 

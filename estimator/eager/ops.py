@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from estimator.eager.autograd import Context, attach, record
 from estimator.eager.ledger import Category
 from estimator.eager.sizes import LETTER, ONE
-from estimator.eager.tensor import BOOL, FLOAT32, FLOAT64, Dtype, Machine, Tensor, op
+from estimator.eager.tensor import BOOL, FLOAT32, FLOAT64, Dtype, Locals, Machine, Tensor, op
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -115,6 +115,19 @@ def add(a: Tensor, b: Tensor) -> Tensor:
 
     node = record("AddBackward0", (a, b), backward)
     return attach(node, elementwise("add", a, b))
+
+
+def add_in_place(a: Tensor, b: Tensor) -> None:
+    """a.add_(b): a becomes the result of a new node."""
+
+    def backward(c: Context, grad: Tensor) -> Gradients:
+        return [grad, grad if c.needs[1] else None]
+
+    node = record("AddBackward0", (a, b), backward)
+    a.machine.kernel("add_", (a, b), (a,))
+    if node is not None and a.grad_fn is not None:
+        a.grad_fn.drop()
+    attach(node, a)
 
 
 @op
@@ -255,6 +268,27 @@ def softmax(x: Tensor) -> Tensor:
     node = record("SoftmaxBackward0", (x,), backward)
     out = elementwise("_softmax", x)
     return attach(node, out, save=(out,))
+
+
+@op
+def dropout(x: Tensor) -> Tensor:
+    """F.dropout: on the CPU noise in x's dtype, divided and multiplied with; on CUDA one kernel and a mask of bools."""
+    machine = x.machine
+    if machine.device == "cpu":
+        with Locals() as v:
+            v.noise = empty_like(x)
+            in_place_with_number("div_", v.noise)
+            return mul(x, v.noise)
+
+    def backward(c: Context, grad: Tensor) -> Gradients:
+        return [elementwise("native_dropout_backward", grad, c.saved[0])]
+
+    node = record("NativeDropoutBackward0", (x,), backward)
+    out, mask = empty_like(x), machine.empty(x.shape, BOOL)
+    machine.kernel("native_dropout", (x,), (out, mask))
+    attach(node, out, mask, save=(mask,))
+    mask.discard()
+    return out
 
 
 # ---- reductions

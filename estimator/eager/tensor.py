@@ -180,9 +180,23 @@ class Tensor:
 
     @property
     def order(self) -> tuple[int, ...]:
-        """The dimensions from the widest stride to the narrowest, those of size 1 and ties as they stand."""
-        wide = sorted((i for i, n in enumerate(self.shape) if n != ONE), key=lambda i: -generic_value(self.stride[i]))
-        spots = iter(wide)
+        """The dimensions from the widest stride to the narrowest, those of size 1 as they stand.
+
+        ATen's `infer_dense_strides`: an insertion sort that goes past a dimension of stride 0, which compares to none.
+        """
+        dims = [i for i, n in enumerate(self.shape) if n != ONE]
+        width = {i: generic_value(self.stride[i]) for i in dims}
+        narrow_first = dims[::-1]
+        for end in range(1, len(dims)):
+            at = end
+            for before in range(end - 1, -1, -1):
+                near, far = width[narrow_first[before]], width[narrow_first[at]]
+                if 0 < far < near:
+                    narrow_first[before], narrow_first[at] = narrow_first[at], narrow_first[before]
+                    at = before
+                elif 0 < near < far:
+                    break
+        spots = iter(narrow_first[::-1])
         return tuple(i if n == ONE else next(spots) for i, n in enumerate(self.shape))
 
     def view(self, shape: Shape, stride: Shape) -> Tensor:

@@ -82,20 +82,22 @@ class Optimizer:
 def clip_gradients(parameters: Sequence[Tensor]) -> None:
     """`trainer.clip.gradient_clipping`: a norm a parameter, the norm of those stacked, the factor in place.
 
-    The scalars between norm and factor are less than the stack that is gone by then.
+    All in the gradients' dtype. The scalars between norm and factor are less than the stack that is gone by then.
     """
     machine = parameters[0].machine
+    assert parameters[0].grad is not None
+    dtype = parameters[0].grad.dtype
     with Locals() as v, machine.ledger.at("clipping", None, "gradient_clipping"):
         norms = []
         for p in parameters:
             assert p.grad is not None
             with at_parameter(p, "vector_norm"):
-                norms.append(machine.empty(()).hold())
+                norms.append(machine.empty((), dtype).hold())
                 machine.kernel("vector_norm", (p.grad,), (norms[-1],), arithmetic=2 * p.numel)
-        stacked = machine.empty((_number_of(parameters),)).hold()
-        v.norm = machine.empty(())
+        stacked = machine.empty((_number_of(parameters),), dtype).hold()
+        v.norm = machine.empty((), dtype)
         stacked.drop()
-        v.factor = machine.empty(())
+        v.factor = machine.empty((), dtype)
         for p in parameters:
             assert p.grad is not None
             with at_parameter(p, "mul_"):

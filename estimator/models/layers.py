@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from estimator.eager import ops
+from estimator.eager.attention import attention_math
 from estimator.eager.checkpointing import checkpoint
 from estimator.eager.ledger import Category
 from estimator.eager.linalg import linear, matmul, scaled_dot_product_attention
-from estimator.eager.tensor import Locals, Machine, Tensor, arguments
+from estimator.eager.tensor import FLOAT32, Locals, Machine, Tensor, arguments
 from estimator.eager.views import narrow, transpose
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ class Recipe:
     tie_embeddings: bool
     qkv_bias: bool
     precision: str
-    attention: str
+    attention: str  # the kernel: Plan.attention_kernel
+    dropout: bool
     loss: str
     checkpointing: str
     optimizer: str
@@ -139,15 +141,27 @@ class RMSNorm(Module):
         return ops.mul(self.weight, ops.mul(x, v.scale))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def dropout(x: Tensor, recipe: Recipe) -> Tensor:
+    """nn.Dropout: x itself where the recipe has none."""
+    return ops.dropout(x) if recipe.dropout else x
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, recipe: Recipe) -> Tensor:
     """`trainer.model.attend`."""
+    if recipe.attention == "math":
+        return attention_math(q, k, v, drops=recipe.dropout)
     if mask is None:
         return scaled_dot_product_attention(q, k, v)
     with arguments((q, k, v, mask)) as results, Locals() as names:
         names.scores = matmul(q, transpose(k, -2, -1))
         names.scores = ops.mul_number(names.scores)
         names.scores = ops.masked_fill(names.scores, mask)
-        results.append(matmul(ops.softmax(names.scores), v))
+        if recipe.attention == "naive-fp32":
+            names.weights = ops.cast(ops.softmax(ops.cast(names.scores, FLOAT32)), q.dtype)
+        else:
+            names.weights = ops.softmax(names.scores)
+        names.weights = dropout(names.weights, recipe)
+        results.append(matmul(names.weights, v))
         return results[0]
 
 
@@ -178,7 +192,7 @@ class Transformer(Module):
 
     def causal_mask(self, ids: Tensor) -> Tensor | None:
         """(T, T), one for all blocks."""
-        if self.recipe.attention != "naive":
+        if not self.recipe.attention.startswith("naive"):
             return None
         return ops.causal_mask(ids, ids.shape[1])
 

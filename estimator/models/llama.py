@@ -13,11 +13,12 @@ from estimator.eager import ops
 from estimator.eager.sizes import ONE
 from estimator.eager.tensor import Locals, arguments
 from estimator.eager.views import concatenate, repeat_heads, reshape, split, transpose, view
-from estimator.models.layers import Linear, Module, RMSNorm, Transformer, attend
+from estimator.models.layers import Linear, Module, RMSNorm, Transformer, attend, dropout
 
 if TYPE_CHECKING:
     from estimator.eager.sizes import Size
     from estimator.eager.tensor import Machine, Tensor
+    from estimator.models.layers import Recipe
 
 
 def half(size: Size) -> Size:
@@ -37,8 +38,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Attention(Module):
     """Grouped-query attention with rotary positions."""
 
-    def __init__(self, machine: Machine, *, bias: bool) -> None:
+    def __init__(self, machine: Machine, recipe: Recipe) -> None:
         super().__init__(machine, "attention")
+        self.recipe, bias = recipe, recipe.qkv_bias
         size = machine.shapes.letters
         self.h, self.k_heads, self.g, self.e = size["h"], size["k"], size["g"], size["e"]
         wide, narrow = machine.product((self.h, self.e)), machine.product((self.k_heads, self.e))
@@ -58,15 +60,16 @@ class Attention(Module):
         v.k = transpose(rotate(v.k, cos, sin), 1, 2)
         v.k = repeat_heads(v.k, self.g)
         v.v = repeat_heads(v.v, self.g)
-        v.y = attend(v.q, v.k, v.v, mask)
-        return self.out(reshape(transpose(v.y, 1, 2), (B, T, self.wide)))
+        v.y = attend(v.q, v.k, v.v, mask, self.recipe)
+        return dropout(self.out(reshape(transpose(v.y, 1, 2), (B, T, self.wide))), self.recipe)
 
 
 class FeedForward(Module):
     """down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: Machine, recipe: Recipe) -> None:
         super().__init__(machine, "ffn")
+        self.recipe = recipe
         size = machine.shapes.letters
         with self.inside():
             self.gate = self.child(Linear(machine, "gate", size["d"], size["f"], bias=False))
@@ -74,20 +77,20 @@ class FeedForward(Module):
             self.down = self.child(Linear(machine, "down", size["f"], size["d"], bias=False))
 
     def forward(self, v: Locals, x: Tensor) -> Tensor:
-        return self.down(ops.mul(ops.activation("silu", self.gate(x)), self.up(x)))
+        return dropout(self.down(ops.mul(ops.activation("silu", self.gate(x)), self.up(x))), self.recipe)
 
 
 class Block(Module):
     """Pre-norm block."""
 
-    def __init__(self, machine: Machine, index: int, *, bias: bool) -> None:
+    def __init__(self, machine: Machine, index: int, recipe: Recipe) -> None:
         super().__init__(machine, f"blocks.{index}", index)
         with self.inside():
             d = machine.shapes.letters["d"]
             self.attention_norm = self.child(RMSNorm(machine, "attention_norm", d))
-            self.attention = self.child(Attention(machine, bias=bias))
+            self.attention = self.child(Attention(machine, recipe))
             self.ffn_norm = self.child(RMSNorm(machine, "ffn_norm", d))
-            self.ffn = self.child(FeedForward(machine))
+            self.ffn = self.child(FeedForward(machine, recipe))
 
     def forward(self, v: Locals, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
         v.x = ops.add(x, self.attention(self.attention_norm(x), cos, sin, mask))
@@ -99,13 +102,12 @@ class Llama(Transformer):
 
     def build(self) -> None:
         size = self.machine.shapes.letters
-        bias = self.recipe.qkv_bias
-        self.blocks = [self.child(Block(self.machine, i, bias=bias)) for i in range(self.num_layers)]
+        self.blocks = [self.child(Block(self.machine, i, self.recipe)) for i in range(self.num_layers)]
         self.final_norm = self.child(RMSNorm(self.machine, "final_norm", size["d"]))
         self.tables = [self.buffer(size["C"], half(size["e"])) for _ in ("cos", "sin")]
 
     def forward(self, v: Locals, ids: Tensor) -> Tensor:
-        v.x = self.embedding(ids)
+        v.x = dropout(self.embedding(ids), self.recipe)
         T = ids.shape[1]
         v.cos, v.sin = (table.view((T, ONE, table.shape[1]), (table.stride[0], *table.stride)) for table in self.tables)
         v.mask = self.causal_mask(ids)

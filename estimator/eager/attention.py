@@ -1,0 +1,64 @@
+"""What scaled_dot_product_attention runs besides flash kernels: aten/src/ATen/native/transformers/attention.cpp."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from estimator.eager.autograd import Context, attach, record
+from estimator.eager.linalg import matmul
+from estimator.eager.ops import add_in_place, cast, causal_mask, dropout, elementwise, empty_like, with_number
+from estimator.eager.sizes import ONE
+from estimator.eager.tensor import BOOL, FLOAT32, Locals, Tensor, op
+from estimator.eager.views import transpose
+
+if TYPE_CHECKING:
+    from estimator.eager.ops import Gradients
+
+
+@op
+def attention_math(q: Tensor, k: Tensor, v: Tensor, *, drops: bool) -> Tensor:
+    """`_scaled_dot_product_attention_math`, causal: in float32 whatever comes in, with a mask of its own a call."""
+    machine, dtype = q.machine, q.dtype
+    T = q.shape[-2]
+    with Locals() as c:
+        c.q, c.k, c.v = (cast(x, FLOAT32) for x in (q, k, v))
+        c.query = _scaled(c.q)
+        c.allowed = causal_mask(q, T)
+        zero, infinity = machine.empty(()).hold(), machine.empty(()).hold()
+        c.mask = machine.empty((T, T))
+        zero.drop()
+        infinity.drop()
+        del c.allowed
+        c.attn = matmul(c.query, _scaled(transpose(c.k, -2, -1)))
+        add_in_place(c.attn, c.mask)
+        c.attn = _safe_softmax(c.attn)
+        if drops:
+            c.attn = dropout(c.attn)
+        c.returned = cast(c.attn, dtype)  # the weights, which scaled_dot_product_attention throws away
+        return cast(matmul(c.attn, c.v), dtype)
+
+
+@op
+def _scaled(x: Tensor) -> Tensor:
+    """X * Scalar in C++: unlike a Python expression, it saves no wrapped number."""
+    node = record("MulBackward1", (x,), lambda _, grad: [with_number("mul", grad)])
+    return attach(node, with_number("mul", x))
+
+
+@op
+def _safe_softmax(x: Tensor) -> Tensor:
+    """A softmax whose rows that are masked whole come out as zeros, written over its result."""
+    machine = x.machine
+
+    def backward(c: Context, grad: Tensor) -> Gradients:
+        return [elementwise("_softmax_backward_data", grad, c.saved[0])]
+
+    node = record("SafeSoftmaxBackward0", (x,), backward)
+    out = elementwise("_softmax", x)
+    masked = empty_like(x, BOOL).hold()
+    rows = machine.empty((*x.shape[:-1], ONE), BOOL).hold()
+    zero = machine.empty(()).hold()
+    machine.kernel("where", (rows, out), (out,))
+    for t in (zero, rows, masked):
+        t.drop()
+    return attach(node, out, save=(out,))
