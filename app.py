@@ -4,7 +4,7 @@ from functools import partial
 
 import streamlit as st
 
-from app_pages import compare, estimate, formulas, inputs, sweep, validate
+from app_pages import compare, estimate, formulas, inputs, keep, sweep, validate
 
 st.set_page_config(page_title="Transformer estimator", page_icon="🧮", layout="wide", initial_sidebar_state=380)
 
@@ -22,3 +22,4 @@ pages = [
     for title, view in views.items()
 ]
 st.navigation(pages, position="top").run()
+keep.show(setup)

@@ -1,24 +1,30 @@
-"""Drawing: each function takes the library's figures and gives a chart, and a sentence that says the same."""
+"""Drawing: each function takes the library's figures and gives a Vega-Lite chart, and a sentence that says the same.
+
+The charts are plain Vega-Lite specifications: altair validates each of its objects against a schema, which takes longer
+than everything else on the page together.
+"""
 
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import altair as alt
 import numpy as np
 import pandas as pd
+import streamlit as st
 
 from estimator.eager.ledger import Category
-from estimator.formatting import BYTE_UNITS, NOUNS, in_unit, place, prefixed, size
+from estimator.formatting import BYTE_UNITS, NOUNS, in_unit, place, size
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from numpy.typing import NDArray
 
     from estimator.estimates import Estimate
     from estimator.memory import Memory, Timeline
+
+Spec = dict[str, Any]
 
 # The order of the colours in .streamlit/config.toml.
 CATEGORIES = tuple(NOUNS[c.value] for c in Category)
@@ -26,56 +32,64 @@ RESERVE = "allocator and context"
 POINTS = 500  # moments of a timeline: about as many as a chart has pixels to show them
 VISIBLE = 0.002  # of the peak: what is thinner than a pixel gets no legend
 BUSY = 0.5  # of the capacity: from there on the timeline shows it as a line
+READABLE = 0.045  # of an icicle's height: what is thinner has no room for its name
+HATCH = 20  # hatches across a map
+# Dark enough for white letters on them, in either theme.
+SOLID = ("#2468b8", "#12745a", "#8f5f00", "#5a48b8", "#b13436", "#565e6d", "#8a4f9e", "#a34a12")
 
 
-def memory_frame(memory: Memory, unit: str) -> pd.DataFrame:
-    """The bytes that must be free, by what they are for, largest first; what the allocator adds is the last row."""
-    rows = [(NOUNS[name], held) for name, held in memory.parts.items() if held]
-    rows.append((RESERVE, memory.needed - memory.peak))
-    frame = pd.DataFrame(rows, columns=["what", "bytes"]).astype({"bytes": float})  # Arrow's integers end at 2^63
-    frame["number"] = [in_unit(held, unit) for held in frame["bytes"]]
-    frame["text"] = [size(held, unit) for held in frame["bytes"]]
-    frame["share"] = frame["bytes"] / memory.needed
-    frame["order"] = [(*CATEGORIES, RESERVE).index(what) for what in frame["what"]]
-    return frame
+class Drawing(NamedTuple):
+    """A chart, and a sentence that says the same for those who do not see it."""
+
+    spec: Spec
+    text: str
 
 
-def memory_bar(memory: Memory, unit: str) -> tuple[alt.LayerChart, str]:
-    """One stacked bar of what must be free, against the capacity."""
-    frame = memory_frame(memory, unit)
-    frame["end"] = frame["number"].cumsum()
-    frame["start"] = frame["end"] - frame["number"]
-    assert memory.capacity is not None, "an Estimate is always on an accelerator"
-    capacity = in_unit(memory.capacity, unit)
-    most = max(capacity, in_unit(memory.needed, unit)) * 1.01
-    scale = alt.Scale(domain=[0, most], nice=False)
-    bar = (
-        alt.Chart(frame)
-        .mark_rect()
-        .encode(
-            x=alt.X("start:Q", title=None, scale=scale, axis=None),
-            x2="end:Q",
-            y=alt.value(22),
-            y2=alt.value(58),
-            color=_colour(),
-            tooltip=[alt.Tooltip("what:N", title="What"), alt.Tooltip("text:N", title="Memory")],
-        )
+def draw(drawing: Drawing) -> None:
+    """Put a chart on the page."""
+    st.vega_lite_chart(drawing.spec, width="stretch", alt=drawing.text)
+
+
+def memory_parts(memory: Memory) -> dict[str, int]:
+    """The bytes that must be free, by what they are for; what the allocator adds comes last."""
+    parts = {NOUNS[name]: held for name, held in memory.parts.items() if held}
+    return parts | {RESERVE: memory.needed - memory.peak}
+
+
+def memory_bars(memories: Mapping[str, Memory], unit: str) -> Drawing:
+    """For each name a stacked bar of what must be free, against the capacity; a single one needs no name."""
+    bars: list[dict[str, Any]] = []
+    ends: list[dict[str, Any]] = []
+    said = []
+    for name, memory in memories.items():
+        assert memory.capacity is not None, "an Estimate is always on an accelerator"
+        start = 0.0
+        texts = []
+        for what, held in memory_parts(memory).items():
+            end, text = start + in_unit(held, unit), size(held, unit)
+            bars.append({"name": name, "what": what, "text": text, "start": start, "end": end})
+            texts.append(f"{what} {text}")
+            start = end
+        capacity = size(memory.capacity, unit)
+        ends.append({"name": name, "end": in_unit(memory.capacity, unit), "said": f"capacity {capacity}"})
+        said.append(f"{name + ': ' if name else ''}{', '.join(texts)}; the capacity is {capacity}")
+    scale = {"domain": [0, max(row["end"] for row in (*bars, *ends)) * 1.01], "nice": False}
+    x = {"field": "start", "type": "quantitative", "scale": scale, "axis": None}
+    at = {"field": "end", "type": "quantitative", "scale": scale}
+    hidden = len(memories) == 1
+    seen = () if hidden else tuple(dict.fromkeys(row["what"] for row in bars))
+    y: Spec = {"field": "name", "type": "nominal", "sort": None, "title": None}
+    y["axis"] = None if hidden else {"ticks": False, "domain": False, "labelFontSize": 13}
+    bar = _layer(
+        "bar", bars, x=x, x2={"field": "end"}, y=y, color=_colour(seen), tooltip=_tips(what="What", text="Memory")
     )
-    end = pd.DataFrame({"capacity": [capacity], "said": [f"capacity {size(memory.capacity, unit)}"]})
-    at = alt.X("capacity:Q", scale=scale)
-    rule = (
-        alt.Chart(end)
-        .mark_rule(strokeWidth=2, strokeDash=[5, 3], color="gray")
-        .encode(x=at, y=alt.value(0), y2=alt.value(66))
-    )
-    name = (
-        alt.Chart(end)
-        .mark_text(align="right", baseline="top", dx=-6, color="gray", fontSize=12)
-        .encode(x=at, y=alt.value(2), text="said:N")
-    )
-    said = ", ".join(f"{row.what} {row.text}" for row in frame.itertuples())
-    text = f"Memory in a step's greatest moment: {said}; the capacity is {size(memory.capacity, unit)}."
-    return alt.layer(bar, rule, name).properties(height=68).configure_view(stroke=None), text
+    bar["mark"]["height"] = {"band": 0.62}
+    rule = _layer("tick", ends, x=at, y=y, strokeWidth=2, color="gray")
+    rule["mark"]["height"] = {"band": 0.95}
+    name_ = {"align": "right", "dx": -6, "dy": -22 if hidden else -20, "color": "gray", "fontSize": 11}
+    label = _layer("text", ends, x=at, y=y, text={"field": "said"}, **name_)
+    spec = _chart([bar, rule, label], height={"step": 62})
+    return Drawing(spec, f"Memory in a step's greatest moment. {'. '.join(said)}.")
 
 
 def thinned(timeline: Timeline, points: int = POINTS) -> NDArray[np.intp]:
@@ -92,15 +106,13 @@ def timeline_frame(timeline: Timeline, unit: str) -> pd.DataFrame:
     """The thinned timeline: one row a moment, one column a category that is ever alive, and where it is."""
     index = thinned(timeline)
     factor = BYTE_UNITS[unit]
-    frame = pd.DataFrame({"event": index})
-    for name, live in timeline.categories.items():
-        if live.any():
-            frame[NOUNS[name]] = live[index] / factor
+    columns: dict[str, Any] = {"event": index}
+    columns |= {NOUNS[name]: live[index] / factor for name, live in timeline.categories.items() if live.any()}
     where = [timeline.where(int(i)) for i in index]
-    frame["live"] = [size(timeline.live[i], unit) for i in index]
-    frame["phase"] = [w.phase.value for w in where]
-    frame["at"] = [f"{w.module or 'step'} · {w.op}" for w in where]
-    return frame
+    columns["live"] = [size(timeline.live[i], unit) for i in index]
+    columns["phase"] = [w.phase.value for w in where]
+    columns["at"] = [f"{w.module or 'step'} · {w.op}" for w in where]
+    return pd.DataFrame(columns)
 
 
 def phases_of(timeline: Timeline) -> list[tuple[str, int, int]]:
@@ -110,131 +122,297 @@ def phases_of(timeline: Timeline) -> list[tuple[str, int, int]]:
     return [(str(timeline.phases[a]), int(a), int(b)) for a, b in zip(starts, ends, strict=True)]
 
 
-def timeline_chart(estimate: Estimate, unit: str) -> tuple[alt.LayerChart, str]:
+def timeline_chart(estimate: Estimate, unit: str) -> Drawing:
     """Live bytes over the events of one step, by category, with the phases banded and the peak marked and named."""
     timeline, memory = estimate.memory.timeline, estimate.memory
     frame = timeline_frame(timeline, unit)
-    peak = in_unit(memory.peak, unit)
+    peak, events = in_unit(memory.peak, unit), len(timeline)
     present = [name for name in CATEGORIES if name in frame]
     seen = [name for name in present if frame[name].max() > VISIBLE * peak]
     capacity = in_unit(memory.capacity or 0, unit)
     crowded = memory.peak > BUSY * (memory.capacity or 0)
-    top = max(peak, capacity if crowded else 0) * 1.12
-    bands = pd.DataFrame(phases_of(timeline), columns=["phase", "start", "end"])
-    bands["middle"] = (bands["start"] + bands["end"]) / 2
-    bands["top"], bands["bottom"] = top, 0
-    bands["odd"] = np.arange(len(bands)) % 2
-    wide = bands[bands["end"] - bands["start"] > 0.04 * len(timeline)]
-    x = alt.Scale(domain=[0, len(timeline)], nice=False)
-    y = alt.Scale(domain=[0, top], nice=False)
-    title = f"live memory, {unit}"
-    band = (
-        alt.Chart(bands[bands["odd"] == 1])
-        .mark_rect(color="gray", opacity=0.10)
-        .encode(x=alt.X("start:Q", scale=x), x2="end:Q", y=alt.Y("bottom:Q", scale=y), y2="top:Q")
+    top = max(1.28 * peak, 1.08 * capacity if crowded else 0)  # room above the peak for its name
+    phases = phases_of(timeline)
+    x_scale, y_scale = {"domain": [0, events], "nice": False}, {"domain": [0, top], "nice": False}
+
+    def x(field: str, **more: Any) -> Spec:
+        return {"field": field, "type": "quantitative", "scale": x_scale, **more}
+
+    def y(field: str, **more: Any) -> Spec:
+        return {"field": field, "type": "quantitative", "scale": y_scale, **more}
+
+    bands = [{"start": a, "end": b, "bottom": 0, "top": top} for _, a, b in phases[1::2]]
+    band = _layer(
+        "rect", bands, x=x("start"), x2={"field": "end"}, y=y("bottom"), y2={"field": "top"}, color="gray", opacity=0.1
     )
-    names = (
-        alt.Chart(wide)
-        .mark_text(baseline="bottom", color="gray", fontSize=12)
-        .encode(x=alt.X("middle:Q", scale=x), y=alt.value(-4), text="phase:N")
+    named = [{"middle": (a + b) / 2, "phase": phase} for phase, a, b in phases if b - a > 0.04 * events]
+    names = _layer(
+        "text",
+        named,
+        x=x("middle"),
+        y={"value": -4},
+        text={"field": "phase"},
+        baseline="bottom",
+        color="gray",
+        fontSize=12,
     )
-    area = (
-        alt.Chart(frame)
-        .transform_fold(list[Any](present), as_=["what", "number"])
-        .transform_calculate(order=f"indexof({present!r}, datum.what)")
-        .mark_area(interpolate="step-after", opacity=0.92)
-        .encode(
-            x=alt.X("event:Q", scale=x, title="allocations and frees of one step, in order", axis=alt.Axis(grid=False)),
-            y=alt.Y("number:Q", stack=True, scale=y, title=title, axis=alt.Axis(gridOpacity=0.4, tickCount=6)),
-            color=_colour(seen),
-            order=alt.Order("order:Q"),
-        )
+    area = _layer(
+        "area",
+        None,
+        x=x("event", title="allocations and frees of one step, in order", axis={"grid": False, "tickCount": 5}),
+        y=y(
+            "number",
+            stack="zero",
+            title=f"live memory, {unit}",
+            axis={"gridOpacity": 0.4, "tickCount": 6, "format": "~s"},
+        ),
+        color=_colour(seen),
+        order={"field": "order", "type": "quantitative"},
+        interpolate="step-after",
+        opacity=0.92,
     )
-    hover = alt.selection_point(nearest=True, on="pointerover", fields=["event"], empty=False)
-    ruler = (
-        alt.Chart(frame)
-        .mark_rule(color="gray")
-        .encode(
-            x=alt.X("event:Q", scale=x),
-            opacity=alt.condition(hover, alt.value(0.8), alt.value(0)),
-            tooltip=[
-                alt.Tooltip("live:N", title="Live"),
-                alt.Tooltip("phase:N", title="Phase"),
-                alt.Tooltip("at:N", title="At"),
-            ],
-        )
-        .add_params(hover)
+    area["transform"] = [
+        {"fold": present, "as": ["what", "number"]},
+        {"calculate": f"indexof({present!r}, datum.what)", "as": "order"},
+    ]
+    shown = {"condition": {"param": "hover", "empty": False, "value": 0.8}, "value": 0}
+    tips = _tips(live="Live", phase="Phase", at="At")
+    ruler = _layer("rule", None, x=x("event"), opacity=shown, tooltip=tips, color="gray")
+    select = {"type": "point", "nearest": True, "on": "pointerover", "clear": "pointerout", "fields": ["event"]}
+    ruler["params"] = [{"name": "hover", "select": select}]
+    late = timeline.peak > events / 2
+    mark = [{"event": timeline.peak, "number": peak}]
+    point = _layer(
+        "point",
+        mark,
+        x=x("event"),
+        y=y("number"),
+        filled=True,
+        size=70,
+        opacity=1,
+        color="gray",
+        stroke="white",
+        strokeWidth=1.5,
     )
-    late = timeline.peak > len(timeline) / 2
-    mark = pd.DataFrame({"event": [timeline.peak], "number": [peak], "said": [f"peak {size(memory.peak, unit)}"]})
-    point = (
-        alt.Chart(mark)
-        .mark_point(filled=True, size=70, opacity=1, color="gray", stroke="white", strokeWidth=1.5)
-        .encode(x=alt.X("event:Q", scale=x), y=alt.Y("number:Q", scale=y))
-    )
-    name = (
-        alt.Chart(mark)
-        .mark_text(
-            align="right" if late else "left", dx=-9 if late else 9, dy=-7, fontSize=13, fontWeight=600, color="gray"
-        )
-        .encode(x=alt.X("event:Q", scale=x), y=alt.Y("number:Q", scale=y), text="said:N")
-    )
-    layers = [band, area, names, ruler, point, name]
+    side = {"align": "right" if late else "left", "dx": -9 if late else 9}
+    where = memory.where
+    at = " · ".join(part for part in (where.module or where.phase.value, where.op) if part)
+    said = [f"peak {size(memory.peak, unit)}", at]
+    style = {"baseline": "bottom", "dy": -5, "lineHeight": 15, "fontSize": 12, "fontWeight": 600, "color": "gray"}
+    called = _layer("text", mark, x=x("event"), y=y("number"), text={"value": said}, **side, **style)
+    layers = [band, area, names, ruler, point, called]
     if crowded:
-        limit = alt.Chart(pd.DataFrame({"number": [capacity]}))
-        layers.insert(
-            2, limit.mark_rule(strokeDash=[5, 3], strokeWidth=2, color="gray").encode(y=alt.Y("number:Q", scale=y))
-        )
+        limit = [{"number": capacity}]
+        layers.insert(2, _layer("rule", limit, y=y("number"), strokeDash=[5, 3], strokeWidth=2, color="gray"))
     text = (
-        f"Live memory over the {len(timeline):,} allocations and frees of one step. It starts and ends at "
+        f"Live memory over the {events:,} allocations and frees of one step. It starts and ends at "
         f"{size(timeline.start, unit)} and is greatest, {size(memory.peak, unit)}, in {place(estimate)}."
     )
-    return alt.layer(*layers).properties(height=330).configure_view(stroke=None), text
+    spec = _chart(layers, height=340)
+    spec["data"] = {"values": _records(frame)}
+    return Drawing(spec, text)
 
 
-def flops_chart(estimate: Estimate) -> tuple[alt.Chart, str]:
-    """FLOPs of one micro-batch by module and pass."""
-    rows = []
-    for name, form in estimate.values.modules.items():  # noqa: PD011 - an Estimate's values, not a frame's
-        passes = {
-            "forward": form.forward_flops,
-            "backward": form.backward_flops - form.recompute_flops,
-            "recomputed": form.recompute_flops,
-        }
-        rows += [(name, kind, flops, prefixed(flops, "FLOP")) for kind, flops in passes.items() if flops]
-    frame = pd.DataFrame(rows, columns=["module", "pass", "flops", "text"]).astype({"flops": float})
-    kinds = [kind for kind in ("forward", "backward", "recomputed") if kind in set(frame["pass"])]
-    frame["order"] = [kinds.index(kind) for kind in frame["pass"]]
-    totals = frame.groupby("module", sort=False)["flops"].sum().sort_values(ascending=False)
-    ends = pd.DataFrame({"module": totals.index, "flops": totals.to_numpy()})
-    ends["text"] = [f"{prefixed(x, 'FLOP')} · {x / totals.sum():.0%}" for x in ends["flops"]]
-    x = alt.Scale(domain=[0, float(totals.iloc[0]) * 1.35], nice=False)
-    y = alt.Y("module:N", sort=list(totals.index), title=None, axis=alt.Axis(ticks=False, domain=False))
-    bars = (
-        alt.Chart(frame)
-        .mark_bar(height=20, cornerRadius=2)
-        .encode(
-            x=alt.X("flops:Q", scale=x, axis=None),
-            y=y,
-            color=alt.Color(
-                "pass:N", sort=kinds, scale=alt.Scale(domain=kinds), legend=alt.Legend(title=None, orient="top")
-            ),
-            order=alt.Order("order:Q"),
-            tooltip=[alt.Tooltip("module:N"), alt.Tooltip("pass:N"), alt.Tooltip("text:N", title="work")],
+def icicle(whole: str, parts: Mapping[str, Mapping[str, float]], say: Callable[[float], str], title: str) -> Drawing:
+    """A whole, its parts and theirs, as boxes of proportional height, from left to right.
+
+    Args:
+        whole: what the whole is called.
+        parts: amount by part and by part of the part ("" where it has none); what is zero is left out.
+        say: an amount as text.
+        title: what the sentence begins with.
+    """
+    sums = {name: sum(inner.values()) for name, inner in parts.items()}
+    total = sum(sums.values())
+    order = [name for name in sorted(sums, key=sums.__getitem__, reverse=True) if sums[name] > 0]
+    boxes: list[dict[str, Any]] = []
+
+    def box(level: int, start: float, amount: float, name: str, path: str, colour: str) -> None:
+        share = amount / total
+        label = f"{name} {share:.0%}" if level else [name, say(amount)]
+        boxes.append(
+            {
+                "x": level + 0.01,
+                "x2": level + 0.99,
+                "y": start,
+                "y2": start + share,
+                "label": label if share > READABLE else "",
+                "path": path,
+                "text": f"{say(amount)} · {share:.1%}",
+                "colour": colour,
+                "opacity": 1 - 0.14 * max(level - 1, 0),
+            }
         )
+
+    box(0, 0, total, whole, whole, "")
+    start = 0.0
+    for name in order:
+        box(1, start, sums[name], name, name, name)
+        for kind, amount in parts[name].items():
+            if amount and kind:
+                box(2, start, amount, kind, f"{name}, {kind}", name)
+            start += amount / total
+    deep = 3 if any(kind for inner in parts.values() for kind in inner) else 2
+    x = {"field": "x", "type": "quantitative", "axis": None, "scale": {"domain": [0, deep], "nice": False}}
+    y = {"field": "y", "type": "quantitative", "axis": None, "scale": {"domain": [1, 0], "nice": False}}
+    colours = {"domain": ["", *order], "range": ["#6b7280", *(SOLID[i % len(SOLID)] for i in range(len(order)))]}
+    colour = {"field": "colour", "type": "nominal", "scale": colours, "legend": None}
+    tips = _tips(path="What", text="Amount")
+    opacity = {"field": "opacity", "type": "quantitative", "scale": None}
+    rect = _layer(
+        "rect", boxes, x=x, x2={"field": "x2"}, y=y, y2={"field": "y2"}, color=colour, opacity=opacity, tooltip=tips
     )
-    labels = (
-        alt.Chart(ends)
-        .mark_text(align="left", dx=6, color="gray", fontSize=12)
-        .encode(x=alt.X("flops:Q", scale=x, axis=None), y=y, text="text:N")
-    )
-    said = "; ".join(f"{row.module} {row.text}" for row in ends.itertuples())
-    chart = (bars + labels).properties(height=38 * len(ends) + 40).configure_view(stroke=None)
-    return chart, f"FLOPs of matrix products of one micro-batch: {said}."
+    rect["mark"] |= {"stroke": "white", "strokeWidth": 1, "strokeOpacity": 0.6, "cornerRadius": 2}
+    middle = [b | {"x": (b["x"] + b["x2"]) / 2, "y": (b["y"] + b["y2"]) / 2} for b in boxes if b["label"]]
+    style = {"color": "white", "fontSize": 12, "fontWeight": 500, "lineHeight": 16, "baseline": "middle"}
+    label = _layer("text", middle, x=x, y=y, text={"field": "label"}, tooltip=tips, **style)
+    words = "; ".join(f"{name} {say(sums[name])} ({sums[name] / total:.0%})" for name in order)
+    return Drawing(_chart([rect, label], height=320), f"{title}: {words}.")
 
 
-def _colour(shown: Sequence[str] = ()) -> alt.Color:
+class Axis(NamedTuple):
+    """One side of a map: its title, the middle of each cell, and whether they are spaced logarithmically."""
+
+    title: str
+    values: Sequence[int]
+    logarithmic: bool = False
+
+    @property
+    def edges(self) -> NDArray[np.float64]:
+        """Where the cells begin and end: halfway between their middles."""
+        at = np.asarray(self.values, dtype=np.float64)
+        at = np.log(at) if self.logarithmic else at
+        if len(at) == 1:
+            at = np.array([at[0] - 0.5, at[0] + 0.5])
+        else:
+            half = np.diff(at) / 2
+            at = np.concatenate([[at[0] - half[0]], at[:-1] + half, [at[-1] + half[-1]]])
+        return np.exp(at) if self.logarithmic else at
+
+
+def cells(
+    x: Axis,
+    y: Axis,
+    shown: NDArray[Any],
+    colour: Spec,
+    tips: Mapping[str, NDArray[Any]],
+    hatched: NDArray[np.bool_] | None = None,
+    here: tuple[float, float] | None = None,
+) -> Spec:
+    """A map: a cell for each pair of values, coloured by what is `shown` there.
+
+    Args:
+        x: the axis of the arrays' first index.
+        y: the axis of their second one.
+        shown: of each cell, (x, y); the field that `colour` encodes.
+        colour: the encoding.
+        tips: what is said, by title, when the pointer is on a cell, each (x, y).
+        hatched: which cells are hatched, (x, y).
+        here: the (x, y) to mark.
+    """
+    x_edges, y_edges = x.edges, y.edges
+    i, j = (index.ravel() for index in np.indices((len(x.values), len(y.values))))
+    frame = pd.DataFrame({"x": x_edges[i], "x2": x_edges[i + 1], "y": y_edges[j], "y2": y_edges[j + 1]})
+    frame[x.title] = np.asarray(x.values)[i]
+    frame[y.title] = np.asarray(y.values)[j]
+    frame["shown"] = shown.ravel()
+    for name, values in tips.items():
+        frame[name] = values.ravel()
+
+    def position(field: str, axis: Axis, edges: NDArray[np.float64]) -> Spec:
+        scale = {"type": "log" if axis.logarithmic else "linear", "domain": [edges[0], edges[-1]], "nice": False}
+        style = {"grid": False, "tickCount": 8, "format": ",d", "tickMinStep": 1, "labelOverlap": True}
+        return {"field": field, "type": "quantitative", "scale": scale, "title": axis.title.lower(), "axis": style}
+
+    at = {"x": position("x", x, x_edges), "y": position("y", y, y_edges)}
+    ends = {"x2": {"field": "x2"}, "y2": {"field": "y2"}}
+    fields = [{"field": name} for name in (x.title, y.title, *tips)]
+    layers = [_layer("rect", None, **at, **ends, color=colour | {"field": "shown"}, tooltip=fields)]
+    if hatched is not None and hatched.any():
+        every = max(1, round(max(hatched.shape) / HATCH))
+        drawn = np.flatnonzero(hatched.ravel() & ((i + j) % every == 0))
+        lines = frame.loc[drawn, ["x", "x2", "y", "y2"]]
+        crossed = _records(lines.rename(columns={"y": "y2", "y2": "y"}))
+        layers.append(_layer("rule", crossed, **at, **ends, color="#20242c", opacity=0.55, strokeWidth=1))
+    if here is not None:
+        style = {"filled": True, "size": 90, "color": "white", "stroke": "#20242c", "strokeWidth": 2, "opacity": 1}
+        layers.append(_layer("point", [{"x": here[0], "y": here[1]}], **at, **style))
+    spec = _chart(layers, height=420)
+    spec["data"] = {"values": _records(frame)}
+    return spec
+
+
+def line(
+    x: str, y: str, rows: Sequence[Mapping[str, Any]], *, logarithmic: bool, limit: tuple[float, str] | None
+) -> Spec:
+    """`shown` over `at`, of each row; where it does not `fit` the line is red and hatched below.
+
+    Args:
+        x: title of the horizontal axis.
+        y: title of the vertical one.
+        rows: "at", "shown", "text" (of shown) and "fits" of each point, in order.
+        logarithmic: whether the horizontal axis is.
+        limit: a height to mark, and what it is.
+    """
+    scale = {"type": "log" if logarithmic else "linear", "nice": False, "zero": False}
+    at = {
+        "field": "at",
+        "type": "quantitative",
+        "title": x,
+        "scale": scale,
+        "axis": {"grid": False, "format": ",d", "tickMinStep": 1, "tickCount": 8},
+    }
+    height = {"field": "shown", "type": "quantitative", "title": y, "axis": {"format": "~s", "gridOpacity": 0.4}}
+    curve = _layer("line", rows, x=at, y=height, strokeWidth=2.5)
+    layers = [curve]
+    wrong = [row for row in rows if not row["fits"]]
+    if wrong:
+        floor = {"value": "height"}
+        every = wrong[:: max(1, len(wrong) // 60)]
+        bars = _layer("rule", every, x=at, y=height, y2=floor, color="#d43f42", opacity=0.35, strokeDash=[2, 4])
+        red = _layer("line", wrong, x=at, y=height, strokeWidth=3.5, color="#d43f42")
+        layers = [bars, curve, red]
+    if limit is not None:
+        mark = [{"shown": limit[0], "said": limit[1]}]
+        layers.append(_layer("rule", mark, y=height, strokeDash=[5, 3], color="gray"))
+        style = {"align": "right", "dx": -4, "dy": -7, "color": "gray"}
+        layers.append(_layer("text", mark, y=height, x={"value": "width"}, text={"field": "said"}, **style))
+    tips = [{"field": "at", "title": x}, {"field": "text", "title": y}, {"field": "fits", "title": "fits"}]
+    layers.append(_layer("point", rows, x=at, y=height, tooltip=tips, opacity=0, size=200))
+    return _chart(layers, height=420)
+
+
+def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    return [{str(name): x for name, x in row.items()} for row in frame.to_dict("records")]
+
+
+def _layer(mark: str, rows: Sequence[Mapping[str, Any]] | None, **given: Any) -> Spec:
+    """One layer: the channels of its encoding, and all else the properties of its mark."""
+    channels = {"x", "x2", "y", "y2", "text", "tooltip", "order"}
+    by_data = {name: v for name, v in given.items() if name in channels or isinstance(v, dict)}
+    spec: Spec = {"mark": {"type": mark, **{name: v for name, v in given.items() if name not in by_data}}}
+    spec["encoding"] = by_data
+    if rows is not None:
+        spec["data"] = {"values": list(rows)}
+    return spec
+
+
+def _chart(layers: list[Spec], **properties: Any) -> Spec:
+    return {"layer": layers, "config": {"view": {"stroke": None}}, **properties}
+
+
+def _tips(**titles: str) -> list[Spec]:
+    return [{"field": field, "type": "nominal", "title": title} for field, title in titles.items()]
+
+
+def _colour(shown: Sequence[str] = ()) -> Spec:
     """Each category's colour, and a legend of those `shown`."""
-    legend = alt.Legend(values=list(shown), orient="bottom", title=None, columns=3, symbolType="square", labelLimit=140)
+    legend = {"values": list(shown), "orient": "bottom", "title": None, "columns": 2, "symbolType": "square"}
     domain = [*CATEGORIES, RESERVE]
-    return alt.Color("what:N", scale=alt.Scale(domain=domain), sort=domain, legend=legend if shown else None)
+    return {
+        "field": "what",
+        "type": "nominal",
+        "scale": {"domain": domain},
+        "sort": domain,
+        "legend": legend if shown else None,
+    }

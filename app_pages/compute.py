@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from estimator.advice import Change, advice
+from estimator.advice import advice
 from estimator.costs import Cost, cost
 from estimator.estimates import max_batch_size
+from estimator.sweeps import axis_values, sweep
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import numpy as np
+    from numpy.typing import NDArray
+
     from app_pages.inputs import Setup
     from estimator.config import ModelConfig, Plan
     from estimator.report import Request
+
+    Swept = tuple[dict[str, NDArray[np.int64]], dict[str, NDArray[np.float64]]]
 
 
 @lru_cache(maxsize=256)
@@ -21,13 +29,54 @@ def largest_batch(model: ModelConfig, plan: Plan, gpu: str) -> int:
     return max_batch_size(model, plan, gpu)
 
 
-@lru_cache(maxsize=64)
-def changes(request: Request) -> tuple[Change, ...]:
+class Advice(NamedTuple):
+    """What a change of the recipe does: an `estimator.advice.Change` without the estimate, which is large to remember.
+
+    Attributes:
+        fields: the plan's fields that change, with their new values.
+        needed: bytes that must be free after it.
+        fits, alters, saves, work, seconds: as in `Change`.
+    """
+
+    fields: Mapping[str, Any]
+    needed: int
+    fits: bool
+    alters: bool
+    saves: int
+    work: float
+    seconds: float | None
+
+
+@lru_cache(maxsize=256)
+def changes(request: Request) -> tuple[Advice, ...]:
     """`advice` on a request, remembered."""
-    return advice(request.estimate())
+    return tuple(
+        Advice(c.fields, c.estimate.memory.needed, c.fits, c.alters, c.saves, c.work, c.seconds)
+        for c in advice(request.estimate())
+    )
 
 
 def cost_of(s: Setup) -> Cost | None:
     """What the run costs; None without a time."""
     time = s.request.estimate().time
     return None if time is None else cost(s.request.gpu, time.seconds, s.request.count, price=s.price)
+
+
+def costs_between(s: Setup) -> tuple[Cost, Cost] | None:
+    """What the run costs at either end of its time's interval; the same twice where the MFU was given."""
+    time = s.request.estimate().time
+    if time is None:
+        return None
+    ends = (time.interval.low, time.interval.high) if time.interval is not None else (time.seconds, time.seconds)
+    low, high = (cost(s.request.gpu, seconds, s.request.count, price=s.price) for seconds in ends)
+    return low, high
+
+
+@lru_cache(maxsize=8)
+def swept(request: Request, ranges: tuple[tuple[str, int, int, int, bool], ...], price: float | None) -> Swept:
+    """(the values of each axis, `sweep` over them), remembered; a range is (axis, least, most, points, logarithmic)."""
+    axes = {
+        name: axis_values(request, name, least, most, points, logarithmic=logarithmic)
+        for name, least, most, points, logarithmic in ranges
+    }
+    return axes, sweep(request, axes, price)

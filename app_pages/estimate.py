@@ -1,30 +1,47 @@
-"""The first page: does it fit, how long does it take, what does it cost, and where does each figure come from."""
+"""The first page: does it fit, how long does it take, what does it cost, and what would take less."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import streamlit as st
 
 from app_pages import charts
-from app_pages.compute import changes, cost_of, largest_batch
+from app_pages.compute import changes, cost_of, costs_between, largest_batch
 from app_pages.labels import label
 from app_pages.model_input import called
 from estimator import derivations
+from estimator.advice import NOTICEABLE
 from estimator.config import ConfigError
-from estimator.formatting import dollars, duration, figures, hours, in_unit, prefixed, short_dollars, size, verdict
-from estimator.report import to_csv, to_json, to_markdown
+from estimator.formatting import (
+    between,
+    dollars,
+    duration,
+    figures,
+    hours,
+    in_unit,
+    prefixed,
+    short_dollars,
+    size,
+    verdict,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
+    from streamlit.delta_generator import DeltaGenerator
+
+    from app_pages.compute import Advice
     from app_pages.inputs import Setup
-    from estimator.advice import Change
     from estimator.derivations import Derivation
     from estimator.estimates import Estimate
+    from estimator.speed import Time
 
 SHOWN = 6  # changes of the recipe; the others are a click away
+BATCH = "batch_size"
 
 
 def show(s: Setup) -> None:
@@ -32,20 +49,22 @@ def show(s: Setup) -> None:
     r = answer(s)
     if r is None:
         return
-    _verdict(s, r)
+    st.header(heading(s, r))
+    said = st.empty()
+    _verdict(said, s, r)
     _headline(s, r)
+    _accumulation(s, r)
     first = st.container()
-    left, right = st.columns([3, 2], gap="large")
+    left, right = st.columns([3, 2], gap="medium")
     with left:
         _timeline(s, r)
     with right:
         _memory(s, r)
-    _flops(r)
-    second = st.container()
-    _derivations(s, r)
-    _keep(s)
-    with second if r.fits else first:  # drawn last: it takes an account of every other recipe
-        _advice(s, r)
+    _work(s, r)
+    with st.container() if r.fits else first:  # drawn last: it takes an account of every other recipe
+        found = _advice(s, r)
+    if not r.fits:
+        _verdict(said, s, r, found)
 
 
 def answer(s: Setup) -> Estimate | None:
@@ -65,17 +84,26 @@ def heading(s: Setup, r: Estimate) -> str:
     return f"{called(s.request.name)} on {many}{r.accelerator.name}"
 
 
-def _verdict(s: Setup, r: Estimate) -> None:
-    st.header(heading(s, r))
-    box, icon = (st.success, ":material/check_circle:") if r.fits else (st.error, ":material/block:")
-    box(verdict(r, s.unit), icon=icon)
+def _verdict(at: DeltaGenerator, s: Setup, r: Estimate, found: Sequence[Advice] = ()) -> None:
+    """Whether it fits, where the peak is, and what would fit."""
+    largest = largest_batch(s.request.model, s.request.plan, s.request.gpu)
+    same = [change for change in found if change.fits and not change.alters and BATCH not in change.fields]
+    other = f"{_named(same[0])}" if same else ""
+    if r.fits:
+        remedy = f"A micro-batch of up to {largest:,} fits."
+    elif largest:
+        remedy = f"A micro-batch of {largest:,} fits" + (f"; so does this one with {other}." if other else ".")
+    else:
+        remedy = "Not even a micro-batch of 1 fits" + (f"; {other} would." if other else ".")
+    draw, icon = (at.success, ":material/check_circle:") if r.fits else (at.error, ":material/block:")
+    draw(f"{verdict(r, s.unit)} {remedy}", icon=icon)
 
 
 def _headline(s: Setup, r: Estimate) -> None:
     q = s.request
     batch = largest_batch(q.model, q.plan, q.gpu)
     spread = (r.memory.context[1] - r.memory.context[0]) / 2
-    with st.container(horizontal=True, gap="medium"):
+    with st.grid(5, min_column_width=140, gap="small"):
         _metric(
             "Memory needed",
             size(r.memory.needed, s.unit),
@@ -90,59 +118,91 @@ def _headline(s: Setup, r: Estimate) -> None:
             "The largest micro-batch whose step fits, all else equal.",
         )
         if r.time is None:
-            _metric("Training time", "—", "give an MFU", "Without an MFU there is no time.")
-            return
-        _metric(
-            "Training time",
-            hours(r.time.seconds),
-            duration(r.time.seconds),
-            f"{r.time.steps or 1:,} steps of {r.flops.sequences:,} sequences at {r.time.mfu:.4g} MFU.",
+            _metric("Training time", "—", "cannot be predicted", " ".join(r.notes))
+        else:
+            _time(r.time)
+            _costs(s)
+    if r.time is None:
+        st.caption(" ".join(r.notes))
+        return
+    t = r.time
+    each = f" ({figures(t.tokens_per_second_per_accelerator)} each)" if t.count > 1 else ""
+    st.caption(
+        f"{duration(t.seconds_per_step)} a step, {figures(t.tokens_per_second)} tokens/s{each}, "
+        f"{prefixed(r.flops.step, 'FLOP')} a step; MFU {'predicted' if t.predicted else 'given'} as {t.mfu:.1%} of "
+        f"{prefixed(t.peak_flops, 'FLOP/s')}. {' '.join(r.notes)}"
+    )
+
+
+def _accumulation(s: Setup, r: Estimate) -> None:
+    """Where the global batch takes more micro-batches than the recipe adds up: what adding them up needs."""
+    q = s.request
+    turns = -(-r.flops.sequences // (q.plan.batch_size * q.count))
+    if turns <= q.plan.grad_accumulation:
+        return
+    change = {"grad_accumulation": turns}
+    then = replace(q, plan=q.plan.replace(**change)).estimate()
+    if then.memory.needed == r.memory.needed:
+        return
+    with st.container(horizontal=True, vertical_alignment="center", gap="small"):
+        st.markdown(
+            f":material/info: This global batch takes {turns:,} micro-batches a step. Adding up their gradients needs "
+            f"**{size(then.memory.needed, s.unit)}**{'' if then.fits else ', which does not fit'}.",
+            width="stretch",
         )
-        _metric(
-            "Throughput",
-            f"{figures(r.time.tokens_per_second)} tok/s",
-            f"{duration(r.time.seconds_per_step)} a step",
-            "Of the whole job.",
-        )
-        _costs(s)
+        st.button("Take it", key="take accumulation", on_click=_take, args=(change,), help="Set the accumulation")
+
+
+def _time(t: Time) -> None:
+    """The run's time, between its likely ends."""
+    steps = f"{t.steps or 1:,} steps"
+    if t.interval is None:
+        _metric("Training time", hours(t.seconds), duration(t.seconds), f"{steps} at the MFU that was given.")
+        return
+    low, high = t.interval.low, t.interval.high
+    said = f"{steps}, predicted from the kernels. {t.origin} Nine published runs of ten lie in the interval. {t.rows}"
+    _metric("Training time", hours(t.seconds), between(duration(low), duration(high)), said)
 
 
 def _costs(s: Setup) -> None:
-    spent = cost_of(s)
-    if spent is None:
+    spent, ends = cost_of(s), costs_between(s)
+    if spent is None or ends is None:
         return
-    if spent.dollars is not None:
-        low, high = spent.dollars.low, spent.dollars.high
+    low, high = ends
+    if spent.dollars is None or low.dollars is None or high.dollars is None:
+        _metric("Cost", "—", "give a price", spent.missing[0])
+    else:
         _metric(
             "Cost",
             dollars(spent.dollars.median),
-            f"{short_dollars(low)} to {short_dollars(high)}"
-            if low < high
-            else f"{figures(spent.accelerator_hours)} GPU hours",
-            "The middle, and the cheapest and dearest, of the on-demand prices on file; or your own price.",
+            between(short_dollars(low.dollars.low), short_dollars(high.dollars.high)),
+            "The median of the on-demand prices on file, or your own price, of "
+            f"{figures(spent.accelerator_hours)} accelerator-hours; between the cheapest price of the shortest likely "
+            "run and the dearest of the longest.",
         )
-    if spent.kilowatt_hours is not None:
-        _metric(
-            "Energy",
-            prefixed(spent.kilowatt_hours * 1e3, "Wh"),
-            f"{figures((spent.co2_kg or 0) / 1e3)} t CO2",
-            "\n\n".join(spent.assumptions),
-        )
+    if spent.kilowatt_hours is None or low.kilowatt_hours is None or high.kilowatt_hours is None:
+        _metric("Energy", "—", "no power on file", spent.missing[-1])
+    else:
+        ends_ = (prefixed(x * 1e3, "Wh") for x in (low.kilowatt_hours, high.kilowatt_hours))
+        emitted = f"{figures((spent.co2_kg or 0) / 1e3)} t CO2. "
+        said = emitted + "\n\n".join(spent.assumptions)
+        _metric("Energy", prefixed(spent.kilowatt_hours * 1e3, "Wh"), between(*ends_), said)
 
 
 def _metric(name: str, value: str, under: str, said: str) -> None:
-    st.metric(name, value, under, delta_color="off", delta_arrow="off", help=said, width="content")
+    st.metric(name, value, under, delta_color="off", delta_arrow="off", help=said)
 
 
 def _memory(s: Setup, r: Estimate) -> None:
     st.subheader("Memory at the peak")
-    chart, text = charts.memory_bar(r.memory, s.unit)
-    st.altair_chart(chart, width="stretch", alt=text)
-    frame = charts.memory_frame(r.memory, s.unit)
-    total = {"what": "needed", "number": in_unit(r.memory.needed, s.unit), "share": 1.0}
+    charts.draw(charts.memory_bars({"": r.memory}, s.unit))
+    parts = charts.memory_parts(r.memory) | {"needed": r.memory.needed}
+    rows = [(what, in_unit(held, s.unit), held / r.memory.needed) for what, held in parts.items()]
+    frame = pd.DataFrame(rows, columns=["what", "number", "share"])
     st.dataframe(
-        pd.concat([frame[["what", "number", "share"]], pd.DataFrame([total])], ignore_index=True),
+        frame,
         hide_index=True,
+        height="content",
         column_config={
             "what": st.column_config.TextColumn(""),
             "number": st.column_config.NumberColumn(s.unit, format="%.3f"),
@@ -153,26 +213,40 @@ def _memory(s: Setup, r: Estimate) -> None:
 
 def _timeline(s: Setup, r: Estimate) -> None:
     st.subheader("One step, allocation by allocation")
-    chart, text = charts.timeline_chart(r, s.unit)
-    st.altair_chart(chart, width="stretch", alt=text)
-    st.caption(text)
+    drawing = charts.timeline_chart(r, s.unit)
+    charts.draw(drawing)
+    st.caption(drawing.text)
+    with st.expander("The peak's formula"):
+        derivation(derivations.peak(r), s.unit)
 
 
-def _flops(r: Estimate) -> None:
-    st.subheader("Work by module")
-    chart, text = charts.flops_chart(r)
-    st.altair_chart(chart, width="stretch", alt=text)
-    with st.expander("The whole table by module"):
-        st.dataframe(
-            r.to_frame().astype(float), column_config={"_index": st.column_config.TextColumn("module")}
-        )  # floats: Arrow's integers end at 2^63
-
-
-def _derivations(s: Setup, r: Estimate) -> None:
-    st.subheader("Where the figures come from")
-    for d in derivations.headline(r, s.request.count):
-        with st.expander(f"{d.title}: **{result(d, s.unit)}**"):
-            derivation(d, s.unit)
+def _work(s: Setup, r: Estimate) -> None:
+    passes = {}
+    for name, form in r.values.modules.items():
+        again = form.recompute_flops
+        passes[name] = {"forward": form.forward_flops, "backward": form.backward_flops - again, "recomputed": again}
+    parts = r.time.parts if r.time is not None else {}
+    left, right = st.columns([3, 2], gap="medium") if parts else (st.container(), None)
+    with left:
+        st.subheader("Work by module")
+        title = "FLOPs of the matrix products of one micro-batch, by module"
+        charts.draw(charts.icicle("one micro-batch", passes, lambda x: prefixed(x, "FLOP"), title))
+    if right is not None and r.time is not None:
+        with right:
+            st.subheader("Time of a step")
+            spent = {name: {"": seconds} for name, seconds in parts.items()}
+            charts.draw(charts.icicle("one step", spent, duration, "Time of a step, by part"))
+            st.caption(f"Kernel efficiencies: {r.time.origin} Interval of the time: {r.time.rows}")
+    frame = r.to_frame().astype(float)  # Arrow's integers end at 2^63
+    columns: dict[str, Any] = {"_index": st.column_config.TextColumn("module", pinned=True)}
+    for name in map(str, frame):
+        what, _, kind = name.rpartition("_")
+        if kind == "bytes":
+            frame[name] = frame[name].map(partial(in_unit, unit=s.unit))
+        titles = {"bytes": f"{what}, {s.unit}", "flops": f"{what}, FLOPs"}
+        style = {"bytes": "%.3f", "flops": "compact"}.get(kind, "localized")
+        columns[name] = st.column_config.NumberColumn(titles.get(kind, name), format=style)
+    st.dataframe(frame, column_config=columns, height="content")
 
 
 def result(d: Derivation, unit: str) -> str:
@@ -192,59 +266,56 @@ def derivation(d: Derivation, unit: str) -> None:
     st.caption(d.source[0].upper() + d.source[1:] + ".")
 
 
-def _advice(s: Setup, r: Estimate) -> None:
+def _advice(s: Setup, r: Estimate) -> tuple[Advice, ...]:
     st.subheader("What would take less" if r.fits else "What would make it fit")
+    waiting = st.skeleton(height=120)
     found = changes(s.request)
+    waiting.empty()
     if not found:
         st.caption("No single change of the recipe saves memory or work.")
-        return
+        return found
     for change in found[:SHOWN]:
         _change(s, change)
     if found[SHOWN:]:
         with st.expander(f"{len(found) - SHOWN} more"):
             for change in found[SHOWN:]:
                 _change(s, change)
+    if any(change.alters for change in found):
+        st.caption(":material/science: also changes what is learned; all others compute the same step another way.")
+    return found
 
 
-def _change(s: Setup, change: Change) -> None:
-    name = ", ".join(f"{label(field).lower()} {_said(value)}" for field, value in change.fields.items())
-    memory = change.estimate.memory
-    what, needs, saves, costs, take = st.columns([4, 2, 2, 2, 1.5], vertical_alignment="center")
+def _change(s: Setup, change: Advice) -> None:
+    name = _named(change)
     mark = ":green[:material/check:]" if change.fits else ":red[:material/close:]"
-    what.markdown(f"{mark} **{name}**")
-    needs.markdown(f"needs {size(memory.needed, s.unit)}")
-    saves.markdown(
-        f"saves {size(change.saves, s.unit)}" if change.saves >= 0 else f"adds {size(-change.saves, s.unit)}"
-    )
-    costs.markdown(_price(change))
-    take.button("Take it", key=f"take {name}", on_click=_take, args=(change.fields,), help=f"Change the recipe: {name}")
+    less = "as now"
+    if abs(change.saves) > NOTICEABLE * change.needed:
+        less = f"{size(abs(change.saves), s.unit)} {'less' if change.saves > 0 else 'more'}"
+    alters = " :material/science:" if change.alters else ""
+    with st.container(horizontal=True, vertical_alignment="center", gap="small"):
+        st.markdown(
+            f"{mark} **{name}**{alters} — needs {size(change.needed, s.unit)} ({less}), {_price(change)}",
+            width="stretch",
+        )
+        st.button("Take it", key=f"take {name}", on_click=_take, args=(change.fields,), help=f"Change: {name}")
 
 
-def _price(change: Change) -> str:
-    """What a change costs: time, where time is predicted, and otherwise FLOPs."""
-    more = change.work - 1
-    if abs(more) < 0.0005:
-        return "same work"
-    return f"{abs(more):.1%} {'more' if more > 0 else 'less'} work"
+def _named(change: Advice) -> str:
+    return ", ".join(f"{label(field).lower()} {_said(value)}" for field, value in change.fields.items())
+
+
+def _price(change: Advice) -> str:
+    """What a change costs or saves: time, where time is predicted, and otherwise FLOPs."""
+    what, ratio = ("work", change.work) if change.seconds is None else ("time", change.seconds)
+    if abs(ratio - 1) < NOTICEABLE / 2:
+        return f"same {what}"
+    return f"{abs(ratio - 1):.1%} {'more' if ratio > 1 else 'less'} {what}"
 
 
 def _said(value: object) -> str:
-    return {True: "on", False: "off"}.get(value, str(value)) if isinstance(value, bool) else str(value)
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
 
 
 def _take(fields: Mapping[str, Any]) -> None:
     for field, value in fields.items():
         st.session_state[field] = value
-
-
-def _keep(s: Setup) -> None:
-    st.subheader("Take it with you")
-    q, spent = s.request, cost_of(s)
-    with st.container(horizontal=True):
-        name = f"estimate-{q.name}-{q.gpu}"
-        st.download_button("JSON", to_json(q, spent), f"{name}.json", "application/json", on_click="ignore")
-        st.download_button("CSV by module", to_csv(q), f"{name}.csv", "text/csv", on_click="ignore")
-        report = to_markdown(q, spent, s.unit)
-        st.download_button("Report (Markdown)", report, f"{name}.md", "text/markdown", on_click="ignore")
-    st.code(q.command(), language="sh", wrap_lines=True)
-    st.code(q.python(), language="python", wrap_lines=True)

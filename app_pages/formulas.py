@@ -2,43 +2,30 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import altair as alt
+import numpy as np
 import pandas as pd
 import streamlit as st
 
+from app_pages import charts
 from app_pages.estimate import answer, derivation, heading, result
 from estimator import derivations
 from estimator.accounts import FORMS
-from estimator.assignment import textbook
+from estimator.assignment import seed_notes, textbook
+from estimator.config import ConfigError
 from estimator.formatting import duration, prefixed, size
 from estimator.sweeps import spaced
 from estimator.symbols import LEGEND
 
 if TYPE_CHECKING:
     from app_pages.inputs import Setup
+    from estimator.assignment import Note
     from estimator.derivations import Derivation
     from estimator.estimates import Estimate
 
 FIGURES = ("peak", "needed", "hours", *FORMS)
-# What the seed notes say to the assignment's questions, and what is wrong with it.
-SEED_NOTES = (
-    (
-        "static memory",
-        "18.72 GB",
-        "Three copies of the parameters; AdamW needs four: parameters, gradients, two moments.",
-    ),
-    (
-        "activations of a sequence",
-        "0.321 GB",
-        "Only the blocks' outputs and one row of logits; nothing inside a block.",
-    ),
-    ("largest batch in 80 GB", "191", "Follows from the two above."),
-    ("FLOPs forward, a sequence", "133 TFLOP", "Within 0.4 % of what a context of 16,384 gives; GPT-2 XL has 1,024."),
-    ("FLOPs of AdamW a parameter", "17", "Without a derivation; it is negligible either way."),
-    ("time on one A100", "455 hours", "400 x 100 sequences in place of 400,000 steps of 1,024."),
-)
+CELLS = 48  # a side of the map
 
 
 def show(s: Setup) -> None:
@@ -47,23 +34,32 @@ def show(s: Setup) -> None:
     if r is None:
         return
     st.header(f"Formulas: {heading(s, r)}")
-    name = st.selectbox("Figure", FIGURES, key="figure", bind="query-params")
-    d = _derivation(s, r, name)
+    name = st.pills(
+        "Figure",
+        FIGURES,
+        default="peak",
+        required=True,
+        key="figure",
+        bind="query-params",
+        help="The names are those of the library: `est.account(...)` has each as a sympy expression.",
+    )
+    d = _derivation(s, r, name or "peak")  # an empty parameter in the link clears the choice
     if d is None:
         st.info("Without an MFU there is no time.")
-        return
-    st.subheader(d.title)
-    derivation(d, s.unit)
-    with st.expander("With other numbers"):
+    else:
+        st.subheader(d.title)
+        derivation(d, s.unit)
+        letters = [letter for letter in (str(symbol.name) for symbol in d.values) if letter in LEGEND]
+        if letters:
+            st.caption("; ".join(f"**{letter}** {LEGEND[letter]}" for letter in letters) + ".")
         _other_numbers(s, d)
-    _copies(d)
-    if name == "peak":
-        _pieces(s, r)
-    if name in FORMS:
-        _by_module(r, name)
-    with st.expander("What the letters stand for"):
-        st.table(pd.DataFrame({"letter": LEGEND.keys(), "stands for": LEGEND.values()}), hide_index=True)
+        _copies(d)
+        if d.name == "peak":
+            _pieces(s, r)
+        elif d.name in FORMS:
+            _by_module(r, d.name)
     _textbook(s, r)
+    _notes()
 
 
 def _derivation(s: Setup, r: Estimate, name: str) -> Derivation | None:
@@ -75,26 +71,34 @@ def _derivation(s: Setup, r: Estimate, name: str) -> Derivation | None:
 
 
 def _other_numbers(s: Setup, d: Derivation) -> None:
+    """A box for each symbol: the formula with another number in its place."""
     changed: dict[str, float] = {}
-    with st.container(horizontal=True):
-        for symbol, value in d.values.items():  # noqa: PD011 - an Estimate's values, not a frame's
-            letter = str(symbol.name)
-            given = st.number_input(
-                letter if letter in LEGEND else f"${letter}$",
-                min_value=0.0,
-                value=None,
-                placeholder=f"{value:g}",
-                format="%g",
-                key=f"{d.name}.{letter}",
-                help=LEGEND.get(letter),
-                width=140,
-            )
-            if given:
-                changed[letter] = given
-    if changed:
-        other = derivations.at_sizes(d, changed)
-        st.latex(rf"= {other.substituted}")
-        st.markdown(f"= **{other.result:,}** {other.unit} = {result(other, s.unit)}")
+    with st.expander("With other numbers", icon=":material/calculate:"):
+        with st.grid("auto", min_column_width=110, gap="small"):
+            for symbol, value in d.values.items():
+                letter = str(symbol.name)
+                given = st.number_input(
+                    letter if letter in LEGEND else f"${letter}$",
+                    min_value=0.0,
+                    max_value=1e30,
+                    value=None,
+                    placeholder=f"{value:g}",
+                    format="%g",
+                    key=f"{d.name}.{letter}",
+                    bind="query-params",
+                    help=LEGEND.get(letter, "See the formula."),
+                )
+                if given is not None:
+                    changed[letter] = given
+        try:
+            other = derivations.at_sizes(d, changed)
+        except ConfigError as error:
+            st.error(str(error), icon=":material/error:")
+            return
+        said = f"{other.result:,}" if isinstance(other.result, int) else f"{other.result:,.6g}"
+        st.markdown(f"= **{said}** {other.unit}" + (f" = {result(other, s.unit)}" if other.unit == "bytes" else ""))
+        if d.name == "peak":
+            st.caption("It is the peak only where this polynomial is the greatest; the map below shows where.")
 
 
 def _copies(d: Derivation) -> None:
@@ -108,68 +112,63 @@ def _pieces(s: Setup, r: Estimate) -> None:
     account = r.account
     st.subheader(f"The peak is the greatest of {len(account.pieces)} polynomials")
     point = account.compiled.at(r.memory.sizes)
-    rows = []
+    rows: list[tuple[Any, ...]] = []
     for i, piece in enumerate(account.pieces):
         where = account.traced.named(piece.where, r.model.num_layers)
-        live = account.compiled.value(("live", i), point)
-        at = f"{where.module} · {where.op}"
-        rows.append((where.phase.value, at, size(live, s.unit), live, str(derivations.piece(account, i))))
-    frame = pd.DataFrame(rows, columns=["phase", "at", "here", "bytes", "polynomial"]).astype({"bytes": float})
-    st.dataframe(frame.sort_values("bytes", ascending=False), hide_index=True)
+        live = float(account.compiled.value(("live", i), point))
+        rows.append((live, size(live, s.unit), where.phase.value, f"{where.module} · {where.op}", i))
+    rows.sort(reverse=True)
+    table = [(said, phase, at, str(derivations.piece(account, i))) for _, said, phase, at, i in rows]
+    frame = pd.DataFrame(table, columns=["here", "phase", "at", "polynomial, bytes"])
+    st.dataframe(frame, hide_index=True, column_config={"polynomial, bytes": st.column_config.TextColumn(width=900)})
+    _map(r)
+
+
+def _map(r: Estimate) -> None:
     st.subheader("Which one rules where")
     length = r.plan.tokens(r.model)
-    if length < 2:
-        st.caption("A sequence of one token has no map.")
+    if length < 3:
+        st.caption("A sequence this short has no map.")
         return
-    lengths = [int(x) for x in spaced(2, length, 40)]
-    batches = [int(x) for x in spaced(2, max(64, 2 * r.plan.batch_size), 40)]
+    lengths = [int(x) for x in spaced(2, length, CELLS)]
+    batches = [int(x) for x in spaced(2, max(64, 2 * r.plan.batch_size), CELLS)]
     found = derivations.regions(r, batches, lengths)
-    names = [f"{p.where.phase.value}: {p.where.module} · {p.where.op}" for p in found.account.pieces]
-    cells = [(b, t, names[found.index[i, j]]) for i, b in enumerate(batches) for j, t in enumerate(lengths)]
-    chart = (
-        alt.Chart(pd.DataFrame(cells, columns=["micro-batch", "sequence", "moment"]))
-        .mark_rect()
-        .encode(
-            x=alt.X("micro-batch:O", axis=alt.Axis(labelOverlap=True)),
-            y=alt.Y("sequence:O", sort="descending", axis=alt.Axis(labelOverlap=True)),
-            color=alt.Color("moment:N", legend=alt.Legend(title=None, orient="bottom", columns=1, labelLimit=500)),
-            tooltip=["micro-batch", "sequence", "moment"],
-        )
-        .properties(height=380)
-    )
-    seen = dict.fromkeys(moment for *_, moment in cells)
-    st.altair_chart(
-        chart, width="stretch", alt="Moments that are the peak at some batch and sequence: " + "; ".join(seen)
-    )
+    names = np.array([f"{p.where.phase.value}: {p.where.module} · {p.where.op}" for p in found.account.pieces])
+    moments = names[found.index]
+    seen = list(dict.fromkeys(moments.ravel()))
+    legend = {"title": None, "orient": "bottom", "columns": 1, "labelLimit": 340, "symbolType": "square"}
+    colour = {"type": "nominal", "scale": {"domain": seen}, "sort": seen, "legend": legend}
+    x, y = charts.Axis("Micro-batch", batches), charts.Axis("Sequence", lengths)
+    here = (r.plan.batch_size, length) if r.plan.batch_size > 1 else None
+    spec = charts.cells(x, y, moments, colour, {"Peak in": moments}, here=here)
+    text = f"Moments that are the peak at some micro-batch up to {batches[-1]:,} and sequence up to {length:,}: "
+    charts.draw(charts.Drawing(spec, text + "; ".join(seen)))
+    st.caption("All other sizes as in the sidebar." + (" The white dot is the sidebar's own." if here else ""))
 
 
 def _by_module(r: Estimate, name: str) -> None:
     st.subheader("By module")
     rows = [
-        (module, str(formula), f"{getattr(r.values.modules[module], name):,}")  # noqa: PD011 - an Estimate's values, not a frame's
+        (module, f"{getattr(r.values.modules[module], name):,}", str(formula))
         for module, formula in r.account.by_module(name).items()
     ]
-    total = ("total", str(getattr(r.account, name)), f"{getattr(r.values, name):,}")
-    st.dataframe(pd.DataFrame([*rows, total], columns=["module", "formula", "value"]), hide_index=True)
+    rows.append(("total", f"{getattr(r.values, name):,}", str(getattr(r.account, name))))
+    st.dataframe(pd.DataFrame(rows, columns=["module", "value", "formula"]), hide_index=True, height="content")
 
 
 def _textbook(s: Setup, r: Estimate) -> None:
     st.subheader("The textbook's account beside the exact one")
     t = textbook(s.request.model)
-    batch = r.plan.batch_size
-    most = t.max_batch_size()
-    static = r.values.parameter_bytes + r.values.gradient_bytes + r.values.optimizer_bytes  # noqa: PD011 - an Estimate's values, not a frame's
+    v, batch = r.values, r.plan.batch_size
+    static = v.parameter_bytes + v.gradient_bytes + v.optimizer_bytes
+    of = f"of {batch:,} sequence{'s' * (batch > 1)}"
     rows = [
-        ("parameters", f"{t.parameters:,}", f"{r.values.parameters:,}"),  # noqa: PD011 - an Estimate's values, not a frame's
+        ("parameters", f"{t.parameters:,}", f"{v.parameters:,}"),
         ("parameters, gradients, optimizer state", size(t.static_bytes, s.unit), size(static, s.unit)),
-        (
-            f"activations of {batch:,} sequence{'s' * (batch > 1)}",
-            size(batch * t.activation_bytes, s.unit),
-            size(r.values.activation_bytes, s.unit),  # noqa: PD011 - an Estimate's values, not a frame's
-        ),
-        ("FLOPs forward", prefixed(batch * t.forward_flops, "FLOP"), prefixed(r.flops.forward, "FLOP")),
-        ("largest batch in 80 GB", f"{most:,}", ""),
-        ("400,000 steps of 1,024 at 50 % of 19.5 TFLOP/s", duration(t.days() * 86_400), ""),
+        (f"activations {of}", size(batch * t.activation_bytes, s.unit), size(v.activation_bytes, s.unit)),
+        (f"memory {of}", size(t.memory_bytes(batch), s.unit), size(r.memory.peak, s.unit)),
+        (f"FLOPs forward {of}", prefixed(batch * t.forward_flops, "FLOP"), prefixed(v.forward_flops, "FLOP")),
+        (f"FLOPs backward {of}", prefixed(batch * t.backward_flops, "FLOP"), prefixed(v.backward_flops, "FLOP")),
     ]
     st.table(pd.DataFrame(rows, columns=["", "textbook", "exact, this recipe"]), hide_index=True)
     st.caption(
@@ -177,15 +176,16 @@ def _textbook(s: Setup, r: Estimate) -> None:
         "positions, at the model's whole context in fp32, and each listed component's output once as an activation. "
         "The exact account is what PyTorch holds for this model and recipe."
     )
+
+
+def _notes() -> None:
     st.subheader("What the seed notes say of GPT-2 XL")
-    xl = textbook("gpt2-xl")
-    right = (
-        size(xl.static_bytes, "GB"),
-        size(xl.activation_bytes, "GB"),
-        f"{xl.max_batch_size()}",
-        prefixed(xl.forward_flops, "FLOP"),
-        f"{xl.optimizer_flops // xl.parameters}",
-        f"{xl.days():,.0f} days",
-    )
-    notes = [(what, said, answer, why) for (what, said, why), answer in zip(SEED_NOTES, right, strict=True)]
-    st.table(pd.DataFrame(notes, columns=["", "notes", "textbook", "what went wrong"]), hide_index=True)
+    rows = [(n.question, n.said, _answered(n), n.wrong) for n in seed_notes()]
+    st.table(pd.DataFrame(rows, columns=["", "the notes say", "textbook", "what went wrong"]), hide_index=True)
+
+
+def _answered(n: Note) -> str:
+    """The right answer as text; bytes in GB, as in the question."""
+    if n.unit == "bytes":
+        return size(n.right, "GB")
+    return duration(n.right) if n.unit == "s" else f"{n.right:,} {n.unit}"

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from estimator.config import ModelConfig
 
 FIRST = ("batch_size", "seq_len", "precision", "attention", "checkpointing", "optimizer")  # the rest is under "More"
-HIDDEN = ("data_parallel", "sharding", "compile")
+HIDDEN = ("data_parallel", "sharding")  # memory is accounted for one accelerator
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,12 +171,14 @@ def _run(gpu: str, plan: Plan) -> tuple[float | None, int, int, float | None]:
         "MFU, %",
         min_value=0.1,
         max_value=100.0,
-        value=50.0,
+        value=None,
+        placeholder="predicted",
         step=5.0,
         format="%g",
         key="mfu",
         bind="query-params",
-        help=f"Model FLOPs utilisation: the share of the accelerator's peak that does useful work.{said}",
+        help="Model FLOPs utilisation: the share of the accelerator's peak that does useful work. Empty predicts it "
+        f"from the step's kernels; a number replaces the prediction.{said}",
     )
     price = right.number_input(
         "$ per hour",
@@ -188,4 +190,4 @@ def _run(gpu: str, plan: Plan) -> tuple[float | None, int, int, float | None]:
         bind="query-params",
         help="US dollars for one accelerator for one hour; empty takes the providers' list prices on file.",
     )
-    return percent / 100, steps, sequences, price
+    return percent / 100 if percent is not None else None, steps, sequences, price

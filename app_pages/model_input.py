@@ -27,12 +27,13 @@ def model_input(problem: Callable[[ConfigError], None]) -> tuple[str, ModelConfi
     """Draw the inputs; (name, model), the model as published where the sizes given do not make one."""
     names = (*presets(), *OWN)
     name = st.selectbox(
-        "Model",
+        "Preset, or your own",
         names,
         index=names.index("gpt2-xl"),
         key="model",
         bind="query-params",
-        label_visibility="collapsed",
+        help="A published model, in the shape of its config.json on the Hugging Face hub; or one of your own: pick its "
+        "family and give the sizes, or read them from a config.json below.",
     )
     published = preset(BASES[OWN[name]] if name in OWN else name)
     with st.expander("Sizes"):

@@ -1,28 +1,52 @@
-"""One or two sizes over a range: where it fits, how long it takes."""
+"""One or two inputs over a range: where it fits, how long it takes, what it costs."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import altair as alt
 import numpy as np
 import pandas as pd
 import streamlit as st
 
+from app_pages import charts
+from app_pages.compute import cost_of, swept
 from app_pages.estimate import answer, heading
 from app_pages.labels import label
 from estimator.config import ConfigError
-from estimator.formatting import BYTE_UNITS, size
-from estimator.sweeps import LETTERS, spaced, sweep
+from estimator.formatting import BYTE_UNITS, dollars, duration, figures, hours, in_unit, prefixed, size
+from estimator.sweeps import AXES, python
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
     from app_pages.inputs import Setup
     from estimator.estimates import Estimate
 
-METRICS = {"needed": "Memory needed", "seconds": "Seconds a step", "flops": "FLOPs a micro-batch"}
-RANGES = {"batch_size": 64, "seq_len": 0, "num_layers": 96, "d_ff": 20_000, "vocab_size": 300_000}  # 0: the context
-LINE, PLANE = 200, 50  # points on a line and on each side of a plane: what a chart can show
-MOST = 1_000_000
+# What can be shown, and what each is called; a figure that a sweep does not have is not offered.
+METRICS = {
+    "needed": "Memory needed",
+    "hours": "Hours of the run",
+    "dollars": "Dollars of the run",
+    "kilowatt_hours": "Energy of the run, kWh",
+    "seconds": "Seconds a step",
+    "tokens_per_second": "Tokens a second",
+    "flops": "FLOPs a step",
+}
+ENDS = {
+    "batch_size": 64,
+    "num_layers": 96,
+    "d_model": 8192,
+    "num_heads": 64,
+    "d_ff": 32_768,
+    "vocab_size": 262_144,
+    "count": 64,
+    "global_batch_size": 4096,
+    "steps": 1_000_000,
+}
+LINE, PLANE = 200, 64  # points on a line and on each side of a plane: what a chart can show
+MOST = 10_000_000
 
 
 def show(s: Setup) -> None:
@@ -31,105 +55,112 @@ def show(s: Setup) -> None:
     if r is None:
         return
     st.header(f"Sweep: {heading(s, r)}")
-    with st.container(horizontal=True):
-        names = tuple(LETTERS)
-        x = st.selectbox("Along", names, key="x", bind="query-params", width=180)
+    with st.grid("auto", min_column_width=150, gap="small", vertical_alignment="bottom"):
+        x = st.selectbox("Along", AXES, key="x", bind="query-params", help="The input that varies.")
         y = st.selectbox(
             "and",
-            names,
+            AXES,
             index=None,
             key="y",
             bind="query-params",
-            width=180,
             placeholder="nothing else",
+            help="A second input that varies; the chart is then a map.",
         )
-        metric = st.selectbox("Show", tuple(METRICS), key="show", bind="query-params", width=200)
-        logarithmic = st.toggle("Logarithmic", key="log", bind="query-params")
+        metric = st.selectbox("Show", tuple(METRICS), key="show", bind="query-params", help="The figure of each point.")
+        logarithmic = st.toggle(
+            "Logarithmic", key="log", bind="query-params", help="As many points in each octave of the range."
+        )
     chosen = [x] if y in (None, x) else [x, y]
     points = LINE if len(chosen) == 1 else PLANE
     try:
-        axes = {name: _range(s, name, points, logarithmic=logarithmic) for name in chosen}
-        found = sweep(s.request, axes)
+        ranges = {name: (*_range(s, name), points, logarithmic) for name in chosen}
+        axes, found = swept(s.request, tuple((name, *given) for name, given in ranges.items()), s.price)
     except ConfigError as error:
         st.error(str(error), icon=":material/error:")
         return
     if metric not in found:
-        st.info("Without an MFU there is no time.")
+        spent = cost_of(s)
+        why = " ".join(r.notes) if spent is None else "; ".join(spent.missing)
+        st.info(f"{METRICS[metric]} cannot be had: {why}", icon=":material/info:")
         return
-    frame = _frame(axes, found, r)
-    shown, title = _unit(metric, frame, s.unit)
-    frame["shown"] = shown
+    fits = found["needed"] <= (r.memory.capacity or 0)
+    text = (
+        f"{METRICS[metric]} over {' and '.join(label(name).lower() for name in chosen)}: {fits.size:,} configurations, "
+        f"of which {int(fits.sum()):,} fit."
+    )
     draw = _line if len(chosen) == 1 else _plane
-    text = f"{METRICS[metric]} over {' and '.join(label(name) for name in chosen)}: {len(frame):,} configurations, of "
-    text += f"which {int(frame['fits'].sum()):,} fit."
-    st.altair_chart(draw(frame, chosen, metric, title, r, s.unit), width="stretch", alt=text)
-    st.caption(f"{text} The allocator's rounding is taken at the sidebar's sizes; it hardly varies.")
-    data = frame.drop(columns="shown").to_csv(index=False)
-    st.download_button("CSV", data, f"sweep-{'-'.join(chosen)}.csv", "text/csv", on_click="ignore")
-
-
-def _range(s: Setup, name: str, points: int, *, logarithmic: bool) -> np.ndarray[Any, np.dtype[np.int64]]:
-    top = RANGES[name] or s.request.model.context_length
-    with st.container(horizontal=True):
-        least = st.number_input(f"{label(name)} from", 1, MOST, 1, key=f"{name}.from", bind="query-params", width=180)
-        most = st.number_input("to", 1, MOST, top, key=f"{name}.to", bind="query-params", width=180)
-    return spaced(least, most, points, logarithmic=logarithmic)
-
-
-def _frame(axes: dict[str, Any], found: dict[str, Any], r: Estimate) -> pd.DataFrame:
+    charts.draw(charts.Drawing(draw(s, r, axes, found[metric], fits, metric, logarithmic=logarithmic), text))
+    hatched = "" if fits.all() else " What does not fit is hatched."
+    st.caption(f"{text}{hatched} The allocator's rounding is taken at the sidebar's sizes; it hardly varies.")
     grid = np.meshgrid(*axes.values(), indexing="ij")
     frame = pd.DataFrame({name: values.ravel() for name, values in zip(axes, grid, strict=True)})
     for name, values in found.items():
         frame[name] = values.ravel()
-    frame["fits"] = frame["needed"] <= (r.memory.capacity or 0)
-    return frame
+    frame["fits"] = fits.ravel()
+    data = frame.to_csv(index=False)
+    st.download_button("CSV of the sweep", data, f"sweep-{'-'.join(chosen)}.csv", "text/csv", on_click="ignore")
+    with st.expander("Python of the sweep"):
+        st.code(python(s.request, ranges, s.price), language="python", wrap_lines=True)
 
 
-def _unit(metric: str, frame: pd.DataFrame, unit: str) -> tuple[Any, str]:
-    if metric == "needed":
-        return frame["needed"] / BYTE_UNITS[unit], f"memory needed, {unit}"
-    return frame[metric], METRICS[metric].lower()
-
-
-def _line(frame: pd.DataFrame, chosen: list[str], metric: str, title: str, r: Estimate, unit: str) -> Any:
-    x = alt.X(f"{chosen[0]}:Q", title=label(chosen[0]).lower(), axis=alt.Axis(grid=False))
-    line = (
-        alt.Chart(frame)
-        .mark_line(strokeWidth=2.5)
-        .encode(x=x, y=alt.Y("shown:Q", title=title), tooltip=[f"{chosen[0]}:Q", alt.Tooltip("shown:Q", title=title)])
-    )
-    layers: list[Any] = [line]
-    too_much = frame[~frame["fits"]]
-    if len(too_much):
-        layers.append(line.transform_filter("!datum.fits").mark_line(strokeWidth=4, color="#e34948"))
-    if metric == "needed":
-        capacity = (r.memory.capacity or 0) / BYTE_UNITS[unit]
-        rule = alt.Chart(pd.DataFrame({"y": [capacity], "said": [f"capacity {size(r.memory.capacity or 0, unit)}"]}))
-        layers.append(rule.mark_rule(strokeDash=[5, 3], color="gray").encode(y="y:Q"))
-        name = rule.mark_text(align="left", dx=4, dy=-7, color="gray").encode(y="y:Q", x=alt.value(0), text="said:N")
-        layers.append(name)
-    return alt.layer(*layers).properties(height=420)
-
-
-def _plane(frame: pd.DataFrame, chosen: list[str], metric: str, title: str, r: Estimate, unit: str) -> Any:
-    del metric, r, unit  # a plane shows the capacity by its crosses
-    axis = alt.Axis(labelOverlap=True, ticks=False)
-    x = alt.X(f"{chosen[0]}:O", title=label(chosen[0]).lower(), axis=axis)
-    y = alt.Y(f"{chosen[1]}:O", title=label(chosen[1]).lower(), sort="descending", axis=axis)
-    heat = (
-        alt.Chart(frame)
-        .mark_rect()
-        .encode(
-            x=x,
-            y=y,
-            color=alt.Color("shown:Q", title=title, scale=alt.Scale(type="log"), legend=alt.Legend(orient="top")),
-            tooltip=[*chosen, alt.Tooltip("shown:Q", title=title), "fits:N"],
+def _range(s: Setup, name: str) -> tuple[int, int]:
+    """Two inputs for the ends of an axis."""
+    end = ENDS.get(name, s.request.model.context_length)
+    called = label(name)
+    with st.container(horizontal=True):
+        least, most = (
+            st.number_input(
+                f"{called} {word}",
+                1,
+                MOST,
+                None,
+                placeholder=f"{default:,}",
+                key=f"{name}.{word}",
+                bind="query-params",
+                help=f"Empty is {default:,}.",
+                width=190,
+            )
+            for word, default in (("from", 1), ("to", end))
         )
-    )
-    hatch = (
-        alt.Chart(frame)
-        .transform_filter("!datum.fits")
-        .mark_text(text="/", color="black", opacity=0.55, fontSize=11)
-        .encode(x=x, y=y, tooltip=alt.value(None))
-    )
-    return alt.layer(heat, hatch).properties(height=480)
+    return least or 1, most or end
+
+
+def _said(metric: str, unit: str) -> tuple[str, float, Callable[[float], str]]:
+    """(the axis's title, what a figure is divided by, a figure as text)."""
+    if metric == "needed":
+        return f"memory needed, {unit}", BYTE_UNITS[unit], lambda x: size(x, unit)
+    say: dict[str, Callable[[float], str]] = {
+        "hours": lambda x: hours(x * 3600),
+        "seconds": duration,
+        "dollars": dollars,
+        "flops": lambda x: prefixed(x, "FLOP"),
+    }
+    return METRICS[metric].lower(), 1, say.get(metric, figures)
+
+
+def _line(
+    s: Setup, r: Estimate, axes: dict[str, Any], shown: Any, fits: Any, metric: str, *, logarithmic: bool
+) -> charts.Spec:
+    title, by, say = _said(metric, s.unit)
+    (name, values), *_ = axes.items()
+    rows = [
+        {"at": int(at), "shown": float(x) / by, "text": say(float(x)), "fits": bool(ok)}
+        for at, x, ok in zip(values, shown, fits, strict=True)
+    ]
+    limit = None
+    if metric == "needed":
+        capacity = r.memory.capacity or 0
+        limit = (in_unit(capacity, s.unit), f"capacity {size(capacity, s.unit)}")
+    return charts.line(label(name).lower(), title, rows, logarithmic=logarithmic, limit=limit)
+
+
+def _plane(
+    s: Setup, _: Estimate, axes: dict[str, Any], shown: Any, fits: NDArray[np.bool_], metric: str, *, logarithmic: bool
+) -> charts.Spec:
+    title, by, say = _said(metric, s.unit)
+    x, y = (charts.Axis(label(name), [int(v) for v in values], logarithmic) for name, values in axes.items())
+    text = np.vectorize(say, otypes=[object])(shown)
+    legend = {"title": title, "orient": "top", "gradientLength": 240, "format": "~s"}
+    colour = {"type": "quantitative", "scale": {"type": "log", "nice": False}, "legend": legend}
+    tips = {METRICS[metric]: text, "Fits": np.where(fits, "yes", "no")}
+    return charts.cells(x, y, shown / by, colour, tips, hatched=~fits)

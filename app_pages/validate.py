@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import streamlit as st
 
-from estimator.config import ConfigError, ModelConfig, Plan
+from estimator.config import ModelConfig, Plan
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from app_pages.inputs import Setup
 
-RESULTS = Path(__file__).parent.parent / "validation"
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "validation"
 # A model of seconds: wide enough that no two of its sizes are equal, so that a swapped letter shows.
 SMALL: dict[str, Any] = {
     "num_layers": 3,
@@ -26,13 +32,20 @@ SMALL: dict[str, Any] = {
     "d_ff": 320,
 }
 BATCH = 2
+COMMAND = (sys.executable, "-m", "trainer.one_case")
+ONE_AT_A_TIME = Lock()  # a measurement takes a core and half a gigabyte
 
 
 def show(s: Setup) -> None:
     """Draw the page."""
     st.header("Validate")
+    st.markdown(
+        "The estimate is only worth what a measurement says of it. This runs a few real training steps with the "
+        "bundled trainer on this machine's CPU, counts what PyTorch allocates and computes, and holds the estimate "
+        "against it, term by term."
+    )
     if find_spec("torch") is None:
-        st.info('A measurement needs PyTorch: pip install -e ".[trainer]"', icon=":material/download:")
+        st.info('A measurement needs PyTorch: `pip install -e ".[trainer]"`', icon=":material/download:")
     else:
         _measurement(s)
     _kept()
@@ -48,47 +61,77 @@ def small(s: Setup) -> tuple[ModelConfig, Plan]:
 
 def _measurement(s: Setup) -> None:
     model, plan = small(s)
-    st.markdown(
-        f"A model of the {model.family} family with {model.num_layers} layers of width {model.d_model}, in the "
-        "sidebar's recipe, trained for a few steps by the bundled trainer on this machine's CPU, and counted."
+    of = f"{model.num_layers} layers of width {model.d_model}, {BATCH} sequences of {model.context_length} tokens"
+    recipe = ", ".join(f"{value}" for value in (plan.precision, plan.attention, plan.checkpointing, plan.optimizer))
+    st.markdown(f"**{model.family} family**, {of}, in the sidebar's recipe ({recipe}, ...).")
+    if not st.button("Measure", type="primary", icon=":material/speed:"):
+        return
+    bar = st.progress(0.0, "waiting for the machine")
+    rows = None
+    with ONE_AT_A_TIME:
+        for line in _lines(model, plan):
+            if "error" in line:
+                st.error(f"This recipe cannot be measured on this machine: {line['error']}", icon=":material/error:")
+            elif "rows" in line:
+                rows = line["rows"]
+            else:
+                bar.progress(line["done"], line["doing"])
+    bar.empty()
+    if rows is None:
+        return
+    table = [(r["quantity"].replace("_", " "), r["estimate"], r["measurement"], r["difference"]) for r in rows]
+    frame = pd.DataFrame(table, columns=["quantity", "estimate", "measurement", "difference"])
+    number = st.column_config.NumberColumn(format="localized")
+    st.dataframe(
+        frame,
+        hide_index=True,
+        height="content",
+        column_config=dict.fromkeys(("estimate", "measurement", "difference"), number),
     )
-    if not st.button("Measure", type="primary"):
-        return
-    bar = st.progress(0.0, "loading PyTorch")
-    from trainer.validate import compare  # noqa: PLC0415 - torch takes seconds, and only this needs it
-
-    bar.progress(0.3, "running real steps")
-    try:
-        rows = compare(model, plan)
-    except (ConfigError, RuntimeError, NotImplementedError) as error:  # PyTorch's CPU has no kernel for every recipe
-        st.error(f"This recipe cannot be measured on this machine: {error}", icon=":material/error:")
-        return
-    finally:
-        bar.empty()
-    table = [(r.quantity.replace("_", " "), r.estimate, r.measurement, r.difference) for r in rows]
-    st.dataframe(pd.DataFrame(table, columns=["quantity", "estimate", "measurement", "difference"]), hide_index=True)
-    wrong = sum(1 for r in rows if r.difference)
+    measured = [r for r in rows if r["measurement"] is not None]
+    wrong = sum(1 for r in measured if r["difference"])
     if wrong:
-        st.error(f"{wrong} of {len(rows)} figures differ.", icon=":material/error:")
+        st.error(f"{wrong} of {len(measured)} figures differ.", icon=":material/error:")
     else:
         st.success(
-            "Every figure that can be measured is equal, to the byte and the FLOP.", icon=":material/check_circle:"
+            f"All {len(measured)} figures that can be measured are equal, to the byte and the FLOP.",
+            icon=":material/check_circle:",
         )
+    if len(measured) < len(rows):
+        st.caption("FlopCounterMode counts nothing for the CPU's fused attention: those figures have no measurement.")
+
+
+def _lines(model: ModelConfig, plan: Plan) -> Iterator[dict[str, Any]]:
+    """What `trainer.one_case` says: it runs in a process of its own, so that the server stays small."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen(COMMAND, cwd=ROOT, text=True, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL) as child:  # noqa: S603 - our own module, with data on its stdin
+        assert child.stdin is not None
+        assert child.stdout is not None
+        try:
+            child.stdin.write(json.dumps({"model": model.to_dict(), "plan": plan.to_dict()}))
+            child.stdin.close()
+            last: dict[str, Any] = {}
+            for text in child.stdout:
+                last = json.loads(text)
+                yield last
+            if "rows" not in last and "error" not in last:
+                yield {"error": f"the measurement ended with exit status {child.wait()}"}
+        finally:  # the page was left, or another input was changed
+            child.kill()
 
 
 def _kept() -> None:
-    files = sorted(RESULTS.glob("*.json")) if RESULTS.is_dir() else []
     st.subheader("Results on file")
-    if not files:
-        st.caption("None yet: validate-estimates --json validation/NAME.json writes one.")
-        return
+    files = sorted(RESULTS.glob("*.json")) if RESULTS.is_dir() else []
     rows = []
     for file in files:
-        found = json.loads(file.read_text())
+        found = json.loads(file.read_text(encoding="utf-8"))
         figures = [f for case in found["cases"] for f in case["figures"].values() if f["measurement"] is not None]
         exact = sum(1 for f in figures if f["estimate"] == f["measurement"])
-        rows.append(
-            (file.stem, found["date"], found["torch"], found["device"], len(found["cases"]), len(figures), exact)
-        )
-    columns = ["file", "date", "PyTorch", "device", "configurations", "figures", "exact"]
-    st.dataframe(pd.DataFrame(rows, columns=columns), hide_index=True)
+        rows.append((found["date"], found["device"], found["torch"], len(found["cases"]), len(figures), exact))
+    if not rows:
+        st.caption("None yet: `validate-estimates --json validation/NAME.json` writes one.")
+        return
+    columns = ["date", "device", "PyTorch", "configurations", "figures", "equal"]
+    st.dataframe(pd.DataFrame(rows, columns=columns), hide_index=True, height="content")
+    st.caption("Each is what `validate-estimates` found on one machine, over random shapes and recipes.")

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
 
+# Fields that change what is learned; all others compute the same step in another way.
+LEARNING = ("precision", "optimizer", "dropout", "max_grad_norm")
 NOTICEABLE = 0.001  # of the memory, the work or the time: a change that saves less is no advice
 
 
@@ -38,6 +40,11 @@ class Change:
     def fits(self) -> bool:
         """Whether the step fits after the change."""
         return self.estimate.fits
+
+    @property
+    def alters(self) -> bool:
+        """Whether it changes what is learned, not only how it is computed."""
+        return any(name in LEARNING for name in self.fields)
 
 
 def choices() -> dict[str, tuple[str, ...]]:

@@ -30,6 +30,7 @@ COPIES = 4  # parameters, gradients, first and second moments
 # AdamW's arithmetic a parameter (Loshchilov and Hutter 2019, algorithm 2): decay 2, first moment 3, second moment 4
 # (the square, two products, a sum), root 1, eps 1, quotient 1, step 2. The seed notes say 17 without a derivation.
 ADAMW_FLOPS = 14
+SECONDS_PER_DAY = 86_400
 BACKWARD = 2  # "assume that the backward pass has twice the FLOPs of the forward pass"
 
 
@@ -88,7 +89,7 @@ class TextbookAccount:
             raise ConfigError(f"mfu = {mfu!r}: must be above 0 and at most 1")
         if not peak_flops > 0:
             raise ConfigError(f"peak_flops = {peak_flops!r}: must be above 0")
-        return steps * self.step_flops(batch_size) / (mfu * peak_flops) / 86_400
+        return steps * self.step_flops(batch_size) / (mfu * peak_flops) / SECONDS_PER_DAY
 
 
 def textbook(model: ModelConfig | str) -> TextbookAccount:
@@ -96,6 +97,68 @@ def textbook(model: ModelConfig | str) -> TextbookAccount:
     m = preset(model) if isinstance(model, str) else model
     sizes = sizes_of(m, 1, m.context_length, threads=1)
     return TextbookAccount(m, **{name: evaluate(p, sizes) for name, p in _forms().items()})
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """An answer of the seed notes on GPT-2 XL beside the assignment's own.
+
+    Attributes:
+        question: what was asked.
+        said: the notes' answer.
+        right: the answer by the assignment's convention, in `unit`.
+        unit: "bytes", "sequences", "FLOPs", "FLOPs a parameter" or "s".
+        wrong: what went wrong.
+    """
+
+    question: str
+    said: str
+    right: float
+    unit: str
+    wrong: str
+
+
+def seed_notes() -> tuple[Note, ...]:
+    """The notes' answers to the assignment's question, each with what went wrong in it."""
+    t = textbook("gpt2-xl")
+    return (
+        Note(
+            "Parameters, gradients and optimizer state",
+            "18.72 GB",
+            t.static_bytes,
+            "bytes",
+            "Three copies of the parameters were counted; there are four: parameters, gradients, two moments.",
+        ),
+        Note(
+            "Activations of a sequence",
+            "0.32 GB",
+            t.activation_bytes,
+            "bytes",
+            "Only the blocks' outputs and a V were counted: no attention, no feed-forward, no logits of T x V.",
+        ),
+        Note("Largest batch in 80 GB", "191", t.max_batch_size(), "sequences", "It follows from the two above."),
+        Note(
+            "AdamW",
+            "17 FLOPs a parameter",
+            ADAMW_FLOPS,
+            "FLOPs a parameter",
+            "No derivation was given. Decay 2, first moment 3, second 4, root 1, eps 1, quotient 1, update 2.",
+        ),
+        Note(
+            "Forward, a sequence",
+            "133,004,351,504,384 FLOPs",
+            t.forward_flops,
+            "FLOPs",
+            "Within 0.4 % of what a context of 16,384 gives; GPT-2's is 1,024.",
+        ),
+        Note(
+            "Training on one A100",
+            "455 hours",
+            t.days() * SECONDS_PER_DAY,
+            "s",
+            "400 x 100 steps in place of 400,000 steps of 1,024 sequences.",
+        ),
+    )
 
 
 @lru_cache(maxsize=1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -35,6 +34,22 @@ TITLES = {
     "backward_flops": "FLOPs backward, one micro-batch",
     "recompute_flops": "of which recomputation",
     "optimizer_flops": "FLOPs of the optimizer, one step",
+}
+
+# Left-hand sides, in LaTeX.
+SYMBOL_OF = {
+    "peak": r"M_{\mathrm{peak}}",
+    "needed": r"M_{\mathrm{needed}}",
+    "hours": r"t_{\mathrm{run}}",
+    "parameters": "N",
+    "parameter_bytes": r"M_{\mathrm{param}}",
+    "gradient_bytes": r"M_{\mathrm{grad}}",
+    "optimizer_bytes": r"M_{\mathrm{opt}}",
+    "activation_bytes": r"M_{\mathrm{act}}",
+    "forward_flops": r"F_{\mathrm{fwd}}",
+    "backward_flops": r"F_{\mathrm{bwd}}",
+    "recompute_flops": r"F_{\mathrm{recompute}}",
+    "optimizer_flops": r"F_{\mathrm{opt}}",
 }
 
 
@@ -71,24 +86,69 @@ class Derivation:
         names = {symbol: latex_number(value) for symbol, value in self.values.items()}
         return str(sympy.latex(self.formula, symbol_names=names, mul_symbol="times"))
 
-    def aligned(self, terms: int = 3) -> str:
-        """Formula, numbers and result as one LaTeX display, with at most so many terms on a line."""
+    def aligned(self, terms: int = 5) -> str:
+        """Formula, numbers and result as one LaTeX display, with at most so many terms on a line.
+
+        What every layer and every token have in common is taken out of the brackets, so that a line says what it is
+        for: each token of each layer, each token, each layer, and once.
+        """
         names = {symbol: latex_number(value) for symbol, value in self.values.items()}
-        lines = []
-        for options in ({}, {"symbol_names": names, "mul_symbol": "times"}):
-            parts = sympy.Add.make_args(self.formula) if self.formula.is_Add else (self.formula,)
-            parts = sorted(parts, key=sympy.default_sort_key, reverse=True)
-            for start in range(0, len(parts), terms):
-                text = sympy.latex(sympy.Add(*parts[start : start + terms], evaluate=False), **options)
-                sign = "=" if start == 0 else "" if text.startswith("-") else "+"
-                lines.append(rf"&{sign} {text}")
-        body = r" \\ ".join(lines)
+        lines = _lines(self.formula, terms, {}) + _lines(
+            self.formula, terms, {"symbol_names": names, "mul_symbol": "times"}
+        )
+        unit = rf"\ \mathrm{{{self.unit}}}" if self.unit else ""
+        whole = f"{self.result:,}".replace(",", "{,}")
+        left, result = SYMBOL_OF[self.name], whole if isinstance(self.result, int) else latex_number(self.result)
+        body = r" \\ ".join([f"{left} {lines[0]}", *lines[1:], f"&= {result}{unit}"])
         return rf"\begin{{aligned}}{body}\end{{aligned}}"
 
     @property
     def python(self) -> str:
         """The formula as a Python expression."""
         return str(sympy.pycode(self.formula))
+
+
+def grouped(formula: sympy.Expr) -> list[tuple[sympy.Expr, list[sympy.Expr]]]:
+    """(factor, terms) pairs whose products add up to `formula`, the terms of the highest degree first.
+
+    The factors are what every token of every layer, every token, every layer and everything else has in common.
+    """
+    layers, token = SYMBOLS["L"], SYMBOLS["B"] if SYMBOLS["B"] in formula.free_symbols else SYMBOLS["T"]
+    groups: dict[tuple[bool, bool], list[sympy.Expr]] = {}
+    for term in sympy.Add.make_args(formula):
+        groups.setdefault((term.has(layers), term.has(token)), []).append(term)
+    found = []
+    for key in ((True, True), (False, True), (True, False), (False, False)):
+        terms = groups.get(key, [])
+        if not terms:
+            continue
+        powers = {term: term.as_powers_dict() for term in terms}
+        factor = sympy.Mul(*(x ** min(powers[term][x] for term in terms) for x in (SYMBOLS[name] for name in "LBT")))
+        if len(terms) == 1:  # nothing to bracket
+            factor = sympy.Integer(1)
+        degree = {term: sum(n for x, n in powers[term].items() if x.is_Symbol) for term in terms}
+        terms = sorted(terms, key=lambda term: (-degree[term], sympy.default_sort_key(term)))
+        found.append((factor, [term / factor for term in terms]))
+    return found
+
+
+def _lines(formula: sympy.Expr, terms: int, options: Mapping[str, object]) -> list[str]:
+    """A formula as lines of LaTeX, each but the first with its sign."""
+    if not formula.is_polynomial():
+        return [f"&= {sympy.latex(formula, **options)}"]
+    lines: list[str] = []
+    times = rf" \{options['mul_symbol']} " if options else r"\,"
+    for factor, inner in grouped(formula):
+        texts = [sympy.latex(term, **options) for term in inner]
+        before, after = ("", "") if factor == 1 else (rf"{sympy.latex(factor, **options)}{times}\bigl(", r"\bigr)")
+        for start in range(0, len(texts), terms):
+            chunk = texts[start : start + terms]
+            body = "".join(f" + {text}" if not text.startswith("-") else f" {text}" for text in chunk)
+            first, last = start == 0, start + terms >= len(texts)
+            sign = ("&=" if not lines else r"&\quad +") if first else r"&\quad\quad"
+            body = body.removeprefix(" + ") if first else body
+            lines.append(f"{sign} {before if first else ''}{body}{after if last else ''}")
+    return lines
 
 
 def latex_number(x: float) -> str:
@@ -99,12 +159,6 @@ def latex_number(x: float) -> str:
     return rf"{mantissa} \cdot 10^{{{int(exponent)}}}" if exponent else mantissa
 
 
-@lru_cache(maxsize=512)
-def _form(account: Account, name: str) -> sympy.Expr:
-    return getattr(account, name)
-
-
-@lru_cache(maxsize=512)
 def piece(account: Account, index: int) -> sympy.Expr:
     """The polynomial `index` of the peak's maximum, in the legend's letters."""
     return expression(account.pieces[index].live)
@@ -123,7 +177,7 @@ def form(estimate: Estimate, name: str) -> Derivation:
     Raises:
         ConfigError: no such form.
     """
-    formula = _form(estimate.account, choose("form", name, FORMS))
+    formula = getattr(estimate.account, choose("form", name, FORMS))
     unit = "bytes" if name.endswith("bytes") else "FLOPs" if name.endswith("flops") else ""
     result = getattr(estimate.values, name)
     return Derivation(name, TITLES[name], formula, _sizes(estimate, formula), result, unit, LEDGER)

@@ -65,6 +65,12 @@ def duration(seconds: float) -> str:
     return f"{figures(seconds * 1e3)} ms" if seconds >= 1e-3 or seconds == 0 else f"{figures(seconds * 1e6)} us"
 
 
+def between(low: str, high: str) -> str:
+    """Two texts of figures as a range; a unit that they share is said once: "11.9 to 16.4 years"."""
+    number, _, unit = low.rpartition(" ")
+    return f"{number if number and high.endswith(f' {unit}') else low} to {high}"
+
+
 def hours(seconds: float) -> str:
     """Seconds in hours, whole ones from 100 on: "122,765 h"."""
     number = seconds / HOUR
