@@ -33,6 +33,23 @@ def fresh_account():
     return accounts
 
 
+def sweep(est, m, p):
+    from estimator.eager.sizes import sizes_of
+    from estimator.speed import times
+
+    count = 10_000
+    rng = np.random.default_rng(0)
+    points = {"B": rng.integers(2, 64, count), "T": rng.integers(64, 1024, count), "L": rng.integers(3, 96, count)}
+    a, on, sizes = est.account(m, p), est.accelerator("a100-80gb-sxm"), sizes_of(m, 4, 1024, "cuda", 1)
+    peak = a.lambdify()
+
+    def run():
+        peak(**SIZES | points)
+        times(a, sizes | points, p, on)
+
+    print(f"{f'sweep of {count:,}: peak and predicted time':54} {median_seconds(run, 5):10.2f} s    aim      2.0 s")
+
+
 def main():
     import estimator as est
 
@@ -47,10 +64,12 @@ def main():
     a = est.account(m, p)
     a.evaluate(m, p)
     rows.append(("estimate on a known account", median_seconds(lambda: est.estimate(m, p, mfu=0.5), 201), 1e-3))
+    rows.append(("the same with its time predicted", median_seconds(lambda: est.estimate(m, p), 201), 5e-3))
     command = shell(sys.executable, "-m", "estimator.cli", "gpt2-xl")
     rows.append(("estimate gpt2-xl from the shell", median_seconds(command, 5), 1.5))
     for what, seconds, aim in rows:
         print(f"{what:54} {seconds * 1e3:10.2f} ms   aim {aim * 1e3:8.1f} ms")
+    sweep(est, m, p)
     f = a.lambdify()
     count = 1_000_000
     rng = np.random.default_rng(0)

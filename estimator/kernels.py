@@ -50,7 +50,7 @@ class Variant:
 
 
 class Row(NamedTuple):
-    """Equal launches: of one kind, phase and shape."""
+    """Equal kernels: of one kind, phase and shape."""
 
     kind: str
     name: str
@@ -59,11 +59,15 @@ class Row(NamedTuple):
     gemm: Gemm | None
     width: int  # bytes of one element of a matrix product's factors
     nbytes: Size
+    listed: Size  # elements, where one launch goes over a list of tensors; else zero
 
 
 EAGER = Variant()
 FUSED = Variant(frozenset({"model", "loss"}))  # as `torch.compile` fuses
-COLUMNS = ("b", "m", "n", "k", "nbytes")
+COLUMNS = ("b", "m", "n", "k", "nbytes", "listed")
+# Elements of one launch over a list of tensors: 320 blocks of 65,536 (aten/src/ATen/native/cuda/MultiTensorApply.cuh,
+# depth_to_max_blocks and kChunkSize). What also ends a launch, 30 to 110 tensors, is left out: such tensors are small.
+LISTED = 320 * 65_536
 TOTALS = ("parameters", "parameter_bytes", "gradient_bytes")
 
 
@@ -71,12 +75,15 @@ TOTALS = ("parameters", "parameter_bytes", "gradient_bytes")
 def table(account: Account, variant: Variant = EAGER) -> Table:
     """The kernels of a step of `account`, run as `variant` says."""
     counts: dict[Row, tuple[int, int]] = {}  # launches are constant + slope x (L - 2)
-    for row, block in _rows(account.traced, variant):
+    recipe = account.recipe
+    listed = account.device == "cuda" and recipe.optimizer_impl in ("foreach", "fused")
+    for each, block in _rows(account.traced, variant):
+        row = each if listed else each._replace(listed=ZERO)
         constant, slope = account.traced.times(block)
         before = counts.get(row, (0, 0))
         counts[row] = before[0] + constant, before[1] + slope
     totals = {name: getattr(account.forms, name) for name in TOTALS}
-    return Table(list(counts), list(counts.values()), totals, checkpointed=account.recipe.checkpointing != "none")
+    return Table(list(counts), list(counts.values()), totals, checkpointed=recipe.checkpointing != "none")
 
 
 def _rows(traced: Trace, variant: Variant) -> Iterator[tuple[Row, int | None]]:
@@ -166,7 +173,9 @@ def _row(kernel: Kernel, nbytes: Size, variant: Variant) -> Row:
     width = kernel.operands[0].storage.itemsize if kernel.operands else 4
     if variant.half and kernel.gemm is not None:
         width = min(width, 2)
-    return Row(kind, kernel.name, phase, turn, kernel.gemm, width, nbytes)
+    on_a_list = kind == "optimizer" and kernel.gemm is None and kernel.operands
+    listed = kernel.operands[0].nbytes / width if on_a_list else ZERO
+    return Row(kind, kernel.name, phase, turn, kernel.gemm, width, nbytes, listed)
 
 
 def _bytes(kernel: Kernel, variant: Variant) -> Size:
@@ -205,7 +214,7 @@ class Table:
         self._totals = tuple(totals)
         shapes = [row.gemm or Gemm(ZERO, ZERO, ZERO, ZERO) for row in rows]
         columns = [getattr(shape, name) for name in COLUMNS[:4] for shape in shapes]
-        polynomials = [*columns, *(row.nbytes for row in rows), *totals.values()]
+        polynomials = [*columns, *(row.nbytes for row in rows), *(row.listed for row in rows), *totals.values()]
         index: dict[tuple[int, ...], int] = {}
         terms = [
             (at, index.setdefault(x, len(index)), float(c))

@@ -150,7 +150,12 @@ def step_times(m: ModelConfig, p: Plan, on: Accelerator | str | Path, setup: Set
 
 
 def times(
-    form: Account, sizes: Mapping[str, Any], p: Plan, a: Accelerator, setup: Setup | None = None
+    form: Account,
+    sizes: Mapping[str, Any],
+    p: Plan,
+    a: Accelerator,
+    setup: Setup | None = None,
+    micro_batches: Any = None,
 ) -> dict[str, Array]:
     """Seconds of one optimizer step by part at `sizes`, numbers or arrays of one length.
 
@@ -160,24 +165,26 @@ def times(
         p: the plan. Its batch_size and seq_len are not looked at: `sizes` has them.
         a: the accelerator, of which p.data_parallel share the batch.
         setup: what of a run the plan does not say.
+        micro_batches: of each point, in place of the plan's grad_accumulation; above 1 only where the plan's is.
 
     Raises:
         ConfigError: as for `step_times`.
     """
+    turns = p.grad_accumulation if micro_batches is None else micro_batches
     e = efficiency(a)
     setup = setup or Setup(FUSED if p.compile else EAGER)
     sharded = p.data_parallel if p.sharding != "none" else 1
     kernels = table(form, setup.variant)
     shape = kernels.at(sizes)
     work = busy(
-        kernels, shape, sizes["L"], p.grad_accumulation, a, e,
+        kernels, shape, sizes["L"], turns, a, e,
         half=setup.dtype, optimizer_share=1 / sharded, kernel=setup.attention,
     )  # fmt: skip
     group = cluster(a, p.data_parallel)
     count = shape["parameters"]
     parameters = shape["parameter_bytes"] if setup.parameter_width is None else count * setup.parameter_width
     gradients = shape["gradient_bytes"] if setup.gradient_width is None else count * setup.gradient_width
-    sent = messages(p.sharding, parameters, gradients, np.asarray(sizes["L"]) + 1, p.grad_accumulation)
+    sent = messages(p.sharding, parameters, gradients, np.asarray(sizes["L"]) + 1, turns)
     return parts(work, exposed(sent, group, e, {phase.value: s for phase, s in work.phases.items()}))
 
 

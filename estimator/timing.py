@@ -18,7 +18,7 @@ import numpy as np
 from estimator.catalogue import number, read_data
 from estimator.config import ConfigError, choose
 from estimator.eager.ledger import Phase
-from estimator.kernels import COLUMNS, KINDS
+from estimator.kernels import COLUMNS, KINDS, LISTED
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -212,7 +212,9 @@ def busy(
     working: tuple[Phase, ...] = (Phase.FORWARD, Phase.BACKWARD, Phase.OPTIMIZER)
     for phase in working:
         here = table.phase == phase
-        kernels, count = spent[here].sum(0), launches[here].sum(0)
+        kernels = spent[here].sum(0)
+        lists = shape["listed"][here]
+        count = (launches[here] * np.where(lists > 0, lists / LISTED, 1)).sum(0)
         device = kernels + e.gap * count
         if table.checkpointed and phase is Phase.BACKWARD:
             device = device + e.checkpoint * np.asarray(layers) * np.asarray(micro_batches)

@@ -200,20 +200,23 @@ def main():
     best = {r["accelerator"]: float(r["efficiency"].rstrip("%")) / 100 for r in rows("mamf") if r["dtype"] == "bf16"}
     ampere, ampere_text = fit_matmul("A100 80GB PCIe", "a100-80gb-pcie", COPIES["ampere"])
     blackwell, blackwell_text = fit_matmul("B200 SXM", "b200-180gb-sxm", COPIES["blackwell"])
-    # What a sweep of shapes sustains of the best product that anybody timed: less, the less power there is for a FLOP.
-    sustained = {
-        "ampere": largest(ampere) / best["NVIDIA A100 PCIe"],
-        "blackwell": largest(blackwell) / best["NVIDIA B200 SXM"],
-    }
-    # Nobody published a sweep on Hopper. Its 700 W for 989 TFLOP/s lie between A100 PCIe's 300 W for 312 and B200's
-    # 1,000 W for 2,250: the geometric mean of what those two sustain.
-    between = (sustained["ampere"] * sustained["blackwell"]) ** 0.5
-    hopper = reaching(ampere, best["NVIDIA H100 SXM"] * between)
-    # Cards of one architecture that may draw more or less power for a FLOP: a power law through the two sweeps, up to
-    # what A100 gained from its 400 W in place of 300 W.
-    a100, b200 = intensity("a100-80gb-pcie"), intensity("b200-180gb-sxm")
-    exponent = np.log(largest(ampere) / largest(blackwell)) / np.log(a100 / b200)
+    # What power allows: the best product of one chip under two power limits, A100 PCIe's and SXM's, H100's and GH200's.
+    pairs = (
+        ("NVIDIA A100 PCIe", "a100-80gb-pcie", "NVIDIA A100 SXM", "a100-80gb-sxm"),
+        ("NVIDIA H100 SXM", "h100-80gb-sxm", "NVIDIA GH200 SXM", "gh200-144gb"),
+    )
+    gained = sum(np.log(best[more] / best[less]) for less, _, more, _ in pairs)
+    exponent = gained / sum(np.log(intensity(more) / intensity(less)) for _, less, _, more in pairs)
     unlimited = best["NVIDIA A100 SXM"] / best["NVIDIA A100 PCIe"] * largest(ampere)
+    # What a sweep of shapes sustains of the best product that anybody timed: nearly all on A100, two thirds on B200,
+    # which has half of the power for a FLOP. Nobody published a sweep on the others of that kind, Hopper and AMD's:
+    # they sustain what B200 does, by their power.
+    of_best = largest(blackwell) / best["NVIDIA B200 SXM"]
+
+    def sustained(on, id_):
+        return best[on] * of_best * (intensity(id_) / intensity("b200-180gb-sxm")) ** exponent
+
+    hopper = reaching(ampere, sustained("NVIDIA H100 SXM", "h100-80gb-sxm"))
     first, first_text = fit_flash("A100 80GB SXM", "FA1", backward_over_forward("A100 80GB PCIe"), by_width=False)
     second, second_text = fit_flash("A100 80GB SXM", "FA2", backward_over_forward("A100 80GB PCIe"))
     hopper_second, hopper_text = fit_flash("H100 SXM", "FA2", backward_over_forward("B200 SXM"))
@@ -223,16 +226,9 @@ def main():
     b200_link, b200_text = fit_link("1 node(s) x 8 B200 (P6-B200: NVLink5 + 8x50GB/s EFA)", 900e9)
     h200_link, h200_text = fit_link("8x H200 NVLink4 single node (NVLS on)", 450e9)
 
-    def slower(fit):
-        part = fit["matmul"] / ampere["matmul"]
-        return replace(
-            second, forward=tuple(part * x for x in second.forward), backward=tuple(part * x for x in second.backward)
-        )
-
     hopper_rest = (
-        f"without in-switch reduction 368 of 450 GB/s; products at {between:.0%} of the best timed on H100 SXM"
+        "without in-switch reduction 368 of 450 GB/s; products at what B200 sustains of the best timed, by power"
     )
-    hopper_rest += ", between what A100 and B200 sustain"
     older = "A100's efficiencies, unmeasured here, with its first fused attention: the second needs Ampere."
     fitted_to = {  # architecture: what its text says, matrix products, copies, links, kernels of attention
         "ampere": (
@@ -263,10 +259,16 @@ def main():
             "A100's efficiencies, unmeasured here.", ampere, "ampere", a100_link, {"flash-2": second},
         ),
     }  # fmt: skip
-    for name, on in (("cdna3", "AMD MI300X"), ("cdna4", "AMD MI355X")):  # tiles and power were not measured
-        fit = reaching(ampere, best[on] * sustained["ampere"])
-        text = f"Products and attention scaled to the best product timed on {on}; all else is A100's, unmeasured."
-        fitted_to[name] = (text, fit, "ampere", a100_link, {"flash-2": slower(fit)})
+    # AMD's fused attention is a port of FA2 to another architecture, as it is on Hopper: what Hopper keeps of its best.
+    for name, on, id_ in (("cdna3", "AMD MI300X", "mi300x-192gb"), ("cdna4", "AMD MI355X", "mi355x-288gb")):
+        part = best[on] / best["NVIDIA H100 SXM"]
+        flash = replace(
+            hopper_second,
+            forward=tuple(part * x for x in hopper_second.forward),
+            backward=tuple(part * x for x in hopper_second.backward),
+        )
+        text = f"Products and attention scaled from H100 to the best product timed on {on}; all else is A100's."
+        fitted_to[name] = (text, reaching(ampere, sustained(on, id_)), "ampere", a100_link, {"flash-2": flash})
 
     print(HEADER)
     for name, (origin, fit, memory, link, flash) in fitted_to.items():
