@@ -124,6 +124,8 @@ def _plan_input(name: str, model: ModelConfig) -> Any:
         return st.toggle(**common, value=default)
     if name == "max_grad_norm":
         return st.number_input(**common, min_value=0.0, value=None, placeholder="no clipping", step=0.1)
+    if isinstance(default, float):  # a probability
+        return st.number_input(**common, min_value=0.0, max_value=0.99, value=default, step=0.05)
     placeholder = f"{model.context_length:,}" if name == "seq_len" else None
     return st.number_input(**common, min_value=1, max_value=LIMIT, value=default, placeholder=placeholder)
 
