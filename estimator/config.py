@@ -253,6 +253,11 @@ class Plan:
             )
         return self.seq_len
 
+    @property
+    def product_dtype(self) -> str:
+        """The dtype that matrix products are in, whose peak an MFU is of: "bf16" of "bf16-mixed"."""
+        return self.precision.partition("-")[0]
+
     def implementation(self, device: str) -> str:
         """The optimizer implementation on `device` ("cpu" or "cuda"), with "auto" resolved as torch.optim does."""
         if self.optimizer_impl != "auto":

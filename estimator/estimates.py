@@ -165,7 +165,7 @@ def estimate(
     )
     time = None
     if mfu is not None:
-        peak = device.peak_flops(p.precision)
+        peak = device.peak_flops(p.product_dtype)
         time = at_mfu(_checked_mfu(mfu), m, p, peak, flops, values.parameters, steps, count)
     else:
         steps = positive_int("steps", steps) if steps is not None else None

@@ -40,13 +40,13 @@ class Setup:
     Attributes:
         variant: how its kernels differ from the ledger's.
         attention: the fused attention kernel, if not the accelerator's own.
-        dtype: of products whose factors have 16 bits.
+        dtype: of products whose factors have 16 bits, if not the plan's.
         parameter_width, gradient_width: bytes of one parameter and of one gradient in a message; None for the ledger's.
     """
 
     variant: Variant = EAGER
     attention: str | None = None
-    dtype: str = "bf16"
+    dtype: str | None = None
     parameter_width: int | None = None
     gradient_width: int | None = None
 
@@ -178,7 +178,9 @@ def times(
     shape = kernels.at(sizes)
     work = busy(
         kernels, shape, sizes["L"], turns, a, e,
-        half=setup.dtype, optimizer_share=1 / sharded, kernel=setup.attention,
+        half=setup.dtype or (p.product_dtype if p.product_dtype == "fp16" else "bf16"),
+        single="tf32" if p.product_dtype == "tf32" else "fp32",
+        optimizer_share=1 / sharded, kernel=setup.attention,
     )  # fmt: skip
     group = cluster(a, p.data_parallel)
     count = shape["parameters"]
@@ -211,7 +213,7 @@ def predicted(
     spent = step_times(m, p.replace(grad_accumulation=micro_batches, data_parallel=count), a)
     found = {name: float(x[0]) for name, x in spent.items()}
     seconds = sum(found.values())
-    peak = a.peak_flops(p.precision)
+    peak = a.peak_flops(p.product_dtype)
     mfu = flops.model / (seconds * peak * count)
     return _time(m, p, flops, parameters, steps, count, seconds, mfu, peak, found, *spread(a), efficiency(a).origin)
 

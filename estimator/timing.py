@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tomllib
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -236,7 +236,7 @@ def efficiency(a: Accelerator) -> Efficiency:
         ConfigError: a profile's `calibration` table cannot be read.
     """
     if a.profile is not None:
-        return _profiled(a.profile)
+        return _profiled(a.profile, Path(a.profile).stat().st_mtime_ns)
     data = read_data("efficiency")
     entry = data["architecture"].get(a.architecture)
     if entry is None:
@@ -246,8 +246,8 @@ def efficiency(a: Accelerator) -> Efficiency:
     return built({**entry, **data["accelerator"].get(a.id, {})})
 
 
-@cache
-def _profiled(path: str) -> Efficiency:
+@lru_cache(maxsize=8)
+def _profiled(path: str, written: int) -> Efficiency:  # noqa: ARG001 - a profile that is written again is read again
     with Path(path).open("rb") as file:
         table = tomllib.load(file).get("calibration")
     if not isinstance(table, dict):
