@@ -59,8 +59,8 @@ class Forms:
     """Sums over a step or a part of it, as polynomials (in an `Account`) or as integers (in `Values`).
 
     Attributes:
-        parameters: number of parameters, shared ones once.
-        parameter_bytes, gradient_bytes, optimizer_bytes: bytes of each.
+        parameters: number of parameters of the whole model, shared ones once.
+        parameter_bytes, gradient_bytes, optimizer_bytes: bytes of each that this accelerator holds.
         activation_bytes: bytes that autograd keeps from a micro-batch's forward for its backward; parameters, inputs
             and buffers not counted, every storage once.
         forward_flops, backward_flops: FLOPs of matrix products of a micro-batch (2 a multiply-add), those of
@@ -124,7 +124,12 @@ def account(m: ModelConfig, p: Plan, device: str = "cuda") -> Account:
         ConfigError: an unknown device, or a sequence longer than the model's positions.
     """
     choose("device", device, DEVICES)
-    return account_at(recipe_of(m, p, device), sizes_of(m, p.batch_size, p.tokens(m), device, threads=1), device)
+    return account_at(recipe_of(m, p, device), sizes_for(m, p, device, threads=1), device)
+
+
+def sizes_for(m: ModelConfig, p: Plan, device: str, threads: int | None = None) -> dict[str, int]:
+    """The number behind each letter of the legend for `m` run as `p`."""
+    return sizes_of(m, p.batch_size, p.tokens(m), device, threads, p.shards)
 
 
 def recipe_of(m: ModelConfig, p: Plan, device: str) -> Recipe:
@@ -142,6 +147,7 @@ def recipe_of(m: ModelConfig, p: Plan, device: str) -> Recipe:
         optimizer_impl=p.implementation(device),
         clips=p.max_grad_norm is not None,
         micro_batches=min(p.grad_accumulation, 2),  # the second adds to gradients that exist, and so do all after it
+        parallel="alone" if p.data_parallel == 1 else {"none": "ddp"}.get(p.sharding, p.sharding),
     )
 
 
@@ -170,8 +176,8 @@ def _forms(traced: Trace, layers: Size) -> tuple[Forms, dict[str, Forms]]:
         storage = event.storage
         if event.sign > 0 and storage.category in _RESIDENT:
             enter(_RESIDENT[storage.category], storage.where, storage.nbytes)
-            if storage.category is Category.PARAMETER:
-                enter("parameters", storage.where, storage.nbytes / storage.itemsize)
+    for where, elements in ledger.parameters:
+        enter("parameters", where, elements)
     for storage in ledger.saved:
         enter("activation_bytes", storage.where, storage.nbytes)
     for kernel in ledger.kernels:
@@ -263,7 +269,7 @@ class Account:
         Raises:
             ConfigError: `m` and `p` take another recipe than this account's.
         """
-        return self.for_sizes(m, p).values(sizes_of(m, p.batch_size, p.tokens(m), self.device, threads))
+        return self.for_sizes(m, p).values(sizes_for(m, p, self.device, threads))
 
     def values(self, sizes: Mapping[str, int]) -> Values:
         """The figures at `sizes`, which must be in this account's shape class."""

@@ -24,6 +24,7 @@ OPTIMIZERS = {
     "muon": ("loop", "foreach", "fused"),
     "adafactor": ("loop",),
 }
+WHOLE_MATRICES = ("muon", "adafactor")  # what an update needs at once: an accelerator's rows are not enough
 SHARDINGS = ("none", "zero1", "zero2", "zero3")
 SHARDING_SPELLINGS = {"ddp": "none", "fsdp": "zero3"}  # PyTorch's names of the same
 OPTIMIZER_IMPLS = ("auto", "loop", "foreach", "fused", "bundled")
@@ -235,6 +236,10 @@ class Plan:
             raise ConfigError(
                 f"optimizer_impl = {self.optimizer_impl!r}: {self.optimizer} has {', '.join(own)}; or leave it at auto"
             )
+        if self.optimizer in WHOLE_MATRICES and self.shards > 1:
+            raise ConfigError(
+                f"sharding = {self.sharding!r}: {self.optimizer} works on whole matrices; allowed is none (DDP)"
+            )
         norm = self.max_grad_norm
         if norm is not None and (isinstance(norm, bool) or not isinstance(norm, (int, float)) or not norm > 0):
             raise ConfigError(f"max_grad_norm = {norm!r}: must be a number above 0, or None for no clipping")
@@ -270,6 +275,11 @@ class Plan:
         if self.attention == "sdpa":
             return "math" if device == "cpu" and self.dropout else "flash"
         return self.attention.removeprefix("sdpa-")
+
+    @property
+    def shards(self) -> int:
+        """D, how many accelerators share what is sharded; 1 where nothing is."""
+        return self.data_parallel if self.sharding != "none" else 1
 
     def replace(self, **changes: Any) -> Plan:
         """A copy with `changes`."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from estimator.eager.sizes import INDEX, LETTER, NAMES, ONE, ZERO, Size, evaluate
+from estimator.eager.sizes import INDEX, LETTER, NAMES, ONE, SHARES, ZERO, Size, evaluate
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from estimator.trace import Moment, Trace
 
 Monomial = tuple[int, ...]
+COUNTED_FROM_ONE = ("n", "s", "w", "c", "z", *SHARES)
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def _shifted_letter(shapes: ShapeClass, name: str, floor: int) -> Size:
     for i, j, k in shapes.relations:
         if INDEX[name] == k:
             return _shifted_letter(shapes, NAMES[i], floor) * _shifted_letter(shapes, NAMES[j], floor)
-    least = floor if name == "L" else 1 if name in "nswcz" else 2
+    least = floor if name == "L" else 1 if name in COUNTED_FROM_ONE else 2
     if name == "C" and "C" not in shapes.ones and shapes.letters["T"] != ONE:
         return LETTER["C"] + _shifted_letter(shapes, "T", floor)
     return LETTER[name] + least

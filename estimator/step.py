@@ -9,8 +9,8 @@ from estimator.eager.ledger import Category, Phase
 from estimator.eager.losses import cross_entropy, torch_cross_entropy, torch_cross_entropy_fp32
 from estimator.eager.ops import div_number
 from estimator.eager.optimizers import OPTIMIZERS
+from estimator.eager.sharding import REPLICAS
 from estimator.eager.tensor import BFLOAT16, FLOAT32, INT64, Machine, Tensor
-from estimator.eager.updates import clip_gradients, zero_grad
 from estimator.models import FAMILIES
 
 if TYPE_CHECKING:
@@ -26,14 +26,15 @@ def run_step(recipe: Recipe, shapes: ShapeClass, device: str, num_layers: int) -
     machine = Machine(shapes, device, BFLOAT16 if recipe.precision == "bf16" else FLOAT32)
     ledger = machine.ledger
     model = FAMILIES[recipe.family](machine, recipe, num_layers)
-    parameters = list(model.parameters())
+    replica = REPLICAS[recipe.parallel](model, recipe.micro_batches)
     size = shapes.letters
     with ledger.inside("inputs"):
         ids, targets = (_input(machine, size["B"], size["T"]) for _ in range(2))
-    optimizer = OPTIMIZERS[recipe.optimizer, recipe.optimizer_impl](parameters)
+    optimizer = OPTIMIZERS[recipe.optimizer, recipe.optimizer_impl](replica.updated)
 
     def micro_batch() -> None:
         ledger.phase = Phase.FORWARD
+        replica.before_forward()
         logits = model(ids)
         with ledger.inside("loss"):
             loss = LOSSES[recipe.loss](logits, targets).hold()
@@ -49,9 +50,10 @@ def run_step(recipe: Recipe, shapes: ShapeClass, device: str, num_layers: int) -
         micro_batch()
     ledger.phase = Phase.OPTIMIZER
     if recipe.clips:
-        clip_gradients(parameters)
+        replica.clip()
+    replica.before_update()
     optimizer.step()
-    zero_grad(parameters)
+    replica.after_update()
     return ledger
 
 

@@ -1,4 +1,7 @@
-"""The legend: one letter a size, the same in the formulas, in shape suffixes (`x_BTd`) and in the documentation."""
+"""The legend: one letter a size, the same in the formulas, in shape suffixes (`x_BTd`) and in the documentation.
+
+A subscript D marks what one of D accelerators holds.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +28,14 @@ LEGEND = {
     "q": "the smaller side of the key and value projections' matrices, min(d, k e)",
     "u": "the smaller side of the feed-forward's matrices, min(d, f)",
     "N": "number of parameters",
+    "D": "data-parallel accelerators that share what is sharded",
+    "d_D": "rows of a parameter of d on one accelerator: d / D, rounded up",
+    "t_D": "rows of a parameter of 3 d on one accelerator: 3 d / D, rounded up",
+    "q_D": "rows of a parameter of h e on one accelerator: h e / D, rounded up",
+    "k_D": "rows of a parameter of k e on one accelerator: k e / D, rounded up",
+    "f_D": "rows of a parameter of f on one accelerator: f / D, rounded up",
+    "V_D": "rows of a parameter of V on one accelerator: V / D, rounded up",
+    "C_D": "rows of a parameter of C on one accelerator: C / D, rounded up",
 }
 
 # Positive only: sympy's solve drops the roots of integer symbols that are not integers.

@@ -9,7 +9,7 @@ import numpy as np
 
 from estimator.accounts import GEOMETRY, account_at
 from estimator.config import ConfigError, choose
-from estimator.eager.sizes import cpu_threads, derived_letters
+from estimator.eager.sizes import cpu_threads, derived_letters, row_counts
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -49,7 +49,7 @@ class VectorisedPeak:
 
     def _complete(self, letters: dict[str, ArrayLike]) -> dict[str, NDArray[np.int64]]:
         for name in letters:
-            choose("letter", name, (*GEOMETRY, "n"))
+            choose("letter", name, (*GEOMETRY, "n", "D"))
         given = {name: np.asarray(x, dtype=np.int64) for name, x in letters.items()}
         for name, x in given.items():
             if x.size and x.min() < 1:
@@ -63,6 +63,9 @@ class VectorisedPeak:
         if "d" in given and self.recipe.family == "gpt2":
             given.setdefault("f", 4 * given["d"])
         given.setdefault("n", np.asarray(cpu_threads()))
+        if self.recipe.parallel.startswith("zero") and np.min(given.get("D", 1)) < 2:
+            raise ConfigError(f"D: {self.recipe.parallel} is shared by accelerators; give how many, at least 2")
+        given.setdefault("D", np.asarray(1))
         for name in GEOMETRY:
             if name not in given:
                 raise ConfigError(f"{name} is missing: give each of {', '.join(GEOMETRY)} that the others do not imply")
@@ -72,6 +75,7 @@ class VectorisedPeak:
         """A number for each point that tells its shape class (`ShapeClass.at`) and its layers from all others."""
         facts = [sizes[name] == 1 for name in "BTdhkefVCL"]
         facts += [sizes["e"] == 2, sizes["L"] == 2, sizes["k"] == sizes["h"], sizes["h"] * sizes["e"] == sizes["d"]]
+        facts += [rows % sizes["D"] != 0 for rows in row_counts(sizes).values()]
         code: Any = np.zeros(1, dtype=np.int64)
         for bit, fact in enumerate(facts):
             if np.any(fact):

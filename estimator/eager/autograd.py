@@ -29,7 +29,19 @@ class Context(Locals):
 class Node:
     """A node of the graph. `owners` counts the tensors it produced and the nodes that lead to it."""
 
-    __slots__ = ("backward", "block", "edges", "module", "name", "owners", "saved", "sequence", "shapes", "variable")
+    __slots__ = (
+        "backward",
+        "block",
+        "edges",
+        "hook",
+        "module",
+        "name",
+        "owners",
+        "saved",
+        "sequence",
+        "shapes",
+        "variable",
+    )
 
     def __init__(self, machine: Machine, name: str, inputs: Sequence[Tensor | None], backward: Backward | None) -> None:
         self.name, self.backward = name, backward
@@ -39,6 +51,7 @@ class Node:
         self.owners = 0
         self.saved: list[Tensor | Holder] = []
         self.variable: Tensor | None = None
+        self.hook: Callable[[], None] | None = None  # of its output (`Tensor.register_hook`), called before it
         self.shapes: list[Shape | None] = [t.shape if t is not None else None for t in inputs]
         self.edges: list[tuple[Node, int] | None] = [_edge(t) for t in inputs]
         for edge in self.edges:
@@ -147,7 +160,11 @@ def backward(loss: Tensor) -> None:
         with ledger.at(node.module, node.block, node.name):
             if node.variable is not None:
                 _accumulate_grad(node.variable, buffer)
+                if machine.on_gradient is not None:
+                    machine.on_gradient(node.variable)
                 continue
+            if node.hook is not None:
+                node.hook()
             for (target, nr), grad in _evaluate(node, buffer):
                 slots = pending.setdefault(target, [])
                 slots.extend([None] * (nr + 1 - len(slots)))
@@ -157,6 +174,8 @@ def backward(loss: Tensor) -> None:
                 if waits[target] == 0:
                     pushed += 1
                     heapq.heappush(ready, (-target.sequence, pushed, target, pending.pop(target)))
+    if machine.on_backward_end is not None:
+        machine.on_backward_end()
     root.drop()
     seed.drop()
     machine.grad_enabled = before
@@ -235,13 +254,15 @@ def _accumulate_grad(variable: Tensor, buffer: Buffer) -> None:
     (grad,) = buffer
     assert grad is not None
     machine = variable.machine
+    gathered = variable.storage.category is Category.COMMUNICATION  # then its gradient is to be scattered
+    category = Category.COMMUNICATION if gathered else Category.GRADIENT
     if variable.grad is not None:
         machine.kernel("add_", (variable.grad, grad), (variable.grad,))
     elif grad.owners == 1 and grad.is_contiguous:
         variable.grad = grad.alias().hold()
-        variable.grad.storage.category = Category.GRADIENT
+        variable.grad.storage.category = category
     else:
-        variable.grad = machine.empty(variable.shape, variable.dtype, category=Category.GRADIENT).hold()
+        variable.grad = machine.empty(variable.shape, variable.dtype, category=category).hold()
         machine.kernel("clone", (grad,), (variable.grad,))
     grad.drop()
 

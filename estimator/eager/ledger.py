@@ -23,7 +23,10 @@ class Phase(StrEnum):
 
 
 class Category(StrEnum):
-    """What bytes are for, over their whole life: a temporary that autograd saves is an activation from the start."""
+    """What bytes are for, over their whole life: a temporary that autograd saves is an activation from the start.
+
+    COMMUNICATION is what collectives send and receive: DDP's buckets, and under FSDP all that is whole for a while.
+    """
 
     PARAMETER = "parameters"
     GRADIENT = "gradients"
@@ -32,6 +35,7 @@ class Category(StrEnum):
     TEMPORARY = "temporary"
     INPUT = "inputs"
     BUFFER = "buffers"
+    COMMUNICATION = "communication"
 
 
 @dataclass(eq=False, slots=True)
@@ -105,6 +109,7 @@ class Ledger:
     events: list[Event] = field(default_factory=list)
     kernels: list[Kernel] = field(default_factory=list)
     saved: list[Storage] = field(default_factory=list)
+    parameters: list[tuple[Where, Size]] = field(default_factory=list)  # each one's place and number of elements
     micro_batch: int = 0
     phase: Phase = Phase.SETUP
     module: str = ""
@@ -129,6 +134,10 @@ class Ledger:
         """The last owner of `storage` is gone."""
         if storage.nbytes != ZERO:
             self.events.append(Event(-1, storage, self.here))
+
+    def refill(self, storage: Storage) -> None:
+        """A storage that was freed, but not forgotten, is allocated again (`untyped_storage().resize_`)."""
+        self.events.append(Event(1, storage, self.here))
 
     @contextmanager
     def inside(self, module: str, block: int | None = None) -> Iterator[None]:

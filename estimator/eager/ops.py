@@ -399,5 +399,6 @@ def causal_mask(ids: Tensor, length: Size) -> Tensor:
 def parameter(machine: Machine, shape: Sequence[Size], dtype: Dtype) -> Tensor:
     """A leaf that wants a gradient, held by its module."""
     p = machine.empty(shape, dtype, category=Category.PARAMETER).hold()
+    machine.ledger.parameters.append((p.storage.where, p.numel))
     p.requires_grad = True
     return p

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, reduce
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
     from estimator.config import ModelConfig
 
-NAMES = ("B", "T", "L", "d", "h", "k", "g", "e", "f", "V", "C", "n", "s", "w", "c", "z", "p", "q", "u")
+SHARES = ("d_D", "t_D", "q_D", "k_D", "f_D", "V_D", "C_D")  # rows of one of D accelerators: `row_counts`
+NAMES = (*"BTLdhkgefVCnswczpqu", "D", *SHARES)
 RING, *_generators = ring(",".join(NAMES), QQ)
 LETTER = dict(zip(NAMES, _generators, strict=True))
 INDEX = {name: i for i, name in enumerate(NAMES)}
@@ -44,7 +45,9 @@ _GENERIC |= {
     "u": 29,
     "h": 1033 * 1049,
     "d": 1033 * 1049 * 1064,
+    "D": 31,
 }
+_GENERIC |= {name: 1087 + i for i, name in enumerate(SHARES)}
 
 
 @lru_cache(maxsize=65536)
@@ -75,12 +78,14 @@ class ShapeClass:
         narrow: head_dim is 2, so that a rotary half is 1 wide.
         shared_width: h e = d.
         grouped: fewer key/value heads than query heads (else k = h).
+        uneven: which rows D accelerators cannot share evenly, by the letters of their shares.
     """
 
     ones: frozenset[str]
     narrow: bool
     shared_width: bool
     grouped: bool
+    uneven: frozenset[str] = frozenset()
 
     @classmethod
     def at(cls, family: str, sizes: Mapping[str, int]) -> ShapeClass:
@@ -88,7 +93,9 @@ class ShapeClass:
         narrow = family == "llama" and sizes["e"] == 2
         ones = frozenset(name for name in "BTdhkefVC" if sizes[name] == 1)
         degenerate = family == "llama" and (narrow or "h" in ones)  # then the relation would tie numbers to letters
-        return cls(ones, narrow, sizes["h"] * sizes["e"] == sizes["d"] and not degenerate, sizes["k"] != sizes["h"])
+        shared = sizes["h"] * sizes["e"] == sizes["d"] and not degenerate
+        uneven = frozenset(name for name, rows in row_counts(sizes).items() if rows % sizes["D"])
+        return cls(ones, narrow, shared, sizes["k"] != sizes["h"], uneven)
 
     @classmethod
     def general(cls, sizes: Mapping[str, int]) -> ShapeClass:
@@ -131,6 +138,19 @@ class ShapeClass:
                 result = result * size
         return self.normal(result)
 
+    @cached_property
+    def shares(self) -> dict[Size, str]:
+        """By number of rows of a parameter, the letter of the rows that one of D accelerators holds."""
+        return {self.product((rows,)): name for name, rows in reversed(row_counts(self.letters).items())}
+
+    def share(self, rows: Size) -> Size:
+        """The rows of one of D accelerators (the first, which has the most): rows / D, rounded up."""
+        return ONE if rows == ONE else LETTER[self.shares[rows]]
+
+    def is_uneven(self, rows: Size) -> bool:
+        """Whether D accelerators cannot share so many rows evenly."""
+        return rows == ONE or self.shares[rows] in self.uneven
+
     def smaller(self, a: Size, b: Size) -> Size:
         """The smaller side of a block's matrix; where that depends on the model, the letter that stands for it."""
         (x, m), (y, n) = a.LT, b.LT
@@ -156,6 +176,13 @@ class ShapeClass:
         return size
 
 
+def row_counts(sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers of rows that parameters have, by the letters of their shares."""
+    d, e = sizes["d"], sizes["e"]
+    rows = {"d_D": d, "t_D": 3 * d, "q_D": sizes["h"] * e, "k_D": sizes["k"] * e}
+    return rows | {f"{name}_D": sizes[name] for name in "fVC"}
+
+
 # Scratch of the bundled trainer: trainer.loss.CPU_TILE, trainer.optim.CPU_SLICE and CUDA_SLICE: a test compares.
 LOSS_TILE = 2**21
 LION_SLICE = {"cpu": 2**20, "cuda": 2**26}
@@ -170,9 +197,23 @@ def cpu_threads() -> int:
 
 
 def sizes_of(
-    m: ModelConfig, batch_size: int, seq_len: int, device: str = "cpu", threads: int | None = None
+    m: ModelConfig,
+    batch_size: int,
+    seq_len: int,
+    device: str = "cpu",
+    threads: int | None = None,
+    shards: int = 1,
 ) -> dict[str, int]:
-    """The number behind each letter of the legend for a model; `threads` None means `cpu_threads()`."""
+    """The number behind each letter of the legend for a model.
+
+    Args:
+        m: the model.
+        batch_size: sequences in a micro-batch.
+        seq_len: tokens in each.
+        device: "cpu" or "cuda".
+        threads: CPU threads; None means `cpu_threads()`.
+        shards: accelerators that share what is sharded (`Plan.shards`).
+    """
     given = {
         "B": batch_size,
         "T": seq_len,
@@ -185,6 +226,7 @@ def sizes_of(
         "V": m.vocab_size,
         "C": m.context_length,
         "n": cpu_threads() if threads is None else threads,
+        "D": shards,
     }
     return given | {name: int(x) for name, x in derived_letters(m.family, given, device).items()}
 
@@ -196,16 +238,19 @@ def derived_letters(family: str, given: Mapping[str, Any], device: str) -> dict[
     32 query rows from 768, from 192 and below, 512 key rows, never more than there are.
     """
     T, d = given["T"], given["d"]
-    largest = np.maximum(np.maximum(given["V"], given["f"]) * d, d * given["h"] * given["e"])
+    share = {name: -(-rows // given["D"]) for name, rows in row_counts(given).items()}
+    shards = [share["V_D"] * d, share["f_D"] * d, share["d_D"] * given["f"], share["q_D"] * d]
+    shards.append(share["d_D"] * given["h"] * given["e"])
     if family == "gpt2":
-        largest = np.maximum(largest, np.maximum(given["C"], 3 * d) * d)
+        shards += [share["C_D"] * d, share["t_D"] * d]
     return {
         "g": given["h"] // given["k"],
         "s": np.minimum(np.where(T >= 768, 256, np.where(T >= 192, 64, 32)), T),
         "w": np.minimum(512, T),
         "c": np.minimum(LOSS_TILE, given["B"] * T * given["V"]),
-        "z": np.minimum(LION_SLICE[device], largest),
+        "z": np.minimum(LION_SLICE[device], reduce(np.maximum, shards)),
         "p": np.minimum(d, given["h"] * given["e"]),
         "q": np.minimum(d, given["k"] * given["e"]),
         "u": np.minimum(d, given["f"]),
+        **share,
     }

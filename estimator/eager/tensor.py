@@ -54,6 +54,8 @@ class Machine:
         self.grad_enabled = True
         self.sequence = 0
         self.frames: list[Frame] = []
+        self.on_gradient: Callable[[Tensor], None] | None = None  # after each AccumulateGrad
+        self.on_backward_end: Callable[[], None] | None = None
         self._products: dict[Shape, Size] = {}
         self._strides: dict[Shape, Shape] = {}
 

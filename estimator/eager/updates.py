@@ -94,7 +94,7 @@ def clip_gradients(parameters: Sequence[Tensor]) -> None:
             with at_parameter(p, "vector_norm"):
                 norms.append(machine.empty((), dtype).hold())
                 machine.kernel("vector_norm", (p.grad,), (norms[-1],), arithmetic=2 * p.numel)
-        stacked = machine.empty((_number_of(parameters),), dtype).hold()
+        stacked = machine.empty((number_of(parameters),), dtype).hold()
         v.norm = machine.empty((), dtype)
         stacked.drop()
         v.factor = machine.empty((), dtype)
@@ -107,7 +107,7 @@ def clip_gradients(parameters: Sequence[Tensor]) -> None:
                 norm.drop()
 
 
-def _number_of(parameters: Sequence[Tensor]) -> Size:
+def number_of(parameters: Sequence[Tensor]) -> Size:
     """How many parameters a model of any number of layers has: as many in each block as in the first."""
     outside = sum(p.storage.where.block is None for p in parameters)
     return outside + sum(p.storage.where.block == 0 for p in parameters) * LETTER["L"]

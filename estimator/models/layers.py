@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from contextlib import AbstractContextManager
 
+    from estimator.eager.sharding import Unit
     from estimator.eager.sizes import Size
 
 
@@ -36,6 +37,7 @@ class Recipe:
     optimizer_impl: str
     clips: bool
     micro_batches: int
+    parallel: str = "alone"
 
 
 class Module:
@@ -45,6 +47,7 @@ class Module:
         self.machine, self.name, self.block = machine, name, block
         self.owned: list[Tensor | Module] = []
         self.checkpointed = False
+        self.unit: Unit | None = None
 
     def parameter(self, *shape: Size) -> Tensor:
         """A new parameter of this module."""
@@ -73,10 +76,17 @@ class Module:
         return checkpoint(self.run, *args) if self.checkpointed else self.run(*args)
 
     def run(self, *args: Any) -> Tensor:
-        """`forward` in its frame."""
-        with self.inside(), arguments(args) as results, Locals() as v:
-            results.append(self.forward(v, *args))
-            return results[0]
+        """`forward` in its frame, between the hooks of the unit that shards this module."""
+        unit = self.unit if not self.machine.ledger.recompute else None
+        with self.inside(), arguments(args) as results:
+            if unit is not None:
+                args = unit.before_forward(args)
+            with arguments(args) as inner, Locals() as v:
+                inner.append(self.forward(v, *args))
+            if unit is not None:
+                unit.after_forward(inner[0])
+            results.append(inner[0])
+        return results[0]
 
     def forward(self, v: Locals, *args: Any) -> Tensor:
         """The module's statements; `v` are the names of its frame."""
@@ -171,6 +181,7 @@ class Transformer(Module):
     def __init__(self, machine: Machine, recipe: Recipe, num_layers: int) -> None:
         super().__init__(machine, "")
         self.recipe, self.num_layers = recipe, num_layers
+        self.buffers: list[Tensor] = []
         size = machine.shapes.letters
         self.embedding = self.child(Embedding(machine, "embedding", size["V"], size["d"]))
         self.blocks: list[Any] = []
@@ -205,4 +216,5 @@ class Transformer(Module):
 
     def buffer(self, *shape: Size) -> Tensor:
         """A tensor that the model holds and does not train."""
-        return self.machine.empty(shape, self.machine.dtype, category=Category.BUFFER).hold()
+        self.buffers.append(self.machine.empty(shape, self.machine.dtype, category=Category.BUFFER).hold())
+        return self.buffers[-1]
