@@ -86,7 +86,7 @@ def heading(s: Setup, r: Estimate) -> str:
 
 def _verdict(at: DeltaGenerator, s: Setup, r: Estimate, found: Sequence[Advice] = ()) -> None:
     """Whether it fits, where the peak is, and what would fit."""
-    largest = largest_batch(s.request.model, s.request.plan, s.request.gpu)
+    largest = largest_batch(r.model, r.plan, s.request.gpu)
     same = [change for change in found if change.fits and not change.alters and BATCH not in change.fields]
     other = f"{_named(same[0])}" if same else ""
     if r.fits:
@@ -101,7 +101,7 @@ def _verdict(at: DeltaGenerator, s: Setup, r: Estimate, found: Sequence[Advice] 
 
 def _headline(s: Setup, r: Estimate) -> None:
     q = s.request
-    batch = largest_batch(q.model, q.plan, q.gpu)
+    batch = largest_batch(r.model, r.plan, q.gpu)
     spread = (r.memory.context[1] - r.memory.context[0]) / 2
     with st.grid(5, min_column_width=140, gap="small"):
         _metric(

@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--steps", type=int, help="optimizer steps")
     run.add_argument("--global-batch-size", type=int, help="sequences in an optimizer step of the whole job")
-    run.add_argument("--count", type=int, default=1, help="accelerators (default: %(default)s)")
+    run.add_argument("--count", type=int, help="accelerators (default: the plan's data_parallel)")
     out = p.add_argument_group("the output")
     out.add_argument("--max-batch", action="store_true", help="print the largest micro-batch that fits, and stop")
     out.add_argument("--formulas", action="store_true", help="print the closed form of every figure, and stop")
@@ -105,7 +105,7 @@ def _list() -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from estimator.estimates import estimate, max_batch_size  # noqa: PLC0415 - sympy, which --help does without
+    from estimator.estimates import estimate, max_batch_size, replicated  # noqa: PLC0415 - sympy, which --help does without
     from estimator.presets import from_hf, preset  # noqa: PLC0415 - only here
 
     named = (
@@ -115,7 +115,7 @@ def _run(args: argparse.Namespace) -> int:
     model = named.replace(**{f.name: given[f.name] for f in fields(ModelConfig) if given.get(f.name) is not None})
     plan = Plan(**{f.name: given[f.name] for f in fields(Plan) if given[f.name] is not None})
     if args.max_batch:
-        sys.stdout.write(f"{max_batch_size(model, plan, args.gpu)}\n")
+        sys.stdout.write(f"{max_batch_size(model, replicated(plan, args.count), args.gpu)}\n")
         return 0
     r = estimate(
         model,
@@ -132,7 +132,7 @@ def _run(args: argparse.Namespace) -> int:
     elif args.formulas:
         _formulas(r)
     else:
-        _tables(args.model, r, max_batch_size(model, plan, args.gpu))
+        _tables(args.model, r, max_batch_size(model, r.plan, args.gpu))
     return 0
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from estimator.accounts import COMPONENTS, Account, Values, account
+from estimator.accounts import COMPONENTS, Account, Values, account, sizes_for
 from estimator.config import ConfigError, ModelConfig, Plan, choose, positive_int
-from estimator.eager.sizes import sizes_of
 from estimator.hardware import Accelerator, accelerator
 from estimator.memory import Memory, memory
 from estimator.presets import preset
@@ -17,6 +16,13 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import pandas as pd
+
+FULLY_SHARD = "PyTorch's fully_shard on each block and on the model, gradients scattered in every micro-batch"
+SHARDING_NOTES = {
+    "zero1": "ZeRO-1 is DDP with an optimizer that works on its own rows of every parameter and then gathers the rest.",
+    "zero2": f"ZeRO-2 is {FULLY_SHARD}, parameters kept from forward to backward.",
+    "zero3": f"ZeRO-3 is {FULLY_SHARD}, parameters gathered again for backward.",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +120,7 @@ def estimate(
     mfu: float | None = None,
     steps: int | None = None,
     global_batch_size: int | None = None,
-    count: int = 1,
+    count: int | None = None,
     threads: int | None = None,
 ) -> Estimate:
     """Everything about training `model` as `plan` says on an accelerator.
@@ -128,25 +134,29 @@ def estimate(
         steps: optimizer steps of the run.
         global_batch_size: sequences in an optimizer step of the whole job; by default the plan's micro-batch times its
             accumulation times `count`. Memory is always that of the plan.
-        count: accelerators that share the global batch.
+        count: accelerators of the job, by default the plan's data_parallel; each runs the plan on its own sequences.
         threads: CPU threads, for a profile of a CPU.
 
     Raises:
         ConfigError: a name is unknown, a figure out of its range, the accelerator has no peak for the precision.
     """
     m = preset(model) if isinstance(model, str) else model
-    p = _on_one_accelerator(plan)
+    p = replicated(plan if plan is not None else Plan(), count)
+    count = p.data_parallel
     device = accelerator(on)
     if device.device not in ("cuda", "cpu"):
         raise ConfigError(
             f"accelerator = {device.id!r}: it runs PyTorch's {device.device} backend, whose memory rules are not "
             "modelled; allowed are accelerators of the cuda and cpu backends"
         )
-    sizes = sizes_of(m, p.batch_size, p.tokens(m), device.device, threads)
+    sizes = sizes_for(m, p, device.device, threads)
     a = account(m, p, device.device)
     values = a.values(sizes)
-    sequences = p.batch_size * p.grad_accumulation * positive_int("count", count)
+    sequences = p.batch_size * p.grad_accumulation * count
     notes = ["The bytes are those of eager execution; compiled, fused ops save some."] if p.compile else []
+    notes += [SHARDING_NOTES[p.sharding]] if p.shards > 1 else []
+    if p.sharding != "none" and p.data_parallel == 1:
+        notes.append("One accelerator has nobody to share with: sharding changes nothing.")
     if global_batch_size is not None:
         wanted = positive_int("global_batch_size", global_batch_size)
         if wanted != sequences:
@@ -176,15 +186,17 @@ def estimate(
     return Estimate(m, p, device, a, values, memory(a, values, sizes, device), flops, time, tuple(notes))
 
 
-def _on_one_accelerator(plan: Plan | None) -> Plan:
-    """The plan, if its memory is accounted: what several accelerators share among them is not yet."""
-    p = plan if plan is not None else Plan()
-    if p.data_parallel != 1 or p.sharding != "none":
-        raise ConfigError(
-            f"data_parallel = {p.data_parallel}, sharding = {p.sharding!r}: memory is accounted for one accelerator; "
-            "allowed are 1 and none (`count` says how many share the time)"
-        )
-    return p
+def replicated(plan: Plan, count: int | None) -> Plan:
+    """`plan` on `count` accelerators, None for as many as it says.
+
+    Raises:
+        ConfigError: the plan says another number than `count`: data parallelism is all there is yet.
+    """
+    if count is None:
+        return plan
+    if plan.data_parallel not in (1, positive_int("count", count)):
+        raise ConfigError(f"count = {count}: the plan's data_parallel is {plan.data_parallel}; allowed is the same")
+    return plan.replace(data_parallel=count)
 
 
 def _checked_mfu(mfu: float) -> float:
@@ -205,7 +217,7 @@ def max_batch_size(
             step (`Memory.peak`) must.
     """
     m = preset(model) if isinstance(model, str) else model
-    p = _on_one_accelerator(plan)
+    p = plan if plan is not None else Plan()
     if isinstance(on, (int, float)):
         if not on > 0:
             raise ConfigError(f"bytes = {on!r}: must be above 0")
@@ -216,7 +228,7 @@ def max_batch_size(
 
     def fits(batch_size: int) -> bool:
         trial = p.replace(batch_size=batch_size)
-        sizes = sizes_of(m, batch_size, trial.tokens(m), name)
+        sizes = sizes_for(m, trial, name)
         a = account(m, trial, name)
         values = a.values(sizes)
         if device is None:

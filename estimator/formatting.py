@@ -122,4 +122,5 @@ NOUNS = {
     "temporary": "temporary tensors",
     "inputs": "input tokens",
     "buffers": "buffers",
+    "communication": "communication",
 }

@@ -107,11 +107,11 @@ def timeline(account: Account, sizes: Mapping[str, int], granule: int = 1) -> Ti
 
 @dataclass(frozen=True, eq=False)
 class Memory:
-    """Bytes of one accelerator in a steady step. The first eight are at the peak; the seven parts add up to it.
+    """Bytes of one accelerator in a steady step. The first nine are at the peak; the eight parts add up to it.
 
     Attributes:
         peak: live tensor bytes at the moment when they are most.
-        parameters, gradients, optimizer, activations, temporary, inputs, buffers: its parts.
+        parameters, gradients, optimizer, activations, temporary, inputs, buffers, communication: its parts.
         where: phase, module, block and operator of the peak.
         allocated: on CUDA, the peak with each block rounded to 512 bytes, and the cuBLAS workspace.
         workspace: that workspace.
@@ -127,6 +127,7 @@ class Memory:
     temporary: int
     inputs: int
     buffers: int
+    communication: int
     where: Where
     allocated: int
     workspace: int
@@ -158,7 +159,7 @@ class Memory:
 
     @property
     def parts(self) -> dict[str, int]:
-        """The seven parts of the peak."""
+        """The eight parts of the peak."""
         return {c.value: getattr(self, c.value) for c in Category}
 
     def to_dict(self) -> dict[str, Any]:

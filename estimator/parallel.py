@@ -41,9 +41,10 @@ def messages(
 ) -> tuple[Message, ...]:
     """The collectives of one optimizer step.
 
-    DDP sums the gradients in the last backward. ZeRO-1 and -2 (Rajbhandari et al. 2020, section 7) leave each
-    accelerator its part of the sum and gather the updated parameters after the step; ZeRO-3 and FSDP gather each unit's
-    parameters before its forward and again before its backward, and scatter its gradients, in every micro-batch.
+    They are those of the implementations whose memory is accounted (`estimator.eager.sharding`). DDP sums the gradients
+    in the last backward. ZeRO-1 does too, and gathers the updated parameters after the step. FSDP gathers each unit's
+    parameters before its forward and scatters its gradients, in every micro-batch; as ZeRO-3 it gathers them again
+    before backward, as ZeRO-2 it has kept them.
 
     Args:
         sharding: as in `Plan`.
@@ -52,23 +53,15 @@ def messages(
         units: parts of the model that are sent as one (blocks, and one for all else).
         micro_batches: forward and backward passes in a step.
     """
+    summed = Message("all-reduce", "backward", gradient_bytes, units)
     if sharding == "none":
-        return (Message("all-reduce", "backward", gradient_bytes, units),)
-    if sharding == "zero3":
-        gathered, scattered, pieces = (
-            parameter_bytes * micro_batches,
-            gradient_bytes * micro_batches,
-            units * micro_batches,
-        )
-        return (
-            Message("all-gather", "forward", gathered, pieces),
-            Message("all-gather", "backward", gathered, pieces),
-            Message("reduce-scatter", "backward", scattered, pieces),
-        )
-    return (
-        Message("reduce-scatter", "backward", gradient_bytes, units),
-        Message("all-gather", "optimizer", parameter_bytes, units),
-    )
+        return (summed,)
+    if sharding == "zero1":
+        return (summed, Message("all-gather", "optimizer", parameter_bytes, units))
+    pieces = units * micro_batches
+    phases = ("forward", "backward") if sharding == "zero3" else ("forward",)
+    gathers = (Message("all-gather", phase, parameter_bytes * micro_batches, pieces) for phase in phases)
+    return (*gathers, Message("reduce-scatter", "backward", gradient_bytes * micro_batches, pieces))
 
 
 def seconds(message: Message, cluster: Cluster, e: Efficiency) -> Array:

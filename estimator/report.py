@@ -83,7 +83,7 @@ class Request:
                 f"plan = est.Plan({plan})",
                 f'r = est.estimate(model, plan, "{self.gpu}"{run})',
                 "print(r.memory.needed, r.fits, r.time and r.time.hours)",
-                f'print(est.max_batch_size(model, plan, "{self.gpu}"))',
+                f'print(est.max_batch_size(model, r.plan, "{self.gpu}"))',
             )
         )
 

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from estimator.accounts import account
+from estimator.accounts import account, sizes_for
 from estimator.catalogue import read_data
 from estimator.config import positive_int
 from estimator.conventions import model_flops_utilisation
-from estimator.eager.sizes import sizes_of
 from estimator.hardware import Accelerator, accelerator, cluster
 from estimator.kernels import EAGER, FUSED, Variant, table
 from estimator.parallel import exposed, messages
@@ -145,7 +144,7 @@ def step_times(m: ModelConfig, p: Plan, on: Accelerator | str | Path, setup: Set
         ConfigError: the accelerator has no peak for a dtype, no figure for a link, or the nodes do not come out even.
     """
     a = accelerator(on)
-    sizes = sizes_of(m, p.batch_size, p.tokens(m), a.device, threads=1)
+    sizes = sizes_for(m, p, a.device, threads=1)
     return times(account(m, p, a.device), sizes, p, a, setup)
 
 
@@ -173,19 +172,19 @@ def times(
     turns = p.grad_accumulation if micro_batches is None else micro_batches
     e = efficiency(a)
     setup = setup or Setup(FUSED if p.compile else EAGER)
-    sharded = p.data_parallel if p.sharding != "none" else 1
     kernels = table(form, setup.variant)
     shape = kernels.at(sizes)
     work = busy(
         kernels, shape, sizes["L"], turns, a, e,
         half=setup.dtype or (p.product_dtype if p.product_dtype == "fp16" else "bf16"),
         single="tf32" if p.product_dtype == "tf32" else "fp32",
-        optimizer_share=1 / sharded, kernel=setup.attention,
+        kernel=setup.attention,
     )  # fmt: skip
     group = cluster(a, p.data_parallel)
     count = shape["parameters"]
-    parameters = shape["parameter_bytes"] if setup.parameter_width is None else count * setup.parameter_width
-    gradients = shape["gradient_bytes"] if setup.gradient_width is None else count * setup.gradient_width
+    holders = p.shards if p.sharding in ("zero2", "zero3") else 1  # of the parameters and gradients, as they are sent
+    parameters = holders * shape["parameter_bytes"] if setup.parameter_width is None else count * setup.parameter_width
+    gradients = holders * shape["gradient_bytes"] if setup.gradient_width is None else count * setup.gradient_width
     sent = messages(p.sharding, parameters, gradients, np.asarray(sizes["L"]) + 1, turns)
     return parts(work, exposed(sent, group, e, {phase.value: s for phase, s in work.phases.items()}))
 

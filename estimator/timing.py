@@ -169,7 +169,6 @@ def busy(
     *,
     half: str = "bf16",
     single: str = "fp32",
-    optimizer_share: Any = 1,
     kernel: str | None = None,
 ) -> Busy:
     """Seconds of the kernels of one optimizer step.
@@ -183,7 +182,6 @@ def busy(
         e: what they reach there.
         half: dtype of products of 16-bit factors.
         single: dtype of products of 32-bit factors.
-        optimizer_share: part of the parameters that this accelerator updates.
         kernel: the attention kernel, if not the accelerator's own.
 
     Raises:
@@ -206,7 +204,6 @@ def busy(
         backward = table.backward[table.flash][:, None]
         seconds[table.flash] = flash_seconds(part, backward, peak[table.flash], streaming, flash)
     spent = seconds * launches
-    spent[table.kind == "optimizer"] *= optimizer_share
     kinds = {kind: spent[table.kind == kind].sum(0) for kind in KINDS}
     phases, launch = {}, np.zeros(1)
     working: tuple[Phase, ...] = (Phase.FORWARD, Phase.BACKWARD, Phase.OPTIMIZER)

@@ -99,8 +99,7 @@ def test_what_cannot_be_is_refused():
         ({"global_batch_size": -1}, "global_batch_size = -1"),
         ({"count": 0}, "count = 0"),
         ({"on": "H100"}, "H100"),
-        ({"plan": Plan(data_parallel=2)}, "data_parallel = 2"),
-        ({"plan": Plan(sharding="zero3")}, "sharding = 'zero3'"),
+        ({"plan": Plan(data_parallel=2), "count": 3}, "count = 3"),
     ):
         with pytest.raises(ConfigError, match=message):
             est.estimate("gpt2", **changes)

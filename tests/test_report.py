@@ -31,7 +31,7 @@ def test_the_python_gives_the_figures_when_it_is_run(request_):
         exec(request_.python(), {})  # noqa: S102 - that it runs is what is tested
     first, second = out.getvalue().splitlines()
     assert first == f"{r.memory.needed} {r.fits} {r.time and r.time.hours}"
-    assert int(second) == est.max_batch_size(request_.model, request_.plan, request_.gpu)
+    assert int(second) == est.max_batch_size(request_.model, r.plan, request_.gpu)
 
 
 @pytest.mark.parametrize("request_", CASES)

@@ -107,15 +107,18 @@ class ShardedUpdate(Buckets):
         self.updated = [_rows(p) for p in self.parameters]
 
     def before_update(self) -> None:
+        """The rows' gradients are rows of the gradients."""
         for rows, p in zip(self.updated, self.parameters, strict=True):
             assert p.grad is not None
             rows.grad = _rows(p.grad)
 
     def after_update(self) -> None:
+        """Both become None."""
         super().after_update()
         zero_grad(self.parameters)
 
     def clip(self) -> None:
+        """The gradients are whole, as under DDP."""
         clip_gradients(self.parameters)
 
 
@@ -142,7 +145,7 @@ class Unit:
         self.whole = False
 
     def _shard(self, p: Tensor) -> Tensor:
-        """`FSDPParam._init_sharded_param`: the parameter's storage is emptied, and when full it is as long as D shards."""
+        """`FSDPParam._init_sharded_param`: the parameter's storage is emptied; full, it is as long as D shards."""
         machine, where = self.machine, p.storage.where
         with machine.ledger.at(where.module, where.block, "fully_shard"):
             rows = machine.shapes.share(p.shape[0])
