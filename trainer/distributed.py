@@ -24,8 +24,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard
 
 from estimator.config import ConfigError
 from trainer.checkpoint import (
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from torch.distributed.checkpoint.metadata import Metadata
+    from torch.distributed.device_mesh import DeviceMesh
 
 RUN_FILE = "run.pt"  # in a sharded checkpoint: all that is not a large tensor, and the other files' checksums
 
@@ -94,54 +95,83 @@ class World:
             dist.barrier()
 
     def wrap(self, model: nn.Module, sharding: str) -> nn.Module:
-        """What to call instead of `model`: DDP, or `model` itself with its parameters sharded in place by FSDP2."""
+        """What to call instead of `model`: DDP, or `model` itself with its parameters sharded in place by FSDP2.
+
+        ZeRO-3 empties a block's parameters after its forward and gathers them again for its backward; ZeRO-2 does not.
+        """
         if self.size == 1:
             return model
-        if sharding == "none":
+        if sharding in ("none", "zero1"):
             return nn.parallel.DistributedDataParallel(model, [self.device] if self.device.type == "cuda" else None)
+        keeps: dict[str, Any] = {"reshard_after_forward": False} if sharding == "zero2" else {}
         mesh = init_device_mesh(self.device.type, (self.size,))
         for block in model.get_submodule("blocks").children():  # one block is gathered at a time
-            fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+            fully_shard(block, mesh=mesh, **keeps)
+        fully_shard(model, mesh=mesh, **keeps)
         return model
 
+    def weights(self, model: nn.Module, sharding: str) -> Weights:
+        """The parameters of a model that has been wrapped, as the optimizer sees them."""
+        shares = sharding == "zero1" and self.size > 1
+        return Weights(model, init_device_mesh(self.device.type, (self.size,)) if shares else None)
+
     def micro_batch(self, module: nn.Module, *, last: bool) -> AbstractContextManager[object]:
-        """Where a micro-batch is computed: gradients are exchanged once a step, in its last one's backward."""
-        if isinstance(module, FSDPModule):
-            module.set_requires_gradient_sync(last)
-        elif isinstance(module, nn.parallel.DistributedDataParallel) and not last:
+        """Where a micro-batch is computed: DDP exchanges gradients once a step, in its last one's backward.
+
+        FSDP does in each: it could add up whole gradients first, which is what sharding them saves.
+        """
+        if isinstance(module, nn.parallel.DistributedDataParallel) and not last:
             return module.no_sync()
         return nullcontext()
 
 
 class Weights:
-    """A model's parameters as the optimizer sees them: themselves or, under FSDP2, this process's shards of them.
+    """A model's parameters as the optimizer sees them: themselves or, sharded, this process's rows of them.
 
     An optimizer works element by element, so it may as well work on plain tensors, the shards, which share memory with
-    the model's: no dispatch of DTensors, and any optimizer will do.
+    the model's: no dispatch of DTensors, and any optimizer will do. Under FSDP2 each process has its shards only; under
+    ZeRO-1 it has all, updates its shards, and gets the others' after the step.
 
     Attributes:
         named: name -> what the optimizer updates.
         sharded: whether these are shards.
+        mesh: the processes of ZeRO-1; None without it.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model, self.originals = model, dict(model.named_parameters())
-        self.sharded = any(isinstance(p, DTensor) for p in self.originals.values())
+    def __init__(self, model: nn.Module, mesh: DeviceMesh | None = None) -> None:
+        self.model, self.originals, self.mesh = model, dict(model.named_parameters()), mesh
+        self.sharded = mesh is not None or any(isinstance(p, DTensor) for p in self.originals.values())
         self.named = {
-            name: nn.Parameter(local(p.detach())) if self.sharded else p for name, p in self.originals.items()
+            name: nn.Parameter(self.shard(name, p.detach())) if self.sharded else p
+            for name, p in self.originals.items()
         }
 
     def gather_gradients(self) -> None:
         """Give the shards their part of the gradients; nothing to do without shards."""
         if self.sharded:
             for name, p in self.originals.items():
-                self.named[name].grad = None if p.grad is None else local(p.grad)
+                self.named[name].grad = None if p.grad is None else self.shard(name, p.grad)
+
+    def shard(self, name: str, x: Tensor) -> Tensor:
+        """This process's rows of a parameter `name` or of a tensor of its shape: a DTensor's own, else a view."""
+        if isinstance(x, DTensor):
+            return x.to_local()
+        mesh = self.mesh or getattr(self.originals[name], "device_mesh", None)
+        return x if mesh is None else rows(x, mesh.size(), mesh.get_local_rank())
+
+    def spread(self) -> None:
+        """After ZeRO-1's step: give every process all others' rows, in place."""
+        if self.mesh is not None:
+            for p in self.originals.values():
+                for rank in range(self.mesh.size()):
+                    part = rows(p.detach(), self.mesh.size(), rank)
+                    if part.numel():
+                        dist.broadcast(part, rank)
 
     def clip(self, max_norm: float, eps: float = 1e-6) -> Tensor:
         """`gradient_clipping` by the norm of the whole gradients; returns that norm, a scalar."""
-        if not self.sharded:
-            return gradient_clipping(self.named.values(), max_norm, eps)
+        if not self.sharded or self.mesh is not None:  # the gradients are whole
+            return gradient_clipping(self.originals.values(), max_norm, eps)
         gradients = [p.grad for p in self.named.values() if p.grad is not None]
         squares = torch.stack([torch.linalg.vector_norm(g) for g in gradients]).square().sum()
         dist.all_reduce(squares)
@@ -158,11 +188,11 @@ class Weights:
     def whole(self, name: str, shard: Tensor) -> Tensor:
         """`shard`, of this process's shape, as the part of a tensor of the parameter's whole shape that it is."""
         original = self.originals[name]
-        if not isinstance(original, DTensor):
+        mesh = original.device_mesh if isinstance(original, DTensor) else self.mesh
+        if mesh is None:
             return shard
-        mesh, placements = original.device_mesh, original.placements
         return DTensor.from_local(
-            shard, mesh, placements, run_check=False, shape=original.shape, stride=original.stride()
+            shard, mesh, [Shard(0)], run_check=False, shape=original.shape, stride=original.stride()
         )
 
 
@@ -171,13 +201,20 @@ def local(x: Tensor) -> Tensor:
     return x.to_local() if isinstance(x, DTensor) else x
 
 
+def rows(x: Tensor, size: int, rank: int) -> Tensor:
+    """The rows of x that are the `rank`-th of `size` processes', as Shard(0), FSDP2's placement, cuts: a view.
+
+    That is as torch.chunk does; with fewer chunks than processes the last ones are empty.
+    """
+    chunks = x.chunk(size)
+    return chunks[rank] if rank < len(chunks) else x[:0]
+
+
 def piece(value: Tensor, like: Tensor) -> Tensor:
     """The part of the whole tensor `value` that this process holds if it is sharded as the parameter `like`."""
     if not isinstance(like, DTensor):
         return value
-    # Shard(0), FSDP2's placement, cuts as torch.chunk does; with fewer chunks than processes the last ones are empty.
-    chunks, rank = value.chunk(like.device_mesh.size()), like.device_mesh.get_local_rank()
-    return chunks[rank] if rank < len(chunks) else value[:0]
+    return rows(value, like.device_mesh.size(), like.device_mesh.get_local_rank())
 
 
 def save_run(
@@ -239,16 +276,11 @@ def load_run(world: World, path: Path, weights: Weights, optimizer: torch.optim.
 def _cut(content: dict[str, Any], weights: Weights) -> None:
     """Replace the optimizer's tensors in `content` by this process's pieces; scalars stay."""
     state = content["optimizer"].get("state", {})
-    for index, original in enumerate(_in_order(weights, content["optimizer"])):
+    names = [name for group in content["optimizer"]["param_groups"] for name in group["names"]]  # in the state's order
+    for index, name in enumerate(names):
         for key, value in state.get(index, {}).items():
-            if isinstance(value, Tensor) and value.shape == original.shape:
-                state[index][key] = piece(value, original)
-
-
-def _in_order(weights: Weights, state: dict[str, Any]) -> Iterable[Tensor]:
-    """The parameters in the order of an optimizer's state: that of its groups."""
-    names = [name for group in state["param_groups"] for name in group["names"]]
-    return [weights.originals[name] for name in names]
+            if isinstance(value, Tensor) and value.shape == weights.originals[name].shape:
+                state[index][key] = weights.shard(name, value)
 
 
 def _flatten(weights: Weights, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

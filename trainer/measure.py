@@ -19,13 +19,14 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from estimator.config import ConfigError
 from trainer.clip import gradient_clipping
 from trainer.loss import cross_entropy
 from trainer.model import build_model
 from trainer.optim import SGD, AdamW, Lion, MuonAdamW
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
     from torch import Tensor, nn
 
@@ -45,6 +46,7 @@ class Step:
         self, model: nn.Module, optimizer: torch.optim.Optimizer, inputs: tuple[Tensor, Tensor], p: Plan
     ) -> None:
         self.model, self.optimizer, self.inputs, self.plan = model, optimizer, inputs, p
+        self.module = model  # what is called, where that is not the model itself
         self.loss = LOSSES[p.loss]
 
     def __call__(self) -> None:
@@ -59,7 +61,7 @@ class Step:
     def forward(self) -> Tensor:
         """The loss of one micro-batch, divided by their number."""
         ids, targets = self.inputs
-        loss = self.loss(self.model(ids), targets)
+        loss = self.loss(self.module(ids), targets)
         if self.plan.grad_accumulation == 1:
             return loss
         return loss / self.plan.grad_accumulation
@@ -86,9 +88,9 @@ def torch_cross_entropy_fp32(logits: Tensor, targets: Tensor) -> Tensor:
 LOSSES = {"bundled": cross_entropy, "torch": torch_cross_entropy, "torch-fp32": torch_cross_entropy_fp32}
 
 
-def build_optimizer(model: nn.Module, p: Plan, device: str) -> torch.optim.Optimizer:
-    """The optimizer that `p` names for the parameters of `model`, with its default hyper-parameters."""
-    kind, parameters = p.implementation(device), list(model.parameters())
+def build_optimizer(named: Mapping[str, nn.Parameter], p: Plan, device: str) -> torch.optim.Optimizer:
+    """The optimizer that `p` names for a model's parameters, with its default hyper-parameters."""
+    kind, parameters = p.implementation(device), list(named.values())
     torchs: dict[str, Any] = {"foreach": kind == "foreach", "fused": kind == "fused"}
     match p.optimizer:
         case "sgd" if kind == "bundled":
@@ -104,7 +106,7 @@ def build_optimizer(model: nn.Module, p: Plan, device: str) -> torch.optim.Optim
         case "adafactor":
             return torch.optim.Adafactor(parameters, foreach=kind == "foreach")
         case "muon":
-            matrices = [x for name, x in model.named_parameters() if name.startswith("blocks.") and x.ndim == 2]
+            matrices = [x for name, x in named.items() if name.startswith("blocks.") and x.ndim == 2]
             others = [x for x in parameters if all(x is not matrix for matrix in matrices)]
             return MuonAdamW(matrices, others, **torchs)
         case _ if kind == "bundled":
@@ -117,8 +119,16 @@ def build_step(m: ModelConfig, p: Plan, device: str = "cpu", seed: int = 0) -> S
     """A step of `m` run as `p` says, on `device`, its weights and tokens drawn from `seed`.
 
     Raises:
-        ConfigError: the sequence is longer than the model's positions.
+        ConfigError: the sequence is longer than the model's positions, or the plan is for several processes.
     """
+    if p.data_parallel > 1:
+        raise ConfigError(f"data_parallel = {p.data_parallel}: this is one process; see `trainer.replicas`")
+    model, inputs = build_parts(m, p, device, seed)
+    return Step(model, build_optimizer(dict(model.named_parameters()), p, torch.device(device).type), inputs, p)
+
+
+def build_parts(m: ModelConfig, p: Plan, device: str, seed: int) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+    """(the model, ids and targets), drawn from `seed`."""
     T = p.tokens(m)
     torch.manual_seed(seed)
     with torch.device(device):
@@ -126,8 +136,7 @@ def build_step(m: ModelConfig, p: Plan, device: str = "cpu", seed: int = 0) -> S
         if p.precision == "bf16":
             model = model.to(torch.bfloat16)
         ids, targets = (torch.randint(m.vocab_size, (p.batch_size, T)) for _ in range(2))
-    kind = torch.device(device).type
-    return Step(model, build_optimizer(model, p, kind), (ids, targets), p)
+    return model, (ids, targets)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,9 +9,16 @@ from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
-from estimator.config import ConfigError, ModelConfig, Plan, choose, positive_int
+from estimator.config import (
+    SHARDING_SPELLINGS,
+    SHARDINGS,
+    ConfigError,
+    ModelConfig,
+    Plan,
+    choose,
+    positive_int,
+)
 
-SHARDINGS = ("none", "fsdp")
 DEVICES = ("auto", "cpu", "cuda")
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -106,7 +113,8 @@ class TrainConfig:
         log_every: steps between lines where the output is no terminal.
         seed: of the weights and of the order of the data.
         device: "auto" (CUDA where there is one), "cpu" or "cuda".
-        sharding: with several processes, "none" (DDP) or "fsdp" (fully_shard).
+        sharding: with several processes, what they do not replicate: as the plan's, "none" (DDP), "zero1", "zero2",
+            "zero3" or "fsdp".
         autocast: matrix products in bfloat16.
         tensorboard: write TensorBoard's files too.
         resume: go on from the newest checkpoint in `out`.
@@ -138,10 +146,11 @@ class TrainConfig:
         if self.seed < 0:
             raise ConfigError(f"seed = {self.seed}: must be at least 0")
         choose("device", self.device, DEVICES)
+        object.__setattr__(self, "sharding", SHARDING_SPELLINGS.get(self.sharding, self.sharding))
         choose("sharding", self.sharding, SHARDINGS)
         if self.plan.data_parallel != 1 or self.plan.sharding != "none":
             given = f"plan.data_parallel = {self.plan.data_parallel}, plan.sharding = {self.plan.sharding!r}"
-            raise ConfigError(f"{given}: torchrun says how many processes there are, and --sharding fsdp shards")
+            raise ConfigError(f"{given}: torchrun says how many processes there are, and --sharding what they share")
         if self.optim.warmup_steps > self.steps:
             raise ConfigError(
                 f"optim.warmup_steps = {self.optim.warmup_steps}: longer than the run (steps = {self.steps})"

@@ -73,7 +73,7 @@ def _train(config: TrainConfig, world: World) -> int:
     wrapped = world.wrap(model, config.sharding)
     # compile() gives back a module too, whatever its annotation says.
     module = cast("nn.Module", torch.compile(wrapped)) if plan.compile else wrapped
-    weights = Weights(model)
+    weights = world.weights(model, config.sharding)
     optimizer = build_optimizer(weights, plan, config.optim, device.type)
     start = 0 if source is None else load(world, source, weights, optimizer, m.to_dict())
     precision = torch.autocast(device.type, torch.bfloat16) if config.autocast else nullcontext()
@@ -99,9 +99,10 @@ def _train(config: TrainConfig, world: World) -> int:
     ) as reporter:
         if source is not None:
             reporter.say(f"resumed  {source}")
-        notes = left_out(config, world)
+        notes = left_out(config)
+        shared = plan.replace(data_parallel=world.size, sharding=config.sharding)
         local = world.size if device.type == "cpu" else 1  # CPU processes share the machine's memory
-        estimate = announce(m, plan, device, processes=local, force=config.force, notes=notes, say=reporter.say)
+        estimate = announce(m, shared, device, processes=local, force=config.force, notes=notes, say=reporter.say)
         step_tokens = config.plan.batch_size * config.plan.grad_accumulation * T
         epochs = config.steps * step_tokens / data.tokens("train")
         reporter.say(f"run      {config.steps} steps of {step_tokens:,} tokens: {epochs:.2f} times {config.data}")
@@ -136,6 +137,7 @@ def _train(config: TrainConfig, world: World) -> int:
                     what = f"the loss is {loss_now}, the gradient's norm {norm_now}"
                     raise TrainingError(f"step {step + 1}: {what}; {newest(config)}")
                 optimizer.step()
+                weights.spread()
                 weights.clear_gradients()
 
                 seconds = time.perf_counter() - clock
@@ -238,7 +240,7 @@ def build_optimizer(weights: Weights, p: Plan, o: OptimSection, device: str) -> 
     """
     if weights.sharded and p.optimizer in ("muon", "adafactor"):
         raise ConfigError(
-            f"plan.optimizer = {p.optimizer!r}: works on whole matrices, which FSDP shards; allowed is --sharding none"
+            f"plan.optimizer = {p.optimizer!r}: works on whole matrices, which sharding cuts; allowed is --sharding none"
         )
     matrices = {name: p for name, p in weights.named.items() if p.ndim >= 2}
     others = {name: p for name, p in weights.named.items() if p.ndim < 2}
@@ -352,18 +354,13 @@ def remove(path: Path) -> None:
         path.unlink()
 
 
-def left_out(config: TrainConfig, world: World) -> list[str]:
+def left_out(config: TrainConfig) -> list[str]:
     """What the run does and the estimate does not know."""
     return [
         note
         for note, applies in (
             ("autocast's copies of weights and activations in bfloat16", config.autocast),
             ("torch.compile, which fuses ops and so saves less", config.plan.compile),
-            ("DDP's buckets, as large as the gradients", world.size > 1 and config.sharding == "none"),
-            (
-                "sharding: parameters, gradients and states are divided by the processes",
-                world.size > 1 and config.sharding == "fsdp",
-            ),
         )
         if applies
     ]

@@ -1,0 +1,98 @@
+"""The judge of several processes: one real step under DDP, ZeRO or FSDP2, and what one process holds of it.
+
+A process that torchrun has started measures itself, by the profiler's raw memory events as `trainer.measure` does. gloo's
+own threads free a buffer now and then where no profiler looks: a steady step whose events do not add up to zero has
+missed one, and is run again.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+from estimator.config import ConfigError
+from trainer.distributed import World, local
+from trainer.measure import Step, allocator_events, build_optimizer, build_parts, nbytes
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from estimator.config import ModelConfig, Plan
+
+TRIES = 200  # most steps to wait for one whose events are complete
+
+
+class SharedStep(Step):
+    """One process's part of an optimizer step that `p.data_parallel` processes take together."""
+
+    def __init__(self, m: ModelConfig, p: Plan, world: World, seed: int = 0) -> None:
+        if world.size != p.data_parallel:
+            raise ConfigError(f"data_parallel = {p.data_parallel}: torchrun has started {world.size} processes")
+        model, inputs = build_parts(m, p, str(world.device), seed)
+        self.buckets = bucket_bytes(world, model) if p.sharding in ("none", "zero1") else 0
+        module = world.wrap(model, p.sharding)
+        self.weights = world.weights(model, p.sharding)
+        super().__init__(model, build_optimizer(self.weights.named, p, world.device.type), inputs, p)
+        self.module, self.world = module, world
+
+    def __call__(self) -> None:
+        """Run it."""
+        self.micro_batches()
+        self.update()
+
+    def micro_batches(self) -> None:
+        """Every forward and backward of the step."""
+        for turn in range(self.plan.grad_accumulation):
+            with self.world.micro_batch(self.module, last=turn == self.plan.grad_accumulation - 1):
+                self.backward(self.forward())
+
+    def update(self) -> None:
+        """What comes after them."""
+        self.weights.gather_gradients()
+        if self.plan.max_grad_norm is not None:
+            self.weights.clip(self.plan.max_grad_norm)
+        self.optimizer.step()
+        self.weights.spread()
+        self.weights.clear_gradients()
+
+
+def bucket_bytes(world: World, model: nn.Module) -> int:
+    """Bytes that DDP keeps for itself when it is put around a model: the least of three, for events that were missed."""
+    copies, wrapped = [deepcopy(model) for _ in range(3)], []
+
+    def wrap() -> None:
+        wrapped.append(world.wrap(copies.pop(), "none"))
+
+    return min(sum(n for _, n in allocator_events(wrap)) for _ in range(3))
+
+
+def measure_shared(m: ModelConfig, p: Plan, world: World, seed: int = 0) -> dict[str, int]:
+    """Bytes that the first process, which holds the most, has in a steady step: parameters, gradients, states, the peak.
+
+    All processes call it; what it returns in the others is theirs, without a peak.
+
+    Raises:
+        ConfigError: torchrun has started another number of processes than p.data_parallel.
+        RuntimeError: the profiler has missed events in all of `TRIES` steps.
+    """
+    step = SharedStep(m, p, world, seed)
+    for _ in range(3):  # the first makes the optimizer's state; in the second DDP cuts its buckets anew
+        step()
+    parameters = [local(x.detach()) for x in step.model.parameters()]
+    resident = nbytes([*parameters, *step.model.buffers(), *step.inputs, *step.state()]) + step.buckets
+    step.micro_batches()
+    gradients = nbytes(local(x.grad) for x in step.model.parameters() if x.grad is not None)
+    step.update()
+    found = {
+        "parameter_bytes": nbytes(parameters),
+        "gradient_bytes": gradients,
+        "optimizer_bytes": nbytes(step.state()),
+    }
+    for _ in range(TRIES):
+        live = list(accumulate(n for _, n in allocator_events(step)))
+        if world.rank == 0 and live[-1] == 0:
+            found["peak_bytes"] = resident + max(live)
+        if not world.any(world.rank == 0 and "peak_bytes" not in found):  # all take the same number of steps
+            return found
+    raise RuntimeError(f"the profiler has missed events in each of {TRIES} steps")
