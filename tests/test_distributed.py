@@ -101,6 +101,10 @@ def runs(tmp_path_factory):
         add("fsdp", *TWO, "--sharding", "fsdp")
         add("fsdp_rows", "--sharding", "fsdp")
         add("fsdp_loop", *TWO, *LOOP, "--sharding", "fsdp")
+        add("zero1", *TWO, *LOOP, "--sharding", "zero1")
+        add("zero2", *TWO, *LOOP, "--sharding", "zero2")
+        add("zero1_of_one", *TWO, *LOOP, "--sharding", "zero1", source="one_loop")
+        add("zero1_of_fsdp", *TWO, *LOOP, "--sharding", "zero1", source="fsdp_loop")
         add("ddp_of_one", *TWO, source="one")
         add("fsdp_of_one", *TWO, "--sharding", "fsdp", source="one")
         add("fsdp_of_ddp", *TWO, "--sharding", "fsdp", source="ddp")
@@ -110,7 +114,8 @@ def runs(tmp_path_factory):
         add("stopped", *TWO, "--resume")
         (root / "jobs.json").write_text(json.dumps(jobs))
         torchrun(str(Path(__file__).with_name("distributed_worker.py")), str(root / "jobs.json"))
-        for source, more in (("ddp", TWO), ("fsdp", TWO), ("fsdp_loop", TWO + LOOP)):
+        loops = (("fsdp_loop", TWO + LOOP), ("zero1", TWO + LOOP))
+        for source, more in (("ddp", TWO), ("fsdp", TWO), *loops):
             name = f"one_of_{source}"
             half(root / source, root / name)
             assert main(arguments(name, *more, "--resume")) == 0
@@ -125,8 +130,20 @@ def losses(folder):
 
 ONE = {"ddp_rows": "one_rows", "fsdp_rows": "one_rows"}
 ONE |= dict.fromkeys(("fsdp_loop", "fsdp_loop_of_one", "one_of_fsdp_loop"), "one_loop")
+ONE |= dict.fromkeys(("zero1", "zero2", "zero1_of_one", "zero1_of_fsdp", "one_of_zero1"), "one_loop")
 ALL = ["ddp", "ddp_rows", "fsdp", "fsdp_rows", "fsdp_loop", "stopped", "ddp_of_one", "fsdp_of_one", "fsdp_of_ddp"]
-ALL += ["ddp_of_fsdp", "fsdp_loop_of_one", "one_of_ddp", "one_of_fsdp", "one_of_fsdp_loop"]
+ALL += [
+    "zero1",
+    "zero2",
+    "zero1_of_one",
+    "zero1_of_fsdp",
+    "one_of_zero1",
+    "ddp_of_fsdp",
+    "fsdp_loop_of_one",
+    "one_of_ddp",
+    "one_of_fsdp",
+    "one_of_fsdp_loop",
+]
 
 
 @pytest.mark.parametrize("name", ALL)
