@@ -13,6 +13,7 @@ from estimator.costs import JOULES_PER_KILOWATT_HOUR, SECONDS_PER_HOUR, cost
 from estimator.eager.sizes import ShapeClass, derived_letters
 from estimator.hardware import accelerator
 from estimator.speed import times
+from estimator.vectorised import VectorisedPeak
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -104,10 +105,9 @@ def sweep(
         request.plan.replace(seq_len=int(given["seq_len"].max())).tokens(request.model)
 
     r = request.estimate()
-    letters = _letters(request, grid)
+    letters = _letters(request, grid, r.plan.data_parallel)
     varying = {name: x for name, x in letters.items() if x.ndim}
     sizes: dict[str, Any] = {name: int(x) for name, x in letters.items() if not x.ndim} | varying
-    geometry = {name: x for name, x in sizes.items() if name in ("B", "T", "L", "d", "h", "k", "e", "f", "V", "C")}
     every = {**sizes, **derived_letters(request.model.family, sizes, r.account.device), "n": r.memory.sizes["n"]}
     corner = {name: int(np.max(x)) for name, x in every.items()}
     for key in (("backward_flops",), *(("live", i) for i in range(len(r.account.pieces)))):
@@ -115,7 +115,7 @@ def sweep(
             raise ConfigError(f"axes = {', '.join(axes)}: the figures go beyond 2^62; take smaller ranges")
 
     points = len(next(iter(grid.values())))
-    peak = np.broadcast_to(np.asarray(r.account.lambdify()(**geometry), dtype=np.float64), points)
+    peak = _peak(request, r.account.device, sizes, np.broadcast_to(grid.get("count", r.plan.data_parallel), points))
     arrays = {name: x.astype(np.float64) if np.ndim(x) else int(x) for name, x in every.items()}
     flops = np.zeros(points)
     for form, sign in (("forward_flops", 1), ("backward_flops", 1), ("recompute_flops", -1)):
@@ -140,7 +140,7 @@ def sweep(
     return {name: np.broadcast_to(values, points).reshape(shape) for name, values in found.items()}
 
 
-def _letters(request: Request, grid: Mapping[str, NDArray[np.int64]]) -> dict[str, NDArray[np.int64]]:
+def _letters(request: Request, grid: Mapping[str, NDArray[np.int64]], count: int) -> dict[str, NDArray[np.int64]]:
     """The legend's letters that a user gives, each a number or an array over the points."""
     own = {name: grid[name] for name in MODEL_AXES if name in grid}
     combined = np.stack(list(own.values()), axis=1) if own else np.zeros((1, 0), dtype=np.int64)
@@ -157,7 +157,20 @@ def _letters(request: Request, grid: Mapping[str, NDArray[np.int64]]) -> dict[st
     return letters | {
         "B": grid.get("batch_size", np.int64(p.batch_size)),
         "T": grid.get("seq_len", np.int64(p.tokens(request.model))),
+        "D": grid.get("count", np.int64(count)) if p.sharding != "none" else np.int64(1),
     }
+
+
+def _peak(request: Request, device: str, sizes: Mapping[str, Any], count: NDArray[np.int64]) -> Array:
+    """Peak bytes at each point: one accelerator executes other statements than several do."""
+    out = np.empty(len(count))
+    for alone in (True, False):
+        here = np.flatnonzero((count == 1) == alone)
+        if len(here):
+            plan = request.plan.replace(data_parallel=int(count[here[0]]))
+            account = VectorisedPeak(recipe_of(request.model, plan, device), device)
+            out[here] = account(**{name: x[here] if np.ndim(x) else x for name, x in sizes.items()})
+    return out
 
 
 def _seconds(

@@ -1,8 +1,8 @@
 """The judge of several processes: one real step under DDP, ZeRO or FSDP2, and what one process holds of it.
 
-A process that torchrun has started measures itself, by the profiler's raw memory events as `trainer.measure` does. gloo's
-own threads free a buffer now and then where no profiler looks: a steady step whose events do not add up to zero has
-missed one, and is run again.
+A process that torchrun has started measures itself, by the profiler's raw memory events as `trainer.measure` does.
+gloo's own threads free a buffer now and then where no profiler looks: a steady step whose events do not add up to zero
+has missed one, and is run again.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class SharedStep(Step):
 
 
 def bucket_bytes(world: World, model: nn.Module) -> int:
-    """Bytes that DDP keeps for itself when it is put around a model: the least of three, for events that were missed."""
+    """Bytes that DDP keeps for itself when it is put around a model; the least of three, since events are missed."""
     copies, wrapped = [deepcopy(model) for _ in range(3)], []
 
     def wrap() -> None:
@@ -68,7 +68,7 @@ def bucket_bytes(world: World, model: nn.Module) -> int:
 
 
 def measure_shared(m: ModelConfig, p: Plan, world: World, seed: int = 0) -> dict[str, int]:
-    """Bytes that the first process, which holds the most, has in a steady step: parameters, gradients, states, the peak.
+    """Bytes of a steady step in the first process, which holds the most: parameters, gradients, states and the peak.
 
     All processes call it; what it returns in the others is theirs, without a peak.
 

@@ -239,9 +239,7 @@ def build_optimizer(weights: Weights, p: Plan, o: OptimSection, device: str) -> 
         ConfigError: it needs whole matrices and the parameters are sharded.
     """
     if weights.sharded and p.optimizer in ("muon", "adafactor"):
-        raise ConfigError(
-            f"plan.optimizer = {p.optimizer!r}: works on whole matrices, which sharding cuts; allowed is --sharding none"
-        )
+        raise ConfigError(f"plan.optimizer = {p.optimizer!r}: works on whole matrices; allowed is --sharding none")
     matrices = {name: p for name, p in weights.named.items() if p.ndim >= 2}
     others = {name: p for name, p in weights.named.items() if p.ndim < 2}
     groups = [
