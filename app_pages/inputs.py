@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from estimator.config import ModelConfig
 
 FIRST = ("batch_size", "seq_len", "precision", "attention", "checkpointing", "optimizer")  # the rest is under "More"
-HIDDEN = ("data_parallel", "sharding")  # memory is accounted for one accelerator
+HIDDEN = ("data_parallel",)  # `count` is what the machine has
 
 
 @dataclass(frozen=True, slots=True)

@@ -120,7 +120,7 @@ def test_every_headline_figure_is_the_librarys(model, recipe, mfu):
     shown = metrics(at)
     assert shown["Memory needed"] == size(r.memory.needed)
     assert shown["Training time"] == hours(r.time.seconds)
-    assert shown["Largest micro-batch"] == f"{est.max_batch_size(model, plan, gpu):,}"
+    assert shown["Largest micro-batch"] == f"{est.max_batch_size(model, r.plan, gpu):,}"
     assert shown["Cost"] == dollars(spent.dollars.median)
     assert shown["Energy"] == prefixed(spent.kilowatt_hours * 1e3, "Wh")
     table = at.dataframe[1].value
@@ -182,7 +182,7 @@ def test_the_changes_are_the_librarys_and_taking_one_makes_it_fit():
 def test_the_accumulation_of_the_global_batch_is_a_click_away():
     at = opened(batch_size="4", count="8")
     said = next(m.value for m in at.markdown if "micro-batches a step" in m.value)
-    turns = est.estimate("gpt2-xl", est.Plan(batch_size=4, grad_accumulation=32), GPU)
+    turns = est.estimate("gpt2-xl", est.Plan(batch_size=4, grad_accumulation=32), GPU, count=8)
     assert "32 micro-batches" in said
     assert size(turns.memory.needed) in said
     at.button(key="take accumulation").click()

@@ -11,13 +11,13 @@ from copy import deepcopy
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
+from torch import nn
+
 from estimator.config import ConfigError
 from trainer.distributed import World, local
 from trainer.measure import Step, allocator_events, build_optimizer, build_parts, nbytes
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from estimator.config import ModelConfig, Plan
 
 TRIES = 200  # most steps to wait for one whose events are complete
@@ -30,7 +30,7 @@ class SharedStep(Step):
         if world.size != p.data_parallel:
             raise ConfigError(f"data_parallel = {p.data_parallel}: torchrun has started {world.size} processes")
         model, inputs = build_parts(m, p, str(world.device), seed)
-        self.buckets = bucket_bytes(world, model) if p.sharding in ("none", "zero1") else 0
+        self.buckets = bucket_bytes(model) if p.sharding in ("none", "zero1") else 0
         module = world.wrap(model, p.sharding)
         self.weights = world.weights(model, p.sharding)
         super().__init__(model, build_optimizer(self.weights.named, p, world.device.type), inputs, p)
@@ -57,14 +57,13 @@ class SharedStep(Step):
         self.weights.clear_gradients()
 
 
-def bucket_bytes(world: World, model: nn.Module) -> int:
-    """Bytes that DDP keeps for itself when it is put around a model; the least of three, since events are missed."""
-    copies, wrapped = [deepcopy(model) for _ in range(3)], []
-
-    def wrap() -> None:
-        wrapped.append(world.wrap(copies.pop(), "none"))
-
-    return min(sum(n for _, n in allocator_events(wrap)) for _ in range(3))
+def bucket_bytes(model: nn.Module) -> int:
+    """Bytes that DDP keeps for itself around a model; its first messages, which take buffers, are left out."""
+    kept: list[nn.Module] = []
+    events = allocator_events(
+        lambda: kept.append(nn.parallel.DistributedDataParallel(deepcopy(model), init_sync=False))
+    )
+    return sum(n for _, n in events) - nbytes([*model.parameters(), *model.buffers()])
 
 
 def measure_shared(m: ModelConfig, p: Plan, world: World, seed: int = 0) -> dict[str, int]:
