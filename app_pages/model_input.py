@@ -75,10 +75,13 @@ def _take(source: str) -> None:
         st.session_state["config_problem"] = str(error)
         return
     name = f"own-{m.family}"
+    drawn = st.session_state["model"] == name
     st.session_state["model"] = name
     for field, value in m.to_dict().items():
         if field != "family":
             st.session_state[f"{name}.{field}"] = value
+            if not drawn:  # Streamlit's link follows what is set only where there was an input already
+                st.query_params[f"{name}.{field}"] = str(value).lower()
 
 
 def _sizes(name: str, published: ModelConfig) -> dict[str, Any]:
