@@ -5,32 +5,49 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-def alternate(candidates: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of every call, `repeats` of each candidate, after one round that does not count.
+class Seconds(NamedTuple):
+    """One call: on the clock, and on the processors, all threads together.
+
+    On a busy machine the second is the steadier figure: it leaves out what other processes took. With several threads
+    it holds their waiting for each other too, which one thread (`--threads 1`) does not have.
+    """
+
+    elapsed: float
+    processor: float
+
+
+def alternate(candidates: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[Seconds]]:
+    """The times of every call, `repeats` of each candidate, after one round that does not count.
 
     Every second round runs backwards: whoever comes after another finds the caches as that one left them.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    times: dict[str, list[Seconds]] = {name: [] for name in candidates}
     for turn in range(repeats + 1):
         for name in list(candidates)[:: 1 if turn % 2 else -1]:
-            start = time.perf_counter()
+            elapsed, processor = time.perf_counter(), time.process_time()
             candidates[name]()
             if turn:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
+                times[name].append(Seconds(time.perf_counter() - elapsed, time.process_time() - processor))
+    return times
 
 
-def report(seconds: dict[str, list[float]], base: str) -> None:
-    """Print each median, its spread, and its ratio to the median of `base`."""
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
-    for name, times in seconds.items():
-        ratio = f"{medians[name] / medians[base]:6.3f} x {base}" if name != base else ""
-        spread = f"{1e3 * min(times):,.1f} to {1e3 * max(times):,.1f}"
-        print(f"{name:24} median {1e3 * medians[name]:10,.1f} ms ({spread}) {ratio}".rstrip())
-    print(f"{len(next(iter(seconds.values())))} rounds by turns; load average {os.getloadavg()[0]:.2f}")
+def report(times: dict[str, list[Seconds]], base: str) -> None:
+    """Print each candidate's medians, the spread, and the medians' ratios to those of `base`."""
+    medians = {
+        name: [statistics.median(column) for column in zip(*calls, strict=True)] for name, calls in times.items()
+    }
+    for name, calls in times.items():
+        elapsed, processor = (1e3 * median for median in medians[name])
+        spread = f"{1e3 * min(calls)[0]:,.1f} to {1e3 * max(calls)[0]:,.1f}"
+        line = f"{name:24} median {elapsed:9,.1f} ms ({spread}), processor {processor:9,.1f} ms"
+        if name != base:
+            ratios = [own / other for own, other in zip(medians[name], medians[base], strict=True)]
+            line += f"; elapsed {ratios[0]:.3f}, processor {ratios[1]:.3f} x {base}"
+        print(line)
+    print(f"{len(next(iter(times.values())))} rounds by turns; load average {os.getloadavg()[0]:.2f}")

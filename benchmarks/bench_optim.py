@@ -61,9 +61,9 @@ def main() -> None:
         candidates |= {f"Lion, slice 2**{k}": sliced(2**k) for k in range(14, 23)}
     count = sum(p.numel() for p in ps)
     print(f"AdamW step, {count:,} parameters in {len(ps)} tensors, {arguments.threads} threads")
-    seconds = alternate(candidates, arguments.repeats)
+    times = alternate(candidates, arguments.repeats)
     for base in ("torch loop", "torch foreach", "torch fused"):
-        report(seconds, base)
+        report(times, base)
 
 
 if __name__ == "__main__":

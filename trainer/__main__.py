@@ -1,4 +1,4 @@
-"""`python -m trainer COMMAND`: prepare, train, generate, export, lr-experiment."""
+"""`python -m trainer COMMAND`: prepare, train, curve, generate, export, lr-experiment."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import tyro
 
 from estimator.config import ConfigError, ModelConfig, Plan
 from trainer.checkpoint import checkpoints, export_safetensors, read_checkpoint
+from trainer.curve import curve
 from trainer.distributed import RUN_FILE, Weights, World, load_run
 from trainer.generate import generate
 from trainer.lr_experiment import main as lr_experiment
@@ -31,11 +32,23 @@ USAGE = """usage: python -m trainer COMMAND [OPTIONS]
 
 prepare        text files -> tokens
 train          tokens -> checkpoints
+curve          a run's validation losses, drawn
 generate       checkpoint -> text
 export         checkpoint -> safetensors
 lr-experiment  what three learning rates do to a toy
 
 python -m trainer COMMAND --help lists the options of each."""
+
+
+@dataclass(frozen=True, slots=True)
+class CurveConfig:
+    """Draw a run's validation losses.
+
+    Attributes:
+        run: the run's folder.
+    """
+
+    run: Annotated[Path, tyro.conf.Positional]
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +154,8 @@ def run(command: str, arguments: Sequence[str]) -> int:
             print(json.dumps(manifest, indent=2))  # noqa: T201  (the output)
         case "train":
             return train(parse_train(arguments))
+        case "curve":
+            print(curve(tyro.cli(CurveConfig, args=arguments, prog=prog).run))  # noqa: T201  (the output)
         case "generate":
             generate_text(tyro.cli(GenerateConfig, args=arguments, prog=prog))
         case "export":
