@@ -20,6 +20,7 @@ from estimator.config import OPTIMIZERS, ConfigError, ModelConfig, Plan
 from trainer.__main__ import main, parse_train
 from trainer.announce import available_memory, matmul_peak
 from trainer.checkpoint import checkpoints, read_checkpoint
+from trainer.curve import WIDTH
 from trainer.prepare import PrepareConfig, prepare
 from trainer.progress import duration
 from trainer.settings import CONFIGS, ModelSection, OptimSection, TrainConfig, load_config
@@ -437,6 +438,7 @@ def test_the_command_line_reports_errors_in_one_sentence(whole, corpus, tmp_path
         (["prepare", str(tmp_path / "missing"), "--out", str(tmp_path)], "no such file"),
         (["generate", str(tmp_path / "missing.pt")], "missing.pt"),
         (["generate", str(corpus)], "no checkpoint in it"),
+        (["curve", str(corpus)], "metrics.jsonl: no such file"),
         (["generate", str(broken)], "truncated"),
         (["generate", str(whole), "--temperature", "-1"], "temperature = -1.0"),
         (["export", str(whole), str(tmp_path / "no" / "where")], "where"),
@@ -450,7 +452,7 @@ def test_the_command_line_has_help_and_refuses_what_it_does_not_know(capsys):
     assert "prepare" in capsys.readouterr().out
     for arguments in ([], ["trian"]):
         assert main(arguments) == 2
-    for command in ("prepare", "train", "generate", "export"):
+    for command in ("prepare", "train", "curve", "generate", "export"):
         with pytest.raises(SystemExit, match="0"):
             main([command, "--help"])
     capsys.readouterr()
@@ -471,6 +473,26 @@ def test_generated_text_continues_the_prompt(whole, tmp_path, capsys):
     assert main(["generate", str(whole), "--max-new-tokens", "5", "--samples", "2"]) == 0
     assert main(["export", str(whole), str(tmp_path / "w.safetensors")]) == 0
     assert same(load_file(tmp_path / "w.safetensors"), load_file(whole / "model.safetensors"))
+
+
+def test_the_curve_shows_every_validation_and_the_unigram_loss(whole, corpus, tmp_path, capsys):
+    assert main(["curve", str(whole)]) == 0
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head.split() == ["step", "seconds", "valid", "loss"]
+    expected = [(str(r["step"]), r["valid_loss"]) for r in metrics(whole) if "valid_loss" in r]
+    expected.append(("unigram", json.loads((corpus / "manifest.json").read_text())["unigram_loss"]))
+    shown = [line.split() for line in lines]
+    assert [(words[0], float(words[2])) for words in shown] == [(name, round(loss, 4)) for name, loss in expected]
+    per_character = max(loss for _, loss in expected) / WIDTH
+    assert [len(words[3]) for words in shown] == [round(loss / per_character) for _, loss in expected]
+
+    (tmp_path / "config.json").write_bytes((whole / "config.json").read_bytes())
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "valid_loss": NaN}\n{"step": 2, "valid_lo')
+    assert main(["curve", str(tmp_path)]) == 0  # not finite: no bar; cut short: not shown
+    assert capsys.readouterr().out.splitlines()[1].split() == ["1", "0", "nan"]
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert main(["curve", str(tmp_path)]) == 2
+    assert "no validation in it yet" in one_sentence(capsys)
 
 
 def test_tensorboard_is_an_extra(corpus, tmp_path, monkeypatch):
