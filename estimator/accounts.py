@@ -139,6 +139,7 @@ def recipe_of(m: ModelConfig, p: Plan, device: str) -> Recipe:
         tie_embeddings=bool(m.tie_embeddings),
         qkv_bias=bool(m.qkv_bias),
         precision=p.precision,
+        fp32_gradients=p.fp32_gradients,
         attention=p.attention_kernel(device),
         dropout=p.dropout > 0,
         loss=p.loss,

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection
 
 FAMILIES = ("gpt2", "llama")
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = ("fp32", "tf32", "bf16", "bf16-mixed", "fp16-mixed", "bf16-master")
 ATTENTIONS = ("naive", "naive-fp32", "sdpa", "sdpa-math")
 LOSSES = ("bundled", "torch", "torch-fp32")
 CHECKPOINTINGS = ("none", "block", "attention")
@@ -170,7 +170,11 @@ class Plan:
     Attributes:
         batch_size: B, sequences in one micro-batch on one accelerator.
         seq_len: T, tokens a sequence; None means the model's context length.
-        precision: "fp32"; "bf16" (parameters, gradients, states and activations in bfloat16).
+        precision: "fp32"; "tf32" (fp32 whose matrix products run in TF32: faster, the same bytes); "bf16" (parameters,
+            gradients, states and activations in bfloat16); "bf16-mixed" (fp32 parameters, forward and loss under
+            `torch.autocast`); "fp16-mixed" (the same in float16, with `torch.amp.GradScaler`); "bf16-master" (bf16
+            parameters, gradients and activations; the optimizer moves an fp32 copy of the parameters).
+        fp32_gradients: of bf16-master, add the gradients of the micro-batches in fp32, in buffers that stay.
         attention: "naive" (scores, mask, softmax and product as separate ops); "naive-fp32" (the same, the softmax in
             float32); "sdpa" (`torch.nn.functional.scaled_dot_product_attention`, causal, by the kernel that PyTorch
             picks); "sdpa-math" (by its unfused one).
@@ -199,6 +203,7 @@ class Plan:
     batch_size: int = 1
     seq_len: int | None = None
     precision: str = "fp32"
+    fp32_gradients: bool = False
     attention: str = "naive"
     dropout: float = 0.0
     loss: str = "bundled"
@@ -218,11 +223,17 @@ class Plan:
         put(self, "data_parallel", positive_int("data_parallel", self.data_parallel))
         put(self, "sharding", SHARDING_SPELLINGS.get(self.sharding, self.sharding))
         choose("sharding", self.sharding, SHARDINGS)
-        if not isinstance(self.compile, bool):
-            raise ConfigError(f"compile = {self.compile!r}: must be true or false")
+        for name in ("compile", "fp32_gradients"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} = {getattr(self, name)!r}: must be true or false")
         if self.seq_len is not None:
             put(self, "seq_len", positive_int("seq_len", self.seq_len))
         choose("precision", self.precision, PRECISIONS)
+        if self.fp32_gradients and self.precision != "bf16-master":
+            raise ConfigError(
+                f"fp32_gradients = True: precision {self.precision!r} has no master weights to add them for; "
+                "allowed with bf16-master"
+            )
         choose("attention", self.attention, ATTENTIONS)
         choose("loss", self.loss, LOSSES)
         rate = self.dropout

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from estimator.eager.autocast import LOWER
 from estimator.eager.autograd import backward
 from estimator.eager.ledger import Category, Phase
 from estimator.eager.losses import cross_entropy, torch_cross_entropy, torch_cross_entropy_fp32
+from estimator.eager.master import Masters
 from estimator.eager.ops import div_number
 from estimator.eager.optimizers import OPTIMIZERS
+from estimator.eager.scaling import GradScaler
 from estimator.eager.sharding import REPLICAS
 from estimator.eager.tensor import BFLOAT16, FLOAT32, INT64, Machine, Tensor
+from estimator.eager.updates import clip_gradients
 from estimator.models import FAMILIES
 
 if TYPE_CHECKING:
@@ -18,41 +22,65 @@ if TYPE_CHECKING:
     from estimator.eager.sizes import ShapeClass
     from estimator.models.layers import Recipe
 
+PARAMETERS = {"bf16": BFLOAT16, "bf16-master": BFLOAT16}  # their dtype, where it is not fp32
 LOSSES = {"bundled": cross_entropy, "torch": torch_cross_entropy, "torch-fp32": torch_cross_entropy_fp32}
 
 
 def run_step(recipe: Recipe, shapes: ShapeClass, device: str, num_layers: int) -> Ledger:
     """The ledger of a steady step of `num_layers` blocks: everything alive before it, then the step itself."""
-    machine = Machine(shapes, device, BFLOAT16 if recipe.precision == "bf16" else FLOAT32)
+    machine = Machine(shapes, device, PARAMETERS.get(recipe.precision, FLOAT32))
     ledger = machine.ledger
     model = FAMILIES[recipe.family](machine, recipe, num_layers)
     replica = REPLICAS[recipe.parallel](model, recipe.micro_batches)
     size = shapes.letters
     with ledger.inside("inputs"):
         ids, targets = (_input(machine, size["B"], size["T"]) for _ in range(2))
-    optimizer = OPTIMIZERS[recipe.optimizer, recipe.optimizer_impl](replica.updated)
+    masters = scaler = None
+    updated = replica.updated
+    if recipe.precision == "bf16-master":
+        masters = Masters(updated, fp32_gradients=recipe.fp32_gradients)
+        updated = masters.masters
+    if recipe.precision == "fp16-mixed":
+        scaler = GradScaler(machine)
+    optimizer = OPTIMIZERS[recipe.optimizer, recipe.optimizer_impl](updated)
 
     def micro_batch() -> None:
         ledger.phase = Phase.FORWARD
         replica.before_forward()
-        logits = model(ids)
+        with machine.autocast(LOWER.get(recipe.precision)):
+            logits = model(ids)
+            with ledger.inside("loss"):
+                loss = LOSSES[recipe.loss](logits, targets).hold()
         with ledger.inside("loss"):
-            loss = LOSSES[recipe.loss](logits, targets).hold()
             if recipe.micro_batches > 1:
                 mean, loss = loss, div_number(loss).hold()
                 mean.drop()
+            scaled = loss.hold() if scaler is None else scaler.scale(loss).hold()
             ledger.phase = Phase.BACKWARD
-            backward(loss)
+            backward(scaled)
+        scaled.drop()
         loss.drop()
 
     for turn in range(recipe.micro_batches):
         ledger.micro_batch = turn
         micro_batch()
     ledger.phase = Phase.OPTIMIZER
-    if recipe.clips:
-        replica.clip()
     replica.before_update()
-    optimizer.step()
+    if masters is not None:
+        masters.take_gradients()
+    if scaler is not None:
+        scaler.unscale_(updated)
+    if recipe.clips and masters is not None:
+        clip_gradients(updated)
+    elif recipe.clips:
+        replica.clip()
+    if scaler is None:
+        optimizer.step()
+    else:
+        scaler.step(optimizer)
+        scaler.update()
+    if masters is not None:
+        masters.write_back()
     replica.after_update()
     return ledger
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,9 +25,10 @@ from trainer.clip import gradient_clipping
 from trainer.loss import cross_entropy
 from trainer.model import build_model
 from trainer.optim import SGD, AdamW, Lion, MuonAdamW
+from trainer.precision import AUTOCAST, PARAMETERS, Masters, autocast, loss_scaler
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from torch import Tensor, nn
 
@@ -40,39 +42,71 @@ class Step:
         model: the module.
         optimizer: the optimizer.
         inputs: (ids, targets), each (B, T) int64; every micro-batch of the step is the same one.
+        masters: what the optimizer moves in place of the model's parameters; None if it moves these.
+        scaler: of the loss; does nothing but in float16.
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, inputs: tuple[Tensor, Tensor], p: Plan
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        inputs: tuple[Tensor, Tensor],
+        p: Plan,
+        masters: Masters | None = None,
     ) -> None:
-        self.model, self.optimizer, self.inputs, self.plan = model, optimizer, inputs, p
+        self.model, self.optimizer, self.inputs, self.plan, self.masters = model, optimizer, inputs, p, masters
         self.module = model  # what is called, where that is not the model itself
+        self.updated = model if masters is None else masters.model
         self.loss = LOSSES[p.loss]
+        # With the usual 2^16 the first gradients of random weights could overflow, and a step be left out.
+        self.scaler = loss_scaler(p.precision, inputs[0].device.type, init_scale=2.0**8)
 
     def __call__(self) -> None:
         """Run it."""
         for _ in range(self.plan.grad_accumulation):
             self.backward(self.forward())
+        if self.masters is not None:
+            self.masters.take_gradients()
+        self.scaler.unscale_(self.optimizer)
         if self.plan.max_grad_norm is not None:
-            gradient_clipping(self.model.parameters(), self.plan.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+            gradient_clipping(self.updated.parameters(), self.plan.max_grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.masters is not None:
+            self.masters.write_back()
+        else:
+            self.optimizer.zero_grad()
 
     def forward(self) -> Tensor:
         """The loss of one micro-batch, divided by their number."""
         ids, targets = self.inputs
-        loss = self.loss(self.module(ids), targets)
+        with autocast(self.plan.precision, ids.device.type):
+            loss = self.loss(self.module(ids), targets)
         if self.plan.grad_accumulation == 1:
             return loss
         return loss / self.plan.grad_accumulation
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of one micro-batch."""
-        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves Tensor.backward untyped
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]  # torch leaves Tensor.backward untyped
 
     def state(self) -> Iterable[Tensor]:
-        """The optimizer's state tensors."""
-        return (t for s in self.optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor))
+        """What the optimizer keeps from step to step, master weights included."""
+        yield from (t for s in self.optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor))
+        if self.masters is not None:
+            yield from self.masters.model.parameters()
+
+    def resident(self) -> Iterable[Tensor]:
+        """All tensors that are alive between two steps."""
+        yield from (*self.model.parameters(), *self.model.buffers(), *self.inputs, *self.state())
+        yield from (x.grad for x in self.updated.parameters() if x.grad is not None)
+        yield from (x for x in vars(self.scaler).values() if isinstance(x, torch.Tensor))
+
+    def gradients(self) -> Iterable[Tensor]:
+        """The gradients, after backward."""
+        yield from (x.grad for x in self.model.parameters() if x.grad is not None)
+        if self.plan.fp32_gradients:
+            yield from (x.grad for x in self.updated.parameters() if x.grad is not None)
 
 
 def torch_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -124,7 +158,10 @@ def build_step(m: ModelConfig, p: Plan, device: str = "cpu", seed: int = 0) -> S
     if p.data_parallel > 1:
         raise ConfigError(f"data_parallel = {p.data_parallel}: this is one process; see `trainer.replicas`")
     model, inputs = build_parts(m, p, device, seed)
-    return Step(model, build_optimizer(dict(model.named_parameters()), p, torch.device(device).type), inputs, p)
+    masters = Masters(model, fp32_gradients=p.fp32_gradients) if p.precision == "bf16-master" else None
+    updated = model if masters is None else masters.model
+    optimizer = build_optimizer(dict(updated.named_parameters()), p, torch.device(device).type)
+    return Step(model, optimizer, inputs, p, masters)
 
 
 def build_parts(m: ModelConfig, p: Plan, device: str, seed: int) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
@@ -132,9 +169,7 @@ def build_parts(m: ModelConfig, p: Plan, device: str, seed: int) -> tuple[nn.Mod
     T = p.tokens(m)
     torch.manual_seed(seed)
     with torch.device(device):
-        model = build_model(m, p)
-        if p.precision == "bf16":
-            model = model.to(torch.bfloat16)
+        model = build_model(m, p).to(PARAMETERS.get(p.precision))
         ids, targets = (torch.randint(m.vocab_size, (p.batch_size, T)) for _ in range(2))
     return model, (ids, targets)
 
@@ -149,7 +184,9 @@ class Measurement:
         gradient_bytes: bytes of all gradients before the optimizer's step.
         optimizer_bytes: bytes of the optimizer's state on the device.
         saved_bytes: storages that autograd keeps after forward, each once, less parameters, buffers and inputs.
-        peak_bytes: the most bytes of live tensors in a steady step.
+        peak_bytes: the most bytes of live tensors in a steady step, in kernels without scratch of their own.
+        scratch_bytes: by how much oneDNN's matrix products in half precision raise that peak on this machine; their
+            packed copies of the factors depend on the processor, the threads and oneDNN's version.
         forward_flops: FlopCounterMode's count of forward.
         backward_flops: FlopCounterMode's count of backward, recomputation included.
         seconds: median of the timed steps; not a number if none was timed.
@@ -161,6 +198,7 @@ class Measurement:
     optimizer_bytes: int
     saved_bytes: int
     peak_bytes: int
+    scratch_bytes: int
     forward_flops: int
     backward_flops: int
     seconds: float
@@ -177,14 +215,18 @@ def measure(m: ModelConfig, p: Plan, device: str = "cpu", seed: int = 0, timed_s
     parameters = list(step.model.parameters())
     base = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in _resident(step, device)}
     saved, forward_flops, gradients, backward_flops = _count_micro_batch(step)
-    peak = sum(base.values()) + peak_growth(step, device)
+    with onednn(enabled=False):
+        growth = peak_growth(step, device)
+    half = p.precision in AUTOCAST or p.optimizer == "muon" or any(x.itemsize < 4 for x in parameters)
+    scratch = peak_growth(step, device) - growth if half and torch.device(device).type == "cpu" else 0
     return Measurement(
         parameters=sum(x.numel() for x in parameters),
         parameter_bytes=nbytes(parameters),
         gradient_bytes=gradients,
         optimizer_bytes=nbytes(x for x in step.state() if x.device.type == torch.device(device).type),
         saved_bytes=saved,
-        peak_bytes=peak,
+        peak_bytes=sum(base.values()) + growth,
+        scratch_bytes=scratch,
         forward_flops=forward_flops,
         backward_flops=backward_flops,
         seconds=statistics.median([_seconds(step, device) for _ in range(timed_steps)] or [math.nan]),
@@ -198,8 +240,7 @@ def nbytes(tensors: Iterable[Tensor]) -> int:
 
 def _resident(step: Step, device: str) -> Iterable[Tensor]:
     kind = torch.device(device).type
-    tensors = [*step.model.parameters(), *step.model.buffers(), *step.inputs, *step.state()]
-    return (t for t in tensors if t.device.type == kind)
+    return (t for t in step.resident() if t.device.type == kind)
 
 
 def _count_micro_batch(step: Step) -> tuple[int, int, int, int]:
@@ -216,14 +257,25 @@ def _count_micro_batch(step: Step) -> tuple[int, int, int, int]:
     with saved_tensors_hooks(pack, lambda t: t):
         loss = step.forward()
     saved = sum(kept.values())
-    step.optimizer.zero_grad()
+    step.model.zero_grad()
     with FlopCounterMode(display=False) as forward:
         loss = step.forward()
     with FlopCounterMode(display=False) as backward:
         step.backward(loss)
-    gradients = nbytes(x.grad for x in step.model.parameters() if x.grad is not None)
-    step.optimizer.zero_grad()
+    gradients = nbytes(step.gradients())
+    step.model.zero_grad()
     return saved, forward.get_total_flops(), gradients, backward.get_total_flops()
+
+
+@contextmanager
+def onednn(*, enabled: bool) -> Iterator[None]:
+    """Let oneDNN take matrix products in half precision, or leave them to the kernels that PyTorch has without it."""
+    before = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = enabled  # type: ignore[assignment]  # a property of the module
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = before
 
 
 def allocator_events(step: Callable[[], object]) -> list[tuple[int, int]]:

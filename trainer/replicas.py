@@ -29,6 +29,8 @@ class SharedStep(Step):
     def __init__(self, m: ModelConfig, p: Plan, world: World, seed: int = 0) -> None:
         if world.size != p.data_parallel:
             raise ConfigError(f"data_parallel = {p.data_parallel}: torchrun has started {world.size} processes")
+        if p.precision in ("bf16-master", "fp16-mixed"):
+            raise ConfigError(f"precision = {p.precision!r}: is measured in one process only")
         model, inputs = build_parts(m, p, str(world.device), seed)
         self.buckets = bucket_bytes(model) if p.sharding in ("none", "zero1") else 0
         module = world.wrap(model, p.sharding)

@@ -115,7 +115,6 @@ class TrainConfig:
         device: "auto" (CUDA where there is one), "cpu" or "cuda".
         sharding: with several processes, what they do not replicate: as the plan's, "none" (DDP), "zero1", "zero2",
             "zero3" or "fsdp".
-        autocast: matrix products in bfloat16.
         tensorboard: write TensorBoard's files too.
         resume: go on from the newest checkpoint in `out`.
         force: start even if the estimate does not fit the machine.
@@ -135,7 +134,6 @@ class TrainConfig:
     seed: int = 0
     device: str = "auto"
     sharding: str = "none"
-    autocast: bool = False
     tensorboard: bool = False
     resume: bool = False
     force: bool = False

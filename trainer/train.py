@@ -7,7 +7,6 @@ import math
 import shutil
 import signal
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self, cast
 
@@ -22,6 +21,7 @@ from trainer.distributed import Weights, World, load_run, save_run
 from trainer.measure import LOSSES
 from trainer.model import build_model
 from trainer.optim import SGD, AdamW, Lion, MuonAdamW
+from trainer.precision import PARAMETERS, Masters, autocast, loss_scaler, products_in
 from trainer.prepare import write_whole
 from trainer.progress import Reporter, duration
 from trainer.schedule import lr_cosine_schedule
@@ -66,26 +66,33 @@ def _train(config: TrainConfig, world: World) -> int:
     m = config.model.config(data.vocab_size)
     plan.tokens(m)  # refuses a sequence longer than the model's positions
     source = start_point(config, world)
+    check_precision(config, world)
 
     # The same weights on every device and in every process: they are drawn on the CPU.
     torch.manual_seed(config.seed)
-    model = build_model(m, plan).to(device)
+    model = build_model(m, plan).to(device, PARAMETERS.get(plan.precision))
+    if plan.precision == "tf32" and device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    masters = Masters(model, fp32_gradients=plan.fp32_gradients) if plan.precision == "bf16-master" else None
+    scaler = loss_scaler(plan.precision, device.type)
     wrapped = world.wrap(model, config.sharding)
     # compile() gives back a module too, whatever its annotation says.
     module = cast("nn.Module", torch.compile(wrapped)) if plan.compile else wrapped
-    weights = world.weights(model, config.sharding)
+    weights = Weights(masters.model) if masters is not None else world.weights(model, config.sharding)
     optimizer = build_optimizer(weights, plan, config.optim, device.type)
-    start = 0 if source is None else load(world, source, weights, optimizer, m.to_dict())
-    precision = torch.autocast(device.type, torch.bfloat16) if config.autocast else nullcontext()
+    start = 0 if source is None else load(world, source, weights, optimizer, scaler, m.to_dict())
+    if masters is not None:
+        masters.write_back()
     loss_of = LOSSES[plan.loss]
 
     def forward(split: str, index: int) -> Tensor:
         inputs, targets = data.get_batch(split, index)
-        with precision:
+        with autocast(plan.precision, device.type):
             return loss_of(module(inputs[share.rows]), targets[share.rows])
 
     def save(step: int) -> Path:
         run = {"step": step, "config": config.to_dict(), "model": m.to_dict(), "random": random_states()}
+        run["scaler"] = scaler.state_dict()
         try:
             path = save_run(world, config.out, step, weights, optimizer, run=run)
         except OSError as error:
@@ -107,7 +114,7 @@ def _train(config: TrainConfig, world: World) -> int:
         epochs = config.steps * step_tokens / data.tokens("train")
         reporter.say(f"run      {config.steps} steps of {step_tokens:,} tokens: {epochs:.2f} times {config.data}")
         step_flops = (estimate.forward_flops + estimate.backward_flops) * plan.grad_accumulation * world.size
-        peak = world.size * matmul_peak(device, torch.bfloat16 if config.autocast else torch.float32)
+        peak = world.size * matmul_peak(device, products_in(plan.precision))
         reporter.say(f"MFU      of {peak / 1e12:.3g} TFLOP/s, measured now on a square matrix product")
         if world.rank == 0:
             keep_inputs(config)
@@ -127,18 +134,26 @@ def _train(config: TrainConfig, world: World) -> int:
                 for i in range(plan.grad_accumulation):
                     with world.micro_batch(wrapped, last=i == plan.grad_accumulation - 1):
                         loss = forward("train", share.index(step, i)) / plan.grad_accumulation
-                        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+                        scaler.scale(loss).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
                     total += loss.detach()
                 weights.gather_gradients()
+                if masters is not None:
+                    masters.take_gradients()
+                scaler.unscale_(optimizer)
                 norm = weights.clip(plan.max_grad_norm) if plan.max_grad_norm is not None else torch.zeros_like(total)
                 # Looked at before the step: what a non-finite gradient has touched is lost.
                 loss_now, norm_now = torch.stack((world.total(total) / world.size, norm)).tolist()
-                if not math.isfinite(loss_now) or not math.isfinite(norm_now):
+                overflowed = scaler.is_enabled() and not math.isfinite(norm_now)  # the scaler leaves the step out
+                if not math.isfinite(loss_now) or not (math.isfinite(norm_now) or overflowed):
                     what = f"the loss is {loss_now}, the gradient's norm {norm_now}"
                     raise TrainingError(f"step {step + 1}: {what}; {newest(config)}")
-                optimizer.step()
-                weights.spread()
-                weights.clear_gradients()
+                scaler.step(optimizer)
+                scaler.update()
+                if masters is not None:
+                    masters.write_back()
+                else:
+                    weights.spread()
+                    weights.clear_gradients()
 
                 seconds = time.perf_counter() - clock
                 trained += seconds
@@ -309,7 +324,24 @@ def start_point(config: TrainConfig, world: World) -> Path | None:
     return found[-1] if found else None
 
 
-def load(world: World, source: Path, weights: Weights, optimizer: torch.optim.Optimizer, model: dict[str, Any]) -> int:
+def check_precision(config: TrainConfig, world: World) -> None:
+    """Raise ConfigError for a precision that several processes cannot share as they are asked to."""
+    plan = config.plan
+    if world.size > 1 and config.sharding != "none" and plan.precision in ("bf16-master", "fp16-mixed"):
+        why = "master weights" if plan.precision == "bf16-master" else "the loss scale's check for overflow"
+        raise ConfigError(f"plan.precision = {plan.precision!r}: {why} are not sharded; allowed is --sharding none")
+    if world.size > 1 and plan.fp32_gradients:
+        raise ConfigError("plan.fp32_gradients = True: DDP sums the gradients in bfloat16; allowed is one process")
+
+
+def load(
+    world: World,
+    source: Path,
+    weights: Weights,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    model: dict[str, Any],
+) -> int:
     """Restore a run from `source`; the number of steps done.
 
     Raises:
@@ -320,6 +352,8 @@ def load(world: World, source: Path, weights: Weights, optimizer: torch.optim.Op
         if model.get(name) != value:
             raise CheckpointError(f"{source}: of another model: {name} is {value!r}, this run's is {model.get(name)!r}")
     set_random_states(run["random"])
+    if run.get("scaler"):
+        scaler.load_state_dict(run["scaler"])
     return int(run["step"])
 
 
@@ -356,10 +390,7 @@ def left_out(config: TrainConfig) -> list[str]:
     """What the run does and the estimate does not know."""
     return [
         note
-        for note, applies in (
-            ("autocast's copies of weights and activations in bfloat16", config.autocast),
-            ("torch.compile, which fuses ops and so saves less", config.plan.compile),
-        )
+        for note, applies in (("torch.compile, which fuses ops and so saves less", config.plan.compile),)
         if applies
     ]
 

@@ -73,6 +73,7 @@ class FusedAdamW(Optimizer):
     """torch.optim.AdamW(fused=True): one kernel, no temporaries; its step counts are on the parameters' device."""
 
     moments = 2
+    supports_scaling = True
     counts_steps_in_tensors = True
     decays = True
 

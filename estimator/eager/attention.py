@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from estimator.eager.autocast import lower
 from estimator.eager.autograd import Context, attach, record
 from estimator.eager.linalg import matmul
-from estimator.eager.ops import add_in_place, cast, causal_mask, dropout, elementwise, empty_like, with_number
+from estimator.eager.ops import add_in_place, cast, causal_mask, dropout, elementwise, with_number
 from estimator.eager.sizes import ONE
-from estimator.eager.tensor import BOOL, FLOAT32, Locals, Tensor, op
+from estimator.eager.tensor import BOOL, FLOAT32, Locals, Tensor, empty_like, op
 from estimator.eager.views import transpose
 
 if TYPE_CHECKING:
@@ -18,6 +19,13 @@ if TYPE_CHECKING:
 @op
 def attention_math(q: Tensor, k: Tensor, v: Tensor, *, drops: bool) -> Tensor:
     """`_scaled_dot_product_attention_math`, causal: in float32 whatever comes in, with a mask of its own a call."""
+    arguments = lower(q, k, v)
+    with q.machine.autocast(None):  # inside an operator that it casts for, autocast is off
+        return _attention_math(*arguments, drops=drops)
+
+
+@op
+def _attention_math(q: Tensor, k: Tensor, v: Tensor, *, drops: bool) -> Tensor:
     machine, dtype = q.machine, q.dtype
     T = q.shape[-2]
     with Locals() as c:

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 from estimator.eager.checkpointing import Holder, pack
 from estimator.eager.ledger import Category
 from estimator.eager.sizes import ONE
-from estimator.eager.tensor import Locals, Machine, Tensor
+from estimator.eager.tensor import Locals, Machine, Tensor, converted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from estimator.eager.tensor import Shape
+    from estimator.eager.tensor import Dtype, Shape
 
     Backward = Callable[..., "Sequence[Tensor | None]"]
 
@@ -32,6 +32,7 @@ class Node:
     __slots__ = (
         "backward",
         "block",
+        "dtypes",
         "edges",
         "hook",
         "module",
@@ -53,6 +54,7 @@ class Node:
         self.variable: Tensor | None = None
         self.hook: Callable[[], None] | None = None  # of its output (`Tensor.register_hook`), called before it
         self.shapes: list[Shape | None] = [t.shape if t is not None else None for t in inputs]
+        self.dtypes: list[Dtype | None] = [t.dtype if t is not None else None for t in inputs]
         self.edges: list[tuple[Node, int] | None] = [_edge(t) for t in inputs]
         for edge in self.edges:
             if edge is not None:
@@ -195,7 +197,7 @@ def _dependencies(root: Node) -> dict[Node, int]:
 
 
 def _evaluate(node: Node, buffer: Buffer) -> list[tuple[tuple[Node, int], Tensor | None]]:
-    """Call a node, bring its results to the shapes of its inputs, drop what came in and what was saved."""
+    """Call a node, bring its results to its inputs' shapes and dtypes, drop what came in and what was saved."""
     assert node.backward is not None, "backward through a graph that has been released"
     context = Context()
     object.__setattr__(context, "needs", tuple(edge is not None for edge in node.edges))
@@ -218,6 +220,10 @@ def _evaluate(node: Node, buffer: Buffer) -> list[tuple[tuple[Node, int], Tensor
             assert shape is not None
             results[i] = sum_to(r, shape).hold()
             r.drop()
+        wide, dtype = results[i], node.dtypes[i]
+        if wide is not None and dtype is not None and wide.dtype != dtype:  # `validate_outputs`
+            results[i] = converted(wide, dtype).hold()
+            wide.drop()
     for grad in buffer:
         if grad is not None:
             grad.drop()
@@ -256,6 +262,8 @@ def _accumulate_grad(variable: Tensor, buffer: Buffer) -> None:
     machine = variable.machine
     gathered = variable.storage.category is Category.COMMUNICATION  # then its gradient is to be scattered
     category = Category.COMMUNICATION if gathered else Category.GRADIENT
+    if variable.main_grad is not None:
+        category = Category.TEMPORARY
     if variable.grad is not None:
         machine.kernel("add_", (variable.grad, grad), (variable.grad,))
     elif grad.owners == 1 and grad.is_contiguous:
@@ -264,7 +272,19 @@ def _accumulate_grad(variable: Tensor, buffer: Buffer) -> None:
     else:
         variable.grad = machine.empty(variable.shape, variable.dtype, category=category).hold()
         machine.kernel("clone", (grad,), (variable.grad,))
+    if variable.main_grad is not None:
+        _add_to(variable.main_grad, variable.grad)
+        variable.grad.drop()
+        variable.grad = None
     grad.drop()
+
+
+def _add_to(total: Tensor, x: Tensor) -> None:
+    """`total.add_(x)`; a CPU kernel reads x through a copy in the dtype of the total."""
+    casts = total.machine.casts_operands and x.dtype != total.dtype
+    read = converted(x, total.dtype).hold() if casts else x.hold()
+    total.machine.kernel("add_", (total, read), (total,))
+    read.drop()
 
 
 def sum_to(x: Tensor, shape: Shape) -> Tensor:

@@ -53,6 +53,7 @@ class Frame:
         self.packed = 0
         self.tensors: list[Tensor | None] | None = None
         self.rng_state = self._save_rng_state()
+        self.autocast_dtype = self.machine.autocast_dtype
         for a in args:
             if a is not None:
                 save_for_backward(a.hold())
@@ -90,7 +91,8 @@ class Frame:
         machine.frames.append(self)
         forked = self._save_rng_state()
         try:
-            with ledger.at(self.module, self.block, "recompute"), arguments(self.args):
+            place = ledger.at(self.module, self.block, "recompute")
+            with place, machine.autocast(self.autocast_dtype), arguments(self.args):
                 self.function(*self.args).discard()
         except StopRecomputationError:
             pass

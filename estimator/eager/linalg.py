@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from estimator.eager.autocast import lower
 from estimator.eager.autograd import Context, attach, record
 from estimator.eager.ledger import Gemm
-from estimator.eager.ops import add_in_place, empty_like
+from estimator.eager.ops import add_in_place
 from estimator.eager.sizes import LETTER, ONE
-from estimator.eager.tensor import FLOAT32, Tensor, op
+from estimator.eager.tensor import FLOAT32, Tensor, empty_like, op
 from estimator.eager.views import reshape, transpose, unsafe_view, view
 
 if TYPE_CHECKING:
@@ -95,6 +96,11 @@ def addmm(bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
 @op
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """F.linear of a 3-D input: folded to a matrix, multiplied, unfolded; a bias in one kernel if x is contiguous."""
+    return _linear(*lower(x, weight, bias))
+
+
+@op
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     flat = (x.machine.product(x.shape[:-1]), x.shape[-1])
     out = (*x.shape[:-1], weight.shape[0])
     if bias is not None and x.is_contiguous:
@@ -113,6 +119,11 @@ def _fold_mm(x: Tensor, flat: Shape, weight: Tensor) -> Tensor:
 @op
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """(B, h, m, k) @ (B, h, k, n): both folded to three dimensions, which copies what is not contiguous enough."""
+    return _matmul(*lower(a, b))
+
+
+@op
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
     batch = a.machine.product(a.shape[:-2])
     left = reshape(a, (batch, *a.shape[-2:])).hold()
     right = reshape(b, (batch, *b.shape[-2:])).hold()
@@ -129,6 +140,11 @@ def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
     Saves its inputs, its output and the log-sum-exp of each row. On the CPU each thread has a scratch for one tile.
     """
+    return _flash_attention(*lower(q, k, v))
+
+
+@op
+def _flash_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     machine = q.machine
 
     def backward(c: Context, grad: Tensor) -> Gradients:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from estimator.eager import autocast
 from estimator.eager.autograd import Context, attach, record
-from estimator.eager.ops import cast, elementwise, mean_all, with_number
+from estimator.eager.ops import cast, elementwise, log_softmax, mean_all, with_number
 from estimator.eager.sizes import LETTER, ONE
 from estimator.eager.tensor import FLOAT32, INT64, Locals, Tensor, op
 from estimator.eager.views import view
@@ -77,26 +78,22 @@ def _move_elements(name: str, out: Tensor) -> None:
 @op
 def torch_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """F.cross_entropy(logits.view(-1, V), targets.view(-1)): log_softmax, then nll_loss."""
-    rows = logits.machine.product(logits.shape[:-1])
-    return _nll_loss(log_softmax(view(logits, (rows, logits.shape[-1]))), view(targets, (rows,)))
+    machine, rows = logits.machine, logits.machine.product(logits.shape[:-1])
+    flat = view(logits, (rows, logits.shape[-1]))
+    if autocast.fp32(machine, "cpu"):
+        flat = cast(flat, FLOAT32)
+    return _cross_entropy_loss(flat, view(targets, (rows,)))
+
+
+@op
+def _cross_entropy_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    return _nll_loss(log_softmax(logits, autocast.fp32(logits.machine, "cuda")), targets)
 
 
 @op
 def torch_cross_entropy_fp32(logits: Tensor, targets: Tensor) -> Tensor:
     """The same of logits.float()."""
     return torch_cross_entropy(cast(logits, FLOAT32), targets)
-
-
-@op
-def log_softmax(x: Tensor) -> Tensor:
-    """torch.log_softmax(x, -1): saves its result."""
-
-    def backward(c: Context, grad: Tensor) -> Gradients:
-        return [elementwise("_log_softmax_backward_data", grad, c.saved[0])]
-
-    node = record("LogSoftmaxBackward0", (x,), backward)
-    out = elementwise("_log_softmax", x)
-    return attach(node, out, save=(out,))
 
 
 @op

@@ -13,7 +13,19 @@ from typing import TYPE_CHECKING
 from estimator.eager.autograd import Context, attach, record
 from estimator.eager.ledger import Category
 from estimator.eager.sizes import LETTER, ONE
-from estimator.eager.tensor import BOOL, FLOAT32, FLOAT64, Dtype, Locals, Machine, Tensor, op
+from estimator.eager.tensor import (
+    BOOL,
+    FLOAT16,
+    FLOAT32,
+    FLOAT64,
+    Dtype,
+    Locals,
+    Machine,
+    Tensor,
+    converted,
+    empty_like,
+    op,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -37,29 +49,25 @@ def broadcast(a: Shape, b: Shape) -> Shape:
 
 @op
 def elementwise(name: str, *operands: Tensor) -> Tensor:
-    """TensorIterator: one output of the broadcast shape, laid out in the order of its operands' strides."""
+    """TensorIterator: one output of the broadcast shape, laid out in the order of its operands' strides.
+
+    Operands of different floating dtypes meet in the widest; a mask is read as it is.
+    """
     machine = operands[0].machine
     shape: Shape = ()
     for x in operands:
         shape = broadcast(shape, x.shape)
-    layout = next((x for x in operands if x.shape == shape and not x.is_contiguous), None)
-    out = machine.empty(shape, operands[0].dtype) if layout is None else empty_like(layout, operands[0].dtype)
-    machine.kernel(name, operands, (out,))
+    dtype = max((x.dtype for x in operands), key=lambda dtype: dtype.itemsize)
+    read = [
+        x.hold() if x.dtype in (dtype, BOOL) or not machine.casts_operands else converted(x, dtype).hold()
+        for x in operands
+    ]
+    layout = next((x for x in read if x.shape == shape and not x.is_contiguous), None)
+    out = machine.empty(shape, dtype) if layout is None else empty_like(layout, dtype)
+    machine.kernel(name, read, (out,))
+    for x in read:
+        x.drop()
     return out
-
-
-def empty_like(x: Tensor, dtype: Dtype | None = None) -> Tensor:
-    """torch.empty_like: a dense tensor of x's shape, its dimensions nested in the order of x's strides."""
-    return x.machine.empty(x.shape, dtype or x.dtype, stride=_dense_like(x))
-
-
-def _dense_like(x: Tensor) -> Shape:
-    """Strides of a dense tensor of x's shape whose dimensions are nested in x's order."""
-    order = x.order
-    stride: list[Size] = [ONE] * len(order)
-    for position, dim in enumerate(order):
-        stride[dim] = x.machine.product(tuple(x.shape[i] for i in order[position + 1 :]))
-    return tuple(stride)
 
 
 def wrapped_number(machine: Machine) -> Tensor | None:
@@ -74,7 +82,7 @@ def wrapped_number(machine: Machine) -> Tensor | None:
 @contextmanager
 def cast_number(machine: Machine, dtype: Dtype) -> Iterator[None]:
     """A CPU kernel reads a wrapped number through a copy in its own dtype, which lives as long as the kernel."""
-    copy = machine.empty((), dtype).hold() if machine.casts_scalars else None
+    copy = machine.empty((), dtype).hold() if machine.casts_operands else None
     yield
     if copy is not None:
         copy.drop()
@@ -204,9 +212,7 @@ def cast(x: Tensor, dtype: Dtype) -> Tensor:
     if dtype == before:
         return x
     node = record("ToCopyBackward0", (x,), lambda _, grad: [cast(grad, before)])
-    out = empty_like(x, dtype)
-    x.machine.kernel("_to_copy", (x,), (out,))
-    return attach(node, out)
+    return attach(node, converted(x, dtype))
 
 
 @op
@@ -258,15 +264,36 @@ def masked_fill(x: Tensor, mask: Tensor) -> Tensor:
     return attach(node, elementwise("masked_fill", x, mask))
 
 
+def softmax(x: Tensor, dtype: Dtype | None = None) -> Tensor:
+    """torch.softmax(x, -1, dtype): saves its result."""
+    return _exponents_over_sum("softmax", x, dtype)
+
+
+def log_softmax(x: Tensor, dtype: Dtype | None = None) -> Tensor:
+    """torch.log_softmax(x, -1, dtype): saves its result."""
+    return _exponents_over_sum("log_softmax", x, dtype)
+
+
 @op
-def softmax(x: Tensor) -> Tensor:
-    """torch.softmax(x, -1): saves its result."""
+def _exponents_over_sum(name: str, x: Tensor, dtype: Dtype | None) -> Tensor:
+    """Of a wider dtype: of a copy of x, save that a CUDA kernel reads float16 itself (aten/native/SoftMax.cpp)."""
+    if dtype is None or (x.machine.device, x.dtype) == ("cuda", FLOAT16):
+        return _over_sum(name, x, dtype or x.dtype)
+    return _over_sum(name, cast(x, dtype), dtype)
+
+
+@op
+def _over_sum(name: str, x: Tensor, dtype: Dtype) -> Tensor:
+    before = x.dtype
 
     def backward(c: Context, grad: Tensor) -> Gradients:
-        return [elementwise("_softmax_backward_data", grad, c.saved[0])]
+        out = empty_like(grad, before)
+        grad.machine.kernel(f"_{name}_backward_data", (grad, c.saved[0]), (out,))
+        return [out]
 
-    node = record("SoftmaxBackward0", (x,), backward)
-    out = elementwise("_softmax", x)
+    node = record(f"{'Log' if name == 'log_softmax' else ''}SoftmaxBackward0", (x,), backward)
+    out = empty_like(x, dtype)
+    x.machine.kernel(f"_{name}", (x,), (out,))
     return attach(node, out, save=(out,))
 
 

@@ -36,6 +36,12 @@ class SGD(Optimizer):
                 in_place("add_", p, p.grad, arithmetic=2)
 
 
+class FusedSGD(SGD):
+    """torch.optim.SGD(fused=True)."""
+
+    supports_scaling = True
+
+
 class MomentumSGD(Optimizer):
     """torch.optim.SGD(momentum=...) as a loop; foreach does the same on each of a list of parameters."""
 
@@ -54,6 +60,7 @@ class FusedMomentumSGD(Optimizer):
     """torch.optim.SGD(momentum=..., fused=True): one kernel."""
 
     moments = 1
+    supports_scaling = True
 
     def step(self) -> None:
         for p, (m,) in zip(self.parameters, self.states, strict=True):
@@ -156,7 +163,7 @@ class Muon(Optimizer):
                     v.update = elementwise("lerp", p.grad, m)
                     v.update = self._orthogonal(v.update)
                     in_place_with_number("mul_", p)
-                    wide = cast(v.update, p.dtype).hold() if self.machine.casts_scalars else v.update.hold()
+                    wide = cast(v.update, p.dtype).hold() if self.machine.casts_operands else v.update.hold()
                     in_place("add_", p, wide, arithmetic=2)
                     wide.drop()
         self.adamw.step()
@@ -205,7 +212,7 @@ OPTIMIZERS: dict[tuple[str, str], type[Optimizer]] = {
     ("sgd", "bundled"): SGD,
     ("sgd", "loop"): SGD,
     ("sgd", "foreach"): SGD,
-    ("sgd", "fused"): SGD,
+    ("sgd", "fused"): FusedSGD,
     ("sgd-momentum", "loop"): MomentumSGD,
     ("sgd-momentum", "foreach"): MomentumSGD,
     ("sgd-momentum", "fused"): FusedMomentumSGD,

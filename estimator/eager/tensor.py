@@ -36,6 +36,7 @@ BFLOAT16 = Dtype("bfloat16", 2)
 FLOAT16 = Dtype("float16", 2)
 FLOAT64 = Dtype("float64", 8)
 INT64 = Dtype("int64", 8)
+INT32 = Dtype("int32", 4)
 BOOL = Dtype("bool", 1)
 UINT8 = Dtype("uint8", 1)
 
@@ -56,6 +57,8 @@ class Machine:
         self.frames: list[Frame] = []
         self.on_gradient: Callable[[Tensor], None] | None = None  # after each AccumulateGrad
         self.on_backward_end: Callable[[], None] | None = None
+        self.autocast_dtype: Dtype | None = None
+        self.autocast_cache: dict[Tensor, Tensor] = {}
         self._products: dict[Shape, Size] = {}
         self._strides: dict[Shape, Shape] = {}
 
@@ -65,7 +68,7 @@ class Machine:
         return self.device == "cpu"
 
     @property
-    def casts_scalars(self) -> bool:
+    def casts_operands(self) -> bool:
         """CPU kernels read a copy of an operand in the dtype of the computation; CUDA kernels cast on the fly."""
         return self.device == "cpu"
 
@@ -127,6 +130,20 @@ class Machine:
         finally:
             self.grad_enabled = before
 
+    @contextmanager
+    def autocast(self, dtype: Dtype | None) -> Iterator[None]:
+        """`torch.autocast`: operators cast as `estimator.eager.autocast` says; the outermost ends weights' casts."""
+        before, self.autocast_dtype = self.autocast_dtype, dtype
+        try:
+            yield
+        finally:
+            self.autocast_dtype = before
+            ended = self.autocast_cache if before is None else {}
+            for weight, kept in ended.items():
+                with self.ledger.at(weight.storage.where.module, weight.storage.where.block, "autocast"):
+                    kept.drop()
+            ended.clear()
+
 
 class Tensor:
     """A tensor: a window (shape, stride) on a storage, and its place in the autograd graph."""
@@ -139,6 +156,7 @@ class Tensor:
         "grad_fn",
         "is_wrapped_number",
         "machine",
+        "main_grad",
         "output_nr",
         "owners",
         "requires_grad",
@@ -163,6 +181,7 @@ class Tensor:
         self.output_nr = 0
         self.requires_grad = False
         self.grad: Tensor | None = None
+        self.main_grad: Tensor | None = None  # a hook adds the gradient to it
         self.accumulator: Node | None = None
         self.is_wrapped_number = False
         storage.owners += 1
@@ -173,6 +192,11 @@ class Tensor:
     def numel(self) -> Size:
         """The number of elements."""
         return self.machine.product(self.shape)
+
+    @property
+    def is_leaf(self) -> bool:
+        """A parameter: it wants a gradient, and no operator made it."""
+        return self.requires_grad and self.grad_fn is None
 
     @property
     def is_contiguous(self) -> bool:
@@ -232,6 +256,27 @@ class Tensor:
             self.machine.ledger.free(self.storage)
         if self.base is not None:
             self.base.drop()
+
+
+def empty_like(x: Tensor, dtype: Dtype | None = None) -> Tensor:
+    """torch.empty_like: a dense tensor of x's shape, its dimensions nested in the order of x's strides."""
+    return x.machine.empty(x.shape, dtype or x.dtype, stride=_dense_like(x))
+
+
+def _dense_like(x: Tensor) -> Shape:
+    """Strides of a dense tensor of x's shape whose dimensions are nested in x's order."""
+    order = x.order
+    stride: list[Size] = [ONE] * len(order)
+    for position, dim in enumerate(order):
+        stride[dim] = x.machine.product(tuple(x.shape[i] for i in order[position + 1 :]))
+    return tuple(stride)
+
+
+def converted(x: Tensor, dtype: Dtype) -> Tensor:
+    """A copy of x in another dtype, with x's layout, of which autograd knows nothing."""
+    out = empty_like(x, dtype)
+    x.machine.kernel("_to_copy", (x,), (out,))
+    return out
 
 
 class Locals:

@@ -44,6 +44,7 @@ class Optimizer:
 
     moments = 0  # state tensors of a parameter's shape
     counts_steps_in_tensors = False
+    supports_scaling = False  # torch's `_step_supports_amp_scaling`: the fused implementations
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self.parameters = parameters

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from estimator.eager import ops
+from estimator.eager import autocast, ops
 from estimator.eager.attention import attention_math
 from estimator.eager.checkpointing import checkpoint
 from estimator.eager.ledger import Category
@@ -29,6 +29,7 @@ class Recipe:
     tie_embeddings: bool
     qkv_bias: bool
     precision: str
+    fp32_gradients: bool
     attention: str  # the kernel: Plan.attention_kernel
     dropout: bool
     loss: str
@@ -167,9 +168,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, recipe: Recipe)
         names.scores = ops.mul_number(names.scores)
         names.scores = ops.masked_fill(names.scores, mask)
         if recipe.attention == "naive-fp32":
-            names.weights = ops.cast(ops.softmax(ops.cast(names.scores, FLOAT32)), q.dtype)
+            names.weights = ops.cast(ops.softmax(names.scores, FLOAT32), q.dtype)
         else:
-            names.weights = ops.softmax(names.scores)
+            names.weights = ops.softmax(names.scores, autocast.fp32(q.machine, "cuda"))
         names.weights = dropout(names.weights, recipe)
         results.append(matmul(names.weights, v))
         return results[0]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from estimator.eager import ops
 from estimator.eager.linalg import linear, matmul
-from estimator.eager.losses import log_softmax
+from estimator.eager.ops import log_softmax
 from estimator.eager.views import reshape, transpose, view
 from estimator.models.layers import Embedding, Linear, Module, RMSNorm
 
