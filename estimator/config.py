@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 FAMILIES = ("gpt2", "llama")
 PRECISIONS = ("fp32", "tf32", "bf16", "bf16-mixed", "fp16-mixed", "bf16-master")
 ATTENTIONS = ("naive", "naive-fp32", "sdpa", "sdpa-math")
-LOSSES = ("bundled", "torch", "torch-fp32")
+LOSSES = ("bundled", "torch", "torch-fp32", "chunked")
 CHECKPOINTINGS = ("none", "block", "attention")
 # The implementations of each optimizer; "auto" is the first, on CUDA foreach in place of loop.
 OPTIMIZERS = {
@@ -181,7 +181,8 @@ class Plan:
         dropout: the probability to drop an element, in training, of the embedding, of the attention's weights and of
             what attention and feed-forward add to the residual stream, in both families (as GPT-2 does).
         loss: "bundled" (the trainer's own cross entropy); "torch" (`torch.nn.functional.cross_entropy` of the logits
-            as they come) or "torch-fp32" (of the logits in float32).
+            as they come); "torch-fp32" (of the logits in float32) or "chunked" (the trainer's own, with the head in
+            it: an eighth of the logits at a time, their gradients along with them).
         checkpointing: "none"; "block": each block under `torch.utils.checkpoint`, non-reentrant; "attention": each
             block's attention, its norm not included.
         optimizer: "adamw", "adam", "sgd" (no momentum), "sgd-momentum", "lion", "muon" (`torch.optim.Muon` for the
@@ -250,6 +251,11 @@ class Plan:
         if self.optimizer in WHOLE_MATRICES and self.shards > 1:
             raise ConfigError(
                 f"sharding = {self.sharding!r}: {self.optimizer} works on whole matrices; allowed is none (DDP)"
+            )
+        if self.loss == "chunked" and (self.data_parallel > 1 or self.precision.endswith("-mixed")):
+            given = f"data_parallel = {self.data_parallel}, precision = {self.precision!r}"
+            raise ConfigError(
+                f"loss = 'chunked': not accounted with {given}; allowed on one accelerator, without autocast"
             )
         norm = self.max_grad_norm
         if norm is not None and (isinstance(norm, bool) or not isinstance(norm, (int, float)) or not norm > 0):

@@ -48,9 +48,12 @@ def run_step(recipe: Recipe, shapes: ShapeClass, device: str, num_layers: int) -
         ledger.phase = Phase.FORWARD
         replica.before_forward()
         with machine.autocast(LOWER.get(recipe.precision)):
-            logits = model(ids)
-            with ledger.inside("loss"):
-                loss = LOSSES[recipe.loss](logits, targets).hold()
+            if recipe.loss == "chunked":
+                loss = model(ids, targets).hold()
+            else:
+                logits = model(ids)
+                with ledger.inside("loss"):
+                    loss = LOSSES[recipe.loss](logits, targets).hold()
         with ledger.inside("loss"):
             if recipe.micro_batches > 1:
                 mean, loss = loss, div_number(loss).hold()

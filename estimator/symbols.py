@@ -27,6 +27,7 @@ LEGEND = {
     "p": "the smaller side of the query projection's matrix, min(d, h e)",
     "q": "the smaller side of the key and value projections' matrices, min(d, k e)",
     "u": "the smaller side of the feed-forward's matrices, min(d, f)",
+    "r": "rows (tokens) in one chunk of the chunked cross entropy, an eighth of B T rounded up",
     "N": "number of parameters",
     "D": "data-parallel accelerators that share what is sharded",
     "d_D": "rows of a parameter of d on one accelerator: d / D, rounded up",

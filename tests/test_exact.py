@@ -85,8 +85,8 @@ def test_real_widths(name):
 
 
 def test_the_scratch_of_the_trainer_is_what_the_ledger_says():
-    from estimator.eager.sizes import LION_SLICE, LOSS_TILE
+    from estimator.eager.sizes import LION_SLICE, LOSS_CHUNKS, LOSS_TILE
     from trainer import loss, optim
 
-    assert loss.CPU_TILE == LOSS_TILE
+    assert (loss.CPU_TILE, loss.CHUNKS) == (LOSS_TILE, LOSS_CHUNKS)
     assert LION_SLICE == {"cpu": optim.CPU_SLICE, "cuda": optim.CUDA_SLICE}

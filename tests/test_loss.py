@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 import trainer.loss
-from trainer.loss import CPU_TILE, cross_entropy
+from trainer.loss import CPU_TILE, chunked_cross_entropy, cross_entropy
 from trainer.measure import allocator_events
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}
@@ -188,3 +188,25 @@ def test_backward_holds_one_gradient_and_a_few_rows(N, V):
     events = step_events(cross_entropy, x, targets)
     assert 4 * N * V <= peak(events) <= max(4 * N * V + 4 * rows, 4 * min(N * V, CPU_TILE) + 4 * rows) + scalars
     assert sum(events) == 0
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (2, 4), (3, 13)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.02)]
+)
+def test_chunked_agrees_with_the_whole(shape, dtype, tolerance):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(*shape, 16, dtype=torch.float64, generator=generator)
+    weight = torch.randn(11, 16, dtype=torch.float64, generator=generator)
+    targets = torch.randint(11, shape, generator=generator)
+    expected = [t.clone().requires_grad_() for t in (x, weight)]
+    mine = [t.to(dtype).requires_grad_() for t in (x, weight)]
+    whole = torch.nn.functional.cross_entropy((expected[0] @ expected[1].T).flatten(0, 1), targets.flatten())
+    chunked = chunked_cross_entropy(*mine, targets)
+    (3 * whole).backward()
+    (3 * chunked).backward()
+    assert chunked.item() == pytest.approx(whole.item(), rel=tolerance)
+    for a, b in zip(mine, expected, strict=True):
+        assert (a.grad - b.grad).norm() <= tolerance * b.grad.norm()
+    with torch.no_grad():
+        assert chunked_cross_entropy(*mine, targets).item() == chunked.item()

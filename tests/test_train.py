@@ -181,6 +181,7 @@ def test_resuming_a_finished_run_does_nothing(corpus, tmp_path):
         {"attention": "sdpa-math"},
         {"loss": "torch"},
         {"loss": "torch-fp32"},
+        {"loss": "chunked"},
     ],
     ids=lambda plan: "-".join(plan.values()),
 )

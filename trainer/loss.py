@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 # a quiet machine makes no difference (benchmarks/bench_loss.py --tiles); smaller tiles lose to the starting of ops.
 CPU_TILE = 2**21  # elements
 
+CHUNKS = 8  # of `chunked_cross_entropy`: torchtune's and torchtitan's default
+
 HALF = (torch.bfloat16, torch.float16)
 TARGET_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
@@ -118,6 +120,71 @@ class _CrossEntropy(torch.autograd.Function):
         at_target_N1.sub_(max_N1).exp_().mul_(factor_N1).sub_(scale)
         grad_NV.scatter_(1, targets_N1, at_target_N1.to(grad.dtype))
         return grad, None
+
+
+def chunked_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """`cross_entropy(F.linear(x, weight), targets)` without the logits: they exist an eighth of the rows at a time.
+
+    Forward makes the gradients along with the loss, chunk after chunk, and backward only scales them, so no product is
+    computed twice (Hsu et al. 2024, "Liger Kernel", section 3.2). In half precision the softmax is taken in float32,
+    and the gradient of `weight` is added up in `weight`'s dtype.
+
+    Args:
+        x: (..., d), what goes into the head.
+        weight: (V, d), the head's.
+        targets: (...), int64 in [0, V).
+
+    Returns:
+        A scalar in nats per target, of float32 for half precision.
+    """
+    loss: Tensor = _ChunkedCrossEntropy.apply(x, weight, targets, torch.is_grad_enabled())  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    return loss
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """See `chunked_cross_entropy`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, with_gradients: bool) -> Tensor:
+        x_Nd, targets_N1 = x.reshape(-1, x.shape[-1]), targets.reshape(-1, 1)
+        N, V, half = len(x_Nd), len(weight), x.dtype in HALF
+        height = -(-N // CHUNKS)
+        working = torch.float32 if half else x.dtype
+        logits = x.new_empty(height, V)
+        scratch = x.new_empty(height, V, dtype=working) if half else logits
+        loss_N = x.new_empty(N, dtype=working)
+        grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        grad_weight = torch.zeros_like(weight)
+        grad_x_Nd = grad_x.view(N, -1)
+        for row in range(0, N, height):
+            rows = slice(row, min(row + height, N))
+            here = slice(rows.stop - row)
+            torch.mm(x_Nd[rows], weight.t(), out=logits[here])
+            p = scratch[here].copy_(logits[here]) if half else logits[here]
+            _loss_and_gradient(p, targets_N1[rows], N, out=loss_N[rows, None])
+            if with_gradients:
+                if half:
+                    logits[here].copy_(p)
+                torch.mm(logits[here], weight, out=grad_x_Nd[rows])
+                torch.addmm(grad_weight, logits[here].t(), x_Nd[rows], out=grad_weight)
+        ctx.save_for_backward(grad_x, grad_weight)
+        return loss_N.mean()
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        grad_x, grad_weight = ctx.saved_tensors
+        return grad_x.mul_(grad_loss), grad_weight.mul_(grad_loss), None, None
+
+
+def _loss_and_gradient(x_NV: Tensor, targets_N1: Tensor, count: int, *, out: Tensor) -> None:
+    """Logits become the gradient of their mean loss over `count` rows, in place; `out`, (N, 1), gets their losses."""
+    max_N1 = x_NV.amax(1, keepdim=True)
+    at_target_N1 = x_NV.sub_(max_N1).gather(1, targets_N1)
+    sum_N1 = x_NV.exp_().sum(1, keepdim=True)
+    torch.sub(sum_N1.log(), at_target_N1, out=out)
+    sum_N1.mul_(count)
+    at_target_N1.exp_().div_(sum_N1).sub_(1 / count)
+    x_NV.div_(sum_N1).scatter_(1, targets_N1, at_target_N1)
 
 
 def _shift(tile: Tensor, top: Tensor, *, out: Tensor) -> Tensor:

@@ -57,7 +57,6 @@ class Step:
         self.model, self.optimizer, self.inputs, self.plan, self.masters = model, optimizer, inputs, p, masters
         self.module = model  # what is called, where that is not the model itself
         self.updated = model if masters is None else masters.model
-        self.loss = LOSSES[p.loss]
         # With the usual 2^16 the first gradients of random weights could overflow, and a step be left out.
         self.scaler = loss_scaler(p.precision, inputs[0].device.type, init_scale=2.0**8)
 
@@ -81,7 +80,7 @@ class Step:
         """The loss of one micro-batch, divided by their number."""
         ids, targets = self.inputs
         with autocast(self.plan.precision, ids.device.type):
-            loss = self.loss(self.module(ids), targets)
+            loss = loss_of(self.module, self.plan, ids, targets)
         if self.plan.grad_accumulation == 1:
             return loss
         return loss / self.plan.grad_accumulation
@@ -120,6 +119,13 @@ def torch_cross_entropy_fp32(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 LOSSES = {"bundled": cross_entropy, "torch": torch_cross_entropy, "torch-fp32": torch_cross_entropy_fp32}
+
+
+def loss_of(module: nn.Module, p: Plan, ids: Tensor, targets: Tensor) -> Tensor:
+    """The loss of `module` that `p` names."""
+    if p.loss == "chunked":
+        return module(ids, targets_BT=targets)
+    return LOSSES[p.loss](module(ids), targets)
 
 
 def build_optimizer(named: Mapping[str, nn.Parameter], p: Plan, device: str) -> torch.optim.Optimizer:

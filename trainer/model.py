@@ -19,6 +19,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
+from trainer.loss import chunked_cross_entropy
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -260,7 +262,7 @@ class LlamaBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    """ids (B, T) -> logits (B, T, V): what both families share.
+    """ids (B, T) -> logits (B, T, V), or with targets (B, T) their loss: what both families share.
 
     With a cache, `forward` takes the ids of the next T positions and attends to those before them as well.
     """
@@ -299,6 +301,10 @@ class Transformer(nn.Module):
         """An empty cache for `forward`, one entry a block, in the weights' dtype and on their device."""
         return [KeysAndValues(self.config, batch_size, self.head.weight) for _ in range(self.config.num_layers)]
 
+    def logits_or_loss(self, x: Tensor, targets_BT: Tensor | None) -> Tensor:
+        """The head's logits (B, T, V); with targets the chunked cross entropy, for which they never exist at once."""
+        return self.head(x) if targets_BT is None else chunked_cross_entropy(x, self.head.weight, targets_BT)
+
     def run_block(self, block: nn.Module, *args: Tensor | KeysAndValues | None) -> Tensor:
         """`block(*args)`, checkpointed if the plan says so."""
         if self.plan.checkpointing == "block" and torch.is_grad_enabled():
@@ -323,13 +329,15 @@ class GPT2(Transformer):
         self.blocks = nn.ModuleList(GPT2Block(m, p) for _ in range(m.num_layers))
         self.final_norm = LayerNorm(m.d_model)
 
-    def forward(self, ids_BT: Tensor, cache: list[KeysAndValues] | None = None) -> Tensor:
+    def forward(
+        self, ids_BT: Tensor, cache: list[KeysAndValues] | None = None, targets_BT: Tensor | None = None
+    ) -> Tensor:
         start = cache[0].length if cache else 0
         x = self.dropout(self.embedding(ids_BT) + self.positions(start, ids_BT.shape[1]))
         mask = self.causal_mask(ids_BT, start)
         for layer, block in enumerate(self.blocks):
             x = self.run_block(block, x, mask, cache[layer] if cache else None)
-        return self.head(self.final_norm(x))
+        return self.logits_or_loss(self.final_norm(x), targets_BT)
 
 
 class Llama(Transformer):
@@ -345,7 +353,9 @@ class Llama(Transformer):
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
-    def forward(self, ids_BT: Tensor, cache: list[KeysAndValues] | None = None) -> Tensor:
+    def forward(
+        self, ids_BT: Tensor, cache: list[KeysAndValues] | None = None, targets_BT: Tensor | None = None
+    ) -> Tensor:
         start = cache[0].length if cache else 0
         x = self.dropout(self.embedding(ids_BT))
         end = start + ids_BT.shape[1]
@@ -353,7 +363,7 @@ class Llama(Transformer):
         mask = self.causal_mask(ids_BT, start)
         for layer, block in enumerate(self.blocks):
             x = self.run_block(block, x, cos, sin, mask, cache[layer] if cache else None)
-        return self.head(self.final_norm(x))
+        return self.logits_or_loss(self.final_norm(x), targets_BT)
 
 
 def build_model(m: ModelConfig, p: Plan) -> Transformer:

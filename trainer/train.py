@@ -18,7 +18,7 @@ from trainer.announce import announce, matmul_peak
 from trainer.checkpoint import CheckpointError, checkpoints, export_safetensors, random_states, set_random_states
 from trainer.data import Dataset
 from trainer.distributed import Weights, World, load_run, save_run
-from trainer.measure import LOSSES
+from trainer.measure import loss_of
 from trainer.model import build_model
 from trainer.optim import SGD, AdamW, Lion, MuonAdamW
 from trainer.precision import PARAMETERS, Masters, autocast, loss_scaler, products_in
@@ -83,12 +83,11 @@ def _train(config: TrainConfig, world: World) -> int:
     start = 0 if source is None else load(world, source, weights, optimizer, scaler, m.to_dict())
     if masters is not None:
         masters.write_back()
-    loss_of = LOSSES[plan.loss]
 
     def forward(split: str, index: int) -> Tensor:
         inputs, targets = data.get_batch(split, index)
         with autocast(plan.precision, device.type):
-            return loss_of(module(inputs[share.rows]), targets[share.rows])
+            return loss_of(module, plan, inputs[share.rows], targets[share.rows])
 
     def save(step: int) -> Path:
         run = {"step": step, "config": config.to_dict(), "model": m.to_dict(), "random": random_states()}

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 from estimator.eager import autocast
 from estimator.eager.autograd import Context, attach, record
-from estimator.eager.ops import cast, elementwise, log_softmax, mean_all, with_number
-from estimator.eager.sizes import LETTER, ONE
+from estimator.eager.ledger import Gemm
+from estimator.eager.ops import cast, elementwise, in_place_with_number, log_softmax, mean_all, with_number
+from estimator.eager.sizes import LETTER, LOSS_CHUNKS, ONE, ZERO
 from estimator.eager.tensor import FLOAT32, INT64, Locals, Tensor, op
 from estimator.eager.views import view
 
@@ -73,6 +74,52 @@ def _move_elements(name: str, out: Tensor) -> None:
     touched = Tensor(machine, out.storage, (machine.product(out.shape[:-1]),), (ONE,), out.dtype).hold()
     machine.kernel(name, (touched,), (touched,))
     touched.drop()
+
+
+@op
+def chunked_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """`trainer.loss.chunked_cross_entropy`: head, loss and both their gradients, an eighth of the rows at a time."""
+    machine, dtype, (V, d) = x.machine, x.dtype, weight.shape
+    N, r = machine.product(x.shape[:-1]), LETTER["r"]
+
+    def backward(c: Context, grad: Tensor) -> Gradients:
+        for g in c.saved:
+            machine.kernel("mul_", (g, grad), (g,))
+        return list(c.saved)
+
+    with Locals() as v:
+        v.logits = machine.empty((r, V), dtype)
+        v.scratch = machine.empty((r, V)) if dtype.itemsize < FLOAT32.itemsize else v.logits
+        v.losses = machine.empty((N,))
+        v.grad_x, v.grad_weight = machine.empty(x.shape, dtype), machine.empty(weight.shape, dtype)
+        for turn in range(LOSS_CHUNKS):
+            # The rows of all chunks are N, of which a chunk is an eighth rounded up: all are counted with the first.
+            rows = N if turn == 0 else ZERO
+            machine.kernel("mm", (x, weight), (v.logits,), gemm=Gemm(ONE, rows, V, d))
+            if v.scratch is not v.logits:
+                machine.kernel("copy_", (v.logits,), (v.scratch,))
+            _chunk_gradient(v.scratch, targets)
+            if v.scratch is not v.logits:
+                machine.kernel("copy_", (v.scratch,), (v.logits,))
+            machine.kernel("mm", (v.logits, weight), (v.grad_x,), gemm=Gemm(ONE, rows, d, V))
+            machine.kernel("addmm", (v.logits, x), (v.grad_weight,), gemm=Gemm(ONE, V, d, rows))
+        node = record("ChunkedCrossEntropyBackward", (x, weight), backward, (v.grad_x, v.grad_weight))
+        return attach(node, mean_all(v.losses))
+
+
+def _chunk_gradient(x: Tensor, targets: Tensor) -> None:
+    """`trainer.loss._loss_and_gradient`."""
+    machine, rows = x.machine, (x.shape[0], ONE)
+    with Locals() as v:
+        v.max, v.at_target, v.sum = (machine.empty(rows) for _ in range(3))
+        machine.kernel("amax", (x,), (v.max,))
+        machine.kernel("gather", (targets,), (v.at_target,))
+        machine.kernel("exp_", (x,), (x,))
+        machine.kernel("sum", (x,), (v.sum,))
+        machine.empty(rows).discard()  # log
+        for name, what in (("mul_", v.sum), ("sub_", v.at_target)):
+            in_place_with_number(name, what)
+        machine.kernel("div_", (x, v.sum), (x,))
 
 
 @op

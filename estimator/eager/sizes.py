@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from estimator.config import ModelConfig
 
 SHARES = ("d_D", "t_D", "q_D", "k_D", "f_D", "V_D", "C_D")  # rows of one of D accelerators: `row_counts`
-NAMES = (*"BTLdhkgefVCnswczpqu", "D", *SHARES)
+NAMES = (*"BTLdhkgefVCnswczpqur", "D", *SHARES)
 RING, *_generators = ring(",".join(NAMES), QQ)
 LETTER = dict(zip(NAMES, _generators, strict=True))
 INDEX = {name: i for i, name in enumerate(NAMES)}
@@ -45,6 +45,7 @@ _GENERIC |= {
     "u": 29,
     "h": 1033 * 1049,
     "d": 1033 * 1049 * 1064,
+    "r": 37,
     "D": 31,
 }
 _GENERIC |= {name: 1087 + i for i, name in enumerate(SHARES)}
@@ -183,8 +184,10 @@ def row_counts(sizes: Mapping[str, Any]) -> dict[str, Any]:
     return rows | {f"{name}_D": sizes[name] for name in "fVC"}
 
 
-# Scratch of the bundled trainer: trainer.loss.CPU_TILE, trainer.optim.CPU_SLICE and CUDA_SLICE: a test compares.
+# Scratch of the bundled trainer: trainer.loss.CPU_TILE and CHUNKS, trainer.optim.CPU_SLICE and CUDA_SLICE (a test
+# compares).
 LOSS_TILE = 2**21
+LOSS_CHUNKS = 8
 LION_SLICE = {"cpu": 2**20, "cuda": 2**26}
 
 
@@ -252,5 +255,6 @@ def derived_letters(family: str, given: Mapping[str, Any], device: str) -> dict[
         "p": np.minimum(d, given["h"] * given["e"]),
         "q": np.minimum(d, given["k"] * given["e"]),
         "u": np.minimum(d, given["f"]),
+        "r": -(-given["B"] * T // LOSS_CHUNKS),
         **share,
     }

@@ -76,9 +76,9 @@ class GPT2(Transformer):
         self.blocks = [self.child(Block(self.machine, i, self.recipe)) for i in range(self.num_layers)]
         self.final_norm = self.child(LayerNorm(self.machine, "final_norm", size["d"]))
 
-    def forward(self, v: Locals, ids: Tensor) -> Tensor:
+    def forward(self, v: Locals, ids: Tensor, targets: Tensor | None = None) -> Tensor:
         v.x = dropout(ops.add(self.embedding(ids), self.positions(ids.shape[1])), self.recipe)
         v.mask = self.causal_mask(ids)
         for block in self.blocks:
             v.x = block(v.x, v.mask)
-        return self.logits(self.final_norm(v.x))
+        return self.logits_or_loss(self.final_norm(v.x), targets)

@@ -10,6 +10,7 @@ from estimator.eager.attention import attention_math
 from estimator.eager.checkpointing import checkpoint
 from estimator.eager.ledger import Category
 from estimator.eager.linalg import linear, matmul, scaled_dot_product_attention
+from estimator.eager.losses import chunked_cross_entropy
 from estimator.eager.tensor import FLOAT32, Locals, Machine, Tensor, arguments
 from estimator.eager.views import narrow, transpose
 
@@ -208,8 +209,12 @@ class Transformer(Module):
             return None
         return ops.causal_mask(ids, ids.shape[1])
 
-    def logits(self, x: Tensor) -> Tensor:
-        """The head, tied or not."""
+    def logits_or_loss(self, x: Tensor, targets: Tensor | None) -> Tensor:
+        """The head, tied or not; with targets in its chunked cross entropy."""
+        if targets is not None:
+            with self.machine.ledger.inside("head"):
+                weight = self.embedding.weight if self.head is None else self.head.weight
+                return chunked_cross_entropy(x, weight, targets)
         if self.head is not None:
             return self.head(x)
         with self.machine.ledger.inside("head"):

@@ -106,11 +106,11 @@ class Llama(Transformer):
         self.final_norm = self.child(RMSNorm(self.machine, "final_norm", size["d"]))
         self.tables = [self.buffer(size["C"], half(size["e"])) for _ in ("cos", "sin")]
 
-    def forward(self, v: Locals, ids: Tensor) -> Tensor:
+    def forward(self, v: Locals, ids: Tensor, targets: Tensor | None = None) -> Tensor:
         v.x = dropout(self.embedding(ids), self.recipe)
         T = ids.shape[1]
         v.cos, v.sin = (table.view((T, ONE, table.shape[1]), (table.stride[0], *table.stride)) for table in self.tables)
         v.mask = self.causal_mask(ids)
         for block in self.blocks:
             v.x = block(v.x, v.cos, v.sin, v.mask)
-        return self.logits(self.final_norm(v.x))
+        return self.logits_or_loss(self.final_norm(v.x), targets)
