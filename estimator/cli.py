@@ -189,7 +189,10 @@ def _tables(name: str, r: Estimate, largest: int) -> None:
     rows["allocator's rounding"] = r.memory.allocated - r.memory.peak - r.memory.workspace
     rows["cuBLAS workspace"] = r.memory.workspace
     rows["CUDA context (290 to 670 MB)"] = r.memory.needed - r.memory.allocated
-    rows["needed"] = r.memory.needed
+    rows["needed, which decides whether it fits"] = r.memory.needed
+    if r.account.device == "cuda":
+        rows["reserved by the allocator (a model)"] = r.memory.reserved
+        rows["nvidia-smi shows about"] = sum(r.memory.nvidia_smi) // 2
     for part, nbytes in rows.items():
         if nbytes:
             table.add_row(part, f"{nbytes:,}", f"{nbytes / GIB:,.2f}")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from estimator.allocator import GRANULE, reserved_bytes
 from estimator.config import ConfigError
 from estimator.eager.ledger import Category
 
@@ -20,9 +21,6 @@ if TYPE_CHECKING:
     from estimator.eager.ledger import Where
     from estimator.hardware import Accelerator
 
-GRANULE = (
-    512  # bytes: the CUDA caching allocator rounds every block to a multiple (kMinBlockSize, CUDACachingAllocator)
-)
 # cuBLAS's workspace of one handle and stream, inside memory_allocated: PyTorch's default CUBLAS_WORKSPACE_CONFIG,
 # 4096 KiB x 2 + 16 KiB x 8, and 32 MiB from compute capability 9 on (aten/src/ATen/cuda/CublasHandlePool.cpp).
 CUBLAS_WORKSPACE = 8_519_680
@@ -116,6 +114,8 @@ class Memory:
         allocated: on CUDA, the peak with each block rounded to 512 bytes, and the cuBLAS workspace.
         workspace: that workspace.
         context: (least, most) bytes that the CUDA context takes outside the allocator.
+        reserved: on CUDA, what the allocator has asked of the device after two steps (`estimator.allocator`, a model).
+        nvidia_smi: (least, most) bytes that the driver shows for the process: reserved and the context.
         capacity: bytes that a framework sees on the accelerator; None if only bytes were asked about.
     """
 
@@ -138,7 +138,10 @@ class Memory:
 
     @property
     def needed(self) -> int:
-        """What must be free for the step to run: allocated bytes and the middle of the context's spread."""
+        """What must be free for the step to run: allocated bytes and the middle of the context's spread.
+
+        Not the reserved bytes: before the allocator gives up it returns its empty segments to the device.
+        """
         return self.allocated + sum(self.context) // 2
 
     @property
@@ -153,6 +156,19 @@ class Memory:
         return self.needed <= self.capacity
 
     @cached_property
+    def reserved(self) -> int:
+        """What the allocator has asked of the device after two steps; on the CPU, what is allocated."""
+        if self.account.device != "cuda":
+            return self.allocated
+        return max(reserved_bytes(self.account, self.sizes, self.workspace), self.allocated)
+
+    @property
+    def nvidia_smi(self) -> tuple[int, int]:
+        """(least, most) bytes that the driver shows for the process."""
+        least, most = self.context
+        return self.reserved + least, self.reserved + most
+
+    @cached_property
     def timeline(self) -> Timeline:
         """The step, event by event."""
         return timeline(self.account, self.sizes)
@@ -165,7 +181,8 @@ class Memory:
     def to_dict(self) -> dict[str, Any]:
         """Plain fields; the account and its timeline are left out."""
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("account", "sizes", "where")}
-        return plain | {"where": self.where._asdict(), "needed": self.needed, "context": list(self.context)}
+        plain |= {"where": self.where._asdict(), "needed": self.needed, "context": list(self.context)}
+        return plain | {"reserved": self.reserved, "nvidia_smi": list(self.nvidia_smi)}
 
 
 def memory(account: Account, values: Values, sizes: Mapping[str, int], accelerator: Accelerator | None) -> Memory:

@@ -23,7 +23,7 @@ from rich.table import Table
 
 from estimator import published
 from estimator.accounts import account
-from estimator.config import LOSSES, ConfigError, ModelConfig, Plan
+from estimator.config import LOSSES, PRECISIONS, ConfigError, ModelConfig, Plan
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -104,9 +104,12 @@ def _case(family: str, rng: random.Random, fixed: dict[str, int], turn: int) -> 
         m = ModelConfig(family, L, d, h, V, C, k, e, rng.randint(3, 70), tied, bias)
     optimizers = (("adamw", "loop"), ("adamw", "foreach"), ("adamw", "fused"), ("adamw", "bundled"), ("sgd", "bundled"))
     optimizer, implementation = optimizers[turn % 5]
+    precision = rng.choice(("fp32", "fp32", *(x for x in PRECISIONS if x != "tf32")))  # tf32 differs in time only
     p = Plan(
         batch_size=B,
         seq_len=T,
+        precision=precision,
+        fp32_gradients=precision == "bf16-master" and rng.random() < 0.5,
         attention=(("naive", "naive-fp32"), ("sdpa", "sdpa-math"))[turn // 5 % 2][turn // 20 % 2],
         dropout=rng.choice((0.0, 0.0, 0.1)),
         loss=rng.choice(LOSSES),
@@ -123,7 +126,7 @@ def describe(m: ModelConfig, p: Plan) -> str:
     """A case in a line."""
     run = f"B{p.batch_size} T{p.tokens(m)}"
     sizes = f"{run} L{m.num_layers} d{m.d_model} h{m.num_heads} k{m.num_kv_heads} e{m.e} f{m.f}"
-    recipe = f"{p.attention} {p.checkpointing} {p.loss} {p.optimizer}-{p.optimizer_impl} x{p.grad_accumulation}"
+    recipe = f"{p.precision} {p.attention} {p.checkpointing} {p.loss} {p.optimizer}-{p.optimizer_impl} x{p.grad_accumulation}"
     extra = f"{' dropout' if p.dropout else ''}{' clip' if p.max_grad_norm else ''}"
     return f"{m.family} {sizes} V{m.vocab_size} {recipe}{extra}"
 
