@@ -126,7 +126,8 @@ def describe(m: ModelConfig, p: Plan) -> str:
     """A case in a line."""
     run = f"B{p.batch_size} T{p.tokens(m)}"
     sizes = f"{run} L{m.num_layers} d{m.d_model} h{m.num_heads} k{m.num_kv_heads} e{m.e} f{m.f}"
-    recipe = f"{p.precision} {p.attention} {p.checkpointing} {p.loss} {p.optimizer}-{p.optimizer_impl} x{p.grad_accumulation}"
+    recipe = f"{p.precision}{' fp32 gradients' if p.fp32_gradients else ''} {p.attention} {p.checkpointing} {p.loss}"
+    recipe = f"{recipe} {p.optimizer}-{p.optimizer_impl} x{p.grad_accumulation}"
     extra = f"{' dropout' if p.dropout else ''}{' clip' if p.max_grad_norm else ''}"
     return f"{m.family} {sizes} V{m.vocab_size} {recipe}{extra}"
 
