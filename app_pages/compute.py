@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from estimator.advice import advice
@@ -11,7 +12,7 @@ from estimator.estimates import max_batch_size
 from estimator.sweeps import axis_values, sweep
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     import numpy as np
     from numpy.typing import NDArray
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 def largest_batch(model: ModelConfig, plan: Plan, gpu: str) -> int:
     """`max_batch_size`, remembered."""
     return max_batch_size(model, plan, gpu)
+
+
+_ADVISING = Lock()
 
 
 class Advice(NamedTuple):
@@ -47,9 +51,23 @@ class Advice(NamedTuple):
     seconds: float | None
 
 
+def changes(request: Request, waiting: Callable[[], object] = lambda: None) -> tuple[Advice, ...]:
+    """`advice` on a request, remembered; one session's at a time, so that the next finds its accounts ready.
+
+    Args:
+        request: what is asked.
+        waiting: called again and again while another session's is computed; it may raise to give up.
+    """
+    while not _ADVISING.acquire(timeout=0.1):
+        waiting()
+    try:
+        return _changes(request)
+    finally:
+        _ADVISING.release()
+
+
 @lru_cache(maxsize=256)
-def changes(request: Request) -> tuple[Advice, ...]:
-    """`advice` on a request, remembered."""
+def _changes(request: Request) -> tuple[Advice, ...]:
     return tuple(
         Advice(c.fields, c.estimate.memory.needed, c.fits, c.alters, c.saves, c.work, c.seconds)
         for c in advice(request.estimate())

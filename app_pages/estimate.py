@@ -236,7 +236,8 @@ def _work(s: Setup, r: Estimate) -> None:
             st.subheader("Time of a step")
             spent = {name: {"": seconds} for name, seconds in parts.items()}
             charts.draw(charts.icicle("one step", spent, duration, "Time of a step, by part"))
-            st.caption(f"Kernel efficiencies: {r.time.origin} Interval of the time: {r.time.rows}")
+    if r.time is not None and r.time.predicted:
+        st.caption(f"Kernel efficiencies of the time: {r.time.origin} Its interval: {r.time.rows}")
     frame = r.to_frame().astype(float)  # Arrow's integers end at 2^63
     columns: dict[str, Any] = {"_index": st.column_config.TextColumn("module", pinned=True)}
     for name in map(str, frame):
@@ -268,8 +269,9 @@ def derivation(d: Derivation, unit: str) -> None:
 
 def _advice(s: Setup, r: Estimate) -> tuple[Advice, ...]:
     st.subheader("What would take less" if r.fits else "What would make it fit")
-    waiting = st.skeleton(height=120)
-    found = changes(s.request)
+    waiting = st.empty()
+    waiting.skeleton(height=120)
+    found = changes(s.request, partial(waiting.skeleton, height=120))  # drawing stops here where an input has changed
     waiting.empty()
     if not found:
         st.caption("No single change of the recipe saves memory or work.")

@@ -49,6 +49,7 @@ def show(s: Setup) -> None:
     else:
         _measurement(s)
     _kept()
+    _published()
 
 
 def small(s: Setup) -> tuple[ModelConfig, Plan]:
@@ -56,7 +57,7 @@ def small(s: Setup) -> tuple[ModelConfig, Plan]:
     m = s.request.model
     grouped = {"num_kv_heads": 2} if m.kv_heads < m.num_heads else {}
     model = ModelConfig(family=m.family, tie_embeddings=m.tie_embeddings, qkv_bias=m.qkv_bias, **SMALL, **grouped)
-    return model, s.request.plan.replace(batch_size=BATCH, seq_len=None)
+    return model, s.request.plan.replace(batch_size=BATCH, seq_len=None, sharding="none")
 
 
 def _measurement(s: Setup) -> None:
@@ -135,3 +136,17 @@ def _kept() -> None:
     columns = ["date", "device", "PyTorch", "configurations", "figures", "equal"]
     st.dataframe(pd.DataFrame(rows, columns=columns), hide_index=True, height="content")
     st.caption("Each is what `validate-estimates` found on one machine, over random shapes and recipes.")
+
+
+def _published() -> None:
+    st.subheader("Time against published training runs")
+    plot, text = RESULTS / "published.svg", RESULTS / "published.md"
+    if not (plot.exists() and text.exists()):
+        st.caption("None on file: `validate-estimates --published` writes them.")
+        return
+    found = text.read_text(encoding="utf-8")
+    first, _, tables = found.partition("\n")
+    st.markdown(first)
+    st.image(str(plot), caption="Predicted against measured tokens per second of one accelerator", width="stretch")
+    with st.expander("By source, accelerator and model size, and the worst rows"):
+        st.markdown(tables)

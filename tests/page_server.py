@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from streamlit.proto.BackMsg_pb2 import BackMsg
@@ -59,17 +59,20 @@ class Session:
 
     Attributes:
         drawn: the newest element of each place on the page.
-        inputs: identity by label of the inputs that were drawn.
+        inputs: by label, those that were drawn.
+        first: seconds of the first run, or until the element for which `until` is true.
         exceptions: messages of the tracebacks that were drawn.
     """
 
-    def __init__(self, url, query=""):
-        self.socket = connect(
-            url.replace("http", "ws") + "/_stcore/stream", subprotocols=["streamlit"], max_size=None, open_timeout=30
+    def __init__(self, url, query="", until=None):
+        self._open = ExitStack()
+        stream = url.replace("http", "ws") + "/_stcore/stream"
+        self.socket = self._open.enter_context(
+            connect(stream, subprotocols=["streamlit"], max_size=None, open_timeout=30)
         )
         self.query, self.states = query, {}
         self.drawn, self.inputs, self.exceptions = {}, {}, []
-        self.first = self.run()
+        self.first = self.run(until)
 
     def run(self, until=None):
         """Run the page; seconds until it is drawn, or until an element for which `until` is true."""
@@ -116,7 +119,7 @@ class Session:
         return found[-1]
 
     def close(self):
-        self.socket.close()
+        self._open.close()
 
 
 def is_metric(label):

@@ -51,7 +51,7 @@ def viewed(view, **query):
 @pytest.fixture
 def unadvised(monkeypatch):
     """Without the changes of the recipe, which take an account of every other recipe and are tested by themselves."""
-    monkeypatch.setattr(estimate, "changes", lambda request: ())  # noqa: ARG005 - as `compute.changes`
+    monkeypatch.setattr(estimate, "changes", lambda *_: ())
 
 
 def metrics(at):
@@ -375,7 +375,7 @@ queries = st.dictionaries(st.one_of(st.sampled_from(NAMES), st.text(min_size=1, 
 @example("compare", {"columns": "", "B.gpu": "nothing"})
 def test_any_query_string_opens_the_page(view, query):
     script = (
-        f"from app_pages import estimate, inputs, keep, {view}; estimate.changes = lambda request: (); "
+        f"from app_pages import estimate, inputs, keep, {view}; estimate.changes = lambda *_: (); "
         f"inputs.drop_infinite(); s = inputs.sidebar(); {view}.show(s); keep.show(s)"
     )
     at = AppTest.from_string(script, default_timeout=120)
