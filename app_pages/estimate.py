@@ -209,6 +209,12 @@ def _memory(s: Setup, r: Estimate) -> None:
             "share": st.column_config.NumberColumn("share", format="percent"),
         },
     )
+    if r.account.device == "cuda":
+        least, most = (size(x, s.unit) for x in r.memory.nvidia_smi)
+        st.caption(
+            f"PyTorch's allocator reserves {size(r.memory.reserved, s.unit)} of the device after two steps; nvidia-smi "
+            f"shows {between(least, most)}. It gives back what it does not use before it gives up."
+        )
 
 
 def _timeline(s: Setup, r: Estimate) -> None:
