@@ -35,18 +35,9 @@ class Variant:
 
     Attributes:
         fused: parts of the step ("model", "loss") whose elementwise kernels are fused, as `torch.compile` fuses them.
-        half: every tensor of forward and backward that is fp32 in the ledger has 16 bits, save those of the loss; so do
-            gradients. The optimizer's are those of the ledger. For ledgers that know fp32 alone.
-        without: names of kernels that the run does not launch (the column sums of a model without biases).
-        extra: what it launches besides: "dropout" on the weights of an unfused attention, a kernel that reads and
-            writes them and writes a byte of mask for each, or reads it in backward; "unpadded" around a fused one: q, k
-            and v are gathered row by row and its output is scattered into zeros, in backward the other way about.
     """
 
     fused: frozenset[str] = frozenset()
-    half: bool = False
-    without: frozenset[str] = frozenset()
-    extra: frozenset[str] = frozenset()
 
 
 class Row(NamedTuple):
@@ -91,36 +82,15 @@ def _rows(traced: Trace, variant: Variant) -> Iterator[tuple[Row, int | None]]:
     last = _last_reads(traced)
     group: list[tuple[int, Kernel]] = []
     for at, kernel in enumerate(traced.ledger.kernels):
-        if kernel.name in variant.without:
-            continue
-        yield from ((_added(kernel, nbytes, variant), kernel.where.block) for nbytes in _extra(kernel, variant))
         if group and not (_is_fused(kernel, variant) and _together(group[-1][1], kernel)):
-            yield _fused(group, last, variant)
+            yield _fused(group, last)
             group = []
         if _is_fused(kernel, variant):
             group.append((at, kernel))
         else:
-            yield _row(kernel, _bytes(kernel, variant), variant), kernel.where.block
+            yield _row(kernel, kernel.nbytes), kernel.where.block
     if group:
-        yield _fused(group, last, variant)
-
-
-def _extra(kernel: Kernel, variant: Variant) -> Iterator[Size]:
-    """Bytes of each kernel that goes with this one, as `Variant.extra` says."""
-    sizes = {True: ZERO, False: ZERO}
-    for storage, nbytes, written in kernel.operands:
-        sizes[written] = sizes[written] + _moved(storage.itemsize, nbytes, kernel, variant)
-    if "dropout" in variant.extra and kernel.name in ("_softmax", "_softmax_backward_data"):
-        width = 2 if variant.half else kernel.operands[-1].storage.itemsize
-        yield sizes[True] * 2 + sizes[True] / width
-    if "unpadded" in variant.extra and kernel.name == FLASH[0]:
-        yield from [2 * sizes[False], 3 * sizes[True]]  # gather; zeros and scatter
-    if "unpadded" in variant.extra and kernel.name == FLASH[1]:
-        yield from [2 * sizes[True] / 3, 3 * sizes[True]]
-
-
-def _added(kernel: Kernel, nbytes: Size, variant: Variant) -> Row:
-    return _row(kernel._replace(name="extra", gemm=None), nbytes, variant)
+        yield _fused(group, last)
 
 
 def kind_of(kernel: Kernel) -> str:
@@ -151,7 +121,7 @@ def _last_reads(traced: Trace) -> dict[int, int]:
     return last
 
 
-def _fused(group: Sequence[tuple[int, Kernel]], last: Mapping[int, int], variant: Variant) -> tuple[Row, int | None]:
+def _fused(group: Sequence[tuple[int, Kernel]], last: Mapping[int, int]) -> tuple[Row, int | None]:
     """One kernel for several: it reads once what comes from outside, and writes what is read afterwards."""
     end, final = group[-1]
     made: set[int] = set()
@@ -160,32 +130,20 @@ def _fused(group: Sequence[tuple[int, Kernel]], last: Mapping[int, int], variant
         for storage, nbytes, written in kernel.operands:
             kept = storage.category in (Category.GRADIENT, Category.PARAMETER) or last.get(id(storage), -1) > end
             if kept if written else id(storage) not in made:
-                moved.setdefault((id(storage), written), _moved(storage.itemsize, nbytes, kernel, variant))
+                moved.setdefault((id(storage), written), nbytes)
             if written:
                 made.add(id(storage))
-    return _row(final._replace(name="fused"), sum(moved.values(), ZERO), variant), final.where.block
+    return _row(final._replace(name="fused"), sum(moved.values(), ZERO)), final.where.block
 
 
-def _row(kernel: Kernel, nbytes: Size, variant: Variant) -> Row:
+def _row(kernel: Kernel, nbytes: Size) -> Row:
     kind = kind_of(kernel)
     phase = kernel.where.phase
     turn = "step" if phase is Phase.OPTIMIZER else "later" if kernel.micro_batch else "first"
     width = kernel.operands[0].storage.itemsize if kernel.operands else 4
-    if variant.half and kernel.gemm is not None:
-        width = min(width, 2)
     on_a_list = kind == "optimizer" and kernel.gemm is None and kernel.operands
     listed = kernel.operands[0].nbytes / width if on_a_list else ZERO
     return Row(kind, kernel.name, phase, turn, kernel.gemm, width, nbytes, listed)
-
-
-def _bytes(kernel: Kernel, variant: Variant) -> Size:
-    return sum((_moved(storage.itemsize, nbytes, kernel, variant) for storage, nbytes, _ in kernel.operands), ZERO)
-
-
-def _moved(itemsize: int, nbytes: Size, kernel: Kernel, variant: Variant) -> Size:
-    """Bytes of an operand. The one place where a ledger of fp32 is read as one of 16 bits."""
-    wide = itemsize != 4 or kernel.where.phase is Phase.OPTIMIZER or kernel.where.module.startswith("loss")
-    return nbytes if wide or not variant.half else nbytes / 2
 
 
 class Table:

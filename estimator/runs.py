@@ -13,7 +13,7 @@ from importlib import resources
 from typing import TYPE_CHECKING
 
 from estimator.config import ModelConfig, Plan, choose
-from estimator.kernels import Variant
+from estimator.kernels import FUSED, Variant
 from estimator.speed import Setup
 
 if TYPE_CHECKING:
@@ -77,52 +77,47 @@ def _run(source: str, row: Mapping[str, str], gpu: str, family: str, setup: Setu
     return Run(source, gpu, _model(row, family), plans, setup, float(row["tokens_per_s_per_gpu"]), row)
 
 
-# MPT under Composer's FSDP: 16-bit everywhere but in the optimizer and the loss (low-precision LayerNorm, parameters
-# gathered in bf16, gradients summed in fp32 unless mixed_precision is PURE), no biases, flash-attn's fused cross
-# entropy. attn_impl=flash is flash-attn 1.0.3, which that version of the repository asks for, between unpadding and
-# padding (llmfoundry/models/layers/attention.py); the table's label "flash-attn 2" is contradicted by that, and by its
-# own long sequences, which run at half of the second generation's rate.
-MPT = Variant(frozenset({"loss"}), half=True, without=frozenset({"sum"}), extra=frozenset({"unpadded"}))
-
-
+# MPT under Composer's FSDP: 16 bits everywhere but in the optimizer and the loss (low-precision LayerNorm, parameters
+# gathered in bf16, gradients summed in fp32 unless mixed_precision is PURE).
+# attn_impl=flash is flash-attn 1.0.3, which that version of the repository asks for; the table's label "flash-attn 2"
+# is contradicted by that, and by its own long sequences, which run at half of the second generation's rate.
 def _llmfoundry(row: Mapping[str, str]) -> Run | None:
     plan = Plan(
         batch_size=_count(row, "micro_batch"),
+        precision="bf16-master",
         attention="sdpa",
-        loss="torch",
+        loss="torch-fp32",
         checkpointing="block" if row["checkpointing"] == "full" else "none",
         grad_accumulation=_count(row, "grad_accum"),
         data_parallel=_count(row, "gpus"),
         sharding="zero3",
     )
     pure = row["zero_or_sharding"].endswith("PURE")
-    setup = Setup(MPT, attention="flash-1", parameter_width=2, gradient_width=2 if pure else 4)
+    setup = Setup(attention="flash-1", parameter_width=2, gradient_width=2 if pure else 4)
     return _run("llmfoundry_a100_80gb", row, "a100-80gb-sxm", "gpt2", setup, plan)
 
 
 # Megatron-DeepSpeed: fp16 everywhere but in the optimizer and the loss, its fused kernels (masked softmax, bias and
-# GELU, LayerNorm), apex's fused Adam, dropout on the attention's weights (its default of 0.1), every block recomputed.
-MEGATRON = Variant(frozenset({"model", "loss"}), half=True, extra=frozenset({"dropout"}))
-
-
+# GELU, LayerNorm), apex's fused Adam, every block recomputed. Whether with dropout is not said: taken without.
 def _vtrain(row: Mapping[str, str]) -> Run | None:
     gpus, micro_batch = _count(row, "gpus"), _count(row, "micro_batch")
     plan = Plan(
         batch_size=micro_batch,
-        loss="torch",
+        precision="bf16-master",
+        loss="torch-fp32",
         checkpointing="block",
         optimizer_impl="fused",
         grad_accumulation=_count(row, "global_batch_seqs") // (gpus * micro_batch),
         data_parallel=gpus,
     )
-    setup = Setup(MEGATRON, dtype="fp16", parameter_width=2, gradient_width=2)
+    setup = Setup(FUSED, dtype="fp16", parameter_width=2, gradient_width=2)
     return _run("vtrain_dp_a100", row, "a100-80gb-sxm", "gpt2", setup, plan)
 
 
-# torchtune and torchtitan: bf16 everywhere, SDPA, and the techniques of the row. torchtitan's "selective" saves every
-# second product and recomputes the others, so a row of it is half way between no checkpoints and all. Left out is what
-# no plan describes: LoRA, quantised optimizers and products (fp8, 8-bit Adam), offloading, padded data, a card with an
-# unstated power limit; and rows without a sequence length.
+# torchtune and torchtitan: SDPA, and the techniques of the row; torchtitan trains in mixed precision, torchtune in
+# bf16. torchtitan's "selective" saves every second product and recomputes the others, so a row of it is half way
+# between no checkpoints and all. Left out is what no plan describes: LoRA, quantised optimizers and products (fp8,
+# 8-bit Adam), offloading, padded data, a card with an unstated power limit; and rows without a sequence length.
 FUSED_PARTS = frozenset({"model", "loss"})
 TUNED: dict[str, tuple[frozenset[str], tuple[str, ...]]] = {
     "cumulative technique +packed": (frozenset(), ("none",)),
@@ -145,7 +140,9 @@ def _torchtune(row: Mapping[str, str]) -> Run | None:
     if row["gpu"] not in TUNED_GPUS or not row["seq_len"]:
         return None
     checkpoints = row["checkpointing"]
+    precision = "bf16-mixed"
     if row["notes"] in TUNED:
+        precision = "bf16"
         fused, checkpointing = TUNED[row["notes"]]
     elif row["dtype"] == "bf16" and checkpoints.startswith("selective"):
         fused, checkpointing = FUSED_PARTS, ("none", "block")
@@ -157,13 +154,14 @@ def _torchtune(row: Mapping[str, str]) -> Run | None:
     plan = Plan(
         # Where none is stated, the memory that is printed is that of one sequence.
         batch_size=_count(row, "micro_batch") if row["micro_batch"] else 1,
+        precision=precision,
         attention="sdpa",
-        loss="torch",
+        loss="torch-fp32",
         optimizer_impl="fused",
         data_parallel=gpus,
         sharding="zero3" if gpus > 1 else "none",
     )
-    setup = Setup(Variant(fused, half=True), parameter_width=2, gradient_width=4 if gpus > 1 else 2)
+    setup = Setup(Variant(fused), parameter_width=2, gradient_width=4 if gpus > 1 else 2)
     plans = tuple(plan.replace(checkpointing=name) for name in checkpointing)
     return _run("torchtune_torchao", row, TUNED_GPUS[row["gpu"]], "llama", setup, *plans)
 

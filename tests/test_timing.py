@@ -150,3 +150,27 @@ def test_the_convention_of_the_ledger_is_the_ledgers(name):
 def test_conventions_give_the_published_flops():
     # github:karpathy/nanoGPT transformer_sizing.ipynb: 124,337,664 parameters (no biases), 875,062,886,400 a sequence.
     assert flops_per_token(est.preset("gpt2"), 1024, 124_337_664, "palm") * 1024 == 875_062_886_400
+
+
+def test_nanogpts_published_mfu_is_within_the_interval():
+    """0.37 of 312 TFLOP/s by PaLM's count: GPT-2 124M, nanoGPT's train_gpt2.py, 12 x 1024 tokens, A100 40GB."""
+    m = est.preset("gpt2").replace(vocab_size=50304)
+    p = est.Plan(
+        batch_size=12, precision="bf16-mixed", attention="sdpa", loss="torch", optimizer_impl="fused",
+        max_grad_norm=1.0, grad_accumulation=5, compile=True,
+    )  # fmt: skip
+    t = time_of(m, p, "a100-40gb-sxm", 8)
+    mfu = t.mfu_by_convention["palm"]
+    assert mfu * t.seconds / t.interval.high <= 0.37 <= mfu * t.seconds / t.interval.low
+
+
+def test_llama_2s_published_hours_are_within_the_interval():
+    """Touvron et al. 2023, table 2: 184,320 hours of A100 80GB for 7B and 2T tokens, 4M tokens in a step."""
+    p = est.Plan(
+        batch_size=2, precision="bf16-mixed", attention="sdpa", checkpointing="block", optimizer_impl="fused",
+        data_parallel=512, sharding="zero3",
+    )  # fmt: skip
+    tokens = 1024 * 4096
+    r = est.estimate("llama-2-7b", p, "a100-80gb-sxm", steps=round(2e12 / tokens), global_batch_size=1024)
+    low, high = (512 * seconds / 3600 for seconds in (r.time.interval.low, r.time.interval.high))
+    assert low <= 184_320 <= high
