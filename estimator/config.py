@@ -23,8 +23,10 @@ OPTIMIZERS = {
     "lion": ("bundled",),
     "muon": ("loop", "foreach", "fused"),
     "adafactor": ("loop",),
+    "adamw-8bit": ("bundled",),
 }
-WHOLE_MATRICES = ("muon", "adafactor")  # what an update needs at once: an accelerator's rows are not enough
+# What an update needs at once: an accelerator's rows are not enough.
+WHOLE_MATRICES = ("muon", "adafactor", "adamw-8bit")
 SHARDINGS = ("none", "zero1", "zero2", "zero3")
 SHARDING_SPELLINGS = {"ddp": "none", "fsdp": "zero3"}  # PyTorch's names of the same
 OPTIMIZER_IMPLS = ("auto", "loop", "foreach", "fused", "bundled")
@@ -186,7 +188,8 @@ class Plan:
         checkpointing: "none"; "block": each block under `torch.utils.checkpoint`, non-reentrant; "attention": each
             block's attention, its norm not included.
         optimizer: "adamw", "adam", "sgd" (no momentum), "sgd-momentum", "lion", "muon" (`torch.optim.Muon` for the
-            blocks' matrices, AdamW for all else) or "adafactor".
+            blocks' matrices, AdamW for all else), "adafactor" or "adamw-8bit" (a byte an element for each moment of a
+            matrix, in blocks of 256 with a scale).
         optimizer_impl: "loop" (for-loop over parameters), "foreach", "fused": torch.optim's (of muon's AdamW);
             "bundled": the trainer's own; "auto": what torch picks for the device (loop on CPU, foreach on CUDA), for
             sgd and lion the bundled one.
@@ -248,6 +251,8 @@ class Plan:
             raise ConfigError(
                 f"optimizer_impl = {self.optimizer_impl!r}: {self.optimizer} has {', '.join(own)}; or leave it at auto"
             )
+        if self.optimizer == "adamw-8bit" and self.precision == "bf16":
+            raise ConfigError("precision = 'bf16': adamw-8bit moves fp32 parameters; allowed are all other precisions")
         if self.optimizer in WHOLE_MATRICES and self.shards > 1:
             raise ConfigError(
                 f"sharding = {self.sharding!r}: {self.optimizer} works on whole matrices; allowed is none (DDP)"

@@ -37,6 +37,13 @@ LEGEND = {
     "f_D": "rows of a parameter of f on one accelerator: f / D, rounded up",
     "V_D": "rows of a parameter of V on one accelerator: V / D, rounded up",
     "C_D": "rows of a parameter of C on one accelerator: C / D, rounded up",
+    "d_8": "blocks of 256 elements in a matrix of d by d, rounded up",
+    "t_8": "blocks of 256 elements in a matrix of 3 d by d, rounded up",
+    "q_8": "blocks of 256 elements in a matrix of h e by d, rounded up",
+    "k_8": "blocks of 256 elements in a matrix of k e by d, rounded up",
+    "f_8": "blocks of 256 elements in a matrix of f by d, rounded up",
+    "V_8": "blocks of 256 elements in a matrix of V by d, rounded up",
+    "C_8": "blocks of 256 elements in a matrix of C by d, rounded up",
 }
 
 # Positive only: sympy's solve drops the roots of integer symbols that are not integers.

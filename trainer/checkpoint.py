@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from estimator.config import ConfigError
+from trainer.optim8bit import BLOCK
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -185,8 +186,8 @@ def _check_optimizer(state: Any, optimizer: torch.optim.Optimizer, name: str) ->
 
 
 def _is_state_of(value: Tensor, parameter: Tensor) -> bool:
-    """A scalar, a tensor of the parameter's shape, or one with a dimension summed up, as Adafactor's."""
-    if value.numel() <= 1:
+    """A scalar, a tensor of the parameter's shape, one with a dimension summed up, as Adafactor's, or blocks' scales."""
+    if value.numel() <= 1 or value.shape == (-(-parameter.numel() // BLOCK),):
         return True
     return value.ndim == parameter.ndim and all(
         n in (1, whole) for n, whole in zip(value.shape, parameter.shape, strict=True)

@@ -25,6 +25,7 @@ from trainer.clip import gradient_clipping
 from trainer.loss import cross_entropy
 from trainer.model import build_model
 from trainer.optim import SGD, AdamW, Lion, MuonAdamW
+from trainer.optim8bit import AdamW8bit
 from trainer.precision import AUTOCAST, PARAMETERS, Masters, autocast, loss_scaler
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ class Step:
     def state(self) -> Iterable[Tensor]:
         """What the optimizer keeps from step to step, master weights included."""
         yield from (t for s in self.optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor))
+        yield from getattr(self.optimizer, "tables", ())
         if self.masters is not None:
             yield from self.masters.model.parameters()
 
@@ -145,6 +147,8 @@ def build_optimizer(named: Mapping[str, nn.Parameter], p: Plan, device: str) -> 
             return Lion(parameters)
         case "adafactor":
             return torch.optim.Adafactor(parameters, foreach=kind == "foreach")
+        case "adamw-8bit":
+            return AdamW8bit(parameters)
         case "muon":
             matrices = [x for name, x in named.items() if name.startswith("blocks.") and x.ndim == 2]
             others = [x for x in parameters if all(x is not matrix for matrix in matrices)]

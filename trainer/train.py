@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self, cast
 import torch
 from torch import Tensor, nn
 
-from estimator.config import ConfigError
+from estimator.config import WHOLE_MATRICES, ConfigError
 from trainer.announce import announce, matmul_peak
 from trainer.checkpoint import CheckpointError, checkpoints, export_safetensors, random_states, set_random_states
 from trainer.data import Dataset
@@ -21,6 +21,7 @@ from trainer.distributed import Weights, World, load_run, save_run
 from trainer.measure import loss_of
 from trainer.model import build_model
 from trainer.optim import SGD, AdamW, Lion, MuonAdamW
+from trainer.optim8bit import AdamW8bit
 from trainer.precision import PARAMETERS, Masters, autocast, loss_scaler, products_in
 from trainer.prepare import write_whole
 from trainer.progress import Reporter, duration
@@ -252,7 +253,7 @@ def build_optimizer(weights: Weights, p: Plan, o: OptimSection, device: str) -> 
     Raises:
         ConfigError: it needs whole matrices and the parameters are sharded.
     """
-    if weights.sharded and p.optimizer in ("muon", "adafactor"):
+    if weights.sharded and p.optimizer in WHOLE_MATRICES:
         raise ConfigError(f"plan.optimizer = {p.optimizer!r}: works on whole matrices; allowed is --sharding none")
     matrices = {name: p for name, p in weights.named.items() if p.ndim >= 2}
     others = {name: p for name, p in weights.named.items() if p.ndim < 2}
@@ -276,6 +277,8 @@ def build_optimizer(weights: Weights, p: Plan, o: OptimSection, device: str) -> 
             return Lion(groups, lr=o.lr, betas=o.betas)
         case "adafactor":
             return torch.optim.Adafactor(groups, lr=o.lr)
+        case "adamw-8bit":
+            return AdamW8bit(groups, lr=o.lr, betas=o.betas, eps=o.eps)
         case "muon":
             return build_muon(weights, o, kind)
         case _ if kind == "bundled":

@@ -17,7 +17,7 @@ from estimator.eager.ledger import Gemm
 from estimator.eager.linalg import product
 from estimator.eager.ops import cast, elementwise, in_place_with_number
 from estimator.eager.sizes import LETTER, ONE
-from estimator.eager.tensor import BFLOAT16, Locals
+from estimator.eager.tensor import BFLOAT16, FLOAT32, INT32, UINT8, Locals
 from estimator.eager.updates import Optimizer, at_parameter, in_place
 
 if TYPE_CHECKING:
@@ -85,6 +85,39 @@ class Lion(Optimizer):
                 in_place("add_", p, p.grad, arithmetic=2)
                 in_place("lerp_", m, p.grad, arithmetic=3)
         scratch.drop()
+
+
+class AdamW8bit(Optimizer):
+    """`trainer.optim8bit.AdamW8bit`: matrices slice by slice through a scratch of four slices, then the vectors.
+
+    A matrix's state is a byte an element and a float32 a block, for each moment.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        matrices = [p for p in parameters if len(p.shape) == 2]
+        super().__init__(matrices)
+        self.vectors = BundledAdamW([p for p in parameters if len(p.shape) != 2])
+        with self.machine.ledger.at("", None, "tables"):
+            for elements in (256, 256, 255, 255):
+                self.new_state(elements * ONE)
+
+    def new_states(self, p: Tensor) -> list[Tensor]:
+        blocks = self.machine.shapes.blocks.get(p.numel)
+        count = ONE if blocks is None else LETTER[blocks]  # no letter where the matrix is one element
+        return [self.new_state(*shape, dtype=dtype) for shape, dtype in 2 * [(p.shape, UINT8), ((count,), FLOAT32)]]
+
+    def step(self) -> None:
+        with Locals() as v, at_parameter(self.parameters[0], "AdamW, 8-bit states"):
+            v.m, v.v, v.s = (self.machine.empty((LETTER["z"],)) for _ in range(3))
+            v.index = self.machine.empty((LETTER["z"],), INT32)
+            for p, state in zip(self.parameters, self.states, strict=True):
+                assert p.grad is not None
+                with at_parameter(p, "AdamW, 8-bit states"):
+                    in_place_with_number("mul_", p)
+                    # Scaling back 2, the update 13 more, absolute values, maxima and quotients 6.
+                    self.machine.kernel("adamw_8bit", (p, p.grad, *state), (p, *state), arithmetic=21 * p.numel)
+        if self.vectors.parameters:
+            self.vectors.step()
 
 
 class Adafactor(Optimizer):
@@ -221,4 +254,5 @@ OPTIMIZERS: dict[tuple[str, str], type[Optimizer]] = {
     ("muon", "foreach"): ForeachMuon,
     ("muon", "fused"): FusedMuon,
     ("adafactor", "loop"): Adafactor,
+    ("adamw-8bit", "bundled"): AdamW8bit,
 }

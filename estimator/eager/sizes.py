@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from estimator.config import ModelConfig
 
 SHARES = ("d_D", "t_D", "q_D", "k_D", "f_D", "V_D", "C_D")  # rows of one of D accelerators: `row_counts`
-NAMES = (*"BTLdhkgefVCnswczpqur", "D", *SHARES)
+BLOCKS = tuple(f"{name[0]}_8" for name in SHARES)  # blocks of a matrix's 8-bit states: as many rows by d
+NAMES = (*"BTLdhkgefVCnswczpqur", "D", *SHARES, *BLOCKS)
 RING, *_generators = ring(",".join(NAMES), QQ)
 LETTER = dict(zip(NAMES, _generators, strict=True))
 INDEX = {name: i for i, name in enumerate(NAMES)}
@@ -48,7 +49,7 @@ _GENERIC |= {
     "r": 37,
     "D": 31,
 }
-_GENERIC |= {name: 1087 + i for i, name in enumerate(SHARES)}
+_GENERIC |= {name: 1087 + i for i, name in enumerate((*SHARES, *BLOCKS))}
 
 
 @lru_cache(maxsize=65536)
@@ -148,6 +149,12 @@ class ShapeClass:
         """The rows of one of D accelerators (the first, which has the most): rows / D, rounded up."""
         return ONE if rows == ONE else LETTER[self.shares[rows]]
 
+    @cached_property
+    def blocks(self) -> dict[Size, str]:
+        """By number of elements of a matrix, the letter of the blocks that its 8-bit states are cut into."""
+        rows = reversed(row_counts(self.letters).items())
+        return {self.product((count, self.letters["d"])): f"{name[0]}_8" for name, count in rows}
+
     def is_uneven(self, rows: Size) -> bool:
         """Whether D accelerators cannot share so many rows evenly."""
         return rows == ONE or self.shares[rows] in self.uneven
@@ -184,9 +191,11 @@ def row_counts(sizes: Mapping[str, Any]) -> dict[str, Any]:
     return rows | {f"{name}_D": sizes[name] for name in "fVC"}
 
 
-# Scratch of the bundled trainer: trainer.loss.CPU_TILE and CHUNKS, trainer.optim.CPU_SLICE and CUDA_SLICE (a test
+# Scratch of the bundled trainer: trainer.loss.CPU_TILE and CHUNKS, trainer.optim.CPU_SLICE and CUDA_SLICE,
+# trainer.optim8bit.BLOCK (a test
 # compares).
 LOSS_TILE = 2**21
+STATE_BLOCK = 256
 LOSS_CHUNKS = 8
 LION_SLICE = {"cpu": 2**20, "cuda": 2**26}
 
@@ -257,4 +266,5 @@ def derived_letters(family: str, given: Mapping[str, Any], device: str) -> dict[
         "u": np.minimum(d, given["f"]),
         "r": -(-given["B"] * T // LOSS_CHUNKS),
         **share,
+        **{f"{name[0]}_8": -(-rows * d // STATE_BLOCK) for name, rows in row_counts(given).items()},
     }

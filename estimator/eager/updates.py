@@ -54,7 +54,11 @@ class Optimizer:
             with at_parameter(p, "state"):
                 if self.counts_steps_in_tensors and self.keeps_steps_on_device:
                     self.new_state()
-                self.states.append([self.new_state(*shape, dtype=p.dtype) for shape in self.state_shapes(p)])
+                self.states.append(self.new_states(p))
+
+    def new_states(self, p: Tensor) -> list[Tensor]:
+        """A parameter's state."""
+        return [self.new_state(*shape, dtype=p.dtype) for shape in self.state_shapes(p)]
 
     def new_state(self, *shape: Size, dtype: Dtype = FLOAT32) -> Tensor:
         """A tensor that the optimizer keeps from step to step."""
