@@ -186,7 +186,7 @@ def _check_optimizer(state: Any, optimizer: torch.optim.Optimizer, name: str) ->
 
 
 def _is_state_of(value: Tensor, parameter: Tensor) -> bool:
-    """A scalar, a tensor of the parameter's shape, one with a dimension summed up, as Adafactor's, or blocks' scales."""
+    """A scalar, a tensor of the parameter's shape, one with a dimension summed up (Adafactor's), or blocks' scales."""
     if value.numel() <= 1 or value.shape == (-(-parameter.numel() // BLOCK),):
         return True
     return value.ndim == parameter.ndim and all(
