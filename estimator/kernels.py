@@ -207,3 +207,7 @@ class Table:
     def slower(self, factors: Mapping[str, float]) -> NDArray[np.float64]:
         """(rows,): the factor of each row's kernel, 1 where there is none."""
         return np.array([factors.get(row.name, 1.0) for row in self.rows])
+
+    def pace(self, rates: Mapping[str, float]) -> NDArray[np.float64]:
+        """(rows,): bytes/s of each row's kernel by its name and width ("gelu/2"), infinite where there is none."""
+        return np.array([rates.get(f"{row.name}/{row.width}", np.inf) for row in self.rows])

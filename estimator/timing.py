@@ -8,7 +8,7 @@ set for an accelerator; measured training runs are what judges it (`estimator.pu
 from __future__ import annotations
 
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,6 +70,8 @@ class Efficiency:
         memory: (bytes, fraction of the bandwidth) of kernels that move so much, in rising order of bytes; between them
             linear in the logarithm, beyond them the nearest.
         slower: by name of kernel, its time over that of one that only moves the same bytes.
+        pace: by name of kernel and bytes of an element ("gelu/2"), bytes/s at which its arithmetic is done, however fast
+            they are moved: what a CPU's kernels wait for.
         gap: seconds of the device between one kernel and the next.
         host: seconds that the host takes to launch one from Python.
         checkpoint: seconds of the host to checkpoint a block and to prepare its recomputation. The device waits for
@@ -99,9 +101,10 @@ class Efficiency:
     between: float
     latency: float
     contention: float
+    pace: Mapping[str, float] = field(default_factory=dict)
 
 
-def matmul_seconds(shape: Mapping[str, Array], peak: Any, bandwidth: float, processors: float, e: Efficiency) -> Array:
+def matmul_seconds(shape: Mapping[str, Array], peak: Any, bandwidth: Any, processors: float, e: Efficiency) -> Array:
     """Seconds of a batched product of b x (m, k) x (k, n) that moves `nbytes`, by the best of the library's tiles.
 
     `peak` is what large tiles reach, in FLOP/s.
@@ -123,7 +126,7 @@ def matmul_seconds(shape: Mapping[str, Array], peak: Any, bandwidth: float, proc
     return np.maximum(best, shape["nbytes"] / bandwidth)
 
 
-def flash_seconds(shape: Mapping[str, Array], backward: Array, peak: Any, bandwidth: float, flash: Flash) -> Array:
+def flash_seconds(shape: Mapping[str, Array], backward: Array, peak: Any, bandwidth: Any, flash: Flash) -> Array:
     """Seconds of a causal fused attention of b heads, m x n scores, k = products x head_dim; `backward` says which."""
     products = np.where(backward, 5, 2)
     width = shape["k"] / products
@@ -189,20 +192,22 @@ def busy(
     """
     launches = table.launches(layers, micro_batches)
     bandwidth = accelerator.memory_bandwidth
-    streaming = bandwidth * e.memory[-1][1]
+    # A CPU's caches are faster than its memory; a GPU's memory is at its fastest when most is moved.
+    streaming = np.maximum(shape["nbytes"] / moving_seconds(shape["nbytes"], bandwidth, e), bandwidth * e.memory[-1][1])
     dtype = {width: half if width == 2 else single for width in set(table.width.tolist())}
     peaks = {width: accelerator.peak_flops(name) for width, name in dtype.items()}
     reached = {width: peaks[width] * (e.single if dtype[width] in ("fp32", "fp64") else e.matmul) for width in peaks}
     peak, rate = (np.array([by[width] for width in table.width.tolist()])[:, None] for by in (peaks, reached))
     seconds = moving_seconds(shape["nbytes"], bandwidth, e) * table.slower(e.slower)[:, None]
+    seconds = np.maximum(seconds, shape["nbytes"] / table.pace(e.pace)[:, None])
     if table.gemm.any():
         part = {name: shape[name][table.gemm] for name in COLUMNS}
-        seconds[table.gemm] = matmul_seconds(part, rate[table.gemm], streaming, accelerator.sm_count or 1, e)
+        seconds[table.gemm] = matmul_seconds(part, rate[table.gemm], streaming[table.gemm], accelerator.sm_count or 1, e)
     if table.flash.any():
         part = {name: shape[name][table.flash] for name in COLUMNS}
         flash = e.flash[choose("attention kernel", kernel or e.attention, e.flash)]
         backward = table.backward[table.flash][:, None]
-        seconds[table.flash] = flash_seconds(part, backward, peak[table.flash], streaming, flash)
+        seconds[table.flash] = flash_seconds(part, backward, peak[table.flash], streaming[table.flash], flash)
     spent = seconds * launches
     kinds = {kind: spent[table.kind == kind].sum(0) for kind in KINDS}
     phases, launch = {}, np.zeros(1)
