@@ -27,7 +27,8 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="estimate",
         description="The bytes, FLOPs and hours of a training step, when its memory peaks, and by what formula.",
-        epilog="`estimate --list` prints the names of all presets and accelerators.",
+        epilog="`estimate --list` prints the names of all presets and accelerators; `estimate calibrate` measures this "
+        "machine for --gpu.",
         allow_abbrev=False,
     )
     p.add_argument("model", help="a preset (estimate --list) or the path of a config.json")
@@ -85,6 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv[:1] == ["--list"]:
         return _list()
+    if argv[:1] == ["calibrate"]:
+        return _calibrate(argv[1:])
     arguments = parser()
     args = arguments.parse_args(argv)
     try:
@@ -94,6 +97,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `estimate ... | head` has read enough
         sys.stderr.close()
         return 0
+
+
+def _calibrate(argv: Sequence[str]) -> int:
+    """`estimate calibrate`: the trainer measures, so it is asked for here and nowhere else."""
+    try:
+        from trainer.calibrate import main as calibrate  # noqa: PLC0415 - the one thing here that takes torch
+    except ModuleNotFoundError as error:
+        sys.stderr.write(
+            f"estimate calibrate: error: {error.name} is missing: pip install transformer-estimator[trainer]\n"
+        )
+        return 2
+    return calibrate(argv)
 
 
 def _list() -> int:

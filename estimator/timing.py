@@ -70,8 +70,8 @@ class Efficiency:
         memory: (bytes, fraction of the bandwidth) of kernels that move so much, in rising order of bytes; between them
             linear in the logarithm, beyond them the nearest.
         slower: by name of kernel, its time over that of one that only moves the same bytes.
-        pace: by name of kernel and bytes of an element ("gelu/2"), bytes/s at which its arithmetic is done, however fast
-            they are moved: what a CPU's kernels wait for.
+        pace: by name of kernel and bytes of an element ("gelu/2"), bytes/s at which its arithmetic is done, however
+            fast they are moved: what a CPU's kernels wait for.
         gap: seconds of the device between one kernel and the next.
         host: seconds that the host takes to launch one from Python.
         checkpoint: seconds of the host to checkpoint a block and to prepare its recomputation. The device waits for
@@ -202,7 +202,9 @@ def busy(
     seconds = np.maximum(seconds, shape["nbytes"] / table.pace(e.pace)[:, None])
     if table.gemm.any():
         part = {name: shape[name][table.gemm] for name in COLUMNS}
-        seconds[table.gemm] = matmul_seconds(part, rate[table.gemm], streaming[table.gemm], accelerator.sm_count or 1, e)
+        seconds[table.gemm] = matmul_seconds(
+            part, rate[table.gemm], streaming[table.gemm], accelerator.sm_count or 1, e
+        )
     if table.flash.any():
         part = {name: shape[name][table.flash] for name in COLUMNS}
         flash = e.flash[choose("attention kernel", kernel or e.attention, e.flash)]

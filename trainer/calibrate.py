@@ -1,25 +1,30 @@
 """`estimate calibrate`: measure what this machine's kernels reach, and write it down as an accelerator of its own.
 
 Matrix products, attention, kernels that move bytes and the cost of a launch are each measured by themselves, in both
-dtypes; nothing is fitted to a training step but the launch, by a step so small that there is nothing else in it. It needs
-torch, so it is here and not in the estimator, whose command asks for it.
+dtypes; nothing is fitted to a training step but the launch, by a step so small that there is nothing else in it. It
+needs torch, so it is here and not in the estimator, whose command asks for it.
 """
 
 from __future__ import annotations
 
+import argparse
 import datetime as dt
+import itertools
 import json
 import os
 import platform
+import statistics
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from rich.console import Console
+from rich.progress import Progress
 from torch.nn import functional as F
 
-from estimator.accounts import account, sizes_for
+from estimator.accounts import account
 from estimator.config import ModelConfig, Plan
 from estimator.kernels import table
 from estimator.timing import built, flash_seconds, matmul_seconds
@@ -34,38 +39,42 @@ if TYPE_CHECKING:
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # (m, k, n) of a linear layer: tokens, width in, width out. Each is measured forward and both ways backward.
 LINEAR = ((64, 128, 128), (64, 128, 512), (256, 128, 384), (256, 512, 256), (128, 1024, 1024), (1024, 256, 1024),
-          (512, 768, 768), (1024, 1024, 1024))  # fmt: skip
+          (512, 768, 768), (1024, 1024, 1024), (512, 1024, 3072), (512, 2048, 512))  # fmt: skip
 BATCHED = ((16, 64, 32), (16, 128, 64), (8, 256, 64), (8, 512, 64))  # heads, tokens, head width
 FLASH = ((8, 256, 32), (8, 256, 64), (8, 512, 64), (4, 512, 128))
 MOVED = tuple(2**n for n in range(13, 28, 2))  # bytes of a kernel
 TILES = ((1, 1), (16, 16), (32, 32), (64, 64))
 DEPTHS = (0, 2, 4, 8, 16, 32, 64, 128)
-TILE_COSTS = (0, 64, 256, 1024, 4096)
+MEASUREMENTS = 165  # about, for the progress bar
+COLD = 16 * 2**20  # bytes, more than a core's own cache
 LAUNCH = ModelConfig("gpt2", 2, 8, 2, 16, 4)  # so small that only launches take time
 
 
 def clock(device: str) -> float:
-    """Seconds. One thread's own time does not count what other processes take from it; several, and CUDA, need wall time."""
+    """Seconds. One thread's own time leaves out what other processes take; several threads and CUDA need wall time."""
     if device == "cuda":
         torch.cuda.synchronize()
     return time.process_time() if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter()
 
 
-def least_seconds(call: Callable[[], object], device: str, budget: float) -> float:
-    """The least seconds of a call in `budget` seconds and at least three turns: what disturbs it only ever slows it."""
+def usual_seconds(call: Callable[[], object], device: str, budget: float) -> float:
+    """The median seconds of a call in `budget` seconds and at least three turns.
+
+    Not the least: a short kernel finds a moment when the core's other thread is quiet, a whole step does not.
+    """
     call()
     start = clock(device)
     call()
     once = max(clock(device) - start, 1e-7)
     inner = max(1, int(2e-4 / once))  # short ones several at a time: a clock takes time too
-    least, until, turns = float("inf"), time.perf_counter() + budget, 0
-    while turns < 3 or time.perf_counter() < until:
+    found: list[float] = []
+    until = time.perf_counter() + budget
+    while len(found) < 3 or time.perf_counter() < until:
         start = clock(device)
         for _ in range(inner):
             call()
-        least = min(least, (clock(device) - start) / inner)
-        turns += 1
-    return least
+        found.append((clock(device) - start) / inner)
+    return statistics.median(found)
 
 
 class Calibration:
@@ -73,7 +82,7 @@ class Calibration:
 
     Attributes:
         device: "cpu" or "cuda".
-        budget: seconds for each of some 200 measurements.
+        budget: seconds for each of `MEASUREMENTS`.
         step: called before each, for a progress bar.
     """
 
@@ -90,7 +99,14 @@ class Calibration:
     def seconds(self, name: str, call: Callable[[], object]) -> float:
         """The seconds of a call, less those of starting it."""
         self.step(name)
-        return max(least_seconds(call, self.device, self.budget) - self.empty, 1e-8)
+        return max(usual_seconds(call, self.device, self.budget) - self.empty, 1e-8)
+
+    def cold(self, name: str, call: Callable[..., object], *operands: Tensor) -> float:
+        """The seconds of `call(*operands)` whose operands have left the core's own cache, as in a step they have."""
+        pool = [operands]
+        pool += [tuple(x.clone() for x in operands) for _ in range(min(COLD // sum(x.nbytes for x in operands), 127))]
+        turns = itertools.cycle(pool)
+        return self.seconds(name, lambda: call(*next(turns)))
 
     def products(self, dtype: torch.dtype) -> list[tuple[tuple[int, int, int, int], float]]:
         """((b, m, n, k), seconds) of products as linear layers and unfused attention do them."""
@@ -99,17 +115,17 @@ class Calibration:
             x, w, g = self.tensor(dtype, m, k), self.tensor(dtype, n, k), self.tensor(dtype, m, n)
             name = f"product {m} x {k} x {n}"
             found += [
-                ((1, m, n, k), self.seconds(name, lambda x=x, w=w: x @ w.t())),
-                ((1, m, k, n), self.seconds(name, lambda g=g, w=w: g @ w)),
-                ((1, n, k, m), self.seconds(name, lambda g=g, x=x: g.t() @ x)),
+                ((1, m, n, k), self.cold(name, lambda x, w: x @ w.t(), x, w)),
+                ((1, m, k, n), self.cold(name, lambda g, w: g @ w, g, w)),
+                ((1, n, k, m), self.cold(name, lambda g, x: g.t() @ x, g, x)),
             ]
         for b, t, e in BATCHED:
             q, s = self.tensor(dtype, b, t, e), self.tensor(dtype, b, t, t)
             name = f"batched product {b} x {t} x {e}"
             found += [
-                ((b, t, t, e), self.seconds(name, lambda q=q: q @ q.transpose(1, 2))),
-                ((b, t, e, t), self.seconds(name, lambda q=q, s=s: s @ q)),
-                ((b, t, e, t), self.seconds(name, lambda q=q, s=s: s.transpose(1, 2) @ q)),
+                ((b, t, t, e), self.cold(name, lambda q: q @ q.transpose(1, 2), q)),
+                ((b, t, e, t), self.cold(name, lambda q, s: s @ q, q, s)),
+                ((b, t, e, t), self.cold(name, lambda q, s: s.transpose(1, 2) @ q, q, s)),
             ]
         return found
 
@@ -118,14 +134,13 @@ class Calibration:
         found = []
         for nbytes in MOVED:
             x = self.tensor(torch.float32, max(nbytes // 12, 1))
-            found.append((nbytes, nbytes / self.seconds(f"move {nbytes:,} bytes", lambda x=x: x + x)))
+            found.append((nbytes, nbytes / self.cold(f"move {nbytes:,} bytes", torch.add, x, x.clone())))
         return found
 
     def kernels(self) -> Iterator[tuple[str, float, float]]:
         """(name/bytes of an element, bytes, seconds) of the ledger's kernels that do more than move bytes, or less."""
         for dtype in DTYPES.values():
-            for rows, width in ((256, 256), (1024, 512)):
-                yield from self._kernels(dtype, rows, width)
+            yield from self._kernels(dtype, 1024, 512)  # operands that a core's own cache does not hold
 
     def _kernels(self, dtype: torch.dtype, rows: int, width: int) -> Iterator[tuple[str, float, float]]:
         x, y, out = (self.tensor(dtype, rows, width) for _ in range(3))
@@ -145,14 +160,14 @@ class Calibration:
             "lerp_": (3, lambda: out.lerp_(y, 0.1)),
             "addcmul_": (3, lambda: out.addcmul_(y, y, value=0.001)),
             "addcdiv_": (4, lambda: out.addcdiv_(y, positive, value=-0.001)),
-            "sqrt": (2, lambda: positive.sqrt()),
+            "sqrt": (2, positive.sqrt),
             "div": (2, lambda: x / 2.0),
             "neg": (2, lambda: -x),
             "pow": (2, lambda: x.pow(2)),
-            "rsqrt": (2, lambda: positive.rsqrt()),
+            "rsqrt": (2, positive.rsqrt),
             "sum": (1, lambda: x.sum(0)),
             "cat": (2, lambda: torch.cat((x[:, : width // 2], x[:, width // 2 :]), -1)),
-            "clone": (2, lambda: heads.contiguous()),
+            "clone": (2, heads.contiguous),
             "_to_copy": (1 + 4 / item, lambda: x.to(torch.float32 if item == 2 else torch.bfloat16)),
             "masked_fill": (2 + 1 / item, lambda: x.masked_fill(mask, 0.0)),
             "gelu": (2, lambda: F.gelu(x, approximate="tanh")),
@@ -187,9 +202,7 @@ class Calibration:
             out = forward()
             grad = torch.ones_like(out)
 
-            def backward(
-                out: Tensor = out, q: Tensor = q, k: Tensor = k, v: Tensor = v, grad: Tensor = grad
-            ) -> object:
+            def backward(out: Tensor = out, q: Tensor = q, k: Tensor = k, v: Tensor = v, grad: Tensor = grad) -> object:
                 return torch.autograd.grad(out, (q, k, v), grad, retain_graph=True)
 
             name = f"attention {h} x {t} x {e}"
@@ -202,7 +215,7 @@ class Calibration:
         kernels = table(account(LAUNCH, p, self.device))
         step = build_step(LAUNCH, p, self.device)
         self.step("launches of a training step")
-        seconds = least_seconds(step, self.device, 10 * self.budget)
+        seconds = usual_seconds(step, self.device, 10 * self.budget)
         return seconds / float(kernels.launches(LAUNCH.num_layers, 1).sum())
 
     def checkpoint(self, host: float) -> float:
@@ -211,7 +224,7 @@ class Calibration:
         launches = float(table(account(LAUNCH, p, self.device)).launches(LAUNCH.num_layers, 1).sum())
         step = build_step(LAUNCH, p, self.device)
         self.step("a checkpointed training step")
-        seconds = least_seconds(step, self.device, 10 * self.budget)
+        seconds = usual_seconds(step, self.device, 10 * self.budget)
         return max(seconds - host * launches, 0.0) / LAUNCH.num_layers
 
 
@@ -219,23 +232,22 @@ Product = tuple[tuple[int, int, int, int], float]
 
 
 def fit_products(measured: dict[str, list[Product]], bandwidth: float) -> tuple[dict[str, Any], dict[str, float]]:
-    """The tile, its cost and its depth under which all products come out best; and FLOP/s by dtype at no cost."""
+    """The tile and its depth under which all products come out best; and the FLOP/s, by dtype, that take their time."""
     best: tuple[float, dict[str, Any], dict[str, float]] = (float("inf"), {}, {})
     for tile in TILES:
         for depth in DEPTHS:
-            for cost in TILE_COSTS:
-                shape = {"tiles": [list(tile)], "tile_cost": cost, "depth": depth}
-                e = built({**BLANK, **shape})
-                error, rates = 0.0, {}
-                for dtype, found in measured.items():
-                    b, m, n, k = np.array([size for size, _ in found], dtype=np.float64).T
-                    real = np.array([seconds for _, seconds in found])
-                    columns = {"b": b, "m": m, "n": n, "k": k, "nbytes": np.zeros(len(b))}
-                    ratio = matmul_seconds(columns, 1.0, bandwidth, 1, e) / real
-                    rates[dtype] = float(np.exp(np.median(np.log(ratio))))
-                    error += float(np.abs(np.log(ratio / rates[dtype])).mean())
-                if error < best[0]:
-                    best = error, shape, rates
+            shape = {"tiles": [list(tile)], "depth": depth}
+            e = built({**BLANK, **shape})
+            error, rates = 0.0, {}
+            for dtype, found in measured.items():
+                b, m, n, k = np.array([size for size, _ in found], dtype=np.float64).T
+                real = np.array([seconds for _, seconds in found])
+                columns = {"b": b, "m": m, "n": n, "k": k, "nbytes": np.zeros(len(b))}
+                work = matmul_seconds(columns, 1.0, bandwidth, 1, e)
+                rates[dtype] = float(work.sum() / real.sum())
+                error += float(np.abs(np.log(work / real / rates[dtype])).mean())
+            if error < best[0]:
+                best = error, shape, rates
     return best[1], best[2]
 
 
@@ -245,7 +257,8 @@ def fit_attention(
     """The fractions of the peak by head width, of both dtypes together."""
     widths = sorted({size[2] for found in measured.values() for size, *_ in found})
     flash: dict[str, Any] = {"head_dims": widths, "rows": 0.0, "diagonal": 32.0}
-    unit = built({**BLANK, "flash": {"cpu": {**flash, "forward": [1.0] * len(widths), "backward": [1.0] * len(widths)}}})
+    ones = [1.0] * len(widths)
+    unit = built({**BLANK, "flash": {"cpu": {**flash, "forward": ones, "backward": ones}}})
     for name, products in (("forward", 2), ("backward", 5)):
         fractions = []
         for width in widths:
@@ -308,9 +321,7 @@ def calibrate(
     reached = {name: max(2 * b * m * n * k / s for (b, m, n, k), s in found) for name, found in products.items()}
     peak = {name: max(rates[name], reached[name]) for name in products}
     memory = [[nbytes, rate / bandwidth] for nbytes, rate in moved]
-    pace: dict[str, float] = {}
-    for name, nbytes, seconds in c.kernels():
-        pace[name] = max(pace.get(name, 0.0), nbytes / seconds)
+    pace = {name: nbytes / seconds for name, nbytes, seconds in c.kernels()}
     flash = fit_attention({name: c.attention(DTYPES[name]) for name in dtypes}, peak)
     host = c.launch()
     name = torch.cuda.get_device_name() if device == "cuda" else processor()
@@ -364,3 +375,39 @@ def to_toml(table: dict[str, Any], prefix: str = "") -> str:
 def write_profile(path: Path, profile: dict[str, Any]) -> None:
     """Write a profile that `--gpu PATH` reads."""
     path.write_text(to_toml(profile) + "\n", encoding="utf-8")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; 0 if a profile was written, 2 for bad arguments."""
+    parser = argparse.ArgumentParser(prog="estimate calibrate", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--out", type=Path, default=Path("my-machine.toml"), help="the profile (default: %(default)s)")
+    parser.add_argument(
+        "--device", default="cpu", choices=("cpu", "cuda"), help="what to measure (default: %(default)s)"
+    )
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument("--budget", type=float, default=0.1, help="seconds a measurement (default: %(default)s)")
+    args = parser.parse_args(argv)
+    if args.out.suffix != ".toml":
+        parser.error(f"--out = {args.out}: must end in .toml")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device = cuda: this PyTorch sees no CUDA device; allowed here is cpu")
+    if not args.budget > 0 or (args.threads is not None and args.threads < 1):
+        parser.error("--budget and --threads must be above 0")
+    before = torch.get_num_threads()
+    torch.set_num_threads(args.threads or before)
+    console = Console()
+    try:
+        with Progress(console=console, transient=True) as progress:
+            task = progress.add_task("measuring", total=MEASUREMENTS)
+            profile = calibrate(
+                args.device, args.budget, lambda name: progress.update(task, advance=1, description=name)
+            )
+        write_profile(args.out, profile)
+    except OSError as error:
+        parser.error(f"--out = {args.out}: cannot be written ({error.strerror})")
+    finally:
+        torch.set_num_threads(before)
+    rates = ", ".join(f"{dtype} {flops / 1e9:,.0f} GFLOP/s" for dtype, flops in profile["peak"].items())
+    console.print(f"{profile['name']}: {rates}, memory {profile['memory_bandwidth'] / 1e9:,.1f} GB/s", highlight=False)
+    console.print(f"wrote {args.out}: estimate MODEL --gpu {args.out}", highlight=False)
+    return 0

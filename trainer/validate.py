@@ -193,12 +193,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     if "--published" in argv:
         return published.main([word for word in argv if word != "--published"])
+    if "--time" in argv:
+        from trainer import validate_time  # noqa: PLC0415 - which needs torch
+
+        return validate_time.main([word for word in argv if word != "--time"])
     parser = argparse.ArgumentParser(prog="validate-estimates", description=__doc__, allow_abbrev=False)
     parser.add_argument("--cases", type=int, default=20, help="configurations of each family (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the random shapes (default: %(default)s)")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where to run (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure to FILE")
     parser.add_argument("--published", action="store_true", help="predicted time against published runs (no torch)")
+    parser.add_argument("--time", action="store_true", help="predicted against measured seconds, after `calibrate`")
     args = parser.parse_args(argv)
     console = Console()
     if args.cases < 1:
