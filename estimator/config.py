@@ -293,9 +293,15 @@ class Plan:
         return "foreach" if device == "cuda" and "foreach" in own and own[0] == "loop" else own[0]
 
     def attention_kernel(self, device: str) -> str:
-        """What computes attention on `device`: "naive", "naive-fp32", "math" or "flash" (on CPU without dropout)."""
+        """What computes attention on `device`: "naive", "naive-fp32", "math", "flash" or "efficient".
+
+        PyTorch picks flash on the CPU unless there is dropout, on CUDA for 16-bit dtypes; in fp32 CUDA's is the
+        memory-efficient kernel (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp).
+        """
+        if self.attention == "sdpa" and device == "cpu":
+            return "math" if self.dropout else "flash"
         if self.attention == "sdpa":
-            return "math" if device == "cpu" and self.dropout else "flash"
+            return "efficient" if self.product_dtype in ("fp32", "tf32") else "flash"
         return self.attention.removeprefix("sdpa-")
 
     @property

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from estimator.eager.sizes import BLOCKS, INDEX, LETTER, NAMES, ONE, SHARES, ZERO, Size, evaluate
+from estimator.eager.sizes import BLOCKS, INDEX, LETTER, NAMES, ONE, SHARES, TILES, ZERO, Size, evaluate
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from estimator.trace import Moment, Trace
 
 Monomial = tuple[int, ...]
-COUNTED_FROM_ONE = ("n", "s", "w", "c", "z", "r", *SHARES, *BLOCKS)
+COUNTED_FROM_ONE = ("n", "s", "w", "c", "z", "r", *SHARES, *BLOCKS, *TILES)
 
 
 @dataclass(frozen=True)

@@ -135,17 +135,19 @@ def _matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 @op
-def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """F.scaled_dot_product_attention, causal, by a flash kernel: the scores never exist.
+def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor, *, efficient: bool = False) -> Tensor:
+    """F.scaled_dot_product_attention, causal, by a fused kernel: the scores never exist.
 
-    Saves its inputs, its output and the log-sum-exp of each row. On the CPU each thread has a scratch for one tile.
+    Saves its inputs, its output and the log-sum-exp of each row. On the CPU each thread has a scratch for one tile; on
+    CUDA the backward of flash adds up dq in fp32. `efficient` is CUDA's memory-efficient kernel, which takes fp32 too.
     """
-    return _flash_attention(*lower(q, k, v))
+    return _fused_attention(*lower(q, k, v), efficient=efficient)
 
 
 @op
-def _flash_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _fused_attention(q: Tensor, k: Tensor, v: Tensor, *, efficient: bool) -> Tensor:
     machine = q.machine
+    b, h, t, _ = q.shape
 
     def backward(c: Context, grad: Tensor) -> Gradients:
         c.dq, c.dk, c.dv = (_heads_inside(x) for x in c.saved[:3])
@@ -154,12 +156,17 @@ def _flash_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             if grad.dtype.itemsize < FLOAT32.itemsize:  # both tiles in the inputs' dtype
                 c.narrow = machine.empty((2 * LETTER["n"], LETTER["s"], LETTER["w"]), grad.dtype)
             c.sums = machine.empty((LETTER["s"],), FLOAT32)
+        elif efficient:  # attention_backward.cu: delta, a number a row
+            c.delta = machine.empty((b, h, t), FLOAT32)
+        else:  # flash_api.cpp, mha_bwd: softmax_d and dq_accum, in whole tiles
+            c.sums = machine.empty((b, h, LETTER["T_128"]), FLOAT32)
+            c.accumulated = machine.empty((b, LETTER["T_128"], h, LETTER["e_32"]), FLOAT32)
         _attention_kernel("flash_attention_backward", (grad, *c.saved), (c.dq, c.dk, c.dv), products=5, again=1)
         return [c.take("dq"), c.take("dk"), c.take("dv")]
 
     node = record("ScaledDotProductFlashAttentionBackward0", (q, k, v), backward, (q, k, v))
     out = empty_like(q)
-    lse = machine.empty((q.shape[0], q.shape[2], q.shape[1]), FLOAT32)
+    lse = machine.empty((b, LETTER["T_32"] if efficient else t, h), FLOAT32)
     if machine.device == "cpu":  # a tile of scores, its rows' maximum and sum, and a tile of the output
         n, s, w = LETTER["n"], LETTER["s"], LETTER["w"]
         tile = machine.empty((n * s * w + 2 * n * s + machine.product((n, s, q.shape[-1])),), FLOAT32).hold()
