@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import time
 from functools import lru_cache
 from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -30,6 +32,7 @@ def largest_batch(model: ModelConfig, plan: Plan, gpu: str) -> int:
     return max_batch_size(model, plan, gpu)
 
 
+SLOW = 1.0  # seconds; without an account to build, advice takes a tenth of that
 _ADVISING = Lock()
 
 
@@ -68,24 +71,28 @@ def changes(request: Request, waiting: Callable[[], object] = lambda: None) -> t
 
 @lru_cache(maxsize=256)
 def _changes(request: Request) -> tuple[Advice, ...]:
-    return tuple(
+    start = time.perf_counter()
+    found = tuple(
         Advice(c.fields, c.estimate.memory.needed, c.fits, c.alters, c.saves, c.work, c.seconds)
         for c in advice(request.estimate())
     )
+    if time.perf_counter() - start > SLOW:  # accounts were built: those that had to go for them are cycles
+        gc.collect()
+    return found
 
 
 def cost_of(s: Setup) -> Cost | None:
     """What the run costs; None without a time."""
-    time = s.request.estimate().time
-    return None if time is None else cost(s.request.gpu, time.seconds, s.request.count, price=s.price)
+    spent = s.request.estimate().time
+    return None if spent is None else cost(s.request.gpu, spent.seconds, s.request.count, price=s.price)
 
 
 def costs_between(s: Setup) -> tuple[Cost, Cost] | None:
     """What the run costs at either end of its time's interval; the same twice where the MFU was given."""
-    time = s.request.estimate().time
-    if time is None:
+    spent = s.request.estimate().time
+    if spent is None:
         return None
-    ends = (time.interval.low, time.interval.high) if time.interval is not None else (time.seconds, time.seconds)
+    ends = (spent.interval.low, spent.interval.high) if spent.interval is not None else (spent.seconds, spent.seconds)
     low, high = (cost(s.request.gpu, seconds, s.request.count, price=s.price) for seconds in ends)
     return low, high
 

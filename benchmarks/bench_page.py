@@ -51,10 +51,10 @@ def main():
 
 
 def visit(url, number):
-    """A visitor who changes a size, then the recipe."""
-    session = Session(url, f"batch_size={2 + number}&model={('gpt2', 'gpt2-xl')[number % 2]}")
+    """A visitor who changes a size twice."""
+    session = Session(url, f"batch_size={2 + number}&model={'gpt2-xl' if number % 2 else 'gpt2'}")
     session.change("Micro-batch", 30 + number)
-    session.change("Attention", "sdpa")
+    session.change("Micro-batch", 60 + number)
     session.close()
 
 
