@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 MIDDLE = 1  # of the blocks 0, 1, 2 the one that stands for all between the first and the last
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=8)  # each is megabytes; accounts keep theirs
 def trace(recipe: Recipe, shapes: ShapeClass, device: str, num_layers: int) -> Trace:
     """The trace of a step with `num_layers` blocks, of which more than three are three with a repeated middle."""
     executed = min(num_layers, 3)
@@ -42,8 +42,8 @@ class Moment:
     """An allocation at which live bytes may peak, as counts over size classes: constant + (L - 2) x slope."""
 
     where: Where
-    constant: NDArray[np.int64]
-    slope: NDArray[np.int64]
+    constant: NDArray[np.int32]
+    slope: NDArray[np.int32]
 
 
 class Trace:
@@ -97,24 +97,29 @@ class Trace:
         return [(int(a), int(b)) for a, b in zip(edges[::2], edges[1::2], strict=True)]
 
     @cached_property
-    def deltas(self) -> NDArray[np.int64]:
-        """(events, classes): what each event adds to the counts."""
-        out = np.zeros((len(self.sign), len(self.classes)), dtype=np.int64)
-        out[np.arange(len(self.sign)), self.klass] = self.sign
-        return out
+    def moments(self) -> list[Moment]:
+        """The rows of `moment_counts`, each with its place."""
+        return [Moment(*row) for row in zip(*self._moments, strict=True)]
+
+    @property
+    def moment_counts(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """(moments, classes) twice: the constants and the slopes of all moments."""
+        return self._moments[1:]
 
     @cached_property
-    def moments(self) -> list[Moment]:
+    def _moments(self) -> tuple[list[Where], NDArray[np.int32], NDArray[np.int32]]:
         """Every allocation of the step that is followed by a free, with the counts alive after it.
 
         Live bytes change by the same amount from each middle block to the next, so of a middle block's event only the
         first and the last repetition can be the greatest: two moments. Where they change by that amount from the first
         block to the middle and from the middle to the last as well, one of those two is greater: none.
         """
-        live = self.deltas.cumsum(0)
-        once = np.where(self.middle[:, None], 0, self.deltas).cumsum(0)
-        repeated = np.where(self.middle[:, None], self.deltas, 0)
-        total = repeated.cumsum(0)
+        deltas = np.zeros((len(self.sign), len(self.classes)), dtype=np.int32)  # what each event adds to the counts
+        deltas[np.arange(len(self.sign)), self.klass] = self.sign
+        live = deltas.cumsum(0, dtype=np.int32)
+        once = np.where(self.middle[:, None], 0, deltas).cumsum(0, dtype=np.int32)
+        repeated = np.where(self.middle[:, None], deltas, 0)
+        total = repeated.cumsum(0, dtype=np.int32)
         before, net = np.zeros_like(total), np.zeros_like(total)  # whole segments before; the segment of an event
         for start, end in self.segments:
             net[start:end] = repeated[start:end].sum(0)
@@ -126,15 +131,16 @@ class Trace:
         for i in np.flatnonzero(peaks):
             where = self.ledger.events[i].where
             if not self.middle[i]:
-                found.append(Moment(where, once[i], before[i]))
+                found.append((where, once[i], before[i]))
                 continue
             inside = total[i] - before[i]
             low, high = (live[partner] - live[i] for partner in self._partners(int(i)))
             if bool((low == -high).all()) and (bool((low == net[i]).all()) or bool((high == net[i]).all())):
                 continue
-            found.append(Moment(where, once[i] + inside, before[i]))
-            found.append(Moment(where, once[i] + inside - net[i], before[i] + net[i]))
-        return found
+            found.append((where, once[i] + inside, before[i]))
+            found.append((where, once[i] + inside - net[i], before[i] + net[i]))
+        places, constants, slopes = zip(*found, strict=True)
+        return list(places), np.array(constants), np.array(slopes)
 
     @cached_property
     def _positions(self) -> dict[tuple[Phase, int | None, int], int]:
@@ -158,11 +164,6 @@ class Trace:
         ends = (self._positions.get((phase, end, ordinal), i) for end in (0, 2))
         first, last = (at if self.ledger.events[at].where.op == self.ledger.events[i].where.op else i for at in ends)
         return first, last
-
-    @cached_property
-    def moment_counts(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """(moments, classes) twice: the constants and the slopes of all moments."""
-        return np.array([m.constant for m in self.moments]), np.array([m.slope for m in self.moments])
 
     def class_bytes(self, sizes: Mapping[str, int], granule: int = 1) -> NDArray[np.int64]:
         """Bytes of one storage of each class, rounded up to `granule`."""

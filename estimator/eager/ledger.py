@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple
 
-from estimator.eager.sizes import ZERO, Size
+from estimator.eager.sizes import ZERO, Size, times
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -124,7 +124,7 @@ class Ledger:
 
     def allocate(self, elements: Size, itemsize: int, category: Category) -> Storage:
         """A new storage of so many elements."""
-        nbytes = itemsize * elements
+        nbytes = times(itemsize, elements)
         storage = Storage(nbytes, itemsize, category, self.here)
         if nbytes != ZERO:
             self.events.append(Event(1, storage, storage.where))

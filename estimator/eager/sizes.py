@@ -54,6 +54,12 @@ _GENERIC |= {name: 1087 + i for i, name in enumerate((*SHARES, *BLOCKS, *TILES))
 
 
 @lru_cache(maxsize=65536)
+def times(count: int, size: Size) -> Size:
+    """`count` times `size`, equal ones the same object: a ledger has thousands, and an account keeps its ledger."""
+    return count * size
+
+
+@lru_cache(maxsize=65536)
 def generic_value(size: Size) -> int:
     """The value of `size` at a point in general position, to put strides in order."""
     return int(evaluate(size, _GENERIC))

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar, cast
 
 from estimator.eager.ledger import Category, Gemm, Kernel, Ledger, Operand, Storage
-from estimator.eager.sizes import ONE, ZERO, ShapeClass, Size, generic_value
+from estimator.eager.sizes import ONE, ZERO, ShapeClass, Size, generic_value, times
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -59,6 +59,7 @@ class Machine:
         self.on_backward_end: Callable[[], None] | None = None
         self.autocast_dtype: Dtype | None = None
         self.autocast_cache: dict[Tensor, Tensor] = {}
+        self._sums: dict[Shape, Size] = {}
         self._products: dict[Shape, Size] = {}
         self._strides: dict[Shape, Shape] = {}
 
@@ -111,9 +112,12 @@ class Machine:
     ) -> None:
         """Record a launch; its bytes are those of its operands, once each; `repeated` of its FLOPs repeat forward's."""
         ledger = self.ledger
-        operands = [Operand(t.storage, t.dtype.itemsize * t.numel, written=False) for t in reads]
-        operands += [Operand(t.storage, t.dtype.itemsize * t.numel, written=True) for t in writes]
-        nbytes = sum((operand.nbytes for operand in operands), ZERO)
+        operands = [Operand(t.storage, times(t.dtype.itemsize, t.numel), written=False) for t in reads]
+        operands += [Operand(t.storage, times(t.dtype.itemsize, t.numel), written=True) for t in writes]
+        moved = tuple(operand.nbytes for operand in operands)
+        nbytes = self._sums.get(moved)
+        if nbytes is None:
+            nbytes = self._sums[moved] = sum(moved, ZERO)
         flops = ZERO if gemm is None else 2 * self.product((gemm.b, gemm.m, gemm.n, gemm.k))
         here, recompute, turn = ledger.here, ledger.recompute, ledger.micro_batch
         repeated = flops if recompute else repeated
