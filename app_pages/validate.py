@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Lock
@@ -109,8 +111,9 @@ def _lines(model: ModelConfig, plan: Plan) -> Iterator[dict[str, Any]]:
         assert child.stdin is not None
         assert child.stdout is not None
         try:
-            child.stdin.write(json.dumps({"model": model.to_dict(), "plan": plan.to_dict()}))
-            child.stdin.close()
+            with suppress(BrokenPipeError):  # it has ended before it could read: its exit status says so, below
+                child.stdin.write(json.dumps({"model": model.to_dict(), "plan": plan.to_dict()}))
+                child.stdin.close()
             last: dict[str, Any] = {}
             for text in child.stdout:
                 last = json.loads(text)
@@ -124,9 +127,14 @@ def _lines(model: ModelConfig, plan: Plan) -> Iterator[dict[str, Any]]:
 def _kept() -> None:
     st.subheader("Results on file")
     files = sorted(RESULTS.glob("*.json")) if RESULTS.is_dir() else []
-    rows = []
+    rows, times = [], []
     for file in files:
         found = json.loads(file.read_text(encoding="utf-8"))
+        if "measured" in found["cases"][0]:  # of seconds, by `validate-estimates --time`
+            errors = sorted(abs(case["predicted"] / case["measured"] - 1) for case in found["cases"])
+            middle, worst = (f"{error:.1%}" for error in (statistics.median(errors), errors[-1]))
+            times.append((found["date"], found["origin"], len(errors), middle, worst))
+            continue
         figures = [f for case in found["cases"] for f in case["figures"].values() if f["measurement"] is not None]
         exact = sum(1 for f in figures if f["estimate"] == f["measurement"])
         rows.append((found["date"], found["device"], found["torch"], len(found["cases"]), len(figures), exact))
@@ -136,6 +144,10 @@ def _kept() -> None:
     columns = ["date", "device", "PyTorch", "configurations", "figures", "equal"]
     st.dataframe(pd.DataFrame(rows, columns=columns), hide_index=True, height="content")
     st.caption("Each is what `validate-estimates` found on one machine, over random shapes and recipes.")
+    if times:
+        columns = ["date", "calibration", "configurations", "median error of the time", "greatest"]
+        st.dataframe(pd.DataFrame(times, columns=columns), hide_index=True, height="content")
+        st.caption("Seconds of training steps on a calibrated machine: `validate-estimates --time`.")
 
 
 def _published() -> None:
