@@ -24,9 +24,7 @@ if TYPE_CHECKING:
     from estimator.accounts import Account
 
 GRANULE = 512  # kMinBlockSize
-SMALL = (
-    2**20
-)  # kSmallSize: the greatest request that the pool of small blocks serves, and what a large split must leave
+SMALL = 2**20  # kSmallSize: the greatest request of the pool of small blocks; a large split must leave more
 SMALL_SEGMENT = 2 * 2**20  # kSmallBuffer
 LARGE_SEGMENT = 20 * 2**20  # kLargeBuffer
 LARGE_BELOW = 10 * 2**20  # kMinLargeAlloc

@@ -238,6 +238,11 @@ class Plan:
                 f"fp32_gradients = True: precision {self.precision!r} has no master weights to add them for; "
                 "allowed with bf16-master"
             )
+        if self.fp32_gradients and self.data_parallel > 1:
+            raise ConfigError(
+                f"fp32_gradients = True: the data_parallel = {self.data_parallel} accelerators sum bf16 gradients; "
+                "allowed on one"
+            )
         choose("attention", self.attention, ATTENTIONS)
         choose("loss", self.loss, LOSSES)
         rate = self.dropout

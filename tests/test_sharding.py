@@ -99,6 +99,19 @@ def test_ddp_adds_exactly_a_copy_of_the_gradients_and_nothing_else_is_another(st
     assert ddp == values(m, p, device, 2 * n)  # however many there are
 
 
+@pytest.mark.parametrize("sharding", SHARDINGS)
+@pytest.mark.parametrize("precision", ["bf16-mixed", "fp16-mixed", "bf16-master"])
+def test_every_precision_has_an_account_on_several_accelerators(precision, sharding):
+    plan = Plan(precision=precision, sharding=sharding, data_parallel=2, attention="sdpa", max_grad_norm=1.0)
+    memory = est.estimate("gpt2", plan, "a100-80gb-sxm").memory
+    assert sum(memory.parts.values()) == memory.peak
+
+
+def test_fp32_gradients_of_several_accelerators_are_refused():
+    with pytest.raises(ConfigError, match="fp32_gradients"):
+        Plan(precision="bf16-master", fp32_gradients=True, data_parallel=2)
+
+
 @quick
 @given(shared())
 def test_shards_add_up_to_the_whole_and_their_padding(step):

@@ -99,6 +99,7 @@ class BundledAdamW(FusedAdamW):
     """`trainer.optim.AdamW`: the fused kernel; the count is a Python number, and a tensor while the kernel runs."""
 
     counts_steps_in_tensors = False
+    supports_scaling = False
 
     def step(self) -> None:
         with at_parameter(self.parameters[0], "AdamW bundled"):
