@@ -29,6 +29,7 @@ from estimator.config import ModelConfig, Plan
 from estimator.kernels import table
 from estimator.timing import built, flash_seconds, matmul_seconds
 from trainer.announce import available_memory
+from trainer.heap import keep_freed_memory
 from trainer.measure import build_step
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ MOVED = tuple(2**n for n in range(13, 28, 2))  # bytes of a kernel
 TILES = ((1, 1), (16, 16), (32, 32), (64, 64))
 DEPTHS = (0, 2, 4, 8, 16, 32, 64, 128)
 MEASUREMENTS = 165  # about, for the progress bar
-COLD = 16 * 2**20  # bytes, more than a core's own cache
+COLD = 256 * 2**20  # bytes, more than a last-level cache
 LAUNCH = ModelConfig("gpt2", 2, 8, 2, 16, 4)  # so small that only launches take time
 
 
@@ -146,7 +147,7 @@ class Calibration:
         x, y, out = (self.tensor(dtype, rows, width) for _ in range(3))
         positive, weight = x.abs() + 1, self.tensor(dtype, width)
         one, item = x.numel() * x.itemsize, x.itemsize
-        mask = x > 0
+        mask = torch.ones(rows, width, dtype=torch.bool, device=self.device).triu()  # as a causal one's: in runs
         heads = x.view(4, rows // 4, 4, width // 4).transpose(1, 2)
         ids = torch.randint(64, (rows,), device=self.device)
         _, mean, rstd = torch.native_layer_norm(x, (width,), weight, weight, 1e-5)
@@ -393,6 +394,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--device = cuda: this PyTorch sees no CUDA device; allowed here is cpu")
     if not args.budget > 0 or (args.threads is not None and args.threads < 1):
         parser.error("--budget and --threads must be above 0")
+    keep_freed_memory()
     before = torch.get_num_threads()
     torch.set_num_threads(args.threads or before)
     console = Console()

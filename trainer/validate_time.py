@@ -22,6 +22,7 @@ from estimator.hardware import accelerator
 from estimator.speed import step_times
 from estimator.timing import efficiency
 from trainer.calibrate import calibrate, usual_seconds, write_profile
+from trainer.heap import keep_freed_memory
 from trainer.measure import build_step
 
 if TYPE_CHECKING:
@@ -105,6 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device = cuda: this PyTorch sees no CUDA device; allowed here is cpu")
+    keep_freed_memory()
     console = Console()
     with TemporaryDirectory() as folder:
         profile = args.profile or Path(folder) / "machine.toml"
