@@ -141,7 +141,7 @@ class Calibration:
     def kernels(self) -> Iterator[tuple[str, float, float]]:
         """(name/bytes of an element, bytes, seconds) of the ledger's kernels that do more than move bytes, or less."""
         for dtype in DTYPES.values():
-            yield from self._kernels(dtype, 1024, 512)  # operands that a core's own cache does not hold
+            yield from self._kernels(dtype, 4096, 512)  # operands that a core's own cache does not hold
 
     def _kernels(self, dtype: torch.dtype, rows: int, width: int) -> Iterator[tuple[str, float, float]]:
         x, y, out = (self.tensor(dtype, rows, width) for _ in range(3))
