@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from estimator.trace import Moment, Trace
 
 Monomial = tuple[int, ...]
-COUNTED_FROM_ONE = ("n", "s", "w", "c", "z", "r", *SHARES, *BLOCKS, *TILES)
+COUNTED_FROM_ONE = ("n", "s", "w", "c", "z", "r", "v", *SHARES, *BLOCKS, *TILES)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ LEGEND = {
     "q": "the smaller side of the key and value projections' matrices, min(d, k e)",
     "u": "the smaller side of the feed-forward's matrices, min(d, f)",
     "r": "rows (tokens) in one chunk of the chunked cross entropy, an eighth of B T rounded up",
+    "v": "words in one piece of the gradient that the chunked cross entropy adds up in fp32, an eighth of V rounded up",
     "N": "number of parameters",
     "D": "data-parallel accelerators that share what is sharded",
     "d_D": "rows of a parameter of d on one accelerator: d / D, rounded up",

@@ -210,3 +210,54 @@ def test_chunked_agrees_with_the_whole(shape, dtype, tolerance):
         assert (a.grad - b.grad).norm() <= tolerance * b.grad.norm()
     with torch.no_grad():
         assert chunked_cross_entropy(*mine, targets).item() == chunked.item()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.02), (torch.float16, 0.003)])
+@pytest.mark.parametrize("rows", [8, 777, 16384])  # the last has chunks of more than FLOAT16_ROWS
+def test_chunked_under_autocast_agrees_with_the_whole_in_float64(rows, dtype, tolerance):
+    """Within a few roundings of the dtype, 0.4 % and 0.05 %; a scaled loss and the gradients it has, in float32."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, 16, generator=generator)
+    weight = torch.randn(51, 16, generator=generator)
+    targets = torch.randint(5, (rows,), generator=generator)  # few words have all the rows, as in text
+    expected = [t.double().requires_grad_() for t in (x, weight)]
+    mine = [t.clone().requires_grad_() for t in (x, weight)]
+    whole = torch.nn.functional.cross_entropy(expected[0] @ expected[1].T, targets)
+    with torch.autocast("cpu", dtype):
+        chunked = chunked_cross_entropy(*mine, targets)
+    (2.0**10 * whole).backward()
+    (2.0**10 * chunked).backward()
+    assert chunked.dtype == torch.float32
+    assert chunked.item() == pytest.approx(whole.item(), rel=tolerance)
+    for a, b in zip(mine, expected, strict=True):
+        assert a.grad.dtype == torch.float32
+        assert (a.grad - b.grad).norm() <= tolerance * b.grad.norm()
+
+
+def test_chunked_in_float16_keeps_gradients_that_a_mean_would_lose():
+    """A probability of 1e-5 over 4096 rows is 2e-9, of which float16 makes 0; the loss scale brings it back."""
+    x = torch.ones(4096, 1)
+    weight = torch.tensor([[0.0], [-11.5]], requires_grad=True)  # e^-11.5 is 1.0e-5
+    with torch.autocast("cpu", torch.float16):
+        loss = chunked_cross_entropy(x, weight, torch.zeros(4096, dtype=torch.int64))
+    (2.0**16 * loss).backward()
+    probability = torch.tensor(-11.5).exp().item()
+    assert weight.grad[1].item() / 2.0**16 == pytest.approx(probability, rel=0.01)
+
+
+def test_the_gradient_of_a_weight_in_float32_is_better_than_its_dtype():
+    """Sums of 4096 rows in float32: what bfloat16 rounds is each chunk's part, not each total on the way."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4096, 16, generator=generator).bfloat16()
+    weight = torch.randn(51, 16, generator=generator).bfloat16()
+    targets = torch.randint(51, (4096,), generator=generator)
+
+    def gradient(dtype):
+        w = weight.to(dtype).requires_grad_()
+        chunked_cross_entropy(x, w, targets).backward()
+        return w.grad.double()
+
+    exact = weight.double().requires_grad_()
+    torch.nn.functional.cross_entropy(x.double() @ exact.T, targets).backward()
+    wide, narrow = ((gradient(dtype) - exact.grad).norm() for dtype in (torch.float32, torch.bfloat16))
+    assert wide < 0.8 * narrow

@@ -80,9 +80,6 @@ def test_optimizers(optimizer, impl, data):
     check(data, optimizer=optimizer, optimizer_impl=impl, attention="sdpa")
 
 
-UNCHUNKED = [loss for loss in LOSSES if loss != "chunked"]
-
-
 def drawn(data: st.DataObject, **fixed: object) -> None:
     """`check` with a recipe of which `fixed` is given and the rest drawn."""
     choices = {
@@ -93,10 +90,6 @@ def drawn(data: st.DataObject, **fixed: object) -> None:
         "dropout": (0.0, 0.0, 0.1),
     }
     recipe = fixed | {name: data.draw(st.sampled_from(values)) for name, values in choices.items() if name not in fixed}
-    if recipe["loss"] == "chunked" and recipe["precision"].endswith("-mixed"):  # refused together
-        recipe["loss" if "precision" in fixed else "precision"] = data.draw(
-            st.sampled_from(UNCHUNKED if "precision" in fixed else ("fp32", "bf16", "bf16-master"))
-        )
     check(data, optimizer="sgd", **recipe)
 
 

@@ -210,6 +210,8 @@ def test_dropout_trains_and_evaluates_without(whole, corpus, tmp_path):
         {"precision": "bf16-master"},
         {"precision": "bf16-master", "fp32_gradients": True},
         {"precision": "bf16"},
+        {"precision": "bf16-mixed", "loss": "chunked"},
+        {"precision": "fp16-mixed", "loss": "chunked"},
     ],
     ids=lambda plan: "-".join(map(str, plan.values())),
 )

@@ -28,6 +28,10 @@ CPU_TILE = 2**21  # elements
 
 CHUNKS = 8  # of `chunked_cross_entropy`: torchtune's and torchtitan's default
 
+# A sum over so many rows of x times a gradient of at most 1 is in float16's range, 65504, for |x| up to 64. In longer
+# chunks the gradients are divided by as much as there are more rows.
+FLOAT16_ROWS = 1024
+
 HALF = (torch.bfloat16, torch.float16)
 TARGET_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
@@ -126,8 +130,11 @@ def chunked_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """`cross_entropy(F.linear(x, weight), targets)` without the logits: they exist an eighth of the rows at a time.
 
     Forward makes the gradients along with the loss, chunk after chunk, and backward only scales them, so no product is
-    computed twice (Hsu et al. 2024, "Liger Kernel", section 3.2). In half precision the softmax is taken in float32,
-    and the gradient of `weight` is added up in `weight`'s dtype.
+    computed twice (Hsu et al. 2024, "Liger Kernel", section 3.2). In half precision the softmax is taken in float32.
+    Under autocast the head's products are in its dtype; the gradient of `weight` is added up in `weight`'s own.
+
+    What backward scales is the gradient of the sum of the losses, not of their mean: divided by thousands of rows it
+    would be 0 in float16 before it meets the loss scale, which only backward knows.
 
     Args:
         x: (..., d), what goes into the head.
@@ -137,6 +144,8 @@ def chunked_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     Returns:
         A scalar in nats per target, of float32 for half precision.
     """
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
     loss: Tensor = _ChunkedCrossEntropy.apply(x, weight, targets, torch.is_grad_enabled())  # type: ignore[no-untyped-call]  # torch leaves it untyped
     return loss
 
@@ -148,7 +157,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, with_gradients: bool) -> Tensor:
         x_Nd, targets_N1 = x.reshape(-1, x.shape[-1]), targets.reshape(-1, 1)
         N, V, half = len(x_Nd), len(weight), x.dtype in HALF
+        head = weight.to(x.dtype)
         height = -(-N // CHUNKS)
+        count = max(1.0, height / FLOAT16_ROWS)
         working = torch.float32 if half else x.dtype
         logits = x.new_empty(height, V)
         scratch = x.new_empty(height, V, dtype=working) if half else logits
@@ -159,25 +170,39 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for row in range(0, N, height):
             rows = slice(row, min(row + height, N))
             here = slice(rows.stop - row)
-            torch.mm(x_Nd[rows], weight.t(), out=logits[here])
+            torch.mm(x_Nd[rows], head.t(), out=logits[here])
             p = scratch[here].copy_(logits[here]) if half else logits[here]
-            _loss_and_gradient(p, targets_N1[rows], N, out=loss_N[rows, None])
+            _loss_and_gradient(p, targets_N1[rows], count, out=loss_N[rows, None])
             if with_gradients:
                 if half:
                     logits[here].copy_(p)
-                torch.mm(logits[here], weight, out=grad_x_Nd[rows])
-                torch.addmm(grad_weight, logits[here].t(), x_Nd[rows], out=grad_weight)
+                torch.mm(logits[here], head, out=grad_x_Nd[rows])
+                _add_product(grad_weight, logits[here].t(), x_Nd[rows])
         ctx.save_for_backward(grad_x, grad_weight)
+        ctx.share = count / N
         return loss_N.mean()
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad_x, grad_weight = ctx.saved_tensors
-        return grad_x.mul_(grad_loss), grad_weight.mul_(grad_loss), None, None
+        scale = grad_loss * ctx.share
+        return grad_x.mul_(scale), grad_weight.mul_(scale), None, None
 
 
-def _loss_and_gradient(x_NV: Tensor, targets_N1: Tensor, count: int, *, out: Tensor) -> None:
-    """Logits become the gradient of their mean loss over `count` rows, in place; `out`, (N, 1), gets their losses."""
+def _add_product(total_Vd: Tensor, a_VN: Tensor, b_Nd: Tensor) -> None:
+    """`total_Vd` += `a_VN` @ `b_Nd`; where its dtype is wider, through products of an eighth of its rows at a time."""
+    if total_Vd.dtype == a_VN.dtype:
+        torch.addmm(total_Vd, a_VN, b_Nd, out=total_Vd)
+        return
+    height = -(-len(total_Vd) // CHUNKS)
+    piece = b_Nd.new_empty(height, b_Nd.shape[1])
+    for row in range(0, len(total_Vd), height):
+        rows = slice(row, min(row + height, len(total_Vd)))
+        total_Vd[rows].add_(torch.mm(a_VN[rows], b_Nd, out=piece[: rows.stop - row]))
+
+
+def _loss_and_gradient(x_NV: Tensor, targets_N1: Tensor, count: float, *, out: Tensor) -> None:
+    """Logits become the gradient of their losses' sum / `count`, in place; `out`, (N, 1), gets the losses."""
     max_N1 = x_NV.amax(1, keepdim=True)
     at_target_N1 = x_NV.sub_(max_N1).gather(1, targets_N1)
     sum_N1 = x_NV.exp_().sum(1, keepdim=True)

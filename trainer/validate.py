@@ -105,7 +105,6 @@ def _case(family: str, rng: random.Random, fixed: dict[str, int], turn: int) -> 
     optimizers = (("adamw", "loop"), ("adamw", "foreach"), ("adamw", "fused"), ("adamw", "bundled"), ("sgd", "bundled"))
     optimizer, implementation = optimizers[turn % 5]
     precision = rng.choice(("fp32", "fp32", *(x for x in PRECISIONS if x != "tf32")))  # tf32 differs in time only
-    losses = [x for x in LOSSES if x != "chunked" or not precision.endswith("-mixed")]  # refused together
     p = Plan(
         batch_size=B,
         seq_len=T,
@@ -113,7 +112,7 @@ def _case(family: str, rng: random.Random, fixed: dict[str, int], turn: int) -> 
         fp32_gradients=precision == "bf16-master" and rng.random() < 0.5,
         attention=(("naive", "naive-fp32"), ("sdpa", "sdpa-math"))[turn // 5 % 2][turn // 20 % 2],
         dropout=rng.choice((0.0, 0.0, 0.1)),
-        loss=rng.choice(losses),
+        loss=rng.choice(LOSSES),
         checkpointing=("none", "block")[turn // 10 % 2],
         optimizer=optimizer,
         optimizer_impl=implementation,

@@ -273,13 +273,13 @@ def _accumulate_grad(variable: Tensor, buffer: Buffer) -> None:
         variable.grad = machine.empty(variable.shape, variable.dtype, category=category).hold()
         machine.kernel("clone", (grad,), (variable.grad,))
     if variable.main_grad is not None:
-        _add_to(variable.main_grad, variable.grad)
+        add_wider(variable.main_grad, variable.grad)
         variable.grad.drop()
         variable.grad = None
     grad.drop()
 
 
-def _add_to(total: Tensor, x: Tensor) -> None:
+def add_wider(total: Tensor, x: Tensor) -> None:
     """`total.add_(x)`; a CPU kernel reads x through a copy in the dtype of the total."""
     casts = total.machine.casts_operands and x.dtype != total.dtype
     read = converted(x, total.dtype).hold() if casts else x.hold()

@@ -5,15 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from estimator.eager import autocast
-from estimator.eager.autograd import Context, attach, record
+from estimator.eager.autograd import Context, add_wider, attach, record
 from estimator.eager.ledger import Gemm
 from estimator.eager.ops import cast, elementwise, in_place_with_number, log_softmax, mean_all, with_number
 from estimator.eager.sizes import LETTER, LOSS_CHUNKS, ONE, ZERO
-from estimator.eager.tensor import FLOAT32, INT64, Locals, Tensor, op
+from estimator.eager.tensor import FLOAT32, INT64, Locals, Tensor, converted, op
 from estimator.eager.views import view
 
 if TYPE_CHECKING:
     from estimator.eager.ops import Gradients
+    from estimator.eager.sizes import Size
 
 
 @op
@@ -79,32 +80,53 @@ def _move_elements(name: str, out: Tensor) -> None:
 @op
 def chunked_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """`trainer.loss.chunked_cross_entropy`: head, loss and both their gradients, an eighth of the rows at a time."""
+    return _chunked_cross_entropy(cast(x, x.machine.autocast_dtype or x.dtype), weight, targets)
+
+
+@op
+def _chunked_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     machine, dtype, (V, d) = x.machine, x.dtype, weight.shape
     N, r = machine.product(x.shape[:-1]), LETTER["r"]
 
     def backward(c: Context, grad: Tensor) -> Gradients:
+        c.scale = with_number("mul", grad)
         for g in c.saved:
-            machine.kernel("mul_", (g, grad), (g,))
+            machine.kernel("mul_", (g, c.scale), (g,))
         return list(c.saved)
 
     with Locals() as v:
+        v.head = weight if weight.dtype == dtype else converted(weight, dtype)
         v.logits = machine.empty((r, V), dtype)
         v.scratch = machine.empty((r, V)) if dtype.itemsize < FLOAT32.itemsize else v.logits
         v.losses = machine.empty((N,))
-        v.grad_x, v.grad_weight = machine.empty(x.shape, dtype), machine.empty(weight.shape, dtype)
+        v.grad_x, v.grad_weight = machine.empty(x.shape, dtype), machine.empty(weight.shape, weight.dtype)
         for turn in range(LOSS_CHUNKS):
             # The rows of all chunks are N, of which a chunk is an eighth rounded up: all are counted with the first.
             rows = N if turn == 0 else ZERO
-            machine.kernel("mm", (x, weight), (v.logits,), gemm=Gemm(ONE, rows, V, d))
+            machine.kernel("mm", (x, v.head), (v.logits,), gemm=Gemm(ONE, rows, V, d))
             if v.scratch is not v.logits:
                 machine.kernel("copy_", (v.logits,), (v.scratch,))
             _chunk_gradient(v.scratch, targets)
             if v.scratch is not v.logits:
                 machine.kernel("copy_", (v.scratch,), (v.logits,))
-            machine.kernel("mm", (v.logits, weight), (v.grad_x,), gemm=Gemm(ONE, rows, d, V))
-            machine.kernel("addmm", (v.logits, x), (v.grad_weight,), gemm=Gemm(ONE, V, d, rows))
+            machine.kernel("mm", (v.logits, v.head), (v.grad_x,), gemm=Gemm(ONE, rows, d, V))
+            _add_product(v.grad_weight, v.logits, x, rows)
         node = record("ChunkedCrossEntropyBackward", (x, weight), backward, (v.grad_x, v.grad_weight))
         return attach(node, mean_all(v.losses))
+
+
+def _add_product(total: Tensor, logits: Tensor, x: Tensor, rows: Size) -> None:
+    """`trainer.loss._add_product`: into a wider dtype an eighth of the vocabulary at a time."""
+    machine, (V, d) = x.machine, total.shape
+    if total.dtype == x.dtype:
+        machine.kernel("addmm", (logits, x), (total,), gemm=Gemm(ONE, V, d, rows))
+        return
+    with Locals() as v:
+        v.piece = machine.empty((LETTER["v"], d), x.dtype)
+        v.some = Tensor(machine, total.storage, v.piece.shape, v.piece.stride, total.dtype)
+        for turn in range(LOSS_CHUNKS):  # all pieces are counted with the first, as the chunks are
+            machine.kernel("mm", (logits, x), (v.piece,), gemm=Gemm(ONE, V if turn == 0 else ZERO, d, rows))
+            add_wider(v.some, v.piece)
 
 
 def _chunk_gradient(x: Tensor, targets: Tensor) -> None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 SHARES = ("d_D", "t_D", "q_D", "k_D", "f_D", "V_D", "C_D")  # rows of one of D accelerators: `row_counts`
 BLOCKS = tuple(f"{name[0]}_8" for name in SHARES)  # blocks of a matrix's 8-bit states: as many rows by d
 TILES = ("T_32", "T_128", "e_32")  # what CUDA's attention kernels round up to
-NAMES = (*"BTLdhkgefVCnswczpqur", "D", *SHARES, *BLOCKS, *TILES)
+NAMES = (*"BTLdhkgefVCnswczpqurv", "D", *SHARES, *BLOCKS, *TILES)
 RING, *_generators = ring(",".join(NAMES), QQ)
 LETTER = dict(zip(NAMES, _generators, strict=True))
 INDEX = {name: i for i, name in enumerate(NAMES)}
@@ -48,6 +48,7 @@ _GENERIC |= {
     "h": 1033 * 1049,
     "d": 1033 * 1049 * 1064,
     "r": 37,
+    "v": 41,
     "D": 31,
 }
 _GENERIC |= {name: 1087 + i for i, name in enumerate((*SHARES, *BLOCKS, *TILES))}
@@ -272,6 +273,7 @@ def derived_letters(family: str, given: Mapping[str, Any], device: str) -> dict[
         "q": np.minimum(d, given["k"] * given["e"]),
         "u": np.minimum(d, given["f"]),
         "r": -(-given["B"] * T // LOSS_CHUNKS),
+        "v": -(-given["V"] // LOSS_CHUNKS),
         "T_32": -(-T // 32) * 32,
         "T_128": -(-T // 128) * 128,
         "e_32": np.where(given["e"] <= 128, -(-given["e"] // 32) * 32, -(-given["e"] // 64) * 64),
