@@ -262,10 +262,6 @@ class Plan:
             raise ConfigError(
                 f"sharding = {self.sharding!r}: {self.optimizer} works on whole matrices; allowed is none (DDP)"
             )
-        if self.loss == "chunked" and self.data_parallel > 1:
-            raise ConfigError(
-                f"loss = 'chunked': not accounted with data_parallel = {self.data_parallel}; allowed on one accelerator"
-            )
         norm = self.max_grad_norm
         if norm is not None and (isinstance(norm, bool) or not isinstance(norm, (int, float)) or not norm > 0):
             raise ConfigError(f"max_grad_norm = {norm!r}: must be a number above 0, or None for no clipping")

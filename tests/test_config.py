@@ -47,7 +47,6 @@ def test_models_that_cannot_be(changes, message):
         ({"max_grad_norm": 0}, "max_grad_norm = 0"),
         ({"max_grad_norm": float("nan")}, "max_grad_norm = nan"),
         ({"dropout": 1.0}, "dropout = 1.0: must be a number of at least 0 and below 1"),
-        ({"loss": "chunked", "data_parallel": 2}, "loss = 'chunked': not accounted with data_parallel = 2"),
         ({"grad_accumulation": 1.5}, "grad_accumulation = 1.5"),
     ],
 )

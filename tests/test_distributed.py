@@ -40,6 +40,7 @@ lr = 1e-2
 warmup_steps = 1
 """
 TWO = ["--plan.grad-accumulation", "2"]  # the processes take a micro-batch each; otherwise half the rows of each
+CHUNKED = ["--plan.loss", "chunked"]  # which reads the head's weight where the model's forward has it whole
 LOOP = ["--plan.optimizer-impl", "loop"]  # whose state has a scalar tensor
 
 
@@ -96,6 +97,7 @@ def runs(tmp_path_factory):
         assert main(arguments("one", *TWO)) == 0
         assert main(arguments("one_rows")) == 0
         assert main(arguments("one_loop", *TWO, *LOOP)) == 0
+        assert main(arguments("one_chunked", *TWO, *CHUNKED)) == 0
         add("ddp", *TWO)
         add("ddp_rows")
         add("fsdp", *TWO, "--sharding", "fsdp")
@@ -103,6 +105,8 @@ def runs(tmp_path_factory):
         add("fsdp_loop", *TWO, *LOOP, "--sharding", "fsdp")
         add("zero1", *TWO, *LOOP, "--sharding", "zero1")
         add("zero2", *TWO, *LOOP, "--sharding", "zero2")
+        add("ddp_chunked", *TWO, *CHUNKED)
+        add("fsdp_chunked", *TWO, *CHUNKED, "--sharding", "fsdp")
         add("zero1_of_one", *TWO, *LOOP, "--sharding", "zero1", source="one_loop")
         add("zero1_of_fsdp", *TWO, *LOOP, "--sharding", "zero1", source="fsdp_loop")
         add("ddp_of_one", *TWO, source="one")
@@ -131,10 +135,13 @@ def losses(folder):
 ONE = {"ddp_rows": "one_rows", "fsdp_rows": "one_rows"}
 ONE |= dict.fromkeys(("fsdp_loop", "fsdp_loop_of_one", "one_of_fsdp_loop"), "one_loop")
 ONE |= dict.fromkeys(("zero1", "zero2", "zero1_of_one", "zero1_of_fsdp", "one_of_zero1"), "one_loop")
+ONE |= dict.fromkeys(("ddp_chunked", "fsdp_chunked"), "one_chunked")
 ALL = ["ddp", "ddp_rows", "fsdp", "fsdp_rows", "fsdp_loop", "stopped", "ddp_of_one", "fsdp_of_one", "fsdp_of_ddp"]
 ALL += [
     "zero1",
     "zero2",
+    "ddp_chunked",
+    "fsdp_chunked",
     "zero1_of_one",
     "zero1_of_fsdp",
     "one_of_zero1",

@@ -21,6 +21,7 @@ quick = settings(derandomize=True, deadline=None, max_examples=12)
 GPT2 = ModelConfig("gpt2", 4, 24, 3, 31, 16)  # a vocabulary that nothing divides
 LLAMA = ModelConfig("llama", 3, 20, 4, 33, 14, 2, 6, 27)
 TIED = ModelConfig("llama", 2, 16, 4, 32, 14, 2, 4, 32, tie_embeddings=True)
+WORDS = LLAMA.replace(vocab_size=200)  # the peak is in the loss
 ONE_BLOCK = GPT2.replace(num_layers=1)
 REAL = [
     (GPT2, {"sharding": "none", "attention": "sdpa"}),
@@ -34,6 +35,11 @@ REAL = [
     (TIED, {"sharding": "zero3", "checkpointing": "block", "optimizer_impl": "fused"}),
     (GPT2, {"sharding": "zero3", "checkpointing": "attention", "loss": "torch"}),
     (ONE_BLOCK, {"sharding": "zero3", "optimizer": "sgd"}),
+    (LLAMA, {"sharding": "none", "loss": "chunked", "precision": "bf16-mixed", "optimizer": "sgd"}),
+    (GPT2, {"sharding": "zero1", "loss": "chunked", "grad_accumulation": 3, "optimizer": "lion"}),
+    (TIED, {"sharding": "zero2", "loss": "chunked", "precision": "bf16", "optimizer": "sgd"}),
+    (WORDS, {"sharding": "zero3", "loss": "chunked", "precision": "bf16-mixed", "grad_accumulation": 2}),
+    (LLAMA, {"sharding": "zero3", "loss": "chunked", "checkpointing": "block", "optimizer": "sgd"}),
 ]
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from estimator.config import ConfigError
 from trainer.distributed import World, local
-from trainer.measure import Step, allocator_events, build_optimizer, build_parts, nbytes
+from trainer.measure import Step, allocator_events, build_optimizer, build_parts, nbytes, onednn
 
 if TYPE_CHECKING:
     from estimator.config import ModelConfig, Plan
@@ -91,7 +91,8 @@ def measure_shared(m: ModelConfig, p: Plan, world: World, seed: int = 0) -> dict
         "optimizer_bytes": nbytes(step.state()),
     }
     for _ in range(TRIES):
-        live = list(accumulate(n for _, n in allocator_events(step)))
+        with onednn(enabled=False):  # its products in half precision take scratch that depends on the machine
+            live = list(accumulate(n for _, n in allocator_events(step)))
         if world.rank == 0 and live[-1] == 0:
             found["peak_bytes"] = resident + max(live)
         if not world.any(world.rank == 0 and "peak_bytes" not in found):  # all take the same number of steps
