@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 FAMILIES = ("gpt2", "llama")
 PRECISIONS = ("fp32", "tf32", "bf16", "bf16-mixed", "fp16-mixed", "bf16-master")
-ATTENTIONS = ("naive", "naive-fp32", "sdpa", "sdpa-math")
+ATTENTIONS = ("naive", "naive-fp32", "sdpa", "sdpa-math", "sdpa-flash", "sdpa-efficient")
 LOSSES = ("bundled", "torch", "torch-fp32", "chunked")
 CHECKPOINTINGS = ("none", "block", "attention")
 # The implementations of each optimizer; "auto" is the first, on CUDA foreach in place of loop.
@@ -179,7 +179,8 @@ class Plan:
         fp32_gradients: of bf16-master, add the gradients of the micro-batches in fp32, in buffers that stay.
         attention: "naive" (scores, mask, softmax and product as separate ops); "naive-fp32" (the same, the softmax in
             float32); "sdpa" (`torch.nn.functional.scaled_dot_product_attention`, causal, by the kernel that PyTorch
-            picks); "sdpa-math" (by its unfused one).
+            picks); "sdpa-math", "sdpa-flash" or "sdpa-efficient" (by that one: `torch.nn.attention.SDPBackend`'s MATH,
+            which is not fused, FLASH_ATTENTION and EFFICIENT_ATTENTION).
         dropout: the probability to drop an element, in training, of the embedding, of the attention's weights and of
             what attention and feed-forward add to the residual stream, in both families (as GPT-2 does).
         loss: "bundled" (the trainer's own cross entropy); "torch" (`torch.nn.functional.cross_entropy` of the logits
@@ -297,12 +298,26 @@ class Plan:
 
         PyTorch picks flash on the CPU unless there is dropout, on CUDA for 16-bit dtypes; in fp32 CUDA's is the
         memory-efficient kernel (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp).
+
+        Raises:
+            ConfigError: `attention` names a kernel that `device` has not, or has not for this dtype or for dropout.
         """
+        half = self.product_dtype not in ("fp32", "tf32")
         if self.attention == "sdpa" and device == "cpu":
             return "math" if self.dropout else "flash"
         if self.attention == "sdpa":
-            return "efficient" if self.product_dtype in ("fp32", "tf32") else "flash"
-        return self.attention.removeprefix("sdpa-")
+            return "flash" if half else "efficient"
+        kernel, why = self.attention.removeprefix("sdpa-"), ""
+        if (kernel, device) == ("efficient", "cpu"):
+            why = "CUDA's kernel; allowed on the CPU are naive, naive-fp32, sdpa, sdpa-math, sdpa-flash"
+        elif (kernel, device) == ("flash", "cpu") and self.dropout:
+            why = f"the CPU's has no dropout; allowed with {self.dropout} are naive, naive-fp32, sdpa, sdpa-math"
+        elif (kernel, device) == ("flash", "cuda") and not half:
+            allowed = "naive, naive-fp32, sdpa, sdpa-math, sdpa-efficient"
+            why = f"CUDA's is for 16-bit dtypes; allowed with precision {self.precision!r} are {allowed}"
+        if why:
+            raise ConfigError(f"attention = {self.attention!r}: {why}")
+        return kernel
 
     @property
     def shards(self) -> int:

@@ -178,7 +178,7 @@ def times(
         kernels, shape, sizes["L"], turns, a, e,
         half=setup.dtype or (p.product_dtype if p.product_dtype == "fp16" else "bf16"),
         single="tf32" if p.product_dtype == "tf32" else "fp32",
-        kernel=setup.attention,
+        kernel=setup.attention or (form.recipe.attention if form.recipe.attention in e.flash else None),
     )  # fmt: skip
     group = cluster(a, p.data_parallel)
     count = shape["parameters"]
@@ -214,7 +214,10 @@ def predicted(
     seconds = sum(found.values())
     peak = a.peak_flops(p.product_dtype)
     mfu = flops.model / (seconds * peak * count)
-    return _time(m, p, flops, parameters, steps, count, seconds, mfu, peak, found, *spread(a), efficiency(a).origin)
+    origin = efficiency(a).origin
+    if p.attention_kernel(a.device) == "efficient" and "efficient" not in efficiency(a).flash:
+        origin = f"{origin} Nobody has published measurements of the memory-efficient attention: flash's."
+    return _time(m, p, flops, parameters, steps, count, seconds, mfu, peak, found, *spread(a), origin)
 
 
 def at_mfu(

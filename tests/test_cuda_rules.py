@@ -1,9 +1,13 @@
 """Rules of CUDA that no machine without one can measure: each is held against the size that PyTorch's source gives."""
 
+import dataclasses
+
 import pytest
 
 import estimator as est
 from estimator.eager.sizes import sizes_of
+from estimator.speed import times
+from estimator.timing import efficiency
 
 
 def allocations(m, plan):
@@ -43,6 +47,52 @@ def test_the_memory_efficient_kernel_pads_the_log_sum_exp_to_32_rows():
 )
 def test_which_kernel_scaled_dot_product_attention_runs(precision, device, dropout, kernel):
     assert est.Plan(precision=precision, dropout=dropout, attention="sdpa").attention_kernel(device) == kernel
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16-mixed"])
+def test_a_kernel_by_name_is_the_one_that_pytorch_picks_or_the_other(precision):
+    plan = est.Plan(batch_size=2, precision=precision, attention="sdpa")
+    picked = plan.attention_kernel("cuda")
+    named = plan.replace(attention=f"sdpa-{picked}")
+    assert est.account(M, named, "cuda") is est.account(M, plan, "cuda")
+    if picked == "flash":
+        mine, other = (
+            est.account(M, p, "cuda").evaluate(M, p) for p in (named, plan.replace(attention="sdpa-efficient"))
+        )
+        assert other.forward_flops == mine.forward_flops
+        assert other.activation_bytes - mine.activation_bytes == 4 * 2 * 3 * (224 - 200)  # rows of the log-sum-exp
+
+
+@pytest.mark.parametrize(
+    ("changes", "device", "message"),
+    [
+        ({"attention": "sdpa-efficient"}, "cpu", "allowed on the CPU are"),
+        ({"attention": "sdpa-flash", "dropout": 0.1}, "cpu", "the CPU's has no dropout; allowed with 0.1 are"),
+        ({"attention": "sdpa-flash", "precision": "tf32"}, "cuda", "allowed with precision 'tf32' are"),
+        ({"attention": "sdpa-flash"}, "cuda", "allowed with precision 'fp32' are"),
+    ],
+)
+def test_a_kernel_that_the_device_has_not_is_refused_by_field(changes, device, message):
+    plan = est.Plan(**changes)
+    with pytest.raises(est.ConfigError, match=f"attention = '{plan.attention}': .*{message}"):
+        est.account(M, plan, device)
+
+
+def test_time_takes_the_kernels_own_figures_where_there_are_some_and_says_where_there_are_none():
+    plan = est.Plan(batch_size=2, precision="bf16", attention="sdpa-efficient")
+    flash, other = (
+        est.estimate(M, plan.replace(attention=name), "a100-80gb-sxm").time for name in ("sdpa", plan.attention)
+    )
+    assert "memory-efficient" not in flash.origin
+    assert "Nobody has published measurements of the memory-efficient attention" in other.origin
+    on, form = est.accelerator("a100-80gb-sxm"), est.account(M, plan, "cuda")
+    sizes = sizes_of(M, 2, 200, "cuda")
+    half = dataclasses.replace(efficiency(on).flash["flash-2"], forward=(0.01, 0.01), backward=(0.01, 0.01))
+    slow = dataclasses.replace(efficiency(on), flash={**efficiency(on).flash, "efficient": half})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("estimator.speed.efficiency", lambda _: slow)
+        slower = times(form, sizes, plan, on)["attention"]
+    assert slower > 10 * times(form, sizes, plan, on)["attention"]
 
 
 def test_autocast_keeps_the_softmax_in_fp32_on_cuda_only():

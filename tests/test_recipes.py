@@ -80,24 +80,31 @@ def test_optimizers(optimizer, impl, data):
     check(data, optimizer=optimizer, optimizer_impl=impl, attention="sdpa")
 
 
+ON_CPU = [name for name in ATTENTIONS if name != "sdpa-efficient"]  # that is CUDA's
+
+
 def drawn(data: st.DataObject, **fixed: object) -> None:
     """`check` with a recipe of which `fixed` is given and the rest drawn."""
     choices = {
         "precision": PRECISIONS,
-        "attention": ATTENTIONS,
+        "attention": ON_CPU,
         "checkpointing": CHECKPOINTINGS,
         "loss": LOSSES,
         "dropout": (0.0, 0.0, 0.1),
     }
     recipe = fixed | {name: data.draw(st.sampled_from(values)) for name, values in choices.items() if name not in fixed}
+    if recipe["attention"] == "sdpa-flash" and recipe["dropout"]:  # refused together on the CPU
+        recipe["dropout" if "attention" in fixed else "attention"] = 0.0 if "attention" in fixed else "sdpa"
     check(data, optimizer="sgd", **recipe)
 
 
-@pytest.mark.parametrize("attention", ATTENTIONS)
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize(
+    ("attention", "dropout"),
+    [(name, rate) for name in ON_CPU for rate in (0.0, 0.1) if not (name == "sdpa-flash" and rate)],
+)
 @quick
 @given(data=st.data())
-def test_attention_and_dropout(dropout, attention, data):
+def test_attention_and_dropout(attention, dropout, data):
     drawn(data, attention=attention, dropout=dropout)
 
 

@@ -179,6 +179,7 @@ def test_resuming_a_finished_run_does_nothing(corpus, tmp_path):
         {"checkpointing": "block"},
         {"attention": "naive-fp32"},
         {"attention": "sdpa-math"},
+        {"attention": "sdpa-flash"},
         {"loss": "torch"},
         {"loss": "torch-fp32"},
         {"loss": "chunked"},

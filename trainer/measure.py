@@ -163,7 +163,8 @@ def build_step(m: ModelConfig, p: Plan, device: str = "cpu", seed: int = 0) -> S
     """A step of `m` run as `p` says, on `device`, its weights and tokens drawn from `seed`.
 
     Raises:
-        ConfigError: the sequence is longer than the model's positions, or the plan is for several processes.
+        ConfigError: the sequence is longer than the model's positions, the device has not the attention's kernel, or
+            the plan is for several processes.
     """
     if p.data_parallel > 1:
         raise ConfigError(f"data_parallel = {p.data_parallel}: this is one process; see `trainer.replicas`")
@@ -177,6 +178,7 @@ def build_step(m: ModelConfig, p: Plan, device: str = "cpu", seed: int = 0) -> S
 def build_parts(m: ModelConfig, p: Plan, device: str, seed: int) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
     """(the model, ids and targets), drawn from `seed`."""
     T = p.tokens(m)
+    p.attention_kernel(torch.device(device).type)  # refuses one that the device has not
     torch.manual_seed(seed)
     with torch.device(device):
         model = build_model(m, p).to(PARAMETERS.get(p.precision))

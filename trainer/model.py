@@ -28,7 +28,11 @@ if TYPE_CHECKING:
 
 ROPE_THETA = 10_000.0  # Su et al. 2021, "RoFormer", section 3.2.2
 NORM_EPS = 1e-5
-KERNELS = {"sdpa-math": SDPBackend.MATH}  # "sdpa" leaves the choice to PyTorch
+KERNELS = {  # "sdpa" leaves the choice to PyTorch
+    "sdpa-math": SDPBackend.MATH,
+    "sdpa-flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa-efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
 INIT_STD = 0.02  # Radford et al. 2019, GPT-2; residual projections are scaled by 1 / sqrt(2 L)
 
 
