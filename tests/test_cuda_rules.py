@@ -3,9 +3,10 @@
 import dataclasses
 
 import pytest
+import torch
 
 import estimator as est
-from estimator.eager.sizes import sizes_of
+from estimator.eager.sizes import evaluate, sizes_of
 from estimator.speed import times
 from estimator.timing import efficiency
 
@@ -34,6 +35,33 @@ def test_the_memory_efficient_kernel_pads_the_log_sum_exp_to_32_rows():
     assert 4 * 2 * 256 * 3 * 64 not in [n for *_, n in found]
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize(("precision", "kernel"), [("bf16", "flash"), ("bf16", "efficient"), ("fp32", "efficient")])
+def test_fused_attention_saves_what_pytorchs_own_node_saves(kernel, precision, dropout):
+    """Without a device, by the operator on meta tensors (torch/_meta_registrations.py): shapes, dtypes, what is kept.
+
+    Where the generator's state is, it does not say. attention.cu, _efficient_attention_forward, has seed and offset on
+    the CPU unless a graph is captured; flash_api.cpp, mha_fwd, has them in CUDA memory.
+    """
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    q, k, v = (torch.empty(2, 3, 200, 40, dtype=dtype, device="meta", requires_grad=True) for _ in range(3))
+    if kernel == "flash":
+        node = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout, True)[0].grad_fn
+        names = ("output", "logsumexp", "rng_state", "unused")
+    else:
+        node = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True, dropout, True)[0].grad_fn
+        names = ("output", "log_sumexp")
+        assert {node._saved_philox_seed.numel(), node._saved_philox_offset.numel()} == {1}
+    kept = sorted(getattr(node, f"_saved_{name}").nbytes for name in names)
+    plan = est.Plan(batch_size=2, precision=precision, attention=f"sdpa-{kernel}", dropout=dropout)
+    a = est.account(M, plan, "cuda")
+    sizes = sizes_of(M, 2, 200, "cuda")
+    saved = [evaluate(x.nbytes, sizes) for x in a.traced.ledger.saved if x.where.module == "blocks.0.attention"]
+    if dropout:
+        saved.remove(2 * 200 * 120)  # the mask of what attention adds to the residual stream
+    assert sorted(saved) == kept
+
+
 @pytest.mark.parametrize(
     ("precision", "device", "dropout", "kernel"),
     [
@@ -60,7 +88,8 @@ def test_a_kernel_by_name_is_the_one_that_pytorch_picks_or_the_other(precision):
             est.account(M, p, "cuda").evaluate(M, p) for p in (named, plan.replace(attention="sdpa-efficient"))
         )
         assert other.forward_flops == mine.forward_flops
-        assert other.activation_bytes - mine.activation_bytes == 4 * 2 * 3 * (224 - 200)  # rows of the log-sum-exp
+        rows, state = 4 * 2 * 3 * (224 - 200), 24  # of the log-sum-exp; the generator's
+        assert other.activation_bytes - mine.activation_bytes == rows - state
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from estimator.eager.autograd import Context, attach, record
 from estimator.eager.ledger import Gemm
 from estimator.eager.ops import add_in_place
 from estimator.eager.sizes import LETTER, ONE
-from estimator.eager.tensor import FLOAT32, Tensor, empty_like, op
+from estimator.eager.tensor import FLOAT32, UINT64, Tensor, empty_like, op
 from estimator.eager.views import reshape, transpose, unsafe_view, view
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from estimator.eager.autograd import Backward
     from estimator.eager.ops import Gradients
-    from estimator.eager.tensor import Shape
+    from estimator.eager.tensor import Machine, Shape
 
 
 @op
@@ -135,17 +135,20 @@ def _matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 @op
-def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor, *, efficient: bool = False) -> Tensor:
+def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor, *, drops: bool, efficient: bool = False) -> Tensor:
     """F.scaled_dot_product_attention, causal, by a fused kernel: the scores never exist.
 
     Saves its inputs, its output and the log-sum-exp of each row. On the CPU each thread has a scratch for one tile; on
     CUDA the backward of flash adds up dq in fp32. `efficient` is CUDA's memory-efficient kernel, which takes fp32 too.
+
+    CUDA's flash saves the generator's state in CUDA memory, with dropout or without: seed and offset in one tensor, and
+    one that nothing uses. The memory-efficient kernel's are on the CPU, unless a CUDA graph is captured.
     """
-    return _fused_attention(*lower(q, k, v), efficient=efficient)
+    return _fused_attention(*lower(q, k, v), drops=drops, efficient=efficient)
 
 
 @op
-def _fused_attention(q: Tensor, k: Tensor, v: Tensor, *, efficient: bool) -> Tensor:
+def _fused_attention(q: Tensor, k: Tensor, v: Tensor, *, drops: bool, efficient: bool) -> Tensor:
     machine = q.machine
     b, h, t, _ = q.shape
 
@@ -161,7 +164,7 @@ def _fused_attention(q: Tensor, k: Tensor, v: Tensor, *, efficient: bool) -> Ten
         else:  # flash_api.cpp, mha_bwd: softmax_d and dq_accum, in whole tiles
             c.sums = machine.empty((b, h, LETTER["T_128"]), FLOAT32)
             c.accumulated = machine.empty((b, LETTER["T_128"], h, LETTER["e_32"]), FLOAT32)
-        _attention_kernel("flash_attention_backward", (grad, *c.saved), (c.dq, c.dk, c.dv), products=5, again=1)
+        _attention_kernel("flash_attention_backward", (grad, *c.saved[:5]), (c.dq, c.dk, c.dv), products=5, again=1)
         return [c.take("dq"), c.take("dk"), c.take("dv")]
 
     node = record("ScaledDotProductFlashAttentionBackward0", (q, k, v), backward, (q, k, v))
@@ -173,10 +176,23 @@ def _fused_attention(q: Tensor, k: Tensor, v: Tensor, *, efficient: bool) -> Ten
         if q.dtype.itemsize < FLOAT32.itemsize:  # the tile of scores in the inputs' dtype, to multiply with v
             machine.empty((n, s, w), q.dtype).discard()
         tile.drop()
+    state = _generator_state(machine, drops=drops) if machine.device == "cuda" and not efficient else ()
     _attention_kernel("flash_attention", (q, k, v), (out, lse), products=2)
-    attach(node, out, lse, save=(out, lse))
-    lse.discard()
+    attach(node, out, lse, *state, save=(out, lse, *state))
+    for x in (lse, *state):
+        x.discard()
     return out
+
+
+def _generator_state(machine: Machine, *, drops: bool) -> tuple[Tensor, Tensor]:
+    """`rng_state` and `_unused` of flash_api.cpp's mha_fwd; with dropout the first is made anew."""
+    state, unused = machine.empty((2 * ONE,), UINT64), machine.empty((), UINT64)
+    if drops:
+        state.hold()
+        again = machine.empty((2 * ONE,), UINT64)
+        state.drop()
+        return again, unused
+    return state, unused
 
 
 def _heads_inside(x: Tensor) -> Tensor:

@@ -163,7 +163,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, recipe: Recipe)
     if recipe.attention == "math":
         return attention_math(q, k, v, drops=recipe.dropout)
     if mask is None:
-        return scaled_dot_product_attention(q, k, v, efficient=recipe.attention == "efficient")
+        return scaled_dot_product_attention(q, k, v, drops=recipe.dropout, efficient=recipe.attention == "efficient")
     with arguments((q, k, v, mask)) as results, Locals() as names:
         names.scores = matmul(q, transpose(k, -2, -1))
         names.scores = ops.mul_number(names.scores)
