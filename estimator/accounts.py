@@ -15,7 +15,7 @@ from estimator.models.layers import Recipe
 from estimator.peak import Piece, peak_pieces
 from estimator.polynomials import Polynomials
 from estimator.symbols import SYMBOLS
-from estimator.trace import Trace, total, trace
+from estimator.trace import Trace, executed_blocks, total, trace
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -102,12 +102,13 @@ class Values(Forms):
 
 
 @lru_cache(maxsize=64)
-def _account(recipe: Recipe, shapes: ShapeClass, general: ShapeClass, device: str, layers: int) -> Account:
-    letter = LETTER["L"] if layers == 3 else layers * ONE
-    traced = trace(recipe, shapes, device, layers)
+def _account(recipe: Recipe, shapes: ShapeClass, general: ShapeClass, device: str, executed: int) -> Account:
+    traced = trace(recipe, shapes, device, executed)
+    letter = LETTER["L"] if traced.repeats else executed * ONE
     whole, parts = _forms(traced, letter)
-    if shapes != general or layers != 3:
-        common, common_parts = _forms(trace(recipe, general, device, 3), LETTER["L"])
+    if shapes != general or not traced.repeats:
+        unit = recipe.checkpoint_every
+        common, common_parts = _forms(trace(recipe, general, device, 3 * unit + executed % unit), LETTER["L"])
         to = {**shapes.letters, "L": letter}
         whole = _restored(whole, common, shapes, to)
         parts = {name: _restored(form, common_parts[name], shapes, to) for name, form in parts.items()}
@@ -144,6 +145,7 @@ def recipe_of(m: ModelConfig, p: Plan, device: str) -> Recipe:
         dropout=p.dropout > 0,
         loss=p.loss,
         checkpointing=p.checkpointing,
+        checkpoint_every=p.checkpoint_every,
         optimizer=p.optimizer,
         optimizer_impl=p.implementation(device),
         clips=p.max_grad_norm is not None,
@@ -155,7 +157,7 @@ def recipe_of(m: ModelConfig, p: Plan, device: str) -> Recipe:
 def account_at(recipe: Recipe, sizes: Mapping[str, int], device: str) -> Account:
     """The account of the shape class that `sizes` are in."""
     shapes, general = ShapeClass.at(recipe.family, sizes), ShapeClass.general(sizes)
-    return _account(recipe, shapes, general, device, min(sizes["L"], 3))
+    return _account(recipe, shapes, general, device, int(executed_blocks(sizes["L"], recipe.checkpoint_every)))
 
 
 _RESIDENT = {
@@ -305,4 +307,4 @@ class Account:
         rows |= {(form, name): getattr(part, form) for name, part in self.modules.items() for form in FORMS}
         rows |= {("live", i): piece.live for i, piece in enumerate(self.pieces)}
         rows |= {(c, i): size for i, piece in enumerate(self.pieces) for c, size in piece.categories.items()}
-        return Polynomials(rows)
+        return Polynomials(rows, denominator=self.recipe.checkpoint_every)

@@ -61,8 +61,11 @@ def choices() -> dict[str, tuple[str, ...]]:
 def single_changes(plan: Plan) -> Iterator[dict[str, Any]]:
     """Every single change of `plan`: another name for a field, or half the micro-batch with twice the accumulation."""
     for name, names in choices().items():
-        yield from ({name: other} for other in names if other != getattr(plan, name))
+        others = [{name: other} for other in names if other != getattr(plan, name)]
+        yield from (x | {"checkpoint_every": 1} if x.get("checkpointing") == "none" else x for x in others)
     yield from ({f.name: not getattr(plan, f.name)} for f in fields(plan) if isinstance(getattr(plan, f.name), bool))
+    if plan.checkpointing != "none":
+        yield {"checkpoint_every": 1 if plan.checkpoint_every > 1 else 2}
     if plan.batch_size % 2 == 0:
         yield {"batch_size": plan.batch_size // 2, "grad_accumulation": plan.grad_accumulation * 2}
 

@@ -13,7 +13,7 @@ FAMILIES = ("gpt2", "llama")
 PRECISIONS = ("fp32", "tf32", "bf16", "bf16-mixed", "fp16-mixed", "bf16-master")
 ATTENTIONS = ("naive", "naive-fp32", "sdpa", "sdpa-math", "sdpa-flash", "sdpa-efficient")
 LOSSES = ("bundled", "torch", "torch-fp32", "chunked")
-CHECKPOINTINGS = ("none", "block", "attention")
+CHECKPOINTINGS = ("none", "block", "attention", "selective")
 # The implementations of each optimizer; "auto" is the first, on CUDA foreach in place of loop.
 OPTIMIZERS = {
     "adamw": ("loop", "foreach", "fused", "bundled"),
@@ -187,7 +187,9 @@ class Plan:
             as they come); "torch-fp32" (of the logits in float32) or "chunked" (the trainer's own, with the head in
             it: an eighth of the logits at a time, their gradients along with them).
         checkpointing: "none"; "block": each block under `torch.utils.checkpoint`, non-reentrant; "attention": each
-            block's attention, its norm not included.
+            block's attention, its norm not included; "selective": each block, but what its linear layers and its fused
+            attention computed is kept (`create_selective_checkpoint_contexts`, with torchtitan's choice of operators).
+        checkpoint_every: n, of the blocks only the n-th, the 2 n-th and so on are checkpointed.
         optimizer: "adamw", "adam", "sgd" (no momentum), "sgd-momentum", "lion", "muon" (`torch.optim.Muon` for the
             blocks' matrices, AdamW for all else), "adafactor" or "adamw-8bit" (a byte an element for each moment of a
             matrix, in blocks of 256 with a scale).
@@ -213,6 +215,7 @@ class Plan:
     dropout: float = 0.0
     loss: str = "bundled"
     checkpointing: str = "none"
+    checkpoint_every: int = 1
     optimizer: str = "adamw"
     optimizer_impl: str = "auto"
     grad_accumulation: int = 1
@@ -250,6 +253,12 @@ class Plan:
         if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate < 1:
             raise ConfigError(f"dropout = {rate!r}: must be a number of at least 0 and below 1")
         choose("checkpointing", self.checkpointing, CHECKPOINTINGS)
+        put(self, "checkpoint_every", positive_int("checkpoint_every", self.checkpoint_every))
+        if self.checkpointing == "none" and self.checkpoint_every > 1:
+            raise ConfigError(
+                f"checkpoint_every = {self.checkpoint_every}: checkpointing is 'none'; allowed with "
+                f"{', '.join(CHECKPOINTINGS[1:])}"
+            )
         choose("optimizer", self.optimizer, OPTIMIZERS)
         choose("optimizer_impl", self.optimizer_impl, OPTIMIZER_IMPLS)
         own = OPTIMIZERS[self.optimizer]

@@ -16,7 +16,7 @@ from estimator.eager.ledger import Category, Gemm, Phase
 from estimator.eager.sizes import NAMES, ONE, ZERO
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -65,7 +65,7 @@ TOTALS = ("parameters", "parameter_bytes", "gradient_bytes")
 @lru_cache(maxsize=64)
 def table(account: Account, variant: Variant = EAGER) -> Table:
     """The kernels of a step of `account`, run as `variant` says."""
-    counts: dict[Row, tuple[int, int]] = {}  # launches are constant + slope x (L - 2)
+    counts: dict[Row, tuple[int, int]] = {}  # launches are constant + slope x repetitions
     recipe = account.recipe
     listed = account.device == "cuda" and recipe.optimizer_impl in ("foreach", "fused")
     for each, block in _rows(account.traced, variant):
@@ -74,7 +74,8 @@ def table(account: Account, variant: Variant = EAGER) -> Table:
         before = counts.get(row, (0, 0))
         counts[row] = before[0] + constant, before[1] + slope
     totals = {name: getattr(account.forms, name) for name in TOTALS}
-    return Table(list(counts), list(counts.values()), totals, checkpointed=recipe.checkpointing != "none")
+    every = recipe.checkpoint_every if recipe.checkpointing != "none" else None
+    return Table(list(counts), list(counts.values()), totals, account.traced.repetitions, every)
 
 
 def _rows(traced: Trace, variant: Variant) -> Iterator[tuple[Row, int | None]]:
@@ -153,14 +154,20 @@ class Table:
         rows: what differs between launches.
         kind, phase, width: of each row, its kind, its phase, bytes of an element of its factors.
         flash, backward, gemm: of each row, whether it is a fused attention, such a one's backward, any other product.
-        checkpointed: the step recomputes blocks.
+        checkpoint_every: of the blocks every so many-th is recomputed; None where none is.
     """
 
     def __init__(
-        self, rows: Sequence[Row], times: Sequence[tuple[int, int]], totals: Mapping[str, Size], *, checkpointed: bool
+        self,
+        rows: Sequence[Row],
+        times: Sequence[tuple[int, int]],
+        totals: Mapping[str, Size],
+        repetitions: Callable[[Any], Any],
+        checkpoint_every: int | None,
     ) -> None:
         self.rows = tuple(rows)
-        self.checkpointed = checkpointed
+        self.checkpoint_every = checkpoint_every
+        self._repetitions = repetitions
         self.kind = np.array([row.kind for row in rows])
         self.phase = np.array([row.phase for row in rows])
         self.width = np.array([row.width for row in rows])
@@ -201,7 +208,7 @@ class Table:
         """(rows, points): how often each row is launched in an optimizer step."""
         constant, slope = self._times.T
         layers, micro_batches = (np.atleast_1d(np.asarray(x, dtype=np.float64)) for x in (layers, micro_batches))
-        times = constant[:, None] + slope[:, None] * (layers - 2)
+        times = constant[:, None] + slope[:, None] * self._repetitions(layers)
         return times * np.where(self._later[:, None], micro_batches - 1, 1.0)
 
     def slower(self, factors: Mapping[str, float]) -> NDArray[np.float64]:

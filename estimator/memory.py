@@ -62,15 +62,17 @@ class Timeline:
         labels = np.array([-1 if e.where.block is None else e.where.block for e in traced.ledger.events])[self.event]
         if not traced.repeats:
             return labels
-        turn = np.zeros(len(self), dtype=np.int64)  # how many times this event of the middle block has come before
+        middle = np.isin(labels, traced.middle_blocks)
+        turn = np.zeros(len(self), dtype=np.int64)  # how many times this event of the middle unit has come before
         seen: dict[int, int] = {}
         phases = [traced.ledger.events[i].where.phase for i in self.event]
-        for at in np.flatnonzero(labels == 1):
+        for at in np.flatnonzero(middle):
             turn[at] = seen.get(int(self.event[at]), 0)
             seen[int(self.event[at])] = int(turn[at]) + 1
         backward = np.array([phase.value == "backward" for phase in phases])
-        middle = np.where(backward, self.num_layers - 2 - turn, 1 + turn)
-        return np.where(labels == 1, middle, np.where(labels == 2, self.num_layers - 1, labels))
+        turn = np.where(backward, traced.repetitions(self.num_layers) - 1 - turn, turn)
+        last = labels >= traced.middle_blocks.stop
+        return labels + np.where(middle, turn * traced.unit, np.where(last, self.num_layers - traced.executed, 0))
 
     def where(self, index: int) -> Where:
         """Phase, module, block and operator of an event."""
@@ -210,4 +212,4 @@ def rounded_peak(account: Account, sizes: Mapping[str, int], granule: int = GRAN
     traced = account.traced
     constant, slope = traced.moment_counts
     size = traced.class_bytes(sizes, granule)
-    return int((constant @ size + (sizes["L"] - 2) * (slope @ size)).max())
+    return int((constant @ size + traced.repetitions(sizes["L"]) * (slope @ size)).max())

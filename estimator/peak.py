@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from estimator.eager.sizes import BLOCKS, INDEX, LETTER, NAMES, ONE, SHARES, TILES, ZERO, Size, evaluate
+from estimator.eager.sizes import BLOCKS, INDEX, LETTER, NAMES, ONE, SHARES, TILES, ZERO, Size
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -47,16 +47,12 @@ def peak_pieces(trace: Trace, shapes: ShapeClass, layers: Size) -> tuple[Piece, 
     """
     monomials, coefficients, moments = _polynomials(trace, layers)
     kept: list[int] = []
-    shifted = coefficients @ _shift_matrix(monomials, shapes, floor=_least_layers(layers))
+    shifted = coefficients @ _shift_matrix(monomials, shapes, floor=trace.executed)
     for i in np.argsort(-shifted.sum(1, dtype=np.float64), kind="stable"):
         if not any(bool((shifted[k] >= shifted[i]).all()) for k in kept):
             kept = [k for k in kept if not bool((shifted[i] >= shifted[k]).all())]
             kept.append(int(i))
     return tuple(_piece(trace, moments[i], layers) for i in kept)
-
-
-def _least_layers(layers: Size) -> int:
-    return 3 if layers == LETTER["L"] else evaluate(layers, {})
 
 
 def _polynomials(trace: Trace, layers: Size) -> tuple[list[Monomial], NDArray[np.int64], list[Moment]]:
@@ -66,12 +62,13 @@ def _polynomials(trace: Trace, layers: Size) -> tuple[list[Monomial], NDArray[np
     moments = [trace.moments[i] for i in np.sort(first)]
     sizes = [n for n, _ in trace.classes]
     index: dict[Monomial, int] = {}
+    times = trace.repetitions(layers)
     columns = [[(index.setdefault(x, len(index)), c) for x, c in p.terms()] for p in sizes]
-    columns += [[(index.setdefault(x, len(index)), c) for x, c in (p * (layers - 2)).terms()] for p in sizes]
+    columns += [[(index.setdefault(x, len(index)), c) for x, c in (p * times).terms()] for p in sizes]
     matrix = np.zeros((len(columns), len(index)), dtype=np.int64)
     for row, terms in enumerate(columns):
         for column, coefficient in terms:
-            matrix[row, column] = int(coefficient)
+            matrix[row, column] = int(coefficient * trace.unit)  # whole, and no different to compare
     rows = np.array([np.concatenate((m.constant, m.slope)) for m in moments])
     coefficients, first = np.unique(rows @ matrix, axis=0, return_index=True)
     return list(index), coefficients, [moments[i] for i in first]
@@ -110,6 +107,6 @@ def _piece(trace: Trace, moment: Moment, layers: Size) -> Piece:
     categories: dict[Category, Size] = {}
     for (size, category), constant, slope in zip(trace.classes, moment.constant, moment.slope, strict=True):
         if constant or slope:
-            part = int(constant) * size + int(slope) * size * (layers - 2)
+            part = int(constant) * size + int(slope) * size * trace.repetitions(layers)
             categories[category] = categories.get(category, ZERO) + part
     return Piece(sum(categories.values(), ZERO), moment.where, categories)

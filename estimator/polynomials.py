@@ -15,12 +15,14 @@ if TYPE_CHECKING:
 
 
 class Polynomials:
-    """Named polynomials over one table of monomials."""
+    """Named polynomials over one table of monomials; their coefficients are multiples of 1 / `denominator`."""
 
-    def __init__(self, rows: Mapping[tuple[Any, ...], Size]) -> None:
+    def __init__(self, rows: Mapping[tuple[Any, ...], Size], denominator: int = 1) -> None:
         index: dict[tuple[int, ...], int] = {}
+        self._denominator = denominator
         self._rows = {
-            key: [(index.setdefault(x, len(index)), int(c)) for x, c in p.terms() if c] for key, p in rows.items()
+            key: [(index.setdefault(x, len(index)), int(c * denominator)) for x, c in p.terms() if c]
+            for key, p in rows.items()
         }
         self._monomials = [[(n, e) for n, e in zip(NAMES, x, strict=True) if e] for x in index]
 
@@ -36,7 +38,7 @@ class Polynomials:
 
     def value(self, key: tuple[Any, ...], point: Sequence[int]) -> int:
         """A polynomial's exact value, given `at` the point."""
-        return sum(c * point[i] for i, c in self._rows[key])
+        return sum(c * point[i] for i, c in self._rows[key]) // self._denominator
 
     def letters(self, keys: Sequence[tuple[Any, ...]]) -> set[str]:
         """The letters that occur in the polynomials `keys`."""
@@ -80,7 +82,7 @@ class Polynomials:
                 for name, exponent in letters:
                     for _ in range(exponent):
                         monomial *= arrays[name][start:stop]
-            out[start:stop] = (matrix @ table[:, : stop - start]).max(0)
+            out[start:stop] = (matrix @ table[:, : stop - start]).max(0) / self._denominator
         return out
 
 

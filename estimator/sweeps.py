@@ -13,6 +13,7 @@ from estimator.costs import JOULES_PER_KILOWATT_HOUR, SECONDS_PER_HOUR, cost
 from estimator.eager.sizes import ShapeClass, derived_letters
 from estimator.hardware import accelerator
 from estimator.speed import times
+from estimator.trace import executed_blocks
 from estimator.vectorised import VectorisedPeak
 
 if TYPE_CHECKING:
@@ -183,7 +184,7 @@ def _seconds(
     at: dict[Any, list[int]] = {}
     for i in range(len(sequences)):
         here = {name: int(x[i]) for name, x in every.items()}
-        alike = (ShapeClass.at(request.model.family, here), min(here["L"], 3))
+        alike = (ShapeClass.at(request.model.family, here), int(executed_blocks(here["L"], p.checkpoint_every)))
         at.setdefault((int(micro_batches[i]), int(count[i]), alike), []).append(i)
     out = np.empty(len(sequences))
     for (turns, accelerators, _), points in at.items():

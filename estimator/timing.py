@@ -220,8 +220,8 @@ def busy(
         lists = shape["listed"][here]
         count = (launches[here] * np.where(lists > 0, lists / LISTED, 1)).sum(0)
         device = kernels + e.gap * count
-        if table.checkpointed and phase is Phase.BACKWARD:
-            device = device + e.checkpoint * np.asarray(layers) * np.asarray(micro_batches)
+        if table.checkpoint_every is not None and phase is Phase.BACKWARD:
+            device = device + e.checkpoint * (np.asarray(layers) // table.checkpoint_every) * np.asarray(micro_batches)
         host = e.host * count
         phases[phase] = np.maximum(device, host) if e.asynchronous else device + host
         launch = launch + phases[phase] - kernels

@@ -2,15 +2,17 @@
 
 Blocks are alike, so the ledger of a model with three of them says everything about one with L: what the first block
 does happens once, what the last does happens once, and what the middle one does happens L - 2 times in a row. (Models
-of one or two blocks are run as they are.) A `Trace` holds the ledger as arrays of counts over *size classes*, the few
-dozen different (bytes, category) of storages, from which live bytes follow exactly, as polynomials or as numbers.
+of one or two blocks are run as they are.) Where only every n-th block is checkpointed, n blocks are alike n others:
+they are the unit that repeats, and the last may be longer. A `Trace` holds the ledger as arrays of counts over *size
+classes*, the few dozen different (bytes, category) of storages, from which live bytes follow exactly, as polynomials
+or as numbers.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -27,19 +29,22 @@ if TYPE_CHECKING:
     from estimator.eager.sizes import ShapeClass, Size
     from estimator.models.layers import Recipe
 
-MIDDLE = 1  # of the blocks 0, 1, 2 the one that stands for all between the first and the last
+
+def executed_blocks(num_layers: Any, unit: int) -> Any:
+    """How many blocks tell the whole story: three units and what does not fill one, or all; a number or an array."""
+    return np.minimum(num_layers, 3 * unit + num_layers % unit)
 
 
 @lru_cache(maxsize=8)  # each is megabytes; accounts keep theirs
-def trace(recipe: Recipe, shapes: ShapeClass, device: str, num_layers: int) -> Trace:
-    """The trace of a step with `num_layers` blocks, of which more than three are three with a repeated middle."""
-    executed = min(num_layers, 3)
-    return Trace(run_step(recipe, shapes, device, executed), repeats=executed == 3)
+def trace(recipe: Recipe, shapes: ShapeClass, device: str, executed: int) -> Trace:
+    """The trace of a step of which `executed` blocks are run: the middle one of three whole units repeats."""
+    unit = recipe.checkpoint_every
+    return Trace(run_step(recipe, shapes, device, executed), repeats=executed >= 3 * unit, unit=unit)
 
 
 @dataclass(frozen=True)
 class Moment:
-    """An allocation at which live bytes may peak, as counts over size classes: constant + (L - 2) x slope."""
+    """An allocation at which live bytes may peak, as counts over size classes: constant + repetitions x slope."""
 
     where: Where
     constant: NDArray[np.int32]
@@ -47,17 +52,22 @@ class Moment:
 
 
 class Trace:
-    """A ledger as arrays. `repeats` says whether block 1 stands for L - 2 blocks.
+    """A ledger as arrays. `repeats` says whether the second unit of blocks stands for all between first and last.
 
     Attributes:
+        unit: blocks of a unit.
+        middle_blocks: those of the second unit.
+        executed: blocks that the ledger has.
         classes: (bytes, category) of each size class.
         step: index of the first event after the setup.
         klass, sign: of each event, the size class and +1 or -1.
         middle: of each event, whether it happens once in every middle block.
     """
 
-    def __init__(self, ledger: Ledger, *, repeats: bool) -> None:
-        self.ledger, self.repeats = ledger, repeats
+    def __init__(self, ledger: Ledger, *, repeats: bool, unit: int = 1) -> None:
+        self.ledger, self.repeats, self.unit = ledger, repeats, unit
+        self.middle_blocks = range(unit, 2 * unit) if repeats else range(0)
+        self.executed = 1 + max(e.where.block for e in ledger.events if e.where.block is not None)
         index: dict[tuple[Size, Category], int] = {}
         self.klass = np.array(
             [index.setdefault((e.storage.nbytes, e.storage.category), len(index)) for e in ledger.events], dtype=np.intp
@@ -68,7 +78,7 @@ class Trace:
         self.middle = self._middle()
 
     def _middle(self) -> NDArray[np.bool_]:
-        """Which events belong to the middle block, with what happens between it and the next (a name is rebound)."""
+        """Which events belong to the middle unit, with what happens between it and the next (a name is rebound)."""
         blocks: list[int | None] = [e.where.block for e in self.ledger.events]
         phases = [e.where.phase for e in self.ledger.events]
         after: list[int | None] = [None] * len(blocks)
@@ -87,7 +97,7 @@ class Trace:
                 current = block
             elif after[i] is None:
                 current = None
-            middle[i] = self.repeats and current == MIDDLE
+            middle[i] = current in self.middle_blocks
         return middle
 
     @cached_property
@@ -110,9 +120,9 @@ class Trace:
     def _moments(self) -> tuple[list[Where], NDArray[np.int32], NDArray[np.int32]]:
         """Every allocation of the step that is followed by a free, with the counts alive after it.
 
-        Live bytes change by the same amount from each middle block to the next, so of a middle block's event only the
+        Live bytes change by the same amount from each middle unit to the next, so of a middle unit's event only the
         first and the last repetition can be the greatest: two moments. Where they change by that amount from the first
-        block to the middle and from the middle to the last as well, one of those two is greater: none.
+        unit to the middle and from the middle to the last as well, one of those two is greater: none.
         """
         deltas = np.zeros((len(self.sign), len(self.classes)), dtype=np.int32)  # what each event adds to the counts
         deltas[np.arange(len(self.sign)), self.klass] = self.sign
@@ -158,10 +168,10 @@ class Trace:
         return {at: key for key, at in self._positions.items()}
 
     def _partners(self, i: int) -> tuple[int, int]:
-        """The events of the first and the last block that are event i of the middle one; i where there is none."""
+        """The events of the first and the last unit that are event i of the middle one; i where there is none."""
         phase, block, ordinal = self._places[i]
-        assert block == MIDDLE
-        ends = (self._positions.get((phase, end, ordinal), i) for end in (0, 2))
+        assert block is not None
+        ends = (self._positions.get((phase, block + step, ordinal), i) for step in (-self.unit, self.unit))
         first, last = (at if self.ledger.events[at].where.op == self.ledger.events[i].where.op else i for at in ends)
         return first, last
 
@@ -175,28 +185,32 @@ class Trace:
             return np.arange(len(self.sign))
         pieces, last = [], 0
         for start, end in self.segments:
-            pieces += [np.arange(last, start), np.tile(np.arange(start, end), num_layers - 2)]
+            pieces += [np.arange(last, start), np.tile(np.arange(start, end), self.repetitions(num_layers))]
             last = end
         return np.concatenate([*pieces, np.arange(last, len(self.sign))])
 
+    def repetitions(self, layers: Any) -> Any:
+        """How often the middle unit happens in a model of so many layers: a number, an array or a polynomial."""
+        return (layers - self.executed % self.unit) // self.unit - 2
+
     def times(self, block: int | None) -> tuple[int, int]:
-        """How often what block `block` does happens, as (constant, slope) of constant + slope x (L - 2)."""
-        return (0, 1) if self.repeats and block == MIDDLE else (1, 0)
+        """How often what block `block` does happens, as (constant, slope) of constant + slope x repetitions."""
+        return (0, 1) if block in self.middle_blocks else (1, 0)
 
     def named(self, where: Where, num_layers: int) -> Where:
-        """`where` in a model of `num_layers`: the last block's name is its index there."""
-        if not self.repeats or where.block != MIDDLE + 1:
+        """`where` in a model of `num_layers`: the last unit's blocks have their index there."""
+        if not self.repeats or where.block is None or where.block < self.middle_blocks.stop:
             return where
-        last = num_layers - 1
-        return where._replace(block=last, module=where.module.replace(f"blocks.{where.block}", f"blocks.{last}", 1))
+        index = num_layers - self.executed + where.block
+        return where._replace(block=index, module=where.module.replace(f"blocks.{where.block}", f"blocks.{index}", 1))
 
 
 def total(trace: Trace, terms: Sequence[tuple[int | None, Size]], layers: Size) -> Size:
     """The sum of (block, size) terms over all blocks; `layers` is the number of blocks, a letter or a number."""
     once = repeated = ZERO
     for block, size in terms:
-        if trace.times(block) == (0, 1):
+        if block in trace.middle_blocks:
             repeated = repeated + size
         else:
             once = once + size
-    return once + repeated * (layers - 2)
+    return once + repeated * trace.repetitions(layers)

@@ -10,6 +10,7 @@ import numpy as np
 from estimator.accounts import GEOMETRY, account_at
 from estimator.config import ConfigError, choose
 from estimator.eager.sizes import cpu_threads, derived_letters, row_counts
+from estimator.trace import executed_blocks
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -73,11 +74,12 @@ class VectorisedPeak:
 
     def _codes(self, sizes: dict[str, Any]) -> NDArray[np.int64]:
         """A number for each point that tells its shape class (`ShapeClass.at`) and its layers from all others."""
-        facts = [sizes[name] == 1 for name in "BTdhkefVCL"]
-        facts += [sizes["e"] == 2, sizes["L"] == 2, sizes["k"] == sizes["h"], sizes["h"] * sizes["e"] == sizes["d"]]
+        facts = [sizes[name] == 1 for name in "BTdhkefVC"]
+        facts += [sizes["e"] == 2, sizes["k"] == sizes["h"], sizes["h"] * sizes["e"] == sizes["d"]]
         facts += [rows % sizes["D"] != 0 for rows in row_counts(sizes).values()]
         code: Any = np.zeros(1, dtype=np.int64)
         for bit, fact in enumerate(facts):
             if np.any(fact):
                 code = code | (np.asarray(fact, dtype=np.int64) << bit)
+        code = code | (np.asarray(executed_blocks(sizes["L"], self.recipe.checkpoint_every)) << len(facts))
         return np.atleast_1d(np.asarray(code))

@@ -35,7 +35,7 @@ def models(draw: st.DrawFn) -> ModelConfig:
     """Both families, edges of 1 among the sizes."""
     heads = draw(st.sampled_from([1, 2, 4]))
     layers, vocab, context = (
-        draw(st.integers(1, 5)),
+        draw(st.integers(1, 8)),
         draw(st.sampled_from([1, 17, 101])),
         draw(st.sampled_from([1, 6, 13])),
     )
@@ -53,7 +53,9 @@ def models(draw: st.DrawFn) -> ModelConfig:
 
 def check(data: st.DataObject, **recipe: object) -> None:
     m = data.draw(models())
+    every = data.draw(st.integers(1, 3)) if recipe.get("checkpointing", "none") != "none" else 1
     p = Plan(
+        checkpoint_every=every,
         batch_size=data.draw(st.integers(1, 3)),
         seq_len=data.draw(st.integers(1, m.context_length)),
         grad_accumulation=data.draw(st.integers(1, 3)),

@@ -40,6 +40,8 @@ REAL = [
     (TIED, {"sharding": "zero2", "loss": "chunked", "precision": "bf16", "optimizer": "sgd"}),
     (WORDS, {"sharding": "zero3", "loss": "chunked", "precision": "bf16-mixed", "grad_accumulation": 2}),
     (LLAMA, {"sharding": "zero3", "loss": "chunked", "checkpointing": "block", "optimizer": "sgd"}),
+    (GPT2, {"sharding": "zero3", "checkpointing": "selective", "checkpoint_every": 2}),
+    (LLAMA, {"sharding": "none", "checkpointing": "selective", "optimizer": "sgd"}),
 ]
 
 

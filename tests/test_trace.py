@@ -13,7 +13,7 @@ from estimator.eager.ledger import Phase
 from estimator.eager.sizes import ShapeClass, sizes_of
 from estimator.memory import rounded_peak, timeline
 from estimator.step import run_step
-from estimator.trace import Trace
+from estimator.trace import Trace, trace
 
 GPT2 = ModelConfig("gpt2", 7, 48, 4, 101, 32)
 LLAMA = ModelConfig("llama", 7, 40, 4, 101, 32, 2, 6, 33, qkv_bias=True)
@@ -37,6 +37,22 @@ def test_three_blocks_repeated_are_seven_blocks_event_by_event(m):
         repeated = Trace(run_step(recipe, shapes, "cpu", 3), repeats=True)
         whole = Trace(run_step(recipe, shapes, "cpu", 7), repeats=False)
         assert events_of(repeated, repeated.expand(7)) == events_of(whole, whole.expand(7)), p
+
+
+@pytest.mark.parametrize("m", [GPT2, LLAMA], ids=lambda m: m.family)
+@pytest.mark.parametrize(("every", "layers"), [(2, 11), (3, 15)])
+@pytest.mark.parametrize("checkpointing", ["block", "selective"])
+def test_units_of_which_one_block_is_checkpointed_repeat_event_by_event(m, every, layers, checkpointing):
+    m = m.replace(num_layers=layers)
+    p = Plan(batch_size=3, seq_len=9, checkpointing=checkpointing, checkpoint_every=every, grad_accumulation=2)
+    recipe, shapes = recipe_of(m, p, "cpu"), ShapeClass.at(m.family, sizes_of(m, 3, 9))
+    repeated = trace(recipe, shapes, "cpu", 3 * every + layers % every)
+    whole = Trace(run_step(recipe, shapes, "cpu", layers), repeats=False)
+    assert events_of(repeated, repeated.expand(layers)) == events_of(whole, whole.expand(layers))
+    sizes = sizes_of(m, 3, 9)
+    line, all_of_it = timeline(account(m, p, "cpu"), sizes), [e.where.block for e in whole.ledger.events[whole.step :]]
+    assert list(line.blocks) == [-1 if block is None else block for block in all_of_it]
+    assert {account(m, p, "cpu").values(sizes).peak_where.block} <= {None, *range(layers)}
 
 
 @pytest.mark.parametrize("m", [GPT2, LLAMA, GPT2.replace(num_layers=1), LLAMA.replace(num_layers=2)], ids=str)

@@ -177,6 +177,7 @@ def test_resuming_a_finished_run_does_nothing(corpus, tmp_path):
         {"optimizer_impl": "fused"},
         {"attention": "naive"},
         {"checkpointing": "block"},
+        {"checkpointing": "selective"},
         {"attention": "naive-fp32"},
         {"attention": "sdpa-math"},
         {"attention": "sdpa-flash"},

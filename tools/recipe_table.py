@@ -23,6 +23,8 @@ RECIPES = {
     "bf16, F.cross_entropy of fp32 logits": {"precision": "bf16", "loss": "torch-fp32"},
     "bf16, chunked loss": {"precision": "bf16", "loss": "chunked"},
     "bf16, checkpointing each block": {"precision": "bf16", "checkpointing": "block"},
+    "bf16, checkpointing every second block": {"precision": "bf16", "checkpointing": "block", "checkpoint_every": 2},
+    "bf16, selective checkpointing": {"precision": "bf16", "checkpointing": "selective"},
     "bf16, checkpointing, SGD with momentum": {
         "precision": "bf16",
         "checkpointing": "block",

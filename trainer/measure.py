@@ -7,6 +7,7 @@ step as it runs; any TorchDispatchMode would change what autograd does and read 
 
 from __future__ import annotations
 
+import gc
 import math
 import statistics
 import time
@@ -18,6 +19,8 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
 from estimator.config import ConfigError
@@ -264,10 +267,12 @@ def _count_micro_batch(step: Step) -> tuple[int, int, int, int]:
         storage = t.untyped_storage()
         if storage._cdata not in resident:  # noqa: SLF001 - the storage's identity
             kept[storage._cdata] = storage.nbytes()  # noqa: SLF001 - the storage's identity
-        return t
+        return t.detach()  # a result that its own node keeps would never be freed
 
     with saved_tensors_hooks(pack, lambda t: t):
         loss = step.forward()
+    for t in kept_by_selective_checkpoints():
+        pack(t)
     saved = sum(kept.values())
     step.model.zero_grad()
     with FlopCounterMode(display=False) as forward:
@@ -277,6 +282,15 @@ def _count_micro_batch(step: Step) -> tuple[int, int, int, int]:
     gradients = nbytes(step.gradients())
     step.model.zero_grad()
     return saved, forward.get_total_flops(), gradients, backward.get_total_flops()
+
+
+def kept_by_selective_checkpoints() -> Iterator[Tensor]:
+    """The results that selective checkpoints hold for their recomputation, which no hook is told of."""
+    recomputation = type(create_selective_checkpoint_contexts([])[1])  # type: ignore[no-untyped-call]
+    for mode in gc.get_objects():
+        if type(mode) is recomputation:  # isinstance would wake lazy modules
+            held = (getattr(x, "val", None) for x in tree_leaves(dict(mode.storage)))
+            yield from (x for x in held if isinstance(x, torch.Tensor))
 
 
 @contextmanager

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 from trainer.loss import chunked_cross_entropy
 
@@ -32,6 +33,20 @@ KERNELS = {  # "sdpa" leaves the choice to PyTorch
     "sdpa-math": SDPBackend.MATH,
     "sdpa-flash": SDPBackend.FLASH_ATTENTION,
     "sdpa-efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+# What a selective checkpoint keeps, as torchtitan does: the linear layers' products and the fused attention's results.
+KEPT = [
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,  # noqa: SLF001 - the operators' names
+    torch.ops.aten._scaled_dot_product_flash_attention.default,  # noqa: SLF001
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,  # noqa: SLF001
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,  # noqa: SLF001
+]
+# By `Plan.checkpointing`, the contexts of a block's forward and of its recomputation.
+RECOMPUTED: dict[str, Callable[[], Any]] = {
+    "block": noop_context_fn,
+    "selective": partial(create_selective_checkpoint_contexts, KEPT),
 }
 INIT_STD = 0.02  # Radford et al. 2019, GPT-2; residual projections are scaled by 1 / sqrt(2 L)
 
@@ -280,7 +295,7 @@ class Transformer(nn.Module):
         self.dropout = nn.Dropout(p.dropout)
         self.build(m, p)
         if p.checkpointing == "attention":
-            for block in self.blocks:
+            for block in self.blocks[p.checkpoint_every - 1 :: p.checkpoint_every]:
                 attention = block.get_submodule("attention")
                 attention.forward = recomputed(attention.forward)
         self.head = Linear(m.d_model, m.vocab_size, bias=False)
@@ -309,11 +324,13 @@ class Transformer(nn.Module):
         """The head's logits (B, T, V); with targets the chunked cross entropy, for which they never exist at once."""
         return self.head(x) if targets_BT is None else chunked_cross_entropy(x, self.head.weight, targets_BT)
 
-    def run_block(self, block: nn.Module, *args: Tensor | KeysAndValues | None) -> Tensor:
-        """`block(*args)`, checkpointed if the plan says so."""
-        if self.plan.checkpointing == "block" and torch.is_grad_enabled():
-            return checkpoint(block, *args, use_reentrant=False)
-        return block(*args)
+    def run_block(self, layer: int, *args: Tensor | KeysAndValues | None) -> Tensor:
+        """Block `layer` of `args`, checkpointed if the plan says so."""
+        block, p = self.blocks[layer], self.plan
+        contexts = RECOMPUTED.get(p.checkpointing)
+        if contexts is None or (layer + 1) % p.checkpoint_every or not torch.is_grad_enabled():
+            return block(*args)
+        return checkpoint(block, *args, use_reentrant=False, context_fn=contexts)
 
 
 def recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -339,8 +356,8 @@ class GPT2(Transformer):
         start = cache[0].length if cache else 0
         x = self.dropout(self.embedding(ids_BT) + self.positions(start, ids_BT.shape[1]))
         mask = self.causal_mask(ids_BT, start)
-        for layer, block in enumerate(self.blocks):
-            x = self.run_block(block, x, mask, cache[layer] if cache else None)
+        for layer in range(len(self.blocks)):
+            x = self.run_block(layer, x, mask, cache[layer] if cache else None)
         return self.logits_or_loss(self.final_norm(x), targets_BT)
 
 
@@ -365,8 +382,8 @@ class Llama(Transformer):
         end = start + ids_BT.shape[1]
         cos, sin = self.cos[start:end, None], self.sin[start:end, None]
         mask = self.causal_mask(ids_BT, start)
-        for layer, block in enumerate(self.blocks):
-            x = self.run_block(block, x, cos, sin, mask, cache[layer] if cache else None)
+        for layer in range(len(self.blocks)):
+            x = self.run_block(layer, x, cos, sin, mask, cache[layer] if cache else None)
         return self.logits_or_loss(self.final_norm(x), targets_BT)
 
 

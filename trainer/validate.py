@@ -23,7 +23,7 @@ from rich.table import Table
 
 from estimator import published
 from estimator.accounts import account
-from estimator.config import LOSSES, PRECISIONS, ConfigError, ModelConfig, Plan
+from estimator.config import CHECKPOINTINGS, LOSSES, PRECISIONS, ConfigError, ModelConfig, Plan
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -105,6 +105,7 @@ def _case(family: str, rng: random.Random, fixed: dict[str, int], turn: int) -> 
     optimizers = (("adamw", "loop"), ("adamw", "foreach"), ("adamw", "fused"), ("adamw", "bundled"), ("sgd", "bundled"))
     optimizer, implementation = optimizers[turn % 5]
     precision = rng.choice(("fp32", "fp32", *(x for x in PRECISIONS if x != "tf32")))  # tf32 differs in time only
+    checkpointing = rng.choice(CHECKPOINTINGS[1:]) if turn // 10 % 2 else "none"
     p = Plan(
         batch_size=B,
         seq_len=T,
@@ -113,7 +114,8 @@ def _case(family: str, rng: random.Random, fixed: dict[str, int], turn: int) -> 
         attention=(("naive", "naive-fp32"), ("sdpa", "sdpa-math"))[turn // 5 % 2][turn // 20 % 2],
         dropout=rng.choice((0.0, 0.0, 0.1)),
         loss=rng.choice(LOSSES),
-        checkpointing=("none", "block")[turn // 10 % 2],
+        checkpointing=checkpointing,
+        checkpoint_every=rng.choice((1, 2)) if checkpointing != "none" else 1,
         optimizer=optimizer,
         optimizer_impl=implementation,
         grad_accumulation=rng.choice((1, 1, 2, 3)),
@@ -126,7 +128,8 @@ def describe(m: ModelConfig, p: Plan) -> str:
     """A case in a line."""
     run = f"B{p.batch_size} T{p.tokens(m)}"
     sizes = f"{run} L{m.num_layers} d{m.d_model} h{m.num_heads} k{m.num_kv_heads} e{m.e} f{m.f}"
-    recipe = f"{p.precision}{' fp32 gradients' if p.fp32_gradients else ''} {p.attention} {p.checkpointing} {p.loss}"
+    recipe = f"{p.precision}{' fp32 gradients' if p.fp32_gradients else ''} {p.attention} {p.checkpointing}"
+    recipe = f"{recipe}{f' every {p.checkpoint_every}' if p.checkpoint_every > 1 else ''} {p.loss}"
     recipe = f"{recipe} {p.optimizer}-{p.optimizer_impl} x{p.grad_accumulation}"
     extra = f"{' dropout' if p.dropout else ''}{' clip' if p.max_grad_norm else ''}"
     return f"{m.family} {sizes} V{m.vocab_size} {recipe}{extra}"

@@ -2,10 +2,13 @@
 
 In forward, saved tensors become holders without memory. The first holder that backward unpacks runs the function again
 with a graph of its own, keeps what that graph would save, and stops at the last one (early stop).
+A selective checkpoint (`create_selective_checkpoint_contexts`) keeps the results of some operators from forward, and
+takes these where it would compute them again.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from typing import TYPE_CHECKING
 
 from estimator.eager.ledger import Category, Phase
@@ -14,6 +17,8 @@ from estimator.eager.tensor import UINT8, Tensor, arguments
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from estimator.eager.tensor import Machine
 
 RNG_STATE_BYTES = 5056  # torch.get_rng_state().nbytes: the CPU generator's (a CUDA generator's state is CPU memory too)
 
@@ -45,13 +50,15 @@ class Holder:
 class Frame:
     """One checkpointed call: its function, the arguments that it saved and, in backward, what it recomputed."""
 
-    def __init__(self, function: Callable[..., Tensor], args: tuple[Tensor | None, ...]) -> None:
+    def __init__(self, function: Callable[..., Tensor], args: tuple[Tensor | None, ...], *, selective: bool) -> None:
         self.machine = next(a for a in args if a is not None).machine
         self.function, self.args = function, args
         self.module, self.block = self.machine.ledger.module, self.machine.ledger.block
         self.holders = 0
         self.packed = 0
         self.tensors: list[Tensor | None] | None = None
+        self.selective = selective
+        self.kept: deque[tuple[Tensor, ...]] = deque()  # results of the operators that a selective one does not repeat
         self.rng_state = self._save_rng_state()
         self.autocast_dtype = self.machine.autocast_dtype
         for a in args:
@@ -102,23 +109,42 @@ class Frame:
         machine.grad_enabled, ledger.recompute = before
 
     def release(self) -> None:
-        """Drop the arguments and the random state."""
+        """Drop the arguments, the random state and what was kept after the last tensor that backward needs."""
         for a in self.args:
             if a is not None:
                 a.drop()
         if self.rng_state is not None:
             self.rng_state.drop()
+        for results in self.kept:
+            for t in results:
+                t.drop()
         self.args, self.rng_state = (), None
+        self.kept.clear()
 
 
-def checkpoint(function: Callable[..., Tensor], *args: Tensor | None) -> Tensor:
+def checkpoint(function: Callable[..., Tensor], *args: Tensor | None, selective: bool = False) -> Tensor:
     """`function(*args)` without its saved tensors, which backward recomputes."""
     with arguments(args) as results:
-        frame = Frame(function, args)
+        frame = Frame(function, args, selective=selective)
         frame.machine.frames.append(frame)
         results.append(function(*args))
         frame.machine.frames.pop()
     return results[0]
+
+
+def not_repeated(machine: Machine, compute: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """The results of an operator that selective checkpoints keep; where one recomputes, what it kept of them."""
+    frame = machine.frames[-1] if machine.frames else None
+    if frame is None or not frame.selective:
+        return compute()
+    if frame.tensors is None:
+        results = compute()
+        frame.kept.append(tuple(save_for_backward(t.alias().hold()) for t in results))
+        return results
+    results = frame.kept.popleft()
+    for t in results:
+        t.owners -= 1
+    return results
 
 
 def pack(t: Tensor) -> Tensor | Holder:

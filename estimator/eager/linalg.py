@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from estimator.eager.autocast import lower
 from estimator.eager.autograd import Context, attach, record
+from estimator.eager.checkpointing import not_repeated
 from estimator.eager.ledger import Gemm
 from estimator.eager.ops import add_in_place
 from estimator.eager.sizes import LETTER, ONE
@@ -25,9 +26,13 @@ def product(name: str, a: Tensor, b: Tensor, *more: Tensor) -> Tensor:
     """One GEMM, (m, k) x (k, n) or (b, m, k) x (b, k, n), into a new contiguous tensor."""
     batch = a.shape[0] if len(a.shape) == 3 else ONE
     m, k, n = a.shape[-2], a.shape[-1], b.shape[-1]
-    out = a.machine.empty((*a.shape[:-1], n), a.dtype)
-    a.machine.kernel(name, (a, b, *more), (out,), gemm=Gemm(batch, m, n, k))
-    return out
+
+    def compute() -> tuple[Tensor]:
+        out = a.machine.empty((*a.shape[:-1], n), a.dtype)
+        a.machine.kernel(name, (a, b, *more), (out,), gemm=Gemm(batch, m, n, k))
+        return (out,)
+
+    return compute()[0] if name == "bmm" else not_repeated(a.machine, compute)[0]
 
 
 def _factors(c: Context) -> tuple[Tensor | None, Tensor | None]:
@@ -168,18 +173,23 @@ def _fused_attention(q: Tensor, k: Tensor, v: Tensor, *, drops: bool, efficient:
         return [c.take("dq"), c.take("dk"), c.take("dv")]
 
     node = record("ScaledDotProductFlashAttentionBackward0", (q, k, v), backward, (q, k, v))
-    out = empty_like(q)
-    lse = machine.empty((b, LETTER["T_32"] if efficient else t, h), FLOAT32)
-    if machine.device == "cpu":  # a tile of scores, its rows' maximum and sum, and a tile of the output
-        n, s, w = LETTER["n"], LETTER["s"], LETTER["w"]
-        tile = machine.empty((n * s * w + 2 * n * s + machine.product((n, s, q.shape[-1])),), FLOAT32).hold()
-        if q.dtype.itemsize < FLOAT32.itemsize:  # the tile of scores in the inputs' dtype, to multiply with v
-            machine.empty((n, s, w), q.dtype).discard()
-        tile.drop()
-    state = _generator_state(machine, drops=drops) if machine.device == "cuda" and not efficient else ()
-    _attention_kernel("flash_attention", (q, k, v), (out, lse), products=2)
-    attach(node, out, lse, *state, save=(out, lse, *state))
-    for x in (lse, *state):
+
+    def compute() -> tuple[Tensor, ...]:
+        out = empty_like(q)
+        lse = machine.empty((b, LETTER["T_32"] if efficient else t, h), FLOAT32)
+        if machine.device == "cpu":  # a tile of scores, its rows' maximum and sum, and a tile of the output
+            n, s, w = LETTER["n"], LETTER["s"], LETTER["w"]
+            tile = machine.empty((n * s * w + 2 * n * s + machine.product((n, s, q.shape[-1])),), FLOAT32).hold()
+            if q.dtype.itemsize < FLOAT32.itemsize:  # the tile of scores in the inputs' dtype, to multiply with v
+                machine.empty((n, s, w), q.dtype).discard()
+            tile.drop()
+        state = _generator_state(machine, drops=drops) if machine.device == "cuda" and not efficient else ()
+        _attention_kernel("flash_attention", (q, k, v), (out, lse), products=2)
+        return out, lse, *state
+
+    out, *rest = results = not_repeated(machine, compute)
+    attach(node, *results, save=results)
+    for x in rest:
         x.discard()
     return out
 

@@ -35,6 +35,7 @@ class Recipe:
     dropout: bool
     loss: str
     checkpointing: str
+    checkpoint_every: int
     optimizer: str
     optimizer_impl: str
     clips: bool
@@ -48,7 +49,7 @@ class Module:
     def __init__(self, machine: Machine, name: str, block: int | None = None) -> None:
         self.machine, self.name, self.block = machine, name, block
         self.owned: list[Tensor | Module] = []
-        self.checkpointed = False
+        self.checkpointed = self.selective = False
         self.unit: Unit | None = None
 
     def parameter(self, *shape: Size) -> Tensor:
@@ -75,7 +76,7 @@ class Module:
                 yield from x.parameters()
 
     def __call__(self, *args: Any) -> Tensor:
-        return checkpoint(self.run, *args) if self.checkpointed else self.run(*args)
+        return checkpoint(self.run, *args, selective=self.selective) if self.checkpointed else self.run(*args)
 
     def run(self, *args: Any) -> Tensor:
         """`forward` in its frame, between the hooks of the unit that shards this module."""
@@ -188,10 +189,12 @@ class Transformer(Module):
         self.embedding = self.child(Embedding(machine, "embedding", size["V"], size["d"]))
         self.blocks: list[Any] = []
         self.build()
-        for block in self.blocks:
-            part = {"block": block, "attention": block.attention}.get(recipe.checkpointing)
+        every = recipe.checkpoint_every
+        for block in self.blocks[every - 1 :: every]:
+            part = {"none": None, "attention": block.attention}.get(recipe.checkpointing, block)
             if part is not None:
                 part.checkpointed = True
+                part.selective = recipe.checkpointing == "selective"
         self.head = self.child(Linear(machine, "head", size["d"], size["V"], bias=False)) if not self.tied else None
 
     @property
