@@ -17,6 +17,7 @@ from trainer.checkpoint import checkpoints, export_safetensors, read_checkpoint
 from trainer.curve import curve
 from trainer.distributed import RUN_FILE, Weights, World, load_run
 from trainer.generate import generate
+from trainer.heap import keep_freed_memory
 from trainer.lr_experiment import main as lr_experiment
 from trainer.model import build_model
 from trainer.prepare import END_OF_TEXT, PrepareConfig, prepare
@@ -153,6 +154,7 @@ def run(command: str, arguments: Sequence[str]) -> int:
             manifest = prepare(tyro.cli(PrepareConfig, args=arguments, prog=prog))
             print(json.dumps(manifest, indent=2))  # noqa: T201  (the output)
         case "train":
+            keep_freed_memory()
             return train(parse_train(arguments))
         case "curve":
             print(curve(tyro.cli(CurveConfig, args=arguments, prog=prog).run))  # noqa: T201  (the output)
