@@ -14,7 +14,6 @@ from estimator.eager.optimizers import OPTIMIZERS
 from estimator.eager.scaling import GradScaler
 from estimator.eager.sharding import REPLICAS
 from estimator.eager.tensor import BFLOAT16, FLOAT32, INT64, Machine, Tensor
-from estimator.eager.updates import clip_gradients
 from estimator.models import FAMILIES
 
 if TYPE_CHECKING:
@@ -73,10 +72,8 @@ def run_step(recipe: Recipe, shapes: ShapeClass, device: str, num_layers: int) -
         masters.take_gradients()
     if scaler is not None:
         scaler.unscale_(updated)
-    if recipe.clips and masters is not None:
-        clip_gradients(updated)
-    elif recipe.clips:
-        replica.clip()
+    if recipe.clips:
+        replica.clip(updated)
     if scaler is None:
         optimizer.step()
     else:

@@ -42,6 +42,14 @@ REAL = [
     (LLAMA, {"sharding": "zero3", "loss": "chunked", "checkpointing": "block", "optimizer": "sgd"}),
     (GPT2, {"sharding": "zero3", "checkpointing": "selective", "checkpoint_every": 2}),
     (LLAMA, {"sharding": "none", "checkpointing": "selective", "optimizer": "sgd"}),
+    (LLAMA, {"sharding": "none", "precision": "fp16-mixed", "grad_accumulation": 2, "max_grad_norm": 1.0}),
+    (GPT2, {"sharding": "none", "precision": "bf16-master", "optimizer": "lion", "max_grad_norm": 1.0}),
+    (TIED, {"sharding": "zero1", "precision": "fp16-mixed", "optimizer_impl": "fused", "max_grad_norm": 1.0}),
+    (LLAMA, {"sharding": "zero1", "precision": "bf16-master", "optimizer": "sgd", "attention": "sdpa"}),
+    (GPT2, {"sharding": "zero2", "precision": "fp16-mixed", "optimizer": "sgd", "attention": "sdpa"}),
+    (LLAMA, {"sharding": "zero2", "precision": "bf16-master", "grad_accumulation": 2, "max_grad_norm": 1.0}),
+    (LLAMA, {"sharding": "zero3", "precision": "fp16-mixed", "grad_accumulation": 3, "optimizer": "lion"}),
+    (TIED, {"sharding": "zero3", "precision": "bf16-master", "checkpointing": "block", "optimizer_impl": "fused"}),
 ]
 
 

@@ -40,12 +40,15 @@ from trainer.checkpoint import (
     write_atomically,
 )
 from trainer.clip import gradient_clipping
+from trainer.precision import Masters, float32_copy
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from torch.distributed.checkpoint.metadata import Metadata
     from torch.distributed.device_mesh import DeviceMesh
+
+    from estimator.config import Plan
 
 RUN_FILE = "run.pt"  # in a sharded checkpoint: all that is not a large tensor, and the other files' checksums
 
@@ -103,16 +106,38 @@ class World:
             return model
         if sharding in ("none", "zero1"):
             return nn.parallel.DistributedDataParallel(model, [self.device] if self.device.type == "cuda" else None)
-        keeps: dict[str, Any] = {"reshard_after_forward": False} if sharding == "zero2" else {}
+        return self.shard(model, **({"reshard_after_forward": False} if sharding == "zero2" else {}))
+
+    def shard(self, model: nn.Module, **keeps: Any) -> nn.Module:
+        """`model`, of whose parameters each process holds its rows, by FSDP2."""
         mesh = init_device_mesh(self.device.type, (self.size,))
         for block in model.get_submodule("blocks").children():  # one block is gathered at a time
             fully_shard(block, mesh=mesh, **keeps)
         fully_shard(model, mesh=mesh, **keeps)
         return model
 
+    def prepare(
+        self, model: nn.Module, plan: Plan, sharding: str
+    ) -> tuple[nn.Module, Weights, Weights, Masters | None]:
+        """(What to call for `model`, its weights, those that the optimizer updates, how the two are kept equal).
+
+        With master weights the optimizer's are float32 copies, shared out as the model's own are updated; without, the
+        weights are one and the same.
+        """
+        copied = float32_copy(model) if plan.precision == "bf16-master" else None
+        module, held = self.wrap(model, sharding), self.weights(model, sharding)
+        if copied is None:
+            return module, held, held, None
+        updated = Weights(self.shard(copied) if self.shares(sharding) else copied)
+        return module, held, updated, Masters(held.named, updated.named, fp32_gradients=plan.fp32_gradients)
+
+    def shares(self, sharding: str) -> bool:
+        """Whether each process updates a part of the parameters."""
+        return self.size > 1 and sharding != "none"
+
     def weights(self, model: nn.Module, sharding: str) -> Weights:
         """The parameters of a model that has been wrapped, as the optimizer sees them."""
-        shares = sharding == "zero1" and self.size > 1
+        shares = sharding == "zero1" and self.shares(sharding)
         return Weights(model, init_device_mesh(self.device.type, (self.size,)) if shares else None)
 
     def micro_batch(self, module: nn.Module, *, last: bool) -> AbstractContextManager[object]:
@@ -147,10 +172,11 @@ class Weights:
         }
 
     def gather_gradients(self) -> None:
-        """Give the shards their part of the gradients; nothing to do without shards."""
+        """Hand the shards their part of the gradients; nothing to do without shards."""
         if self.sharded:
             for name, p in self.originals.items():
                 self.named[name].grad = None if p.grad is None else self.shard(name, p.grad)
+                p.grad = None
 
     def shard(self, name: str, x: Tensor) -> Tensor:
         """This process's rows of a parameter `name` or of a tensor of its shape: a DTensor's own, else a view."""
@@ -170,7 +196,7 @@ class Weights:
 
     def clip(self, max_norm: float, eps: float = 1e-6) -> Tensor:
         """`gradient_clipping` by the norm of the whole gradients; returns that norm, a scalar."""
-        if not self.sharded or self.mesh is not None:  # the gradients are whole
+        if not self.sharded:
             return gradient_clipping(self.originals.values(), max_norm, eps)
         gradients = [p.grad for p in self.named.values() if p.grad is not None]
         squares = torch.stack([torch.linalg.vector_norm(g) for g in gradients]).square().sum()

@@ -29,7 +29,7 @@ from trainer.loss import cross_entropy
 from trainer.model import build_model
 from trainer.optim import SGD, AdamW, Lion, MuonAdamW
 from trainer.optim8bit import AdamW8bit
-from trainer.precision import AUTOCAST, PARAMETERS, Masters, autocast, loss_scaler
+from trainer.precision import AUTOCAST, PARAMETERS, Masters, autocast, float32_copy, loss_scaler
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -60,7 +60,7 @@ class Step:
     ) -> None:
         self.model, self.optimizer, self.inputs, self.plan, self.masters = model, optimizer, inputs, p, masters
         self.module = model  # what is called, where that is not the model itself
-        self.updated = model if masters is None else masters.model
+        self.updated = list((masters.named if masters is not None else dict(model.named_parameters())).values())
         # With the usual 2^16 the first gradients of random weights could overflow, and a step be left out.
         self.scaler = loss_scaler(p.precision, inputs[0].device.type, init_scale=2.0**8)
 
@@ -72,7 +72,7 @@ class Step:
             self.masters.take_gradients()
         self.scaler.unscale_(self.optimizer)
         if self.plan.max_grad_norm is not None:
-            gradient_clipping(self.updated.parameters(), self.plan.max_grad_norm)
+            gradient_clipping(self.updated, self.plan.max_grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.masters is not None:
@@ -98,19 +98,19 @@ class Step:
         yield from (t for s in self.optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor))
         yield from getattr(self.optimizer, "tables", ())
         if self.masters is not None:
-            yield from self.masters.model.parameters()
+            yield from self.masters.named.values()
 
     def resident(self) -> Iterable[Tensor]:
         """All tensors that are alive between two steps."""
         yield from (*self.model.parameters(), *self.model.buffers(), *self.inputs, *self.state())
-        yield from (x.grad for x in self.updated.parameters() if x.grad is not None)
+        yield from (x.grad for x in self.updated if x.grad is not None)
         yield from (x for x in vars(self.scaler).values() if isinstance(x, torch.Tensor))
 
     def gradients(self) -> Iterable[Tensor]:
         """The gradients, after backward."""
         yield from (x.grad for x in self.model.parameters() if x.grad is not None)
         if self.plan.fp32_gradients:
-            yield from (x.grad for x in self.updated.parameters() if x.grad is not None)
+            yield from (x.grad for x in self.updated if x.grad is not None)
 
 
 def torch_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -172,10 +172,11 @@ def build_step(m: ModelConfig, p: Plan, device: str = "cpu", seed: int = 0) -> S
     if p.data_parallel > 1:
         raise ConfigError(f"data_parallel = {p.data_parallel}: this is one process; see `trainer.replicas`")
     model, inputs = build_parts(m, p, device, seed)
-    masters = Masters(model, fp32_gradients=p.fp32_gradients) if p.precision == "bf16-master" else None
-    updated = model if masters is None else masters.model
-    optimizer = build_optimizer(dict(updated.named_parameters()), p, torch.device(device).type)
-    return Step(model, optimizer, inputs, p, masters)
+    named, masters = dict(model.named_parameters()), None
+    if p.precision == "bf16-master":
+        masters = Masters(named, dict(float32_copy(model).named_parameters()), fp32_gradients=p.fp32_gradients)
+        named = dict(masters.named)
+    return Step(model, build_optimizer(named, p, torch.device(device).type), inputs, p, masters)
 
 
 def build_parts(m: ModelConfig, p: Plan, device: str, seed: int) -> tuple[nn.Module, tuple[Tensor, Tensor]]:

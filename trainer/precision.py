@@ -7,9 +7,10 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Mapping
     from contextlib import AbstractContextManager
 
     from torch import Tensor, nn
@@ -23,9 +24,25 @@ def autocast(precision: str, device: str) -> AbstractContextManager[Any]:
     return torch.autocast(device, AUTOCAST[precision]) if precision in AUTOCAST else nullcontext()
 
 
-def loss_scaler(precision: str, device: str, **options: Any) -> torch.amp.GradScaler:
+class ShardedScaler(torch.amp.GradScaler):
+    """A scale of the loss where each process has a part of the gradients: an overflow in one is an overflow in all.
+
+    PyTorch's own (`torch.distributed.fsdp.sharded_grad_scaler`) adds the processes' findings up, and a fused optimizer
+    takes the 2 of two overflows for none.
+    """
+
+    def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
+        """Divide the gradients by the scale, and ask the others whether theirs are finite."""
+        super().unscale_(optimizer)
+        if self.is_enabled():
+            for found in self._found_inf_per_device(optimizer).values():
+                dist.all_reduce(found, dist.ReduceOp.MAX)
+
+
+def loss_scaler(precision: str, device: str, *, sharded: bool = False, **options: Any) -> torch.amp.GradScaler:
     """The scale of the loss in float16, whose smallest gradients would be 0; elsewhere it does nothing."""
-    return torch.amp.GradScaler(device, enabled=precision == "fp16-mixed", **options)
+    kind = ShardedScaler if sharded else torch.amp.GradScaler
+    return kind(device, enabled=precision == "fp16-mixed", **options)
 
 
 def products_in(precision: str) -> torch.dtype:
@@ -33,30 +50,37 @@ def products_in(precision: str) -> torch.dtype:
     return AUTOCAST.get(precision) or PARAMETERS.get(precision, torch.float32)
 
 
+def float32_copy(model: nn.Module) -> nn.Module:
+    """A copy of the model whose parameters are float32; buffers are shared."""
+    copied = copy.deepcopy(model, {id(b): b for b in model.buffers()})
+    for p in copied.parameters():
+        p.data = p.detach().float()
+    return copied
+
+
 class Masters:
-    """Float32 copies of a model in half precision: the optimizer moves them, and the model takes them over, rounded.
+    """Float32 copies of parameters in half precision: the optimizer moves them, and the model takes them over, rounded.
 
     A step of 1e-3 of a weight is lost in bfloat16, whose numbers are 2^-8 apart; in the copy it adds up. Gradients are
     cast when all micro-batches are done or, with `fp32_gradients`, added in float32 as each of them comes.
 
     Attributes:
-        model: a copy of the model whose parameters are the masters; buffers are shared.
-        pairs: (parameter, master).
+        named: the copies, of parameters or of a process's shards of them, by name.
+        pairs: (parameter, copy).
     """
 
-    def __init__(self, model: nn.Module, *, fp32_gradients: bool) -> None:
-        self.model = copy.deepcopy(model, {id(b): b for b in model.buffers()})
-        self.fp32_gradients = fp32_gradients
-        for p in self.model.parameters():
-            p.data = p.detach().float()
-        self.pairs = list(zip(model.parameters(), self.model.parameters(), strict=True))
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], named: Mapping[str, nn.Parameter], *, fp32_gradients: bool = False
+    ) -> None:
+        self.named, self.fp32_gradients = named, fp32_gradients
+        self.pairs = [(p, named[name]) for name, p in parameters.items()]
         if fp32_gradients:
             for p, master in self.pairs:
                 master.grad = torch.zeros_like(master)
                 p.register_post_accumulate_grad_hook(_adds_to(master))  # type: ignore[no-untyped-call]  # torch's
 
     def take_gradients(self) -> None:
-        """Hand the model's gradients to the masters."""
+        """Hand the parameters' gradients to the copies."""
         for p, master in self.pairs:
             if p.grad is not None:
                 master.grad = p.grad.float()
@@ -64,7 +88,7 @@ class Masters:
 
     @torch.no_grad()
     def write_back(self) -> None:
-        """Copy the masters to the model, and clear the gradients."""
+        """Round the copies to the parameters, and clear their gradients."""
         for p, master in self.pairs:
             p.copy_(master)
             if self.fp32_gradients:
@@ -72,13 +96,6 @@ class Masters:
                 master.grad.zero_()
             else:
                 master.grad = None
-
-    def resident(self) -> Iterator[Tensor]:
-        """What is alive from step to step."""
-        for _, master in self.pairs:
-            yield master
-            if self.fp32_gradients and master.grad is not None:
-                yield master.grad
 
 
 def _adds_to(master: nn.Parameter) -> Any:

@@ -1,26 +1,33 @@
 """The judge of several processes: one real step under DDP, ZeRO or FSDP2, and what one process holds of it.
 
 A process that torchrun has started measures itself, by the profiler's raw memory events as `trainer.measure` does.
-gloo's own threads free a buffer now and then where no profiler looks: a steady step whose events do not add up to zero
-has missed one, and is run again.
+What gloo's own threads are the last to hold they free where no profiler looks: a steady step whose events do not add up
+to zero has missed such a free, and is run again.
 """
 
 from __future__ import annotations
 
+import time
+from contextlib import contextmanager
 from copy import deepcopy
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from estimator.config import ConfigError
 from trainer.distributed import World, local
 from trainer.measure import Step, allocator_events, build_optimizer, build_parts, nbytes, onednn
+from trainer.precision import loss_scaler
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from estimator.config import ModelConfig, Plan
 
 TRIES = 200  # most steps to wait for one whose events are complete
+MOMENT = 1e-3  # seconds
 
 
 class SharedStep(Step):
@@ -29,14 +36,12 @@ class SharedStep(Step):
     def __init__(self, m: ModelConfig, p: Plan, world: World, seed: int = 0) -> None:
         if world.size != p.data_parallel:
             raise ConfigError(f"data_parallel = {p.data_parallel}: torchrun has started {world.size} processes")
-        if p.precision in ("bf16-master", "fp16-mixed"):
-            raise ConfigError(f"precision = {p.precision!r}: is measured in one process only")
         model, inputs = build_parts(m, p, str(world.device), seed)
         self.buckets = bucket_bytes(model) if p.sharding in ("none", "zero1") else 0
-        module = world.wrap(model, p.sharding)
-        self.weights = world.weights(model, p.sharding)
-        super().__init__(model, build_optimizer(self.weights.named, p, world.device.type), inputs, p)
+        module, self.held, self.weights, masters = world.prepare(model, p, p.sharding)
+        super().__init__(model, build_optimizer(self.weights.named, p, world.device.type), inputs, p, masters)
         self.module, self.world = module, world
+        self.scaler = loss_scaler(p.precision, world.device.type, sharded=world.shares(p.sharding), init_scale=2.0**8)
 
     def __call__(self) -> None:
         """Run it."""
@@ -51,12 +56,18 @@ class SharedStep(Step):
 
     def update(self) -> None:
         """What comes after them."""
-        self.weights.gather_gradients()
+        self.held.gather_gradients()
+        if self.masters is not None:
+            self.masters.take_gradients()
+        self.scaler.unscale_(self.optimizer)
         if self.plan.max_grad_norm is not None:
             self.weights.clip(self.plan.max_grad_norm)
-        self.optimizer.step()
-        self.weights.spread()
-        self.weights.clear_gradients()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.masters is not None:
+            self.masters.write_back()
+        self.held.spread()
+        self.held.clear_gradients()
 
 
 def bucket_bytes(model: nn.Module) -> int:
@@ -66,6 +77,23 @@ def bucket_bytes(model: nn.Module) -> int:
         lambda: kept.append(nn.parallel.DistributedDataParallel(deepcopy(model), init_sync=False))
     )
     return sum(n for _, n in events) - nbytes([*model.parameters(), *model.buffers()])
+
+
+@contextmanager
+def longer_waits() -> Iterator[None]:
+    """A moment more after each message, in which gloo's thread lets go of its buffers: this thread will free them."""
+    wait = dist.Work.wait
+
+    def longer(work: dist.Work, *timeout: Any) -> bool:
+        done = wait(work, *timeout)
+        time.sleep(MOMENT)
+        return done
+
+    dist.Work.wait = longer  # type: ignore[assignment, method-assign]  # which is what FSDP calls
+    try:
+        yield
+    finally:
+        dist.Work.wait = wait  # type: ignore[method-assign]
 
 
 def measure_shared(m: ModelConfig, p: Plan, world: World, seed: int = 0) -> dict[str, int]:
@@ -81,7 +109,8 @@ def measure_shared(m: ModelConfig, p: Plan, world: World, seed: int = 0) -> dict
     for _ in range(3):  # the first makes the optimizer's state; in the second DDP cuts its buckets anew
         step()
     parameters = [local(x.detach()) for x in step.model.parameters()]
-    resident = nbytes([*parameters, *step.model.buffers(), *step.inputs, *step.state()]) + step.buckets
+    scale = [x for x in vars(step.scaler).values() if isinstance(x, Tensor)]
+    resident = nbytes([*parameters, *step.model.buffers(), *step.inputs, *step.state(), *scale]) + step.buckets
     step.micro_batches()
     gradients = nbytes(local(x.grad) for x in step.model.parameters() if x.grad is not None)
     step.update()
@@ -91,7 +120,8 @@ def measure_shared(m: ModelConfig, p: Plan, world: World, seed: int = 0) -> dict
         "optimizer_bytes": nbytes(step.state()),
     }
     for _ in range(TRIES):
-        with onednn(enabled=False):  # its products in half precision take scratch that depends on the machine
+        # oneDNN's products in half precision take scratch that depends on the machine.
+        with onednn(enabled=False), longer_waits():
             live = list(accumulate(n for _, n in allocator_events(step)))
         if world.rank == 0 and live[-1] == 0:
             found["peak_bytes"] = resident + max(live)

@@ -22,7 +22,7 @@ from trainer.measure import loss_of
 from trainer.model import build_model
 from trainer.optim import SGD, AdamW, Lion, MuonAdamW
 from trainer.optim8bit import AdamW8bit
-from trainer.precision import PARAMETERS, Masters, autocast, loss_scaler, products_in
+from trainer.precision import PARAMETERS, autocast, loss_scaler, products_in
 from trainer.prepare import write_whole
 from trainer.progress import Reporter, duration
 from trainer.schedule import lr_cosine_schedule
@@ -74,16 +74,15 @@ def _train(config: TrainConfig, world: World) -> int:
     model = build_model(m, plan).to(device, PARAMETERS.get(plan.precision))
     if plan.precision == "tf32" and device.type == "cuda":
         torch.set_float32_matmul_precision("high")
-    masters = Masters(model, fp32_gradients=plan.fp32_gradients) if plan.precision == "bf16-master" else None
-    scaler = loss_scaler(plan.precision, device.type)
-    wrapped = world.wrap(model, config.sharding)
+    scaler = loss_scaler(plan.precision, device.type, sharded=world.shares(config.sharding))
+    wrapped, held, weights, masters = world.prepare(model, plan, config.sharding)
     # compile() gives back a module too, whatever its annotation says.
     module = cast("nn.Module", torch.compile(wrapped)) if plan.compile else wrapped
-    weights = Weights(masters.model) if masters is not None else world.weights(model, config.sharding)
     optimizer = build_optimizer(weights, plan, config.optim, device.type)
     start = 0 if source is None else load(world, source, weights, optimizer, scaler, m.to_dict())
     if masters is not None:
         masters.write_back()
+        held.spread()
 
     def forward(split: str, index: int) -> Tensor:
         inputs, targets = data.get_batch(split, index)
@@ -136,7 +135,7 @@ def _train(config: TrainConfig, world: World) -> int:
                         loss = forward("train", share.index(step, i)) / plan.grad_accumulation
                         scaler.scale(loss).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
                     total += loss.detach()
-                weights.gather_gradients()
+                held.gather_gradients()
                 if masters is not None:
                     masters.take_gradients()
                 scaler.unscale_(optimizer)
@@ -151,9 +150,8 @@ def _train(config: TrainConfig, world: World) -> int:
                 scaler.update()
                 if masters is not None:
                     masters.write_back()
-                else:
-                    weights.spread()
-                    weights.clear_gradients()
+                held.spread()
+                held.clear_gradients()
 
                 seconds = time.perf_counter() - clock
                 trained += seconds
@@ -327,12 +325,8 @@ def start_point(config: TrainConfig, world: World) -> Path | None:
 
 
 def check_precision(config: TrainConfig, world: World) -> None:
-    """Raise ConfigError for a precision that several processes cannot share as they are asked to."""
-    plan = config.plan
-    if world.size > 1 and config.sharding != "none" and plan.precision in ("bf16-master", "fp16-mixed"):
-        why = "master weights" if plan.precision == "bf16-master" else "the loss scale's check for overflow"
-        raise ConfigError(f"plan.precision = {plan.precision!r}: {why} are not sharded; allowed is --sharding none")
-    if world.size > 1 and plan.fp32_gradients:
+    """Raise ConfigError for a precision that several processes cannot share."""
+    if world.size > 1 and config.plan.fp32_gradients:
         raise ConfigError("plan.fp32_gradients = True: DDP sums the gradients in bfloat16; allowed is one process")
 
 

@@ -49,9 +49,9 @@ class Replica:
         """After the optimizer's step: gradients become None."""
         zero_grad(self.updated)
 
-    def clip(self) -> None:
-        """Clip the gradients by their global norm."""
-        clip_gradients(self.updated)
+    def clip(self, parameters: Sequence[Tensor]) -> None:
+        """Clip the gradients of what the optimizer updates by their global norm."""
+        clip_gradients(parameters)
 
 
 class Buckets(Replica):
@@ -107,19 +107,15 @@ class ShardedUpdate(Buckets):
         self.updated = [_rows(p) for p in self.parameters]
 
     def before_update(self) -> None:
-        """The rows' gradients are rows of the gradients."""
+        """The rows' gradients are rows of the gradients, which they keep."""
         for rows, p in zip(self.updated, self.parameters, strict=True):
             assert p.grad is not None
             rows.grad = _rows(p.grad)
-
-    def after_update(self) -> None:
-        """Both become None."""
-        super().after_update()
         zero_grad(self.parameters)
 
-    def clip(self) -> None:
-        """The gradients are whole, as under DDP."""
-        clip_gradients(self.parameters)
+    def clip(self, parameters: Sequence[Tensor]) -> None:
+        """Each accelerator has its rows' part of the norm."""
+        clip_shards(parameters)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -323,27 +319,9 @@ class FullySharded(Replica):
         self.units[-1].after_backward()
         self.reduced(None)
 
-    def clip(self) -> None:
-        """`trainer.distributed.Weights.clip`: norms, stacked, squared and summed over the accelerators; one factor."""
-        machine, count = self.machine, number_of(self.updated)
-        with machine.ledger.at("clipping", None, "Weights.clip"):
-            norms = []
-            for p in self.updated:
-                assert p.grad is not None
-                with at_parameter(p, "vector_norm"):
-                    norms.append(machine.empty(()).hold())
-                    machine.kernel("vector_norm", (p.grad,), (norms[-1],), arithmetic=2 * p.numel)
-            stacked = machine.empty((count,)).hold()
-            for p, norm in zip(self.updated, norms, strict=True):
-                with at_parameter(p, "vector_norm"):
-                    norm.drop()
-            squares = machine.empty((count,)).hold()
-            stacked.drop()
-            squares.drop()
-            for p in self.updated:
-                assert p.grad is not None
-                with at_parameter(p, "_foreach_mul_"):
-                    in_place("mul_", p.grad, arithmetic=1)
+    def clip(self, parameters: Sequence[Tensor]) -> None:
+        """Each accelerator has its shards' part of the norm."""
+        clip_shards(parameters)
 
 
 class ShardedGradients(FullySharded):
@@ -359,6 +337,31 @@ REPLICAS: dict[str, type[Replica]] = {
     "zero2": ShardedGradients,
     "zero3": FullySharded,
 }
+
+
+def clip_shards(parameters: Sequence[Tensor]) -> None:
+    """`trainer.distributed.Weights.clip`: norms, stacked, squared and summed over the accelerators; one factor."""
+    machine, count = parameters[0].machine, number_of(parameters)
+    assert parameters[0].grad is not None
+    dtype = parameters[0].grad.dtype
+    with machine.ledger.at("clipping", None, "Weights.clip"):
+        norms = []
+        for p in parameters:
+            assert p.grad is not None
+            with at_parameter(p, "vector_norm"):
+                norms.append(machine.empty((), dtype).hold())
+                machine.kernel("vector_norm", (p.grad,), (norms[-1],), arithmetic=2 * p.numel)
+        stacked = machine.empty((count,), dtype).hold()
+        for p, norm in zip(parameters, norms, strict=True):
+            with at_parameter(p, "vector_norm"):
+                norm.drop()
+        squares = machine.empty((count,), dtype).hold()
+        stacked.drop()
+        squares.drop()
+        for p in parameters:
+            assert p.grad is not None
+            with at_parameter(p, "_foreach_mul_"):
+                in_place("mul_", p.grad, arithmetic=1)
 
 
 def by_block(parameters: Sequence[Tensor]) -> dict[int | None, list[Tensor]]:
