@@ -61,11 +61,13 @@ def choices() -> dict[str, tuple[str, ...]]:
 def single_changes(plan: Plan) -> Iterator[dict[str, Any]]:
     """Every single change of `plan`: another name for a field, or half the micro-batch with twice the accumulation."""
     for name, names in choices().items():
-        others = [{name: other} for other in names if other != getattr(plan, name)]
-        yield from (x | {"checkpoint_every": 1} if x.get("checkpointing") == "none" else x for x in others)
+        yield from ({name: other} for other in names if other != getattr(plan, name))
     yield from ({f.name: not getattr(plan, f.name)} for f in fields(plan) if isinstance(getattr(plan, f.name), bool))
-    if plan.checkpointing != "none":
-        yield {"checkpoint_every": 1 if plan.checkpoint_every > 1 else 2}
+    if plan.checkpoint_every > 1:
+        yield {"checkpoint_every": 1}
+        yield {"checkpointing": "none", "checkpoint_every": 1}
+    elif plan.checkpointing != "none":
+        yield {"checkpoint_every": 2}
     if plan.batch_size % 2 == 0:
         yield {"batch_size": plan.batch_size // 2, "grad_accumulation": plan.grad_accumulation * 2}
 
@@ -73,8 +75,8 @@ def single_changes(plan: Plan) -> Iterator[dict[str, Any]]:
 def advice(now: Estimate, estimated: Callable[[Plan], Estimate] | None = None) -> tuple[Change, ...]:
     """Single changes of the recipe that save memory, work or time; those that make it fit first, the cheapest first.
 
-    A change that comes out as the same recipe (an implementation that "auto" means anyway) is left out, and so is one
-    that is no better in anything.
+    A change that comes out as the same recipe (an implementation that "auto" means anyway), or as the same as another
+    change, is left out, and so is one that is no better in anything.
 
     Args:
         now: the estimate of the recipe as it is.
@@ -88,20 +90,24 @@ def advice(now: Estimate, estimated: Callable[[Plan], Estimate] | None = None) -
         def estimated(plan: Plan) -> Estimate:
             return estimate(now.model, plan, now.accelerator, mfu=mfu, count=count, global_batch_size=sequences)
 
-    found = []
+    found, seen = [], {_same_step(now)}
     for changed in single_changes(now.plan):
         try:
             then = estimated(now.plan.replace(**changed))
         except ConfigError:  # not with this optimizer, not on this accelerator: no advice
             continue
+        if _same_step(then) in seen:
+            continue
+        seen.add(_same_step(then))
         change = _compared(now, then, changed)
-        same = then.account.recipe == now.account.recipe and (
-            (then.plan.batch_size, then.plan.compile) == (now.plan.batch_size, now.plan.compile)
-        )
         faster = min(change.work, change.seconds or 1) < 1 - NOTICEABLE
-        if not same and (faster or change.saves > NOTICEABLE * now.memory.needed):
+        if faster or change.saves > NOTICEABLE * now.memory.needed:
             found.append(change)
     return tuple(sorted(found, key=lambda c: (not c.fits, c.seconds or c.work, -c.saves)))
+
+
+def _same_step(r: Estimate) -> tuple[Any, ...]:
+    return r.account.recipe, r.plan.batch_size, r.plan.compile
 
 
 def _compared(now: Estimate, then: Estimate, changed: dict[str, Any]) -> Change:

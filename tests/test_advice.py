@@ -36,3 +36,17 @@ def test_a_change_never_changes_the_tokens_of_a_step():
     for change in single_changes(plan):
         other = plan.replace(**{k: v for k, v in change.items() if k in ("batch_size", "grad_accumulation")})
         assert other.batch_size * other.grad_accumulation == 18
+
+
+def test_a_kernel_that_has_two_names_is_advised_once():
+    found = [change.fields["attention"] for change in advice(est.estimate("gpt2", est.Plan(), "t4-16gb"))
+             if "attention" in change.fields]  # fmt: skip
+    assert "sdpa" in found  # on CUDA in fp32 it is the memory-efficient kernel
+    assert "sdpa-efficient" not in found
+
+
+def test_checkpointing_of_every_second_block_can_be_undone_and_left_off():
+    plan = est.Plan(checkpointing="block", checkpoint_every=2)
+    tried = list(single_changes(plan))
+    assert {"checkpoint_every": 1} in tried
+    assert {"checkpointing": "none", "checkpoint_every": 1} in tried
