@@ -133,6 +133,10 @@ def _map(r: Estimate) -> None:
     lengths = [int(x) for x in spaced(2, length, CELLS)]
     batches = [int(x) for x in spaced(2, max(64, 2 * r.plan.batch_size), CELLS)]
     found = derivations.regions(r, batches, lengths)
+    lengths = list(found.lengths)
+    if len(lengths) < 2:
+        st.caption("Too few lengths on this side of the sliding window for a map.")
+        return
     names = np.array([f"{p.where.phase.value}: {p.where.module} · {p.where.op}" for p in found.account.pieces])
     moments = names[found.index]
     seen = list(dict.fromkeys(moments.ravel()))

@@ -15,6 +15,7 @@ LABELS = {
     "vocab_size": "Vocabulary",
     "tie_embeddings": "Head shares the embedding",
     "qkv_bias": "Biases on q, k, v",
+    "sliding_window": "Sliding window",
     "gpu": "Accelerator",
     "batch_size": "Micro-batch",
     "seq_len": "Sequence",

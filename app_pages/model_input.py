@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 # What the widgets take at most: beyond any model, and few enough events to draw the step.
 LIMITS = {"num_layers": 2000, "num_heads": 10_000, "num_kv_heads": 10_000, "head_dim": 100_000}
 LIMIT = 10_000_000
-FOLLOWING = ("num_kv_heads", "head_dim", "d_ff")  # may be left empty: as published, or following d_model and the heads
+# May be left empty: as published, or following d_model and the heads.
+FOLLOWING = ("num_kv_heads", "head_dim", "d_ff", "sliding_window")
 OWN = {f"own-{family}": family for family in BASES}
 FAMILIES = {"gpt2": "GPT-2 family", "llama": "Llama family"}
 
@@ -80,7 +81,7 @@ def _take(source: str) -> None:
     for field, value in m.to_dict().items():
         if field != "family":
             st.session_state[f"{name}.{field}"] = value
-            if not drawn:  # Streamlit's link follows what is set only where there was an input already
+            if not drawn and value is not None:  # Streamlit's link follows what is set only where there was an input
                 st.query_params[f"{name}.{field}"] = str(value).lower()
 
 
@@ -92,14 +93,15 @@ def _sizes(name: str, published: ModelConfig) -> dict[str, Any]:
     following = published
     sizes = ["num_layers", "d_model", "num_heads", "vocab_size", "context_length", "d_ff"]
     sizes += [] if gpt2 else ["num_kv_heads", "head_dim"]
+    sizes.append("sliding_window")
     for i, field in enumerate(sizes):
-        own = getattr(published, field)
+        own, shown = getattr(published, field), getattr(following, field)
         value = columns[i % 2].number_input(
             label(field),
             min_value=1,
             max_value=LIMITS.get(field, LIMIT),
             value=None if field in FOLLOWING else own,
-            placeholder=f"{getattr(following, field):,}",
+            placeholder="none" if shown is None else f"{shown:,}",
             key=f"{name}.{field}",
             bind="query-params",
             help=explained(ModelConfig)[field],

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import sympy
 
-from estimator.config import choose
+from estimator.config import ConfigError, choose
 from estimator.eager.ledger import Category, Phase
-from estimator.eager.sizes import LETTER, NAMES, ONE, ZERO, ShapeClass, Size, sizes_of
+from estimator.eager.sizes import LETTER, MASK_ALIGNMENT, NAMES, ONE, ZERO, ShapeClass, Size, sizes_of
 from estimator.models.layers import Recipe
 from estimator.peak import Piece, peak_pieces
 from estimator.polynomials import Polynomials
@@ -135,7 +135,7 @@ def sizes_for(m: ModelConfig, p: Plan, device: str, threads: int | None = None) 
 
 def recipe_of(m: ModelConfig, p: Plan, device: str) -> Recipe:
     """What of `m` and `p` decides which statements a step executes on `device`."""
-    return Recipe(
+    recipe = Recipe(
         family=m.family,
         tie_embeddings=bool(m.tie_embeddings),
         qkv_bias=bool(m.qkv_bias),
@@ -152,6 +152,21 @@ def recipe_of(m: ModelConfig, p: Plan, device: str) -> Recipe:
         micro_batches=min(p.grad_accumulation, 2),  # the second adds to gradients that exist, and so do all after it
         parallel="alone" if p.data_parallel == 1 else {"none": "ddp"}.get(p.sharding, p.sharding),
     )
+    recipe = windowed(recipe, m.sliding_window, p.tokens(m), device)
+    if p.attention == "sdpa-flash" and recipe.attention != recipe.fused(device):
+        raise ConfigError(
+            f"attention = 'sdpa-flash': CUDA's takes no mask, which a sliding_window of {m.sliding_window} is at "
+            f"{p.tokens(m)} tokens; allowed are naive, naive-fp32, sdpa, sdpa-math, sdpa-efficient"
+        )
+    return recipe
+
+
+def windowed(recipe: Recipe, sliding_window: int | None, seq_len: int, device: str) -> Recipe:
+    """`recipe` at a sequence length: only one that is longer than the window takes a mask."""
+    if sliding_window is None or seq_len <= sliding_window:
+        return replace(recipe, window="none")
+    fused = device == "cuda" and recipe.attention in ("flash", "efficient")
+    return replace(recipe, window="padded" if fused and seq_len % MASK_ALIGNMENT else "whole")
 
 
 def account_at(recipe: Recipe, sizes: Mapping[str, int], device: str) -> Account:
@@ -294,7 +309,8 @@ class Account:
 
         Takes the letters of `GEOMETRY` as keywords and `n`, CPU threads. B and T must be given; any other that is left
         out is derived as in `ModelConfig` (k = h, e = d / h, f = 4 d, C = T) or, if it cannot be, asked for by name.
-        Each point is computed in its own shape class, exactly, up to 2^53 bytes.
+        Each point is computed in its own shape class, exactly, up to 2^53 bytes. `sliding_window` is the model's, if it
+        has one: points of no more than so many tokens take no mask.
         """
         from estimator.vectorised import VectorisedPeak  # noqa: PLC0415 - which needs accounts itself
 

@@ -68,6 +68,8 @@ class ModelConfig:
         d_ff: f, the hidden width of the feed-forward; None means 4 d for gpt2 and must be given for llama.
         tie_embeddings: the head shares the embedding's matrix; None means the family's habit (gpt2 yes, llama no).
         qkv_bias: biases on the q, k and v projections of a llama (Qwen2 has them); gpt2 always has.
+        sliding_window: a token sees itself and the tokens before it, so many in all, in every block (4,096 in Mistral
+            7B v0.1); None means all before it, as does a window no shorter than the context, which becomes None.
 
     Raises:
         ConfigError: a size is not a positive integer, heads do not divide, a rotary width is odd, ...
@@ -84,6 +86,7 @@ class ModelConfig:
     d_ff: int | None = None
     tie_embeddings: bool | None = None
     qkv_bias: bool | None = None
+    sliding_window: int | None = None
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -105,6 +108,9 @@ class ModelConfig:
             put(self, "d_ff", 4 * self.d_model)
         for name in ("num_kv_heads", "head_dim", "d_ff"):
             put(self, name, positive_int(name, getattr(self, name)))
+        if self.sliding_window is not None:
+            window = positive_int("sliding_window", self.sliding_window)
+            put(self, "sliding_window", window if window < self.context_length else None)
         for name, default in (("tie_embeddings", gpt2), ("qkv_bias", gpt2)):
             value = getattr(self, name)
             if value is None:

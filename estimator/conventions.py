@@ -17,8 +17,8 @@ CONVENTIONS = {
     "ledger": "every matrix product of forward and backward as it is in the model: attention whole, logits counted, "
     "the embedding's lookup not",
     "megatron": "the same: Megatron-LM and NeMo until 2024, Korthikanti et al. 2022",
-    "causal": "the same with attention halved, for the half of the scores that a causal mask keeps: Megatron-Bridge "
-    "since 2025, MaxText since its pull request 1988",
+    "causal": "the same with attention halved, for the half of the scores that a causal mask keeps, a sliding window "
+    "or not: Megatron-Bridge since 2025, MaxText since its pull request 1988",
     "palm": "6 N + 12 L h e T a token, N without learned positions, an untied embedding counted: PaLM (Chowdhery et "
     "al. 2022, appendix B), nanoGPT, torchtitan's tables of 2024",
     "llm-foundry": "6 N + 12 L d T a token, N with everything: its benchmarking tables",

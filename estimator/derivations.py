@@ -301,12 +301,16 @@ class Regions:
 def regions(estimate: Estimate, batches: Sequence[int], lengths: Sequence[int]) -> Regions:
     """The regions in which each polynomial of the peak rules.
 
+    Of a model with a sliding window, the lengths on the estimate's side of it: beyond it the step is another one.
+
     Raises:
         ConfigError: a micro-batch or a length below 2, where PyTorch's step is another one.
     """
     for name, values in (("batches", batches), ("lengths", lengths)):
         if min(values) < 2:
             raise ConfigError(f"{name} = {min(values)}: must be at least 2")
+    window = estimate.model.sliding_window or max(lengths)
+    lengths = [T for T in lengths if (window < T) == (window < estimate.plan.tokens(estimate.model))]
     general = {**estimate.memory.sizes, "B": 2, "T": 2}
     account = account_at(estimate.account.recipe, general, estimate.account.device)
     B, T = (x.ravel().astype(float) for x in np.meshgrid(batches, lengths, indexing="ij"))

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from estimator.trace import Trace
 
 KINDS = ("matmul", "attention", "elementwise", "optimizer")
-FLASH = ("flash_attention", "flash_attention_backward")
+FLASH = ("flash_attention", "flash_attention_backward", "masked_attention", "masked_attention_backward")
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +154,7 @@ class Table:
         rows: what differs between launches.
         kind, phase, width: of each row, its kind, its phase, bytes of an element of its factors.
         flash, backward, gemm: of each row, whether it is a fused attention, such a one's backward, any other product.
+        masked: of each row, whether it is a fused attention that reads a mask, and so computes every score.
         checkpoint_every: of the blocks every so many-th is recomputed; None where none is.
     """
 
@@ -172,7 +173,8 @@ class Table:
         self.phase = np.array([row.phase for row in rows])
         self.width = np.array([row.width for row in rows])
         self.flash = np.array([row.name in FLASH for row in rows])
-        self.backward = np.array([row.name == FLASH[1] for row in rows])
+        self.backward = self.flash & np.array([row.name.endswith("_backward") for row in rows])
+        self.masked = self.flash & np.array([row.name.startswith("masked") for row in rows])
         self.gemm = np.array([row.gemm is not None for row in rows]) & ~self.flash
         self._later = np.array([row.turn == "later" for row in rows])
         self._times = np.array(times, dtype=np.float64)

@@ -45,12 +45,16 @@ DEFAULTS["mistral"] = DEFAULTS["llama"] | {
     "intermediate_size": 14_336,
     "num_key_value_heads": 8,
     "max_position_embeddings": 131_072,
+    "sliding_window": 4096,
 }
 DEFAULTS["qwen2"] = DEFAULTS["llama"] | {
     "vocab_size": 151_936,
     "intermediate_size": 22_016,
     "num_key_value_heads": 32,
     "max_position_embeddings": 32_768,
+    "sliding_window": 4096,
+    "use_sliding_window": False,
+    "max_window_layers": 28,
 }
 
 # Settings that change the step in a way that a ModelConfig cannot say: (field, the one value that is allowed, why).
@@ -69,6 +73,8 @@ REFUSED: dict[str, tuple[tuple[str, object, str], ...]] = {
 }
 REFUSED["mistral"] = REFUSED["llama"]
 REFUSED["qwen2"] = (("partial_rotary_factor", 1, "the family turns whole heads"),)
+
+WINDOW = ("sliding_window", "use_sliding_window", "max_window_layers")  # what `_sliding_window` reads
 
 # Other spellings of the same function: the tanh approximation of GELU, and SiLU.
 ACTIVATIONS = {"gpt2": ("gelu_new", "gelu_pytorch_tanh"), "llama": ("silu", "swish")}
@@ -107,9 +113,9 @@ def from_hf(source: str | Path | bytes | Mapping[str, Any]) -> ModelConfig:
 
     A field that the file leaves out has the default of its `model_type`'s class, as in transformers. Read from a nested
     `text_config` where there is one (the text part of a multimodal model, without the rest). Not part of a ModelConfig,
-    and ignored, is what changes neither bytes nor FLOPs of a training step: how rotary angles are scaled, the norm's
-    epsilon, and a sliding window shorter than the context, because under a dense mask every score is computed anyway.
-    Dropout is ignored too: the step is trained without.
+    and ignored, is what changes neither bytes nor FLOPs of a training step: how rotary angles are scaled and the norm's
+    epsilon. Dropout is ignored too: the step is trained without. A sliding window is read where all layers have it;
+    where only some do (`layer_types`, or qwen2's `max_window_layers` between none and all), all are taken without.
 
     Args:
         source: the path of a config.json or of its folder, the file's content (bytes), or the parsed object.
@@ -147,12 +153,13 @@ def _model(raw: Mapping[str, Any]) -> ModelConfig:
     choose(activation, values[activation], ACTIVATIONS[family])
     if not isinstance(values["tie_word_embeddings"], bool):
         raise ConfigError(f"tie_word_embeddings = {values['tie_word_embeddings']!r}: must be true or false")
+    window = _sliding_window(kind, raw.get("layer_types"), values)
     optional = ("n_inner", "num_key_value_heads", "head_dim")
     for field, value in values.items():
-        if field not in (activation, "tie_word_embeddings") and not (value is None and field in optional):
+        if field not in (activation, "tie_word_embeddings", *WINDOW) and not (value is None and field in optional):
             positive_int(field, value)
     try:
-        return _gpt2(values) if family == "gpt2" else _llama(values, qkv_bias=kind == "qwen2")
+        return _gpt2(values) if family == "gpt2" else _llama(values, window, qkv_bias=kind == "qwen2")
     except ConfigError as error:
         taken = f" (the file is silent on {', '.join(silent)}: {kind}'s own defaults)" if silent else ""
         raise ConfigError(f"{error}{taken}") from None
@@ -171,7 +178,24 @@ def _gpt2(v: dict[str, Any]) -> ModelConfig:
     )
 
 
-def _llama(v: dict[str, Any], *, qkv_bias: bool) -> ModelConfig:
+def _sliding_window(kind: str, layer_types: object, v: Mapping[str, Any]) -> int | None:
+    """The window that all layers have; None where no layer has one, or not all of them have.
+
+    A qwen2's lowest `max_window_layers` have none, unless `layer_types` says otherwise (configuration_qwen2.py).
+    """
+    window, used = v.get("sliding_window"), v.get("use_sliding_window", True)
+    if not isinstance(used, bool):
+        raise ConfigError(f"use_sliding_window = {used!r}: must be true or false")
+    if window is None or not used:
+        return None
+    if isinstance(layer_types, list) and layer_types:
+        everywhere = all(name == "sliding_attention" for name in layer_types)
+    else:
+        everywhere = kind != "qwen2" or v["max_window_layers"] == 0
+    return positive_int("sliding_window", window) if everywhere else None
+
+
+def _llama(v: dict[str, Any], window: int | None, *, qkv_bias: bool) -> ModelConfig:
     return ModelConfig(
         family="llama",
         num_layers=v["num_hidden_layers"],
@@ -184,6 +208,7 @@ def _llama(v: dict[str, Any], *, qkv_bias: bool) -> ModelConfig:
         context_length=v["max_position_embeddings"],
         tie_embeddings=v["tie_word_embeddings"],
         qkv_bias=qkv_bias,
+        sliding_window=window,
     )
 
 

@@ -91,8 +91,10 @@ class Request:
         """The `estimate` command that prints the same figures."""
         words = ["estimate", self.base, "--gpu", self.gpu]
         changes = _differences(preset(self.base), self.model) | _differences(Plan(), self.plan) | self.run
-        for name, value in changes.items():
+        for name, given in changes.items():
             flag = name.replace("_", "-")
+            # A flag cannot say None; a window as long as the context is none.
+            value = self.model.context_length if name == "sliding_window" and given is None else given
             if isinstance(value, bool):
                 words.append(f"--{flag}" if value else f"--no-{flag}")
             else:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from estimator.accounts import account, sizes_for
+from estimator.accounts import account, recipe_of, sizes_for
 from estimator.catalogue import read_data
 from estimator.config import positive_int
 from estimator.conventions import model_flops_utilisation
@@ -174,11 +174,12 @@ def times(
     setup = setup or Setup(FUSED if p.compile else EAGER)
     kernels = table(form, setup.variant)
     shape = kernels.at(sizes)
+    fused = form.recipe.fused(form.device)
     work = busy(
         kernels, shape, sizes["L"], turns, a, e,
         half=setup.dtype or (p.product_dtype if p.product_dtype == "fp16" else "bf16"),
         single="tf32" if p.product_dtype == "tf32" else "fp32",
-        kernel=setup.attention or (form.recipe.attention if form.recipe.attention in e.flash else None),
+        kernel=setup.attention or (fused if fused in e.flash else None),
     )  # fmt: skip
     group = cluster(a, p.data_parallel)
     count = shape["parameters"]
@@ -215,7 +216,7 @@ def predicted(
     peak = a.peak_flops(p.product_dtype)
     mfu = flops.model / (seconds * peak * count)
     origin = efficiency(a).origin
-    if p.attention_kernel(a.device) == "efficient" and "efficient" not in efficiency(a).flash:
+    if recipe_of(m, p, a.device).fused(a.device) == "efficient" and "efficient" not in efficiency(a).flash:
         origin = f"{origin} Nobody has published measurements of the memory-efficient attention: flash's."
     return _time(m, p, flops, parameters, steps, count, seconds, mfu, peak, found, *spread(a), origin)
 

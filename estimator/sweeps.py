@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from estimator.accounts import account_at, recipe_of
+from estimator.accounts import account_at, recipe_of, windowed
 from estimator.config import ConfigError, choose
 from estimator.costs import JOULES_PER_KILOWATT_HOUR, SECONDS_PER_HOUR, cost
 from estimator.eager.sizes import ShapeClass, derived_letters
@@ -103,7 +103,8 @@ def sweep(
     shape = tuple(len(values) for values in given.values())
     grid = dict(zip(given, (x.ravel() for x in np.meshgrid(*given.values(), indexing="ij")), strict=True))
     if "seq_len" in given:
-        request.plan.replace(seq_len=int(given["seq_len"].max())).tokens(request.model)
+        longest = request.plan.replace(seq_len=int(given["seq_len"].max()))
+        recipe_of(request.model, longest, accelerator(request.gpu).device)  # what cannot be is refused here
 
     r = request.estimate()
     letters = _letters(request, grid, r.plan.data_parallel)
@@ -170,7 +171,8 @@ def _peak(request: Request, device: str, sizes: Mapping[str, Any], count: NDArra
         if len(here):
             plan = request.plan.replace(data_parallel=int(count[here[0]]))
             account = VectorisedPeak(recipe_of(request.model, plan, device), device)
-            out[here] = account(**{name: x[here] if np.ndim(x) else x for name, x in sizes.items()})
+            at = {name: x[here] if np.ndim(x) else x for name, x in sizes.items()}
+            out[here] = account(sliding_window=request.model.sliding_window, **at)
     return out
 
 
@@ -182,15 +184,17 @@ def _seconds(
     every = {name: np.broadcast_to(x, len(sequences)) for name, x in sizes.items()}
     micro_batches = -(-sequences // (every["B"] * count))
     at: dict[Any, list[int]] = {}
+    recipe = recipe_of(request.model, p, device.device)
     for i in range(len(sequences)):
         here = {name: int(x[i]) for name, x in every.items()}
-        alike = (ShapeClass.at(request.model.family, here), int(executed_blocks(here["L"], p.checkpoint_every)))
+        window = windowed(recipe, request.model.sliding_window, here["T"], device.device).window
+        alike = (ShapeClass.at(request.model.family, here), int(executed_blocks(here["L"], p.checkpoint_every)), window)
         at.setdefault((int(micro_batches[i]), int(count[i]), alike), []).append(i)
     out = np.empty(len(sequences))
     for (turns, accelerators, _), points in at.items():
         plan = p.replace(grad_accumulation=turns, data_parallel=accelerators)
-        recipe = recipe_of(request.model, plan, device.device)
         first = {name: int(x[points[0]]) for name, x in every.items()}
+        recipe = recipe_of(request.model, plan.replace(seq_len=first["T"]), device.device)
         form = account_at(recipe, first, device.device)
         out[points] = sum(times(form, {name: x[points] for name, x in every.items()}, plan, device).values())
     return out

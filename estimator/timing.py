@@ -126,8 +126,13 @@ def matmul_seconds(shape: Mapping[str, Array], peak: Any, bandwidth: Any, proces
     return np.maximum(best, shape["nbytes"] / bandwidth)
 
 
-def flash_seconds(shape: Mapping[str, Array], backward: Array, peak: Any, bandwidth: Any, flash: Flash) -> Array:
-    """Seconds of a causal fused attention of b heads, m x n scores, k = products x head_dim; `backward` says which."""
+def flash_seconds(
+    shape: Mapping[str, Array], backward: Array, peak: Any, bandwidth: Any, flash: Flash, masked: Any = False
+) -> Array:
+    """Seconds of a fused attention of b heads, m x n scores, k = products x head_dim; `backward` says which.
+
+    A causal one leaves out half of the scores, one that is `masked` by a tensor none.
+    """
     products = np.where(backward, 5, 2)
     width = shape["k"] / products
     fraction = np.where(
@@ -135,7 +140,7 @@ def flash_seconds(shape: Mapping[str, Array], backward: Array, peak: Any, bandwi
         np.interp(width, flash.head_dims, flash.backward),
         np.interp(width, flash.head_dims, flash.forward),
     )
-    scores = shape["m"] * (shape["n"] / 2 + flash.diagonal / 2 + flash.rows)
+    scores = shape["m"] * (np.where(masked, shape["n"], shape["n"] / 2 + flash.diagonal / 2) + flash.rows)
     return np.maximum(2 * shape["b"] * scores * shape["k"] / (peak * fraction), shape["nbytes"] / bandwidth)
 
 
@@ -208,8 +213,8 @@ def busy(
     if table.flash.any():
         part = {name: shape[name][table.flash] for name in COLUMNS}
         flash = e.flash[choose("attention kernel", kernel or e.attention, e.flash)]
-        backward = table.backward[table.flash][:, None]
-        seconds[table.flash] = flash_seconds(part, backward, peak[table.flash], streaming[table.flash], flash)
+        backward, masked = (of[table.flash][:, None] for of in (table.backward, table.masked))
+        seconds[table.flash] = flash_seconds(part, backward, peak[table.flash], streaming[table.flash], flash, masked)
     spent = seconds * launches
     kinds = {kind: spent[table.kind == kind].sum(0) for kind in KINDS}
     phases, launch = {}, np.zeros(1)

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from estimator.accounts import GEOMETRY, account_at
+from estimator.accounts import GEOMETRY, account_at, windowed
 from estimator.config import ConfigError, choose
-from estimator.eager.sizes import cpu_threads, derived_letters, row_counts
+from estimator.eager.sizes import MASK_ALIGNMENT, cpu_threads, derived_letters, row_counts
 from estimator.trace import executed_blocks
 
 if TYPE_CHECKING:
@@ -25,23 +25,30 @@ class VectorisedPeak:
     recipe: Recipe
     device: str
 
-    def __call__(self, **letters: ArrayLike) -> NDArray[np.int64]:
+    def __call__(self, *, sliding_window: int | None = None, **letters: ArrayLike) -> NDArray[np.int64]:
         """Peak bytes at each point; the letters are positive integers or arrays of them, and broadcast.
 
+        Args:
+            sliding_window: the model's, in tokens; None means that it has none.
+            letters: the sizes.
+
         Raises:
-            ConfigError: a letter is unknown, missing or below 1.
+            ConfigError: a letter is unknown, missing or below 1, or the window of a recipe that has one is missing.
         """
+        if sliding_window is None and self.recipe.window != "none":
+            raise ConfigError("sliding_window is missing: this step's attention has one; give its tokens")
         sizes = self._complete(letters)
         shape = np.broadcast_shapes(*(x.shape for x in sizes.values()))
         fixed = {name: int(x.flat[0]) for name, x in sizes.items() if x.size == 1}
         varying = {name: np.broadcast_to(x, shape).ravel() for name, x in sizes.items() if x.size > 1}
-        codes = self._codes({**fixed, **varying})
+        codes = self._codes({**fixed, **varying}, sliding_window)
         out = np.empty(int(np.prod(shape)), dtype=np.int64)
         for code in np.unique(codes):
             here = np.flatnonzero(codes == code) if codes.size > 1 else slice(None)
             points = {name: x[here] for name, x in varying.items()}
             first = {name: int(x[0]) for name, x in points.items()}
-            account = account_at(self.recipe, {**fixed, **first}, self.device)
+            recipe = windowed(self.recipe, sliding_window, {**fixed, **first}["T"], self.device)
+            account = account_at(recipe, {**fixed, **first}, self.device)
             keys = [("live", i) for i in range(len(account.pieces))]
             used = account.compiled.letters(keys)
             arrays = {name: x.astype(np.float64) for name, x in points.items() if name in used}
@@ -72,11 +79,13 @@ class VectorisedPeak:
                 raise ConfigError(f"{name} is missing: give each of {', '.join(GEOMETRY)} that the others do not imply")
         return given | derived_letters(self.recipe.family, given, self.device)
 
-    def _codes(self, sizes: dict[str, Any]) -> NDArray[np.int64]:
-        """A number for each point that tells its shape class (`ShapeClass.at`) and its layers from all others."""
+    def _codes(self, sizes: dict[str, Any], sliding_window: int | None) -> NDArray[np.int64]:
+        """A number for each point that tells its shape class (`ShapeClass.at`), layers and window from all others."""
         facts = [sizes[name] == 1 for name in "BTdhkefVC"]
         facts += [sizes["e"] == 2, sizes["k"] == sizes["h"], sizes["h"] * sizes["e"] == sizes["d"]]
         facts += [rows % sizes["D"] != 0 for rows in row_counts(sizes).values()]
+        if sliding_window is not None:
+            facts += [sizes["T"] > sliding_window, sizes["T"] % MASK_ALIGNMENT != 0]
         code: Any = np.zeros(1, dtype=np.int64)
         for bit, fact in enumerate(facts):
             if np.any(fact):

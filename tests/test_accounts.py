@@ -26,7 +26,8 @@ def models(draw):
     k = draw(st.sampled_from([k for k in (1, 2, 3, 4, 6) if h % k == 0]))
     e = 2 * draw(st.integers(1, 6))
     d = draw(st.one_of(st.integers(1, 60), st.just(h * e)))
-    return ModelConfig(family, L, d, h, V, C, k, e, draw(st.integers(1, 99)), draw(st.booleans()), draw(st.booleans()))
+    tied, bias, window = draw(st.booleans()), draw(st.booleans()), draw(st.sampled_from([None, None, 1, 8, 30]))
+    return ModelConfig(family, L, d, h, V, C, k, e, draw(st.integers(1, 99)), tied, bias, window)
 
 
 @st.composite
@@ -51,6 +52,7 @@ def test_symbols_numbers_and_vectors_agree(m, p, device):
     vector = a.lambdify()(
         B=np.array([p.batch_size, p.batch_size + 1, 1]), T=m.context_length, L=m.num_layers, d=m.d_model, n=2,
         h=m.num_heads, k=m.num_kv_heads, e=m.head_dim, f=m.d_ff, V=m.vocab_size, C=m.context_length,
+        sliding_window=m.sliding_window,
     )  # fmt: skip
     scalars = [
         a.evaluate(m, p.replace(batch_size=b), threads=2).peak_bytes for b in (p.batch_size, p.batch_size + 1, 1)
@@ -157,3 +159,14 @@ def test_what_cannot_be_is_refused():
         account(m, Plan()).latex("bytes")
     with pytest.raises(AttributeError, match="peak_bytes"):
         account(m, Plan()).peek_bytes  # noqa: B018 - the access is what is tested
+
+
+def test_a_window_is_followed_over_sequence_lengths_or_asked_for():
+    m, p = ModelConfig("llama", 3, 32, 2, 101, 64, d_ff=40, sliding_window=16), Plan(attention="sdpa", precision="bf16")
+    sizes = {"B": 1, "L": 3, "d": 32, "h": 2, "f": 40, "V": 101, "C": 64}
+    lengths = [1, 16, 17, 32, 64]
+    for T in (16, 64):  # whichever side the account itself is on
+        found = account(m, p.replace(seq_len=T)).lambdify()(T=lengths, **sizes, sliding_window=16)
+        assert list(found) == [account(m, q).evaluate(m, q).peak_bytes for q in (p.replace(seq_len=T) for T in lengths)]
+    with pytest.raises(ConfigError, match="sliding_window is missing"):
+        account(m, p).lambdify()(T=64, **sizes)

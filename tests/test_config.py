@@ -30,6 +30,8 @@ def model(**changes):
         ({"family": "llama", "d_ff": 8, "head_dim": 7}, "head_dim = 7: rotary"),
         ({"tie_embeddings": "yes"}, "tie_embeddings = 'yes': must be true or false"),
         ({"qkv_bias": False}, "qkv_bias = False: gpt2 has biases"),
+        ({"sliding_window": 0}, "sliding_window = 0: must be an integer of at least 1"),
+        ({"sliding_window": 2.5}, "sliding_window = 2.5: must be an integer of at least 1"),
     ],
 )
 def test_models_that_cannot_be(changes, message):
@@ -59,6 +61,10 @@ def test_a_sequence_longer_than_the_positions():
     with pytest.raises(ConfigError, match="seq_len = 9: the model holds 8 positions"):
         Plan(seq_len=9).tokens(model())
     assert Plan().tokens(model()) == 8
+
+
+def test_a_window_as_long_as_the_context_is_none():
+    assert [model(sliding_window=w).sliding_window for w in (1, 7, 8, 9, None)] == [1, 7, None, None, None]
 
 
 @given(st.integers(1, 8), st.integers(1, 16), st.integers(1, 8))

@@ -62,6 +62,28 @@ def test_fused_attention_saves_what_pytorchs_own_node_saves(kernel, precision, d
     assert sorted(saved) == kept
 
 
+def test_the_memory_efficient_kernel_keeps_dq_in_tiles_with_locks():
+    found = allocations(M, est.Plan(batch_size=2, attention="sdpa"))
+    assert ("backward", "blocks.0.attention", 2 * 3 * 4 * (64 * 64 + 4) * 4) in found  # 200 rows are 4 tiles of 64
+
+
+@pytest.mark.parametrize(("precision", "width"), [("fp32", 4), ("bf16", 2), ("fp16-mixed", 2)])
+def test_a_sliding_window_takes_the_memory_efficient_kernel_with_a_mask_to_add_for_each_block(precision, width):
+    m = M.replace(sliding_window=50, num_layers=2)
+    plan = est.Plan(batch_size=2, precision=precision, attention="sdpa")
+    made = [n for phase, module, n in allocations(m, plan) if (phase, module) == ("forward", "blocks.1.attention")]
+    assert {width * 200 * 200, width * 200 * 208, 4 * 2 * 3 * 224} <= set(made)  # rows padded to 16 elements; sums
+    aligned = [n for *_, n in allocations(m, plan.replace(seq_len=192))]
+    assert aligned.count(width * 192 * 192) == 2  # one a block: rows of 192 need no other
+    account = {T: est.account(m, plan.replace(seq_len=T)) for T in (200, 192, 50)}
+    saved = {T: account[T].evaluate(m, plan.replace(seq_len=T)).activation_bytes for T in account}
+    whole = {T: est.account(M, plan).evaluate(M.replace(num_layers=2), plan.replace(seq_len=T)) for T in account}
+    if precision == "fp32":  # the kernel is the same one without a window
+        assert saved[200] - whole[200].activation_bytes == 2 * width * 200 * 208
+        assert saved[192] - whole[192].activation_bytes == 2 * width * 192 * 192
+    assert saved[50] == whole[50].activation_bytes  # no longer than the window: nothing changes
+
+
 @pytest.mark.parametrize(
     ("precision", "device", "dropout", "kernel"),
     [
@@ -105,6 +127,14 @@ def test_a_kernel_that_the_device_has_not_is_refused_by_field(changes, device, m
     plan = est.Plan(**changes)
     with pytest.raises(est.ConfigError, match=f"attention = '{plan.attention}': .*{message}"):
         est.account(M, plan, device)
+
+
+def test_flash_by_name_is_refused_beyond_a_sliding_window_on_cuda_only():
+    m, plan = M.replace(sliding_window=50), est.Plan(precision="bf16", attention="sdpa-flash")
+    with pytest.raises(est.ConfigError, match=r"attention = 'sdpa-flash': .* sliding_window of 50 is at 200 tokens"):
+        est.account(m, plan, "cuda")
+    est.account(m, plan.replace(seq_len=50), "cuda")
+    est.account(m, plan, "cpu")
 
 
 def test_time_takes_the_kernels_own_figures_where_there_are_some_and_says_where_there_are_none():

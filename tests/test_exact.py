@@ -32,6 +32,10 @@ def test_every_combination_of_recipe_is_among_the_cases():
     assert {p.grad_accumulation for _, p in CHOSEN} == {1, 2, 3}
 
 
+def test_sliding_windows_are_shorter_and_longer_than_the_sequence():
+    assert {m.sliding_window < p.tokens(m) for m, p in CHOSEN if m.sliding_window} == {True, False}
+
+
 def test_the_vocabulary_is_both_larger_and_smaller_than_the_sequence():
     assert {m.vocab_size < p.tokens(m) for m, p in CHOSEN} == {True, False}
 
@@ -70,6 +74,10 @@ LARGE = {
     "llama-3.2-1b widths, naive, foreach": (
         ModelConfig("llama", 1, 2048, 32, 128_256, 131_072, 8, 64, 8192, True),
         Plan(batch_size=1, seq_len=64, optimizer_impl="foreach"),
+    ),
+    "mistral-7b's heads and window, sdpa, bf16": (
+        ModelConfig("llama", 2, 512, 32, 997, 8192, 8, 128, 256, sliding_window=96),
+        Plan(batch_size=2, seq_len=200, precision="bf16", attention="sdpa", optimizer="sgd"),
     ),
     "llama-3.2-1b widths, two checkpointed blocks, sdpa": (
         ModelConfig("llama", 2, 2048, 32, 128_256, 131_072, 8, 64, 8192, True),

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from estimator.config import ConfigError, ModelConfig, Plan
+from estimator.config import ATTENTIONS, ConfigError, ModelConfig, Plan
 from trainer.generate import generate, sample
 from trainer.model import build_model
 
@@ -27,9 +27,9 @@ CONFIGS = {
 }
 
 
-def build(family, attention="sdpa", seed=0, dtype=torch.float64):
+def build(family, attention="sdpa", seed=0, dtype=torch.float64, window=None):
     torch.manual_seed(seed)
-    model = build_model(CONFIGS[family], Plan(attention=attention)).to(dtype)
+    model = build_model(CONFIGS[family].replace(sliding_window=window), Plan(attention=attention)).to(dtype)
     with torch.no_grad():
         for weight in model.parameters():  # far from the initial weights, whose logits are nearly alike
             weight.mul_(4).add_(torch.randn_like(weight), alpha=0.1)
@@ -38,6 +38,7 @@ def build(family, attention="sdpa", seed=0, dtype=torch.float64):
 
 families = pytest.mark.parametrize("family", CONFIGS)
 attentions = pytest.mark.parametrize("attention", ["naive", "sdpa"])
+ON_CPU = [name for name in ATTENTIONS if name != "sdpa-efficient"]  # that is CUDA's
 
 
 @families
@@ -49,7 +50,8 @@ def test_cached_logits_equal_uncached_ones(family, attention, data):
 
     In one dtype they cannot be: a BLAS adds up the products of a matrix and of a vector in different orders.
     """
-    model = build(family, attention, data.draw(st.integers(0, 99)))
+    window = data.draw(st.sampled_from([None, 1, 2, 5, 12]))
+    model = build(family, attention, data.draw(st.integers(0, 99)), window=window)
     B, T = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 12))
     ids = torch.randint(23, (B, T))
     cuts = sorted({0, T, *data.draw(st.lists(st.integers(0, T), max_size=12))})
@@ -62,9 +64,10 @@ def test_cached_logits_equal_uncached_ones(family, attention, data):
 
 
 @families
+@pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_cached_generation_equals_uncached_also_beyond_the_context(family, temperature):
-    model = build(family)
+def test_cached_generation_equals_uncached_also_beyond_the_context(family, temperature, window):
+    model = build(family, window=window)
     prompt = torch.randint(23, (3, 5))
     texts = [
         generate(model, prompt, 15, temperature, use_cache=cached, generator=torch.Generator().manual_seed(1))
@@ -73,6 +76,34 @@ def test_cached_generation_equals_uncached_also_beyond_the_context(family, tempe
     assert torch.equal(*texts)
     assert texts[0].shape == (3, 20)
     assert torch.equal(texts[0][:, :5], prompt)
+
+
+@families
+@pytest.mark.parametrize("attention", ON_CPU)
+@pytest.mark.parametrize("window", [1, 2, 3])
+def test_a_token_reaches_a_window_in_each_layer_and_no_further(family, attention, window):
+    """Two layers: position 0 is seen up to position 2 (window - 1), by a path of the last seen token in each."""
+    model = build(family, attention, window=window)
+    ids = torch.randint(1, 23, (1, 12))
+    changed = ids.clone()
+    changed[0, 0] = 0
+    with torch.no_grad():
+        moved = (model(ids) != model(changed)).any(-1)[0]
+    last = 2 * (window - 1)
+    assert moved[: last + 1].all()
+    assert not moved[last + 1 :].any()
+
+
+@families
+def test_all_kernels_see_the_same_window(family):
+    ids = torch.randint(23, (2, 12))
+    with torch.no_grad():
+        naive, *others = (build(family, attention, window=4)(ids) for attention in ON_CPU)
+        whole = build(family)(ids)
+    for other in others:
+        torch.testing.assert_close(other, naive, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(whole[:, :4], naive[:, :4], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(whole[:, 4:], naive[:, 4:], rtol=1e-3)
 
 
 @families

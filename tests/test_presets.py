@@ -210,11 +210,35 @@ def test_every_size_of_a_file_arrives(*, kind, kv, groups, head_dim, width, size
             "tie_word_embeddings": tied,
             "sliding_window": window,
             "use_sliding_window": True,
+            "max_window_layers": 0,
         }
     )
     assert m == ModelConfig(
-        "llama", layers, width, kv * groups, vocab, positions, kv, head_dim, ffn, tied, kind == "qwen2"
+        "llama",
+        *(layers, width, kv * groups, vocab, positions, kv, head_dim, ffn, tied, kind == "qwen2"),
+        sliding_window=None if kind == "llama" else window,
     )
+
+
+def test_a_sliding_window_is_read_where_all_layers_have_it():
+    v1 = from_hf(HF / "mistral-7b.json")
+    assert (v1.sliding_window, preset("mistral-7b-v0.3").sliding_window) == (4096, None)
+    for fields, window in (
+        ({"model_type": "mistral"}, 4096),
+        ({"model_type": "mistral", "sliding_window": None}, None),
+        ({"model_type": "mistral", "sliding_window": 512}, 512),
+        ({"model_type": "mistral", "layer_types": ["sliding_attention", "full_attention"]}, None),
+        ({"model_type": "mistral", "layer_types": ["sliding_attention"] * 32}, 4096),
+        ({"model_type": "qwen2"}, None),
+        ({"model_type": "qwen2", "sliding_window": 512}, None),
+        ({"model_type": "qwen2", "use_sliding_window": True}, None),  # the lowest 28 layers have none
+        ({"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 0}, 4096),
+    ):
+        assert from_hf(fields).sliding_window == window, fields
+    with pytest.raises(ConfigError, match="use_sliding_window = 'yes': must be true or false"):
+        from_hf({"model_type": "qwen2", "use_sliding_window": "yes"})
+    with pytest.raises(ConfigError, match="sliding_window = 0: must be an integer of at least 1"):
+        from_hf({"model_type": "mistral", "sliding_window": 0})
 
 
 def test_gpt2_takes_the_general_names_too():

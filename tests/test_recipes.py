@@ -32,32 +32,34 @@ def no_onednn():
 
 @st.composite
 def models(draw: st.DrawFn) -> ModelConfig:
-    """Both families, edges of 1 among the sizes."""
+    """Both families, edges of 1 among the sizes, sliding windows shorter and longer than the sequence."""
     heads = draw(st.sampled_from([1, 2, 4]))
     layers, vocab, context = (
         draw(st.integers(1, 8)),
         draw(st.sampled_from([1, 17, 101])),
         draw(st.sampled_from([1, 6, 13])),
     )
+    window = draw(st.sampled_from([None, None, 1, 3, 5]))
     if draw(st.booleans()):
         width = heads * draw(st.sampled_from([1, 3, 8]))
-        return ModelConfig("gpt2", layers, width, heads, vocab, context, d_ff=draw(st.integers(1, 40)))
+        ffn = draw(st.integers(1, 40))
+        return ModelConfig("gpt2", layers, width, heads, vocab, context, d_ff=ffn, sliding_window=window)
     kv_heads = draw(st.sampled_from([k for k in (1, 2, 4) if heads % k == 0]))
     head_dim = draw(st.sampled_from([2, 4, 6]))
     width = draw(st.sampled_from([heads * head_dim, 7, 24]))
     bias, tied = draw(st.booleans()), draw(st.booleans())
-    return ModelConfig(
-        "llama", layers, width, heads, vocab, context, kv_heads, head_dim, draw(st.integers(1, 40)), tied, bias
-    )
+    ffn = draw(st.integers(1, 40))
+    return ModelConfig("llama", layers, width, heads, vocab, context, kv_heads, head_dim, ffn, tied, bias, window)
 
 
-def check(data: st.DataObject, **recipe: object) -> None:
-    m = data.draw(models())
+def check(data: st.DataObject, windowed: bool = False, **recipe: object) -> None:
+    m = data.draw(models().filter(lambda m: (m.sliding_window or 99) < m.context_length) if windowed else models())
+    least = m.sliding_window + 1 if windowed else 1
     every = data.draw(st.integers(1, 3)) if recipe.get("checkpointing", "none") != "none" else 1
     p = Plan(
         checkpoint_every=every,
         batch_size=data.draw(st.integers(1, 3)),
-        seq_len=data.draw(st.integers(1, m.context_length)),
+        seq_len=data.draw(st.integers(least, m.context_length)),
         grad_accumulation=data.draw(st.integers(1, 3)),
         max_grad_norm=data.draw(st.sampled_from([None, 1.0])),
         **recipe,
@@ -85,7 +87,7 @@ def test_optimizers(optimizer, impl, data):
 ON_CPU = [name for name in ATTENTIONS if name != "sdpa-efficient"]  # that is CUDA's
 
 
-def drawn(data: st.DataObject, **fixed: object) -> None:
+def drawn(data: st.DataObject, windowed: bool = False, **fixed: object) -> None:
     """`check` with a recipe of which `fixed` is given and the rest drawn."""
     choices = {
         "precision": PRECISIONS,
@@ -97,7 +99,7 @@ def drawn(data: st.DataObject, **fixed: object) -> None:
     recipe = fixed | {name: data.draw(st.sampled_from(values)) for name, values in choices.items() if name not in fixed}
     if recipe["attention"] == "sdpa-flash" and recipe["dropout"]:  # refused together on the CPU
         recipe["dropout" if "attention" in fixed else "attention"] = 0.0 if "attention" in fixed else "sdpa"
-    check(data, optimizer="sgd", **recipe)
+    check(data, windowed, optimizer="sgd", **recipe)
 
 
 @pytest.mark.parametrize(
@@ -115,6 +117,14 @@ def test_attention_and_dropout(attention, dropout, data):
 @given(data=st.data())
 def test_precision(precision, data):
     drawn(data, precision=precision)
+
+
+@pytest.mark.parametrize("attention", ON_CPU)
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-mixed"])
+@quick
+@given(data=st.data())
+def test_sliding_window(precision, attention, data):
+    drawn(data, True, attention=attention, precision=precision)
 
 
 @pytest.mark.parametrize("checkpointing", CHECKPOINTINGS)

@@ -19,6 +19,8 @@ CASES = [
     Request("gpt2-xl", GPT2.replace(num_layers=3, tie_embeddings=False), est.Plan(batch_size=2), "l4-24gb", mfu=0.3),
     Request("own", est.preset("gpt2"), est.Plan(checkpointing="block"), "t4-16gb", steps=10, mfu=0.25),
     Request("own", est.preset("qwen2.5-0.5b"), est.Plan(seq_len=512, max_grad_norm=1.0), "rtx-4090-24gb", mfu=0.4),
+    Request("mistral-7b", est.preset("mistral-7b").replace(sliding_window=None), est.Plan(), "h200-141gb-sxm"),
+    Request("gpt2-xl", GPT2.replace(sliding_window=256), est.Plan(attention="sdpa"), "h200-141gb-sxm"),
     Request("llama-3-8b", est.preset("llama-3-8b").replace(d_ff=1000), est.Plan(optimizer="sgd"), "h200-141gb-sxm"),
 ]
 

@@ -14,7 +14,11 @@ from estimator.sweeps import AXES, axis_values, point, spaced, sweep
 GPT2 = Request("gpt2", est.preset("gpt2"), est.Plan(batch_size=4), "a100-80gb-sxm", 8, 0.4, 100, 64)
 QWEN = replace(GPT2, name="qwen2.5-0.5b", model=est.preset("qwen2.5-0.5b"), plan=est.Plan(batch_size=2, seq_len=512))
 PREDICTED = replace(GPT2, mfu=None)
+MISTRAL = Request(
+    "mistral-7b", est.preset("mistral-7b"), est.Plan(precision="bf16", attention="sdpa"), "h200-141gb-sxm"
+)
 LINES = [
+    (MISTRAL, "seq_len", [1, 512, 4096, 4097, 4112, 8192]),
     (PREDICTED, "batch_size", [1, 2, 8, 64]),
     (PREDICTED, "seq_len", [1, 64, 1024]),
     (PREDICTED, "num_layers", [1, 2, 40]),

@@ -193,6 +193,15 @@ def test_other_ways_to_run_a_step_give_the_same_losses(whole, corpus, tmp_path, 
         assert [x for x in a if x is not None] == pytest.approx([x for x in b if x is not None], rel=2e-3)
 
 
+@pytest.mark.parametrize("attention", ["naive", "sdpa"])
+def test_a_sliding_window_trains(whole, corpus, tmp_path, attention):
+    section = ModelSection("gpt2", num_layers=1, d_model=16, num_heads=2, context_length=16, sliding_window=4)
+    train(configure(corpus, tmp_path, model=section, plan={"attention": attention}))
+    valid = [loss for *_, loss in losses(tmp_path) if loss]
+    assert valid[-1] < valid[0]
+    assert valid != [loss for *_, loss in losses(whole) if loss]
+
+
 def test_dropout_trains_and_evaluates_without(whole, corpus, tmp_path):
     train(configure(corpus, tmp_path, plan={"dropout": 0.2}))
     mine, theirs = losses(tmp_path), losses(whole)

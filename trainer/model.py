@@ -134,15 +134,16 @@ def repeat_heads(x_BkTe: Tensor, groups: int) -> Tensor:
 
 
 def attend(q_BhTe: Tensor, k_BhTe: Tensor, v_BhTe: Tensor, mask_TT: Tensor | None, kind: str, dropout: float) -> Tensor:
-    """Causal attention, (B, h, T, e). With a mask (True above the diagonal) by separate ops, without one by SDPA.
+    """Causal attention, (B, h, T, e), by separate ops or by SDPA; the mask is `Transformer.mask`'s.
 
     Without a mask the queries are either all positions or, with a cache, the last one alone, which may look at all.
     `kind` is `Plan.attention`; `dropout` is a probability, of the weights.
     """
-    if mask_TT is None:
-        causal = q_BhTe.shape[2] == k_BhTe.shape[2]
+    if not kind.startswith("naive"):
+        causal = mask_TT is None and q_BhTe.shape[2] == k_BhTe.shape[2]
         with sdpa_kernel(KERNELS[kind]) if kind in KERNELS else nullcontext():
-            return F.scaled_dot_product_attention(q_BhTe, k_BhTe, v_BhTe, dropout_p=dropout, is_causal=causal)
+            return F.scaled_dot_product_attention(q_BhTe, k_BhTe, v_BhTe, mask_TT, dropout, causal)
+    assert mask_TT is not None
     scores_BhTT = q_BhTe @ k_BhTe.transpose(-2, -1)
     scores_BhTT = scores_BhTT * (1 / math.sqrt(q_BhTe.shape[-1]))
     scores_BhTT = scores_BhTT.masked_fill(mask_TT, float("-inf"))
@@ -309,12 +310,22 @@ class Transformer(nn.Module):
         """Make the family's own modules."""
         raise NotImplementedError
 
-    def causal_mask(self, ids_BT: Tensor, start: int) -> Tensor | None:
-        """(T, start + T), True where a query must not look; one for all blocks. None where `attend` needs none."""
-        T = ids_BT.shape[1]
-        if not self.plan.attention.startswith("naive") and (start == 0 or T == 1):
+    def mask(self, ids_BT: Tensor, start: int) -> Tensor | None:
+        """(T, start + T), one for all blocks; None where `attend` needs none.
+
+        For separate ops True is where a query must not look, for SDPA where it may: what each of them takes.
+        """
+        T, window = ids_BT.shape[1], self.config.sliding_window
+        naive, windowed = self.plan.attention.startswith("naive"), window is not None and start + T > window
+        if not naive and not windowed and (start == 0 or T == 1):
             return None
-        return torch.ones(T, start + T, dtype=torch.bool, device=ids_BT.device).triu(start + 1)
+        every = torch.ones(T, start + T, dtype=torch.bool, device=ids_BT.device)
+        if naive and not windowed:
+            return every.triu(start + 1)
+        seen = every.tril_(start)
+        if window is not None:
+            seen.triu_(start + 1 - window)
+        return seen.logical_not_() if naive else seen
 
     def new_cache(self, batch_size: int) -> list[KeysAndValues]:
         """An empty cache for `forward`, one entry a block, in the weights' dtype and on their device."""
@@ -355,7 +366,7 @@ class GPT2(Transformer):
     ) -> Tensor:
         start = cache[0].length if cache else 0
         x = self.dropout(self.embedding(ids_BT) + self.positions(start, ids_BT.shape[1]))
-        mask = self.causal_mask(ids_BT, start)
+        mask = self.mask(ids_BT, start)
         for layer in range(len(self.blocks)):
             x = self.run_block(layer, x, mask, cache[layer] if cache else None)
         return self.logits_or_loss(self.final_norm(x), targets_BT)
@@ -381,7 +392,7 @@ class Llama(Transformer):
         x = self.dropout(self.embedding(ids_BT))
         end = start + ids_BT.shape[1]
         cos, sin = self.cos[start:end, None], self.sin[start:end, None]
-        mask = self.causal_mask(ids_BT, start)
+        mask = self.mask(ids_BT, start)
         for layer in range(len(self.blocks)):
             x = self.run_block(layer, x, cos, sin, mask, cache[layer] if cache else None)
         return self.logits_or_loss(self.final_norm(x), targets_BT)

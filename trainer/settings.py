@@ -44,6 +44,7 @@ class ModelSection:
         d_ff: f; None means 4 d_model for gpt2, and for llama 8/3 d_model rounded up to a multiple of 64.
         tie_embeddings: None means the family's habit.
         qkv_bias: None means the family's habit.
+        sliding_window: tokens that one sees, itself included; None means all before it.
     """
 
     family: str = "gpt2"
@@ -57,6 +58,7 @@ class ModelSection:
     d_ff: int | None = None
     tie_embeddings: bool | None = None
     qkv_bias: bool | None = None
+    sliding_window: int | None = None
 
     def config(self, vocab_size: int | None) -> ModelConfig:
         """The model, with the tokenizer's vocabulary where none is given.

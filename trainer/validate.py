@@ -121,13 +121,14 @@ def _case(family: str, rng: random.Random, fixed: dict[str, int], turn: int) -> 
         grad_accumulation=rng.choice((1, 1, 2, 3)),
         max_grad_norm=rng.choice((None, None, 1.0)),
     )
-    return m, p
+    return m.replace(sliding_window=rng.choice((None, None, rng.randint(1, T)))), p
 
 
 def describe(m: ModelConfig, p: Plan) -> str:
     """A case in a line."""
     run = f"B{p.batch_size} T{p.tokens(m)}"
     sizes = f"{run} L{m.num_layers} d{m.d_model} h{m.num_heads} k{m.num_kv_heads} e{m.e} f{m.f}"
+    sizes += f" window {m.sliding_window}" if m.sliding_window else ""
     recipe = f"{p.precision}{' fp32 gradients' if p.fp32_gradients else ''} {p.attention} {p.checkpointing}"
     recipe = f"{recipe}{f' every {p.checkpoint_every}' if p.checkpoint_every > 1 else ''} {p.loss}"
     recipe = f"{recipe} {p.optimizer}-{p.optimizer_impl} x{p.grad_accumulation}"

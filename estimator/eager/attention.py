@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from estimator.eager.autocast import lower
 from estimator.eager.autograd import Context, attach, record
 from estimator.eager.linalg import matmul
-from estimator.eager.ops import add_in_place, cast, causal_mask, dropout, elementwise, with_number
+from estimator.eager.ops import add_in_place, additive_mask, cast, causal_mask, dropout, elementwise, with_number
 from estimator.eager.sizes import ONE
 from estimator.eager.tensor import BOOL, FLOAT32, Locals, Tensor, empty_like, op
 from estimator.eager.views import transpose
@@ -17,26 +17,25 @@ if TYPE_CHECKING:
 
 
 @op
-def attention_math(q: Tensor, k: Tensor, v: Tensor, *, drops: bool) -> Tensor:
-    """`_scaled_dot_product_attention_math`, causal: in float32 whatever comes in, with a mask of its own a call."""
-    arguments = lower(q, k, v)
-    with q.machine.autocast(None):  # inside an operator that it casts for, autocast is off
-        return _attention_math(*arguments, drops=drops)
+def attention_math(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, *, drops: bool) -> Tensor:
+    """`_scaled_dot_product_attention_math`: in float32 whatever comes in.
+
+    With a boolean mask `seen` every call makes one to add of it, in the inputs' dtype; without one it is causal, and
+    every call makes its own in float32.
+    """
+    q, k, v = lower(q, k, v)
+    with q.machine.autocast(None), Locals() as c:  # inside an operator that it casts for, autocast is off
+        c.mask = additive_mask(seen, q.dtype) if seen is not None else None
+        return _attention_math(q, k, v, c.mask, drops=drops)
 
 
 @op
-def _attention_math(q: Tensor, k: Tensor, v: Tensor, *, drops: bool) -> Tensor:
-    machine, dtype = q.machine, q.dtype
-    T = q.shape[-2]
+def _attention_math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, drops: bool) -> Tensor:
+    dtype = q.dtype
     with Locals() as c:
         c.q, c.k, c.v = (cast(x, FLOAT32) for x in (q, k, v))
         c.query = _scaled(c.q)
-        c.allowed = causal_mask(q, T)
-        zero, infinity = machine.empty(()).hold(), machine.empty(()).hold()
-        c.mask = machine.empty((T, T))
-        zero.drop()
-        infinity.drop()
-        del c.allowed
+        c.mask = additive_mask(causal_mask(q, q.shape[-2]), FLOAT32) if mask is None else mask
         c.attn = matmul(c.query, _scaled(transpose(c.k, -2, -1)))
         add_in_place(c.attn, c.mask)
         c.attn = _safe_softmax(c.attn)

@@ -8,9 +8,9 @@ from estimator.eager.autocast import lower
 from estimator.eager.autograd import Context, attach, record
 from estimator.eager.checkpointing import not_repeated
 from estimator.eager.ledger import Gemm
-from estimator.eager.ops import add_in_place
+from estimator.eager.ops import add_in_place, additive_mask
 from estimator.eager.sizes import LETTER, ONE
-from estimator.eager.tensor import FLOAT32, UINT64, Tensor, empty_like, op
+from estimator.eager.tensor import FLOAT32, UINT64, Locals, Tensor, empty_like, op
 from estimator.eager.views import reshape, transpose, unsafe_view, view
 
 if TYPE_CHECKING:
@@ -140,20 +140,44 @@ def _matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 @op
-def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor, *, drops: bool, efficient: bool = False) -> Tensor:
-    """F.scaled_dot_product_attention, causal, by a fused kernel: the scores never exist.
+def scaled_dot_product_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seen: Tensor | None = None,
+    *,
+    drops: bool,
+    efficient: bool = False,
+    pads: bool = False,
+) -> Tensor:
+    """F.scaled_dot_product_attention by a fused kernel: the scores never exist. Causal, or with a mask of what is seen.
 
     Saves its inputs, its output and the log-sum-exp of each row. On the CPU each thread has a scratch for one tile; on
-    CUDA the backward of flash adds up dq in fp32. `efficient` is CUDA's memory-efficient kernel, which takes fp32 too.
+    CUDA the backward of flash adds up dq in fp32. `efficient` is CUDA's memory-efficient kernel, which takes fp32 and
+    masks too. Of a boolean mask every call makes one to add, in the inputs' dtype, and saves it; the memory-efficient
+    kernel `pads` rows that are no multiple of 16 elements in a copy (`preprocess_mask` in attention.cpp).
 
     CUDA's flash saves the generator's state in CUDA memory, with dropout or without: seed and offset in one tensor, and
     one that nothing uses. The memory-efficient kernel's are on the CPU, unless a CUDA graph is captured.
     """
-    return _fused_attention(*lower(q, k, v), drops=drops, efficient=efficient)
+    with Locals() as c:
+        q, k, v = lower(q, k, v)
+        c.mask = additive_mask(seen, q.dtype) if seen is not None else None
+        if pads:
+            c.mask = _padded(c.mask)
+        return _fused_attention(q, k, v, c.mask, drops=drops, efficient=efficient)
 
 
 @op
-def _fused_attention(q: Tensor, k: Tensor, v: Tensor, *, drops: bool, efficient: bool) -> Tensor:
+def _padded(mask: Tensor) -> Tensor:
+    """pad_bias: rows of T elements in a storage whose rows are a multiple of 16."""
+    out = mask.machine.empty((mask.shape[0], LETTER["T_16"]), mask.dtype)
+    mask.machine.kernel("constant_pad_nd", (mask,), (out,))
+    return out
+
+
+@op
+def _fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, drops: bool, efficient: bool) -> Tensor:
     machine = q.machine
     b, h, t, _ = q.shape
 
@@ -164,15 +188,18 @@ def _fused_attention(q: Tensor, k: Tensor, v: Tensor, *, drops: bool, efficient:
             if grad.dtype.itemsize < FLOAT32.itemsize:  # both tiles in the inputs' dtype
                 c.narrow = machine.empty((2 * LETTER["n"], LETTER["s"], LETTER["w"]), grad.dtype)
             c.sums = machine.empty((LETTER["s"],), FLOAT32)
-        elif efficient:  # attention_backward.cu: delta, a number a row
+        elif efficient:  # attention_backward.cu: delta, a number a row, and the tiles of dq with their locks
             c.delta = machine.empty((b, h, t), FLOAT32)
+            c.tiles = machine.empty((b, h, LETTER["a_32" if grad.dtype == FLOAT32 else "a_16"]), FLOAT32)
         else:  # flash_api.cpp, mha_bwd: softmax_d and dq_accum, in whole tiles
             c.sums = machine.empty((b, h, LETTER["T_128"]), FLOAT32)
             c.accumulated = machine.empty((b, LETTER["T_128"], h, LETTER["e_32"]), FLOAT32)
-        _attention_kernel("flash_attention_backward", (grad, *c.saved[:5]), (c.dq, c.dk, c.dv), products=5, again=1)
+        _attention_kernel(f"{name}_backward", (grad, *c.saved[:read]), (c.dq, c.dk, c.dv), products=5, again=1)
         return [c.take("dq"), c.take("dk"), c.take("dv")]
 
-    node = record("ScaledDotProductFlashAttentionBackward0", (q, k, v), backward, (q, k, v))
+    inputs = (q, k, v) if mask is None else (q, k, v, mask)
+    name, read = ("flash_attention" if mask is None else "masked_attention"), len(inputs) + 2
+    node = record("ScaledDotProductFlashAttentionBackward0", (q, k, v), backward, inputs)
 
     def compute() -> tuple[Tensor, ...]:
         out = empty_like(q)
@@ -184,7 +211,7 @@ def _fused_attention(q: Tensor, k: Tensor, v: Tensor, *, drops: bool, efficient:
                 machine.empty((n, s, w), q.dtype).discard()
             tile.drop()
         state = _generator_state(machine, drops=drops) if machine.device == "cuda" and not efficient else ()
-        _attention_kernel("flash_attention", (q, k, v), (out, lse), products=2)
+        _attention_kernel(name, inputs, (out, lse), products=2)
         return out, lse, *state
 
     out, *rest = results = not_repeated(machine, compute)

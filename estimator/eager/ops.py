@@ -10,7 +10,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from estimator.eager.autograd import Context, attach, record
+from estimator.eager.autograd import Context, add_wider, attach, record
 from estimator.eager.ledger import Category
 from estimator.eager.sizes import LETTER, ONE
 from estimator.eager.tensor import (
@@ -132,7 +132,7 @@ def add_in_place(a: Tensor, b: Tensor) -> None:
         return [grad, grad if c.needs[1] else None]
 
     node = record("AddBackward0", (a, b), backward)
-    a.machine.kernel("add_", (a, b), (a,))
+    add_wider(a, b)
     if node is not None and a.grad_fn is not None:
         a.grad_fn.drop()
     attach(node, a)
@@ -420,6 +420,28 @@ def causal_mask(ids: Tensor, length: Size) -> Tensor:
     machine.kernel("fill_", (), (ones,))
     mask = elementwise("triu", ones)
     ones.drop()
+    return mask
+
+
+@op
+def window_mask(ids: Tensor, length: Size, *, seen: bool) -> Tensor:
+    """torch.ones(T, T, dtype=bool).tril_().triu_(1 - window), and unless it is of what is `seen`, logical_not_()."""
+    machine = ids.machine
+    mask = machine.empty((length, length), BOOL)
+    for name in ("fill_", "tril_", "triu_", *(() if seen else ("logical_not_",))):
+        machine.kernel(name, () if name == "fill_" else (mask,), (mask,))
+    return mask
+
+
+@op
+def additive_mask(seen: Tensor, dtype: Dtype) -> Tensor:
+    """torch.where(seen, 0, -inf): both numbers are tensors of their own."""
+    machine = seen.machine
+    zero, infinity = machine.empty((), dtype).hold(), machine.empty((), dtype).hold()
+    mask = machine.empty(seen.shape, dtype)
+    machine.kernel("where", (seen,), (mask,))
+    zero.drop()
+    infinity.drop()
     return mask
 
 

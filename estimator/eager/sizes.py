@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 SHARES = ("d_D", "t_D", "q_D", "k_D", "f_D", "V_D", "C_D")  # rows of one of D accelerators: `row_counts`
 BLOCKS = tuple(f"{name[0]}_8" for name in SHARES)  # blocks of a matrix's 8-bit states: as many rows by d
-TILES = ("T_32", "T_128", "e_32")  # what CUDA's attention kernels round up to
+TILES = ("T_16", "T_32", "T_128", "e_32", "a_16", "a_32")  # what CUDA's attention kernels round up to
 NAMES = (*"BTLdhkgefVCnswczpqurv", "D", *SHARES, *BLOCKS, *TILES)
 RING, *_generators = ring(",".join(NAMES), QQ)
 LETTER = dict(zip(NAMES, _generators, strict=True))
@@ -199,6 +199,21 @@ def row_counts(sizes: Mapping[str, Any]) -> dict[str, Any]:
     return rows | {f"{name}_D": sizes[name] for name in "fVC"}
 
 
+MASK_ALIGNMENT = 16  # aten/src/ATen/native/transformers/attention.cpp, mem_eff_alignment
+
+
+def _attention_tiles(T: Any, e: Any, wide: int) -> Any:
+    """Elements of a head's dq in the workspace of CUDA's memory-efficient attention, in tiles with 4 words of locks.
+
+    Tiles are 64 x 64 for heads of up to 64, 128 x `wide` for those of up to 128 and 128 x 64 beyond, on devices whose
+    shared memory holds them, as A100's and H100's does (mem_eff_attention/kernel_backward.h, workspace_elements_gq, and
+    generate_kernels.py). What 16-bit heads wider than 128 keep of dk and dv is left out: a few tiles a head.
+    """
+    rows = np.where(e <= 64, 64, 128)
+    columns = np.where((e <= 64) | (e > 128), 64, wide)
+    return -(-T // rows) * -(-e // columns) * (rows * columns + 4)
+
+
 # Scratch of the bundled trainer: trainer.loss.CPU_TILE and CHUNKS, trainer.optim.CPU_SLICE and CUDA_SLICE,
 # trainer.optim8bit.BLOCK (a test
 # compares).
@@ -274,9 +289,12 @@ def derived_letters(family: str, given: Mapping[str, Any], device: str) -> dict[
         "u": np.minimum(d, given["f"]),
         "r": -(-given["B"] * T // LOSS_CHUNKS),
         "v": -(-given["V"] // LOSS_CHUNKS),
+        "T_16": -(-T // MASK_ALIGNMENT) * MASK_ALIGNMENT,
         "T_32": -(-T // 32) * 32,
         "T_128": -(-T // 128) * 128,
         "e_32": np.where(given["e"] <= 128, -(-given["e"] // 32) * 32, -(-given["e"] // 64) * 64),
+        "a_16": _attention_tiles(T, given["e"], wide=128),
+        "a_32": _attention_tiles(T, given["e"], wide=64),
         **share,
         **{f"{name[0]}_8": -(-rows * d // STATE_BLOCK) for name, rows in row_counts(given).items()},
     }

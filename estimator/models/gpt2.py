@@ -78,7 +78,7 @@ class GPT2(Transformer):
 
     def forward(self, v: Locals, ids: Tensor, targets: Tensor | None = None) -> Tensor:
         v.x = dropout(ops.add(self.embedding(ids), self.positions(ids.shape[1])), self.recipe)
-        v.mask = self.causal_mask(ids)
+        v.mask = self.mask(ids)
         for block in self.blocks:
             v.x = block(v.x, v.mask)
         return self.logits_or_loss(self.final_norm(v.x), targets)

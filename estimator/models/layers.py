@@ -41,6 +41,17 @@ class Recipe:
     clips: bool
     micro_batches: int
     parallel: str = "alone"
+    window: str = "none"  # the sliding window's mask: "none", "whole", or one that a CUDA kernel has "padded"
+
+    def fused(self, device: str) -> str:
+        """`attention`, but that on CUDA flash takes no mask, and the memory-efficient kernel comes next.
+
+        `check_for_attn_mask` and `priority_order` in aten/src/ATen/native/transformers/cuda/sdp_utils.cpp, where cuDNN
+        does not come first (on Hopper and later, from cuDNN 9.15.1 on, unless TORCH_CUDNN_SDPA_DEPRIORITIZED is set).
+        """
+        return (
+            "efficient" if (device, self.attention) == ("cuda", "flash") and self.window != "none" else self.attention
+        )
 
 
 class Module:
@@ -162,9 +173,12 @@ def dropout(x: Tensor, recipe: Recipe) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, recipe: Recipe) -> Tensor:
     """`trainer.model.attend`."""
     if recipe.attention == "math":
-        return attention_math(q, k, v, drops=recipe.dropout)
-    if mask is None:
-        return scaled_dot_product_attention(q, k, v, drops=recipe.dropout, efficient=recipe.attention == "efficient")
+        return attention_math(q, k, v, mask, drops=recipe.dropout)
+    if not recipe.attention.startswith("naive"):
+        efficient = recipe.fused(q.machine.device) == "efficient"
+        pads = efficient and recipe.window == "padded"
+        return scaled_dot_product_attention(q, k, v, mask, drops=recipe.dropout, efficient=efficient, pads=pads)
+    assert mask is not None
     with arguments((q, k, v, mask)) as results, Locals() as names:
         names.scores = matmul(q, transpose(k, -2, -1))
         names.scores = ops.mul_number(names.scores)
@@ -206,11 +220,12 @@ class Transformer(Module):
         """Make the family's own modules."""
         raise NotImplementedError
 
-    def causal_mask(self, ids: Tensor) -> Tensor | None:
+    def mask(self, ids: Tensor) -> Tensor | None:
         """(T, T), one for all blocks."""
-        if not self.recipe.attention.startswith("naive"):
-            return None
-        return ops.causal_mask(ids, ids.shape[1])
+        naive = self.recipe.attention.startswith("naive")
+        if self.recipe.window != "none":
+            return ops.window_mask(ids, ids.shape[1], seen=not naive)
+        return ops.causal_mask(ids, ids.shape[1]) if naive else None
 
     def logits_or_loss(self, x: Tensor, targets: Tensor | None) -> Tensor:
         """The head, tied or not; with targets in its chunked cross entropy."""

@@ -110,7 +110,7 @@ class Llama(Transformer):
         v.x = dropout(self.embedding(ids), self.recipe)
         T = ids.shape[1]
         v.cos, v.sin = (table.view((T, ONE, table.shape[1]), (table.stride[0], *table.stride)) for table in self.tables)
-        v.mask = self.causal_mask(ids)
+        v.mask = self.mask(ids)
         for block in self.blocks:
             v.x = block(v.x, v.cos, v.sin, v.mask)
         return self.logits_or_loss(self.final_norm(v.x), targets)
