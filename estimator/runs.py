@@ -10,7 +10,7 @@ import csv
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from estimator.config import ModelConfig, Plan, choose
 from estimator.kernels import FUSED, Variant
@@ -35,7 +35,7 @@ class Run:
         source: name of the file.
         accelerator: id in the catalogue.
         model: what was trained.
-        plans: how; of two, each takes half of the time (checkpoints on every second layer).
+        plans: how; of two, each takes half of the time (torchtitan's selective checkpoints).
         setup: what of the source's recipe a plan does not say.
         measured: tokens per second of one accelerator.
         row: the row as published.
@@ -114,19 +114,24 @@ def _vtrain(row: Mapping[str, str]) -> Run | None:
     return _run("vtrain_dp_a100", row, "a100-80gb-sxm", "gpt2", setup, plan)
 
 
-# torchtune and torchtitan: SDPA, and the techniques of the row; torchtitan trains in mixed precision, torchtune in
-# bf16. torchtitan's "selective" saves every second product and recomputes the others, so a row of it is half way
-# between no checkpoints and all. Left out is what no plan describes: LoRA, quantised optimizers and products (fp8,
-# 8-bit Adam), offloading, padded data, a card with an unstated power limit; and rows without a sequence length.
+# torchtune and torchtitan: SDPA, and the techniques of the row; torchtune trains in bf16, torchtitan under FSDP's mixed
+# precision: parameters gathered in bf16, their fp32 copies and the optimizer shared out, no autocast. torchtitan's
+# "selective" keeps every second product of the linear layers and recomputes the others, so a row of it is half way
+# between keeping all and keeping none. Left out is what no plan describes: LoRA, quantised optimizers and products
+# (fp8, 8-bit Adam), offloading, padded data, a card with an unstated power limit; and rows without a sequence length.
 FUSED_PARTS = frozenset({"model", "loss"})
-TUNED: dict[str, tuple[frozenset[str], tuple[str, ...]]] = {
-    "cumulative technique +packed": (frozenset(), ("none",)),
-    "cumulative technique +compile": (FUSED_PARTS, ("none",)),
-    "cumulative technique +chunked CE": (FUSED_PARTS, ("none",)),
-    "cumulative technique +activation ckpt": (FUSED_PARTS, ("block",)),
-    "cumulative technique +optimizer in bwd": (FUSED_PARTS, ("block",)),
+TUNED = {
+    "cumulative technique +packed": (frozenset[str](), "none"),
+    "cumulative technique +compile": (FUSED_PARTS, "none"),
+    "cumulative technique +chunked CE": (FUSED_PARTS, "none"),
+    "cumulative technique +activation ckpt": (FUSED_PARTS, "block"),
+    "cumulative technique +optimizer in bwd": (FUSED_PARTS, "block"),
 }
-TITAN: dict[str, tuple[str, ...]] = {"none": ("none",), "every 2nd layer": ("none", "block"), "full": ("block",)}
+TITAN: dict[str, dict[str, Any]] = {
+    "none": {},
+    "every 2nd layer": {"checkpointing": "block", "checkpoint_every": 2},
+    "full": {"checkpointing": "block"},
+}
 # PyTorch's own H100s are those of torchtitan's tables, with HBM2e and 500 W; some of these rows say so ("~95 GiB").
 TUNED_GPUS = {
     "A100": "a100-80gb-sxm",
@@ -140,14 +145,16 @@ def _torchtune(row: Mapping[str, str]) -> Run | None:
     if row["gpu"] not in TUNED_GPUS or not row["seq_len"]:
         return None
     checkpoints = row["checkpointing"]
-    precision = "bf16-mixed"
+    precision = "bf16-master"
+    changes: tuple[dict[str, Any], ...]
     if row["notes"] in TUNED:
         precision = "bf16"
         fused, checkpointing = TUNED[row["notes"]]
+        changes = ({"checkpointing": checkpointing},)
     elif row["dtype"] == "bf16" and checkpoints.startswith("selective"):
-        fused, checkpointing = FUSED_PARTS, ("none", "block")
+        fused, changes = FUSED_PARTS, ({"checkpointing": "selective"}, {"checkpointing": "block"})
     elif row["dtype"] == "bf16 eager" and checkpoints in TITAN:
-        fused, checkpointing = frozenset(), TITAN[checkpoints]
+        fused, changes = frozenset(), (TITAN[checkpoints],)
     else:
         return None
     gpus = _count(row, "gpus")
@@ -162,7 +169,7 @@ def _torchtune(row: Mapping[str, str]) -> Run | None:
         sharding="zero3" if gpus > 1 else "none",
     )
     setup = Setup(Variant(fused), parameter_width=2, gradient_width=4 if gpus > 1 else 2)
-    plans = tuple(plan.replace(checkpointing=name) for name in checkpointing)
+    plans = tuple(plan.replace(**change) for change in changes)
     return _run("torchtune_torchao", row, TUNED_GPUS[row["gpu"]], "llama", setup, *plans)
 
 
