@@ -1,7 +1,14 @@
-"""Speed of the library: medians of one run on this machine, each beside its aim."""
+"""Speed of the library: medians of one run on this machine, each beside its aim.
+
+    python benchmarks/bench_core.py [--recipes 200]
+
+With --recipes it times nothing but the account from nothing of so many recipes drawn at random, and names the slowest.
+"""
 
 from __future__ import annotations
 
+import argparse
+import random
 import statistics
 import subprocess
 import sys
@@ -33,6 +40,53 @@ def fresh_account():
     return accounts
 
 
+def forget():
+    """Empty every cache of the library."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("estimator"):
+            for cached in vars(module).values():
+                if hasattr(cached, "cache_clear"):
+                    cached.cache_clear()
+
+
+def recipes(est, count, seed=0):
+    """Models, plans and devices at random; a micro-batch of 1, which takes the ledger of the general sizes as well."""
+    from estimator.advice import choices
+    from estimator.config import OPTIMIZERS
+
+    rng = random.Random(seed)  # noqa: S311 - recipes, not secrets
+    while count:
+        plan = {name: rng.choice(names) for name, names in choices().items()}
+        plan["optimizer_impl"] = rng.choice(OPTIMIZERS[plan["optimizer"]])
+        m, device = est.preset(rng.choice(("gpt2-xl", "llama-3-8b"))), rng.choice(("cpu", "cuda"))
+        several = {"data_parallel": 8} if plan["sharding"] != "none" else {}
+        try:
+            p = est.Plan(**plan, **several, grad_accumulation=rng.choice((1, 2)), dropout=rng.choice((0.0, 0.1)))
+            p.attention_kernel(device)
+        except est.ConfigError:  # refused together
+            continue
+        count -= 1
+        yield m, p, device
+
+
+def slowest(est, count):
+    def seconds(case):
+        m, p, device = case
+        forget()
+        start = time.perf_counter()
+        est.account(m, p, device)
+        return time.perf_counter() - start
+
+    est.account(est.preset("gpt2"), est.Plan())  # imports
+    timed = sorted(((seconds(case), case) for case in recipes(est, count)), key=lambda pair: -pair[0])
+    again = [(statistics.median(seconds(case) for _ in range(3)), case) for _, case in timed[:5]]
+    worst, (m, p, device) = max(again, key=lambda pair: pair[0])
+    middle = statistics.median(took for took, _ in timed)
+    print(f"account from nothing, {count} recipes: median {middle:.2f} s, slowest {worst:.2f} s    aim 3.0 s")
+    changed = {name: value for name, value in p.to_dict().items() if value != est.Plan().to_dict()[name]}
+    print(f"the slowest, the median of three more times: {m.family}, {device}, {changed}")
+
+
 def sweep(est, m, p):
     from estimator.eager.sizes import sizes_of
     from estimator.speed import times
@@ -53,6 +107,12 @@ def sweep(est, m, p):
 def main():
     import estimator as est
 
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipes", type=int, metavar="N", help="time the accounts of N recipes instead")
+    arguments = parser.parse_args()
+    if arguments.recipes:
+        slowest(est, arguments.recipes)
+        return
     m, p = est.preset("gpt2-xl"), est.Plan(batch_size=4)
     rows = []
     python = median_seconds(shell(sys.executable, "-c", "pass"), 5)
