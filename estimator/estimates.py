@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     import pandas as pd
 
+WITHOUT_FLASH = ("volta", "turing")  # flash_api.cpp, mha_fwd: "FlashAttention only supports Ampere GPUs or newer."
 FULLY_SHARD = "PyTorch's fully_shard on each block and on the model, gradients scattered in every micro-batch"
 SHARDING_NOTES = {
     "zero1": "ZeRO-1 is DDP with an optimizer that works on its own rows of every parameter and then gathers the rest.",
@@ -149,6 +150,7 @@ def estimate(
             f"accelerator = {device.id!r}: it runs PyTorch's {device.device} backend, whose memory rules are not "
             "modelled; allowed are accelerators of the cuda and cpu backends"
         )
+    check_kernel(p, device)
     sizes = sizes_for(m, p, device.device, threads)
     a = account(m, p, device.device)
     values = a.values(sizes)
@@ -184,6 +186,15 @@ def estimate(
         except ConfigError as error:  # no peak, no link, no calibration: marked, never guessed
             notes.append(f"No time is predicted: {error}.")
     return Estimate(m, p, device, a, values, memory(a, values, sizes, device), flops, time, tuple(notes))
+
+
+def check_kernel(p: Plan, a: Accelerator) -> None:
+    """Raise ConfigError for an attention kernel that `a`'s architecture has not."""
+    if p.attention == "sdpa-flash" and a.architecture in WITHOUT_FLASH:
+        raise ConfigError(
+            f"attention = 'sdpa-flash': CUDA's is for Ampere and newer, {a.id} is a {a.architecture}; allowed are "
+            "naive, naive-fp32, sdpa, sdpa-math, sdpa-efficient"
+        )
 
 
 def replicated(plan: Plan, count: int | None) -> Plan:
@@ -225,6 +236,7 @@ def max_batch_size(
     else:
         device = accelerator(on)
         name = choose("device", device.device, ("cuda", "cpu"))
+        check_kernel(p, device)
 
     def fits(batch_size: int) -> bool:
         trial = p.replace(batch_size=batch_size)

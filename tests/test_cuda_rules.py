@@ -137,6 +137,14 @@ def test_flash_by_name_is_refused_beyond_a_sliding_window_on_cuda_only():
     est.account(m, plan, "cpu")
 
 
+def test_flash_by_name_is_refused_where_the_architecture_has_it_not():
+    plan = est.Plan(precision="fp16-mixed", attention="sdpa-flash", batch_size=2)
+    for refused in (lambda: est.estimate(M, plan, "t4-16gb"), lambda: est.max_batch_size(M, plan, "v100-32gb-sxm")):
+        with pytest.raises(est.ConfigError, match="attention = 'sdpa-flash': CUDA's is for Ampere and newer"):
+            refused()
+    assert est.estimate(M, plan.replace(attention="sdpa-efficient"), "t4-16gb").fits
+
+
 def test_time_takes_the_kernels_own_figures_where_there_are_some_and_says_where_there_are_none():
     plan = est.Plan(batch_size=2, precision="bf16", attention="sdpa-efficient")
     flash, other = (
