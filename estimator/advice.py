@@ -6,8 +6,10 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from estimator import config
+from estimator.accounts import account
 from estimator.config import ConfigError, Plan
 from estimator.estimates import Estimate, estimate
+from estimator.memory import memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -108,6 +110,15 @@ def advice(now: Estimate, estimated: Callable[[Plan], Estimate] | None = None) -
 
 def _same_step(r: Estimate) -> tuple[Any, ...]:
     return r.account.recipe, r.plan.batch_size, r.plan.compile
+
+
+def chunking_saves(now: Estimate) -> int:
+    """Bytes that must not be free where the loss is chunked; 0 where there are no logits at the peak to chunk."""
+    if not now.memory.logits:
+        return 0
+    sizes = now.memory.sizes
+    a = account(now.model, now.plan.replace(loss="chunked"), now.account.device)
+    return now.memory.needed - memory(a, a.values(sizes), sizes, now.accelerator).needed
 
 
 def _compared(now: Estimate, then: Estimate, changed: dict[str, Any]) -> Change:

@@ -172,7 +172,9 @@ def gib(nbytes: float) -> str:
 
 
 def verdict(r: Estimate, largest: int) -> str:
-    """Fits or not, by how much, when the peak is and what holds it, in two sentences."""
+    """Fits or not, by how much, when the peak is and what holds it, and what the logits are of it."""
+    from estimator.formatting import logits  # noqa: PLC0415 - only here
+
     m = r.memory
     spare = (m.capacity or 0) - m.needed
     fits = f"Fits: needs {gib(m.needed)} of {gib(m.capacity or 0)}, {gib(spare)} to spare."
@@ -181,7 +183,8 @@ def verdict(r: Estimate, largest: int) -> str:
     holds = max(m.parts, key=lambda name: m.parts[name])
     place = f"{m.where.phase} of {m.where.module or 'the model'} ({m.where.op or 'forward'})"
     batch = f"the largest micro-batch is {largest}" if largest else "not even one sequence fits"
-    return f"{fits} The peak is in the {place}; most of it is {holds} ({gib(m.parts[holds])}); {batch}."
+    said = f"{fits} The peak is in the {place}; most of it is {holds} ({gib(m.parts[holds])}); {batch}."
+    return f"{said} {logits(r)}".rstrip()
 
 
 def _tables(name: str, r: Estimate, largest: int) -> None:

@@ -15,6 +15,7 @@ SMALLER = {"GiB": (("MiB", 2**20), ("KiB", 2**10)), "GB": (("MB", 10**6), ("KB",
 LARGER = {"GiB": ("TiB", 2**40), "GB": ("TB", 10**12)}
 # SI prefixes, largest first; a number keeps three significant digits before it takes the next one.
 PREFIXES = ((1e24, "Y"), (1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+LITTLE = 0.01  # of the peak: logits that are less are not spoken of
 HOUR, DAY, YEAR = 3600, 86_400, 365.25 * 86_400  # seconds; the Julian year
 
 
@@ -100,7 +101,7 @@ def place(estimate: Estimate) -> str:
 
 
 def verdict(estimate: Estimate, unit: str = "GiB") -> str:
-    """Whether the step fits and by how much, and when and by what it is greatest: two sentences."""
+    """Whether the step fits and by how much, when and by what it is greatest, and what is in the logits: sentences."""
     memory = estimate.memory
     assert memory.capacity is not None, "an Estimate is always on an accelerator"
     free = memory.capacity - memory.needed
@@ -111,7 +112,24 @@ def verdict(estimate: Estimate, unit: str = "GiB") -> str:
         first = f"Does not fit: a step needs {need}, {size(-free, unit)} more than there is."
     most, held = max(memory.parts.items(), key=lambda part: part[1])
     share = f"{held / memory.peak:.0%}"
-    return f"{first} The peak is in {place(estimate)}, where {share} is {NOUNS[most]}."
+    said = f"{first} The peak is in {place(estimate)}, where {share} is {NOUNS[most]}."
+    return " ".join(filter(None, (said, logits(estimate, unit))))
+
+
+def logits(estimate: Estimate, unit: str = "GiB") -> str:
+    """What the logits hold of the peak, and what a loss that has them chunk by chunk would save; "" if next to none."""
+    from estimator.advice import NOTICEABLE, chunking_saves  # noqa: PLC0415 - which takes estimates
+
+    memory, plan, model = estimate.memory, estimate.plan, estimate.model
+    share = memory.logits / memory.peak
+    if share < LITTLE:
+        return ""
+    saves = chunking_saves(estimate)
+    less = f"need {size(saves, unit)} less" if saves > NOTICEABLE * memory.needed else "need no less: the peak moves"
+    shape = f"{plan.batch_size:,} x {plan.tokens(model):,} x {model.vocab_size:,}"
+    return (
+        f"The logits and the loss's copies of them ({shape}) are {share:.0%} of the peak; a chunked loss would {less}."
+    )
 
 
 NOUNS = {

@@ -11,6 +11,7 @@ import numpy as np
 from estimator.allocator import GRANULE, reserved_bytes
 from estimator.config import ConfigError
 from estimator.eager.ledger import Category
+from estimator.eager.sizes import ONE, evaluate
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -158,6 +159,18 @@ class Memory:
         return self.needed <= self.capacity
 
     @cached_property
+    def logits(self) -> int:
+        """Bytes at the peak of the logits and of what a loss makes of them whole: of tensors of (B, T, V)."""
+        a = self.account
+        point = a.compiled.at(self.sizes)
+        ruling = max(range(len(a.pieces)), key=lambda i: a.compiled.value(("live", i), point))
+        letters = a.shapes.letters
+        alike = a.shapes.product(letters[name] for name in "BTV")
+        if alike == ONE:
+            return 0
+        return int(a.pieces[ruling].live.coeff(alike)) * evaluate(alike, self.sizes)
+
+    @cached_property
     def reserved(self) -> int:
         """What the allocator has asked of the device after two steps; on the CPU, what is allocated."""
         if self.account.device != "cuda":
@@ -184,7 +197,7 @@ class Memory:
         """Plain fields; the account and its timeline are left out."""
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("account", "sizes", "where")}
         plain |= {"where": self.where._asdict(), "needed": self.needed, "context": list(self.context)}
-        return plain | {"reserved": self.reserved, "nvidia_smi": list(self.nvidia_smi)}
+        return plain | {"logits": self.logits, "reserved": self.reserved, "nvidia_smi": list(self.nvidia_smi)}
 
 
 def memory(account: Account, values: Values, sizes: Mapping[str, int], accelerator: Accelerator | None) -> Memory:

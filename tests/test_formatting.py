@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import estimator as est
+from estimator import cli
 from estimator.formatting import duration, figures, hours, in_unit, prefixed, short_dollars, size, verdict
 
 FACTORS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
@@ -51,3 +52,29 @@ def test_the_verdict_says_whether_by_how_much_when_and_what():
     assert not_so.startswith("Does not fit: a step needs ")
     assert "the backward pass, at the loss" in not_so
     assert "is activations" in not_so
+
+
+@pytest.mark.parametrize(
+    ("model", "plan", "wide"),
+    [
+        ("gpt2", est.Plan(batch_size=16), 4 + 4),  # the logits in fp32 and their gradient
+        (
+            "gpt2",
+            est.Plan(batch_size=16, precision="bf16-mixed", attention="sdpa"),
+            2 + 2 + 4,
+        ),  # the loss works in fp32
+        ("llama-3-8b", est.Plan(precision="bf16", attention="sdpa"), 2 + 2 + 4),
+    ],
+)
+def test_the_verdict_says_what_the_logits_are_of_the_peak_and_what_chunking_saves(model, plan, wide):
+    r = est.estimate(model, plan, "h100-80gb-sxm")
+    chunked = est.estimate(model, plan.replace(loss="chunked"), "h100-80gb-sxm")
+    T, V = plan.tokens(r.model), r.model.vocab_size
+    assert r.memory.where.module == "loss"
+    assert r.memory.logits == wide * plan.batch_size * T * V
+    share, less = f"{r.memory.logits / r.memory.peak:.0%}", size(r.memory.needed - chunked.memory.needed)
+    said = f"({plan.batch_size} x {T:,} x {V:,}) are {share} of the peak; a chunked loss would need {less} less."
+    assert said in verdict(r)
+    assert said in cli.verdict(r, 1)
+    assert chunked.memory.logits == 0
+    assert "logits" not in verdict(chunked)
