@@ -38,7 +38,7 @@ LEGEND = {
     "f_D": "rows of a parameter of f on one accelerator: f / D, rounded up",
     "V_D": "rows of a parameter of V on one accelerator: V / D, rounded up",
     "C_D": "rows of a parameter of C on one accelerator: C / D, rounded up",
-    "T_16": "T rounded up to 16: elements in a row of the mask that CUDA's memory-efficient attention adds",
+    "T_8": "T rounded up to 8: elements in a row of the mask that CUDA's memory-efficient attention adds",
     "T_32": "T rounded up to 32: rows in the log-sum-exp of CUDA's memory-efficient attention",
     "T_128": "T rounded up to 128: rows in the scratch of CUDA's flash attention in backward",
     "e_32": "e rounded up to 32, above 128 to 64: columns in that scratch",

@@ -133,6 +133,7 @@ CASES = [
     {"model": "llama-3.2-1b", "gpu": "h100-80gb-sxm", "seq_len": "2048", "mfu": "35", "count": "8", "compile": "true"},
     {"model": "own-llama", "own-llama.d_model": "512", "own-llama.num_heads": "8", "own-llama.qkv_bias": "true",
      "attention": "sdpa", "batch_size": "4", "seq_len": "1024"},
+    {"model": "mistral-7b", "mistral-7b.sliding_window": "512", "seq_len": "1024", "attention": "sdpa"},
     {"gpt2-xl.num_layers": "12", "gpt2-xl.tie_embeddings": "false", "max_grad_norm": "1", "optimizer": "lion"},
 ]  # fmt: skip
 

@@ -70,17 +70,17 @@ def test_the_memory_efficient_kernel_keeps_dq_in_tiles_with_locks():
 @pytest.mark.parametrize(("precision", "width"), [("fp32", 4), ("bf16", 2), ("fp16-mixed", 2)])
 def test_a_sliding_window_takes_the_memory_efficient_kernel_with_a_mask_to_add_for_each_block(precision, width):
     m = M.replace(sliding_window=50, num_layers=2)
-    plan = est.Plan(batch_size=2, precision=precision, attention="sdpa")
+    plan = est.Plan(batch_size=2, seq_len=197, precision=precision, attention="sdpa")
     made = [n for phase, module, n in allocations(m, plan) if (phase, module) == ("forward", "blocks.1.attention")]
-    assert {width * 200 * 200, width * 200 * 208, 4 * 2 * 3 * 224} <= set(made)  # rows padded to 16 elements; sums
-    aligned = [n for *_, n in allocations(m, plan.replace(seq_len=192))]
-    assert aligned.count(width * 192 * 192) == 2  # one a block: rows of 192 need no other
-    account = {T: est.account(m, plan.replace(seq_len=T)) for T in (200, 192, 50)}
+    assert {width * 197 * 197, width * 197 * 200, 4 * 2 * 3 * 224} <= set(made)  # rows padded to 8 elements; sums
+    aligned = [n for *_, n in allocations(m, plan.replace(seq_len=200))]
+    assert aligned.count(width * 200 * 200) == 2  # one a block: rows of 200 need no other
+    account = {T: est.account(m, plan.replace(seq_len=T)) for T in (197, 200, 50)}
     saved = {T: account[T].evaluate(m, plan.replace(seq_len=T)).activation_bytes for T in account}
     whole = {T: est.account(M, plan).evaluate(M.replace(num_layers=2), plan.replace(seq_len=T)) for T in account}
     if precision == "fp32":  # the kernel is the same one without a window
-        assert saved[200] - whole[200].activation_bytes == 2 * width * 200 * 208
-        assert saved[192] - whole[192].activation_bytes == 2 * width * 192 * 192
+        assert saved[197] - whole[197].activation_bytes == 2 * width * 197 * 200
+        assert saved[200] - whole[200].activation_bytes == 2 * width * 200 * 200
     assert saved[50] == whole[50].activation_bytes  # no longer than the window: nothing changes
 
 

@@ -50,6 +50,8 @@ REAL = [
     (LLAMA, {"sharding": "zero2", "precision": "bf16-master", "grad_accumulation": 2, "max_grad_norm": 1.0}),
     (LLAMA, {"sharding": "zero3", "precision": "fp16-mixed", "grad_accumulation": 3, "optimizer": "lion"}),
     (TIED, {"sharding": "zero3", "precision": "bf16-master", "checkpointing": "block", "optimizer_impl": "fused"}),
+    (LLAMA.replace(sliding_window=5), {"sharding": "none", "optimizer": "sgd"}),
+    (GPT2.replace(sliding_window=5), {"sharding": "zero3", "attention": "sdpa", "precision": "bf16-mixed"}),
 ]
 
 

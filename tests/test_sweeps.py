@@ -18,7 +18,7 @@ MISTRAL = Request(
     "mistral-7b", est.preset("mistral-7b"), est.Plan(precision="bf16", attention="sdpa"), "h200-141gb-sxm"
 )
 LINES = [
-    (MISTRAL, "seq_len", [1, 512, 4096, 4097, 4112, 8192]),
+    (MISTRAL, "seq_len", [1, 512, 4096, 4097, 4104, 8192]),
     (PREDICTED, "batch_size", [1, 2, 8, 64]),
     (PREDICTED, "seq_len", [1, 64, 1024]),
     (PREDICTED, "num_layers", [1, 2, 40]),

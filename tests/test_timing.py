@@ -127,6 +127,16 @@ def test_fused_kernels_are_faster():
         assert fused.seconds < eager.seconds
 
 
+def test_a_masked_kernel_computes_every_score_and_so_takes_up_to_twice_as_long_as_a_causal_one():
+    m = est.preset("llama-3.2-1b").replace(sliding_window=1024)
+    for T, ratio in ((1024, 1.0), (32_768, 2.0)):
+        p = est.Plan(seq_len=T, precision="fp32", attention="sdpa")  # the same kernel with a mask and without
+        masked, causal = (
+            time_of(x, p, "a100-80gb-sxm").parts["attention"] for x in (m, m.replace(sliding_window=None))
+        )
+        assert masked / causal == pytest.approx(ratio, rel=0.02)
+
+
 def test_what_cannot_be_predicted_is_marked():
     r = est.estimate("gpt2", est.Plan(precision="bf16"), "v100-32gb-sxm")
     assert r.time is None

@@ -155,7 +155,7 @@ def scaled_dot_product_attention(
     Saves its inputs, its output and the log-sum-exp of each row. On the CPU each thread has a scratch for one tile; on
     CUDA the backward of flash adds up dq in fp32. `efficient` is CUDA's memory-efficient kernel, which takes fp32 and
     masks too. Of a boolean mask every call makes one to add, in the inputs' dtype, and saves it; the memory-efficient
-    kernel `pads` rows that are no multiple of 16 elements in a copy (`preprocess_mask` in attention.cpp).
+    kernel `pads` rows that are no multiple of 8 elements in a copy (`preprocess_mask` in attention.cpp).
 
     CUDA's flash saves the generator's state in CUDA memory, with dropout or without: seed and offset in one tensor, and
     one that nothing uses. The memory-efficient kernel's are on the CPU, unless a CUDA graph is captured.
@@ -170,8 +170,8 @@ def scaled_dot_product_attention(
 
 @op
 def _padded(mask: Tensor) -> Tensor:
-    """pad_bias: rows of T elements in a storage whose rows are a multiple of 16."""
-    out = mask.machine.empty((mask.shape[0], LETTER["T_16"]), mask.dtype)
+    """pad_bias: rows of T elements in a storage whose rows are a multiple of 8."""
+    out = mask.machine.empty((mask.shape[0], LETTER["T_8"]), mask.dtype)
     mask.machine.kernel("constant_pad_nd", (mask,), (out,))
     return out
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 SHARES = ("d_D", "t_D", "q_D", "k_D", "f_D", "V_D", "C_D")  # rows of one of D accelerators: `row_counts`
 BLOCKS = tuple(f"{name[0]}_8" for name in SHARES)  # blocks of a matrix's 8-bit states: as many rows by d
-TILES = ("T_16", "T_32", "T_128", "e_32", "a_16", "a_32")  # what CUDA's attention kernels round up to
+TILES = ("T_8", "T_32", "T_128", "e_32", "a_16", "a_32")  # what CUDA's attention kernels round up to
 NAMES = (*"BTLdhkgefVCnswczpqurv", "D", *SHARES, *BLOCKS, *TILES)
 RING, *_generators = ring(",".join(NAMES), QQ)
 LETTER = dict(zip(NAMES, _generators, strict=True))
@@ -199,7 +199,7 @@ def row_counts(sizes: Mapping[str, Any]) -> dict[str, Any]:
     return rows | {f"{name}_D": sizes[name] for name in "fVC"}
 
 
-MASK_ALIGNMENT = 16  # aten/src/ATen/native/transformers/attention.cpp, mem_eff_alignment
+MASK_ALIGNMENT = 8  # aten/src/ATen/native/transformers/attention.cpp, mem_eff_alignment
 
 
 def _attention_tiles(T: Any, e: Any, wide: int) -> Any:
@@ -289,7 +289,7 @@ def derived_letters(family: str, given: Mapping[str, Any], device: str) -> dict[
         "u": np.minimum(d, given["f"]),
         "r": -(-given["B"] * T // LOSS_CHUNKS),
         "v": -(-given["V"] // LOSS_CHUNKS),
-        "T_16": -(-T // MASK_ALIGNMENT) * MASK_ALIGNMENT,
+        "T_8": -(-T // MASK_ALIGNMENT) * MASK_ALIGNMENT,
         "T_32": -(-T // 32) * 32,
         "T_128": -(-T // 128) * 128,
         "e_32": np.where(given["e"] <= 128, -(-given["e"] // 32) * 32, -(-given["e"] // 64) * 64),
