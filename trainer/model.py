@@ -141,7 +141,9 @@ def attend(q_BhTe: Tensor, k_BhTe: Tensor, v_BhTe: Tensor, mask_TT: Tensor | Non
     """
     if not kind.startswith("naive"):
         causal = mask_TT is None and q_BhTe.shape[2] == k_BhTe.shape[2]
-        with sdpa_kernel(KERNELS[kind]) if kind in KERNELS else nullcontext():
+        # CUDA's flash takes no mask: with one, PyTorch picks (on the CPU, its flash).
+        kernel = None if kind == "sdpa-flash" and mask_TT is not None else KERNELS.get(kind)
+        with sdpa_kernel(kernel) if kernel is not None else nullcontext():
             return F.scaled_dot_product_attention(q_BhTe, k_BhTe, v_BhTe, mask_TT, dropout, causal)
     assert mask_TT is not None
     scores_BhTT = q_BhTe @ k_BhTe.transpose(-2, -1)
