@@ -13,6 +13,9 @@ import pytest
 pytest.importorskip("streamlit", reason="the page needs the app extra: pip install -e '.[app]'")
 from page_server import ROOT, page_server
 
+import estimator as est
+from estimator.formatting import size
+
 CHROMIUM = Path("/usr/bin/chromium")
 FLAGS = [
     "--no-sandbox",  # it is root's in a container
@@ -152,10 +155,12 @@ def test_changes_of_model_recipe_and_accelerator_reach_the_figures_and_the_link(
 def test_taking_a_change(address, browser):
     with visitor(browser, f"{address}/?model=gpt2-xl&batch_size=8") as page:
         assert "Does not fit" in page.get_by_test_id("stAlert").first.inner_text()
-        row = page.get_by_test_id("stHorizontalBlock").filter(has_text="checkpointing block").last
+        row = page.get_by_test_id("stHorizontalBlock").filter(has_text="checkpointing selective").last
         row.get_by_role("button", name="Take it").click()
-        page.get_by_text("Fits: a step needs 29.5 GiB").wait_for()
-        assert "checkpointing=block" in page.url
+        plan = est.Plan(batch_size=8, checkpointing="selective")
+        needed = est.estimate("gpt2-xl", plan, "a100-80gb-sxm").memory.needed
+        page.get_by_text(f"Fits: a step needs {size(needed)}").wait_for()
+        assert "checkpointing=selective" in page.url
 
 
 def test_uploads(address, browser, tmp_path):
