@@ -1,14 +1,17 @@
 """Rules of CUDA that no machine without one can measure: each is held against the size that PyTorch's source gives."""
 
 import dataclasses
+from importlib import import_module
 
 import pytest
 import torch
+from rich.console import Console
 
 import estimator as est
 from estimator.eager.sizes import evaluate, sizes_of
 from estimator.speed import times
 from estimator.timing import efficiency
+from trainer import validate
 
 
 def allocations(m, plan):
@@ -167,3 +170,27 @@ def test_autocast_keeps_the_softmax_in_fp32_on_cuda_only():
     saved = {device: est.account(M, plan, device).evaluate(M, plan).activation_bytes for device in ("cpu", "cuda")}
     scores = 2 * 3 * 200 * 200
     assert saved["cuda"] - saved["cpu"] == 4 * scores  # in fp32 for softmax's backward, beside the bf16 of P @ V
+
+
+def test_on_cuda_the_allocators_figures_are_compared_too_and_their_errors_fail_nothing(monkeypatch):
+    m, plan = est.preset("gpt2"), est.Plan(batch_size=2, precision="bf16", attention="sdpa")
+    r = est.estimate(m, plan, "h100-80gb-sxm")
+    exact = est.account(m, plan, "cuda").evaluate(m, plan)
+    real = {q: getattr(exact, q) for q in validate.QUANTITIES if q != "saved_bytes"} | {
+        "saved_bytes": exact.activation_bytes,
+        "allocated_bytes": r.memory.allocated,
+        "reserved_bytes": r.memory.reserved + 2**21,
+    }
+
+    class Measured:
+        def to_dict(self):
+            return real
+
+    monkeypatch.setattr(import_module("trainer.measure"), "measure", lambda *_, **__: Measured())
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    rows = validate.compare(m, plan, "cuda")
+    assert {row.quantity: row.difference for row in rows if row.difference} == {"reserved_bytes": -(2**21)}
+    assert {row.quantity for row in rows} == {*validate.QUANTITIES, *validate.MODELLED}
+    assert validate.report([(m, plan)], [rows], Console(quiet=True)) == 0
+    real["peak_bytes"] += 1
+    assert validate.report([(m, plan)], [validate.compare(m, plan, "cuda")], Console(quiet=True)) == 1
