@@ -194,8 +194,8 @@ class Plan:
             it: an eighth of the logits at a time, their gradients along with them).
         checkpointing: "none"; "block": each block under `torch.utils.checkpoint`, non-reentrant; "attention": each
             block's attention, its norm not included; "selective": each block, but what its linear layers and its fused
-            attention computed is kept (`create_selective_checkpoint_contexts` with torchtitan's list of operators, of
-            which it keeps every second product only).
+            attention computed is kept (`create_selective_checkpoint_contexts` with torchtitan's list of operators;
+            torchtitan itself keeps every second product).
         checkpoint_every: n, of the blocks only the n-th, the 2 n-th and so on are checkpointed.
         optimizer: "adamw", "adam", "sgd" (no momentum), "sgd-momentum", "lion", "muon" (`torch.optim.Muon` for the
             blocks' matrices, AdamW for all else), "adafactor" or "adamw-8bit" (a byte an element for each moment of a
