@@ -294,8 +294,9 @@ def _count_micro_batch(step: Step) -> tuple[int, int, int, int]:
 
     with saved_tensors_hooks(pack, lambda t: t):
         loss = step.forward()
-    for t in kept_by_selective_checkpoints():
-        pack(t)
+    if step.plan.checkpointing == "selective":
+        for t in kept_by_selective_checkpoints():
+            pack(t)
     saved = sum(kept.values())
     step.model.zero_grad()
     with FlopCounterMode(display=False) as forward:
