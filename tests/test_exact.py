@@ -71,12 +71,12 @@ LARGE = {
         ModelConfig("gpt2", 3, 1600, 25, 50257, 1024),
         Plan(batch_size=2, seq_len=128, checkpointing="block", optimizer_impl="bundled"),
     ),
-    "llama-3.2-1b widths, naive, foreach": (
-        ModelConfig("llama", 1, 2048, 32, 128_256, 131_072, 8, 64, 8192, True),
+    "llama-3.2-1b widths, a quarter of its vocabulary, naive, foreach": (
+        ModelConfig("llama", 1, 2048, 32, 32_064, 131_072, 8, 64, 8192, True),
         Plan(batch_size=1, seq_len=64, optimizer_impl="foreach"),
     ),
     "mistral-7b's heads and window, sdpa, bf16": (
-        ModelConfig("llama", 2, 512, 32, 997, 8192, 8, 128, 256, sliding_window=96),
+        ModelConfig("llama", 2, 128, 32, 997, 8192, 8, 128, 256, sliding_window=96),
         Plan(batch_size=2, seq_len=200, precision="bf16", attention="sdpa", optimizer="sgd"),
     ),
     "llama-3.2-1b widths, two checkpointed blocks, sdpa": (

@@ -207,7 +207,9 @@ class Tensor:
     def is_contiguous(self) -> bool:
         """Row-major; the stride of a dimension of 1 does not matter."""
         want = self.machine.contiguous(self.shape)
-        return all(n == ONE or s == w for n, s, w in zip(self.shape, self.stride, want, strict=True))
+        return self.stride is want or all(
+            n == ONE or s == w for n, s, w in zip(self.shape, self.stride, want, strict=True)
+        )
 
     @property
     def order(self) -> tuple[int, ...]:
