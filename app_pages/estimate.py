@@ -112,7 +112,7 @@ def _headline(s: Setup, r: Estimate) -> None:
             f"of which only the last is uncertain: by {size(spread, s.unit)} either way.",
         )
         _metric(
-            "Largest micro-batch",
+            "Max micro-batch",
             f"{batch:,}",
             f"of {q.plan.tokens(q.model):,} tokens",
             "The largest micro-batch whose step fits, all else equal.",

@@ -69,7 +69,7 @@ def test_it_opens_on_gpt2_xl_on_an_a100():
     shown = metrics(at)
     assert shown["Memory needed"] == size(r.memory.needed)
     assert shown["Training time"] == hours(r.time.seconds)
-    assert shown["Largest micro-batch"] == str(est.max_batch_size("gpt2-xl", est.Plan(), GPU))
+    assert shown["Max micro-batch"] == str(est.max_batch_size("gpt2-xl", est.Plan(), GPU))
     assert at.success[0].value.startswith("Fits")
     assert not at.error
 
@@ -120,7 +120,7 @@ def test_every_headline_figure_is_the_librarys(model, recipe, mfu):
     shown = metrics(at)
     assert shown["Memory needed"] == size(r.memory.needed)
     assert shown["Training time"] == hours(r.time.seconds)
-    assert shown["Largest micro-batch"] == f"{est.max_batch_size(model, r.plan, gpu):,}"
+    assert shown["Max micro-batch"] == f"{est.max_batch_size(model, r.plan, gpu):,}"
     assert shown["Cost"] == dollars(spent.dollars.median)
     assert shown["Energy"] == prefixed(spent.kilowatt_hours * 1e3, "Wh")
     table = at.dataframe[1].value
@@ -149,7 +149,7 @@ def test_the_python_and_the_command_give_the_figures_of_the_page(capsys, query):
     assert size(int(needed)) == shown["Memory needed"]
     assert (fits == "True") == bool(at.success)
     assert hours(float(run_hours) * 3600) == shown["Training time"]
-    assert f"{int(largest):,}" == shown["Largest micro-batch"]
+    assert f"{int(largest):,}" == shown["Max micro-batch"]
     words = shlex.split(command)
     assert words[0] == "estimate"
     assert cli.main([*words[1:], "--json"]) == 0
