@@ -193,9 +193,10 @@ def _tables(name: str, r: Estimate, largest: int) -> None:
 
     console = Console()
     p = r.plan
+    blocks = f" (1 block in {p.checkpoint_every})" if p.checkpoint_every > 1 else ""
     console.print(
         f"[bold]{name}[/] on {r.accelerator.name}: micro-batch {p.batch_size} x {p.tokens(r.model):,} tokens, "
-        f"{p.precision}, {p.attention} attention, checkpointing {p.checkpointing}, "
+        f"{p.precision}, {p.attention} attention, checkpointing {p.checkpointing}{blocks}, "
         f"{p.optimizer} ({p.implementation(r.account.device)})",
         highlight=False,
     )

@@ -180,14 +180,22 @@ def form(estimate: Estimate, name: str) -> Derivation:
     formula = getattr(estimate.account, choose("form", name, FORMS))
     unit = "bytes" if name.endswith("bytes") else "FLOPs" if name.endswith("flops") else ""
     result = getattr(estimate.values, name)
-    return Derivation(name, TITLES[name], formula, _sizes(estimate, formula), result, unit, LEDGER)
+    return Derivation(name, TITLES[name], formula, _sizes(estimate, formula), result, unit, _ledger(estimate))
+
+
+def _ledger(estimate: Estimate) -> str:
+    every, layers = estimate.account.recipe.checkpoint_every, estimate.model.num_layers
+    if every == 1:
+        return LEDGER
+    more = f"{layers % every} more than a multiple of {every}" if layers % every else f"a multiple of {every}"
+    return f"{LEDGER}; it holds where the number of blocks is {more}, as here"
 
 
 def peak(estimate: Estimate) -> Derivation:
     """The polynomial that is the peak at this estimate's sizes."""
     formula = piece(estimate.account, ruling(estimate))
     others = len(estimate.account.pieces) - 1
-    source = f"{LEDGER}; the greatest of the step's live bytes"
+    source = f"{_ledger(estimate)}; the greatest of the step's live bytes"
     if others:
         source += f", of which {others} other polynomials are each the greatest at other sizes"
     title = "Peak of live tensor bytes"

@@ -13,6 +13,7 @@ CASES = [
     ("gpt2-xl", est.Plan(), "a100-80gb-sxm"),
     ("gpt2", est.Plan(batch_size=8, attention="sdpa"), "h100-80gb-sxm"),
     ("llama-3-8b", est.Plan(batch_size=1, checkpointing="block"), "h200-141gb-sxm"),
+    ("gpt2", est.Plan(batch_size=2, checkpointing="block", checkpoint_every=5), "a100-80gb-sxm"),
     ("qwen2.5-0.5b", est.Plan(batch_size=4, seq_len=4096), "l4-24gb"),
 ]
 
@@ -37,6 +38,14 @@ def test_the_peak_is_the_ruling_polynomial():
     r = est.estimate("gpt2-xl", est.Plan(batch_size=8))
     assert derivations.peak(r).result == r.memory.peak
     assert derivations.form(r, "parameters").result == 1_557_611_200
+
+
+def test_a_formula_says_which_numbers_of_blocks_it_is_for():
+    plan = est.Plan(checkpointing="selective", checkpoint_every=5)
+    said = derivations.form(est.estimate("gpt2", plan), "activation_bytes").source
+    assert "2 more than a multiple of 5" in said
+    assert "a multiple of 3" in derivations.peak(est.estimate("gpt2", plan.replace(checkpoint_every=3))).source
+    assert "multiple" not in derivations.peak(est.estimate("gpt2", plan.replace(checkpoint_every=1))).source
 
 
 def test_numbers_in_latex():
