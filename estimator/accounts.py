@@ -119,8 +119,8 @@ def account(m: ModelConfig, p: Plan, device: str = "cuda") -> Account:
     """The closed forms of a step of `m` run as `p`, by the rules of PyTorch on `device` ("cpu" or "cuda").
 
     The result is free of sizes, save where PyTorch treats a size of 1 differently: the peak is that of the shape class
-    of `m` and `p` (see `Account.peak_bytes`). Where only every n-th block is checkpointed, the forms are those of models
-    whose L leaves the remainder that `m`'s leaves when divided by n; `evaluate` and `lambdify` take care of that.
+    of `m` and `p` (see `Account.peak_bytes`). Where only every n-th block is checkpointed, the forms are those of
+    models whose L leaves the remainder that `m`'s leaves when divided by n; `evaluate` and `lambdify` mind that.
 
     Raises:
         ConfigError: an unknown device, or a sequence longer than the model's positions.
