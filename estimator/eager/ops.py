@@ -323,7 +323,7 @@ def dropout(x: Tensor) -> Tensor:
 
 @op
 def mean_last(x: Tensor) -> Tensor:
-    """x.mean(-1, keepdim=True): on the CPU a sum and a division in place."""
+    """x.mean(-1, keepdim=True)."""
     shape = x.shape
 
     def backward(_: Context, grad: Tensor) -> Gradients:
@@ -333,35 +333,35 @@ def mean_last(x: Tensor) -> Tensor:
             return [out]
 
     node = record("MeanBackward1", (x,), backward)
-    out = x.machine.empty((*x.shape[:-1], ONE), x.dtype)
-    total = x.machine.empty(out.shape).hold() if _sums_in_fp32(x) else out.hold()
-    wide = cast(x, FLOAT32).hold() if _sums_in_fp32(x) else x.hold()
-    x.machine.kernel("sum", (wide,), (total,))
-    wide.drop()
-    _divide_sum(total)
-    total.owners -= 1
-    if total is not out:
-        total.discard()
-    return attach(node, out)
-
-
-def _sums_in_fp32(x: Tensor) -> bool:
-    """at::mean on the CPU sums half precision as a copy in fp32, with a result in fp32 that is copied back."""
-    return x.machine.device == "cpu" and x.dtype.itemsize < FLOAT32.itemsize
+    return attach(node, mean(x, (*x.shape[:-1], ONE)))
 
 
 def mean_all(x: Tensor) -> Tensor:
     """x.mean() where nothing is recorded."""
-    out = x.machine.empty((), x.dtype)
-    x.machine.kernel("sum", (x,), (out,))
-    _divide_sum(out)
+    return mean(x, ())
+
+
+def mean(x: Tensor, shape: Shape) -> Tensor:
+    """at::mean to `shape`, nothing recorded: on CUDA one kernel, on the CPU a sum and a division in place.
+
+    The CPU sums half precision as a copy in fp32, with a result in fp32 that is copied back.
+    """
+    machine = x.machine
+    out = machine.empty(shape, x.dtype)
+    if machine.device != "cpu":
+        machine.kernel("sum", (x,), (out,))
+        return out
+    half = x.dtype.itemsize < FLOAT32.itemsize
+    total = machine.empty(shape).hold() if half else out.hold()
+    wide = cast(x, FLOAT32).hold() if half else x.hold()
+    machine.kernel("sum", (wide,), (total,))
+    wide.drop()
+    with python_number(machine, total.dtype):
+        machine.kernel("div_", (total,), (total,))
+    total.owners -= 1
+    if total is not out:
+        total.discard()
     return out
-
-
-def _divide_sum(total: Tensor) -> None:
-    if total.machine.device == "cpu":  # at::mean on the CPU is sum_out and div_; on CUDA it is one kernel
-        with python_number(total.machine, total.dtype):
-            total.machine.kernel("div_", (total,), (total,))
 
 
 # ---- tables and norms

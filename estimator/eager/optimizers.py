@@ -15,7 +15,7 @@ from estimator.eager.adam import (
 )
 from estimator.eager.ledger import Gemm
 from estimator.eager.linalg import product
-from estimator.eager.ops import cast, elementwise, in_place_with_number
+from estimator.eager.ops import cast, elementwise, in_place_with_number, mean
 from estimator.eager.sizes import LETTER, ONE
 from estimator.eager.tensor import BFLOAT16, FLOAT32, INT32, UINT8, Locals
 from estimator.eager.updates import Optimizer, at_parameter, in_place
@@ -76,7 +76,7 @@ class Lion(Optimizer):
 
     def step(self) -> None:
         with at_parameter(self.parameters[0], "Lion"):
-            scratch = self.machine.empty((LETTER["z"],)).hold()
+            scratch = self.machine.empty((LETTER["z"],), self.parameters[0].dtype).hold()
         for p, (m,) in zip(self.parameters, self.states, strict=True):
             assert p.grad is not None
             with at_parameter(p, "Lion"):
@@ -153,20 +153,18 @@ class Adafactor(Optimizer):
     def _factored(self, v: Locals, grad: Tensor, row: Tensor, column: Tensor) -> None:
         machine = self.machine
         for name, state in (("row_mean", row), ("column_mean", column)):
-            setattr(v, name, machine.empty(state.shape))
-            mean: Tensor = getattr(v, name)
-            machine.kernel("linalg_vector_norm", (grad,), (mean,), arithmetic=2 * grad.numel)
-            in_place_with_number("div_", mean)
-            in_place("lerp_", state, mean, arithmetic=3)
+            setattr(v, name, machine.empty(state.shape, state.dtype))
+            squares: Tensor = getattr(v, name)
+            machine.kernel("linalg_vector_norm", (grad,), (squares,), arithmetic=2 * grad.numel)
+            in_place_with_number("div_", squares)
+            in_place("lerp_", state, squares, arithmetic=3)
         v.var_estimate = product("mm", row, column)
-        mean = machine.empty((ONE, ONE)).hold()
-        if machine.device == "cpu":
-            in_place_with_number("div_", mean)
-        in_place("div_", v.var_estimate, mean, arithmetic=1)
-        mean.drop()
+        average = mean(row, (ONE, ONE)).hold()
+        in_place("div_", v.var_estimate, average, arithmetic=1)
+        average.drop()
 
     def _norm(self, x: Tensor) -> None:
-        norm = self.machine.empty(())
+        norm = self.machine.empty((), x.dtype)
         self.machine.kernel("linalg_vector_norm", (x,), (norm,), arithmetic=2 * x.numel)
         norm.discard()
 
