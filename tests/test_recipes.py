@@ -149,6 +149,13 @@ def test_checkpointing(checkpointing, data):
     drawn(data, checkpointing=checkpointing)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16-mixed"])
+def test_unfused_attention_under_a_selective_checkpoint_adds_its_mask_out_of_place(precision):
+    m = ModelConfig("gpt2", 2, 2, 2, 101, 13, 2, 1, 29, sliding_window=2)  # whose peak is there
+    p = Plan(precision=precision, attention="sdpa-math", loss="chunked", checkpointing="selective", optimizer="sgd")
+    assert [row for row in compare(m, p) if row.difference] == []
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 @quick
 @given(data=st.data())

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from estimator.eager.autocast import lower
 from estimator.eager.autograd import Context, attach, record
 from estimator.eager.linalg import matmul
-from estimator.eager.ops import add_in_place, additive_mask, cast, causal_mask, dropout, elementwise, with_number
+from estimator.eager.ops import added, additive_mask, cast, causal_mask, dropout, elementwise, with_number
 from estimator.eager.sizes import ONE
 from estimator.eager.tensor import BOOL, FLOAT32, Locals, Tensor, empty_like, op
 from estimator.eager.views import transpose
@@ -37,7 +37,7 @@ def _attention_math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, dro
         c.query = _scaled(c.q)
         c.mask = additive_mask(causal_mask(q, q.shape[-2]), FLOAT32) if mask is None else mask
         c.attn = matmul(c.query, _scaled(transpose(c.k, -2, -1)))
-        add_in_place(c.attn, c.mask)
+        c.attn = added(c.attn, c.mask)
         c.attn = _safe_softmax(c.attn)
         if drops:
             c.attn = dropout(c.attn)

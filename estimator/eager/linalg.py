@@ -8,7 +8,7 @@ from estimator.eager.autocast import lower
 from estimator.eager.autograd import Context, attach, record
 from estimator.eager.checkpointing import not_repeated
 from estimator.eager.ledger import Gemm
-from estimator.eager.ops import add_in_place, additive_mask
+from estimator.eager.ops import added, additive_mask
 from estimator.eager.sizes import LETTER, ONE
 from estimator.eager.tensor import FLOAT32, UINT64, Locals, Tensor, empty_like, op
 from estimator.eager.views import reshape, transpose, unsafe_view, view
@@ -111,9 +111,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if bias is not None and x.is_contiguous:
         return view(addmm(bias, view(x, flat), transpose(weight, 0, 1)), out)
     y = unsafe_view(_fold_mm(x, flat, weight), out)
-    if bias is not None:
-        add_in_place(y, bias)
-    return y
+    return added(y, bias) if bias is not None else y
 
 
 def _fold_mm(x: Tensor, flat: Shape, weight: Tensor) -> Tensor:

@@ -138,6 +138,14 @@ def add_in_place(a: Tensor, b: Tensor) -> None:
     attach(node, a)
 
 
+def added(a: Tensor, b: Tensor) -> Tensor:
+    """a.add_(b) in a composite operator; where `isTensorSubclassLike` says that Python dispatches, it is a + b."""
+    if a.machine.dispatches_to_python:
+        return add(a, b)
+    add_in_place(a, b)
+    return a
+
+
 @op
 def sub(a: Tensor, b: Tensor) -> Tensor:
     """a - b."""

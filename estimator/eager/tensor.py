@@ -74,6 +74,11 @@ class Machine:
         """CPU kernels read a copy of an operand in the dtype of the computation; CUDA kernels cast on the fly."""
         return self.device == "cpu"
 
+    @property
+    def dispatches_to_python(self) -> bool:
+        """A TorchDispatchMode is on, as in a selective checkpoint: composite operators then leave in-place writes."""
+        return bool(self.frames) and self.frames[-1].selective
+
     def product(self, sizes: Shape) -> Size:
         """The number of elements of a shape, in normal form."""
         found = self._products.get(sizes)
