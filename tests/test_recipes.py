@@ -88,14 +88,15 @@ def test_optimizers(optimizer, impl, data):
 NARROW = [
     ModelConfig("gpt2", 4, 32, 4, 1, 13, d_ff=37),
     ModelConfig("llama", 3, 24, 4, 101, 6, 1, 4, 36, tie_embeddings=False, qkv_bias=True),
+    ModelConfig("gpt2", 2, 16, 2, 101, 6, d_ff=40),
 ]
 
 
 @pytest.mark.parametrize(("optimizer", "impl"), [(name, impl) for name, impls in OPTIMIZERS.items() for impl in impls])
 def test_optimizers_of_bf16_parameters(optimizer, impl):
     precision = "bf16-master" if optimizer == "adamw-8bit" else "bf16"
-    for m in NARROW:
-        p = Plan(seq_len=1, precision=precision, optimizer=optimizer, optimizer_impl=impl, max_grad_norm=1.0)
+    for m, name in ((NARROW[0], precision), (NARROW[1], precision), (NARROW[2], "bf16-mixed")):
+        p = Plan(seq_len=1, precision=name, optimizer=optimizer, optimizer_impl=impl, max_grad_norm=1.0)
         assert [row for row in compare(m, p) if row.difference] == [], m
 
 

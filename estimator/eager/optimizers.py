@@ -153,10 +153,11 @@ class Adafactor(Optimizer):
     def _factored(self, v: Locals, grad: Tensor, row: Tensor, column: Tensor) -> None:
         machine = self.machine
         for name, state in (("row_mean", row), ("column_mean", column)):
-            setattr(v, name, machine.empty(state.shape, state.dtype))
-            squares: Tensor = getattr(v, name)
+            squares = machine.empty(state.shape, state.dtype).hold()
             machine.kernel("linalg_vector_norm", (grad,), (squares,), arithmetic=2 * grad.numel)
             in_place_with_number("div_", squares)
+            setattr(v, name, squares)  # the one before lives until the whole expression is there
+            squares.drop()
             in_place("lerp_", state, squares, arithmetic=3)
         v.var_estimate = product("mm", row, column)
         average = mean(row, (ONE, ONE)).hold()
