@@ -18,7 +18,7 @@ from estimator.symbols import SYMBOLS
 from estimator.trace import Trace, executed_blocks, total, trace
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     import numpy as np
     from numpy.typing import NDArray
@@ -163,11 +163,16 @@ def recipe_of(m: ModelConfig, p: Plan, device: str) -> Recipe:
 
 
 def windowed(recipe: Recipe, sliding_window: int | None, seq_len: int, device: str) -> Recipe:
-    """`recipe` at a sequence length: only one that is longer than the window takes a mask."""
+    """`recipe` at a sequence length."""
+    return replace(recipe, window=window_of(recipe, sliding_window, seq_len, device))
+
+
+def window_of(recipe: Recipe, sliding_window: int | None, seq_len: int, device: str) -> str:
+    """`Recipe.window` at a sequence length: only one that is longer than the window takes a mask."""
     if sliding_window is None or seq_len <= sliding_window:
-        return replace(recipe, window="none")
+        return "none"
     fused = device == "cuda" and recipe.attention in ("flash", "efficient")
-    return replace(recipe, window="padded" if fused and seq_len % MASK_ALIGNMENT else "whole")
+    return "padded" if fused and seq_len % MASK_ALIGNMENT else "whole"
 
 
 def account_at(recipe: Recipe, sizes: Mapping[str, int], device: str) -> Account:
@@ -293,17 +298,23 @@ class Account:
     def values(self, sizes: Mapping[str, int]) -> Values:
         """The figures at `sizes`, which must be in this account's shape class."""
         point = self.compiled.at(sizes)
-        live = [self.compiled.value(("live", i), point) for i in range(len(self.pieces))]
-        ruling = max(range(len(live)), key=live.__getitem__)
+        ruling = self._ruling(point)
         piece = self.pieces[ruling]
         value = self.compiled.value
         return Values(
             **{form: value((form,), point) for form in FORMS},
-            peak_bytes=live[ruling],
+            peak_bytes=value(("live", ruling), point),
             peak_categories={c.value: value((c, ruling), point) if c in piece.categories else 0 for c in Category},
             peak_where=self.traced.named(piece.where, sizes["L"]),
             modules={name: Forms(**{form: value((form, name), point) for form in FORMS}) for name in self.modules},
         )
+
+    def ruling(self, sizes: Mapping[str, int]) -> int:
+        """Which of `pieces` is the greatest at `sizes`, and so the peak."""
+        return self._ruling(self.compiled.at(sizes))
+
+    def _ruling(self, point: Sequence[int]) -> int:
+        return max(range(len(self.pieces)), key=lambda i: self.compiled.value(("live", i), point))
 
     def lambdify(self) -> Callable[..., NDArray[np.int64]]:
         """A vectorised function `peak(B=..., T=..., ...)` of numbers or numpy arrays that broadcast: peak bytes.

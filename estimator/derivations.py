@@ -166,9 +166,7 @@ def piece(account: Account, index: int) -> sympy.Expr:
 
 def ruling(estimate: Estimate) -> int:
     """Which polynomial of the peak's maximum is the greatest at this estimate's sizes."""
-    a = estimate.account
-    point = a.compiled.at(estimate.memory.sizes)
-    return max(range(len(a.pieces)), key=lambda i: a.compiled.value(("live", i), point))
+    return estimate.account.ruling(estimate.memory.sizes)
 
 
 def form(estimate: Estimate, name: str) -> Derivation:

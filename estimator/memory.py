@@ -162,13 +162,11 @@ class Memory:
     def logits(self) -> int:
         """Bytes at the peak of the logits and of what a loss makes of them whole: of tensors of (B, T, V)."""
         a = self.account
-        point = a.compiled.at(self.sizes)
-        ruling = max(range(len(a.pieces)), key=lambda i: a.compiled.value(("live", i), point))
         letters = a.shapes.letters
         alike = a.shapes.product(letters[name] for name in "BTV")
         if alike == ONE:
             return 0
-        return int(a.pieces[ruling].live.coeff(alike)) * evaluate(alike, self.sizes)
+        return int(a.pieces[a.ruling(self.sizes)].live.coeff(alike)) * evaluate(alike, self.sizes)
 
     @cached_property
     def reserved(self) -> int:

@@ -105,8 +105,9 @@ def _shifted_letter(shapes: ShapeClass, name: str, floor: int) -> Size:
 
 def _piece(trace: Trace, moment: Moment, layers: Size) -> Piece:
     categories: dict[Category, Size] = {}
+    times = trace.repetitions(layers)
     for (size, category), constant, slope in zip(trace.classes, moment.constant, moment.slope, strict=True):
         if constant or slope:
-            part = int(constant) * size + int(slope) * size * trace.repetitions(layers)
+            part = int(constant) * size + int(slope) * size * times
             categories[category] = categories.get(category, ZERO) + part
     return Piece(sum(categories.values(), ZERO), moment.where, categories)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from estimator.accounts import account_at, recipe_of, windowed
+from estimator.accounts import account_at, recipe_of, window_of
 from estimator.config import ConfigError, choose
 from estimator.costs import JOULES_PER_KILOWATT_HOUR, SECONDS_PER_HOUR, cost
 from estimator.eager.sizes import ShapeClass, derived_letters
@@ -187,7 +187,7 @@ def _seconds(
     recipe = recipe_of(request.model, p, device.device)
     for i in range(len(sequences)):
         here = {name: int(x[i]) for name, x in every.items()}
-        window = windowed(recipe, request.model.sliding_window, here["T"], device.device).window
+        window = window_of(recipe, request.model.sliding_window, here["T"], device.device)
         alike = (ShapeClass.at(request.model.family, here), int(executed_blocks(here["L"], p.checkpoint_every)), window)
         at.setdefault((int(micro_batches[i]), int(count[i]), alike), []).append(i)
     out = np.empty(len(sequences))

@@ -60,7 +60,7 @@ class Step:
     ) -> None:
         self.model, self.optimizer, self.inputs, self.plan, self.masters = model, optimizer, inputs, p, masters
         self.module = model  # what is called, where that is not the model itself
-        self.updated = list((masters.named if masters is not None else dict(model.named_parameters())).values())
+        self.updated = list(model.parameters() if masters is None else masters.named.values())
         # With the usual 2^16 the first gradients of random weights could overflow, and a step be left out.
         self.scaler = loss_scaler(p.precision, inputs[0].device.type, init_scale=2.0**8)
 

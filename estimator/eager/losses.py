@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from estimator.eager import autocast
 from estimator.eager.autograd import Context, add_wider, attach, record
 from estimator.eager.ledger import Gemm
-from estimator.eager.ops import cast, elementwise, in_place_with_number, log_softmax, mean_all, with_number
+from estimator.eager.ops import cast, elementwise, in_place_with_number, log_softmax, mean, with_number
 from estimator.eager.sizes import LETTER, LOSS_CHUNKS, ONE, ZERO
 from estimator.eager.tensor import FLOAT32, INT64, Locals, Tensor, converted, op
 from estimator.eager.views import view
@@ -61,7 +61,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
         machine.kernel("logsumexp", (logits,), (v.sum,))
         node = record("CrossEntropyBackward", (logits,), backward, (logits, targets, v.max, v.sum))
         v.at_target = at_target()
-        return attach(node, mean_all(v.piece))
+        return attach(node, mean(v.piece, ()))
 
 
 def _move_elements(name: str, out: Tensor) -> None:
@@ -112,7 +112,7 @@ def _chunked_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor
             machine.kernel("mm", (v.logits, v.head), (v.grad_x,), gemm=Gemm(ONE, rows, d, V))
             _add_product(v.grad_weight, v.logits, x, rows)
         node = record("ChunkedCrossEntropyBackward", (x, weight), backward, (v.grad_x, v.grad_weight))
-        return attach(node, mean_all(v.losses))
+        return attach(node, mean(v.losses, ()))
 
 
 def _add_product(total: Tensor, logits: Tensor, x: Tensor, rows: Size) -> None:

@@ -344,11 +344,6 @@ def mean_last(x: Tensor) -> Tensor:
     return attach(node, mean(x, (*x.shape[:-1], ONE)))
 
 
-def mean_all(x: Tensor) -> Tensor:
-    """x.mean() where nothing is recorded."""
-    return mean(x, ())
-
-
 def mean(x: Tensor, shape: Shape) -> Tensor:
     """at::mean to `shape`, nothing recorded: on CUDA one kernel, on the CPU a sum and a division in place.
 

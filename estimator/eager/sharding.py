@@ -14,7 +14,7 @@ from estimator.eager.ledger import Category, Phase
 from estimator.eager.ops import python_number
 from estimator.eager.sizes import LETTER, ZERO
 from estimator.eager.tensor import FLOAT32, Tensor, op
-from estimator.eager.updates import at_parameter, clip_gradients, in_place, number_of, zero_grad
+from estimator.eager.updates import at_parameter, clip_gradients, gradient_norms, in_place, number_of, zero_grad
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -342,15 +342,9 @@ REPLICAS: dict[str, type[Replica]] = {
 def clip_shards(parameters: Sequence[Tensor]) -> None:
     """`trainer.distributed.Weights.clip`: norms, stacked, squared and summed over the accelerators; one factor."""
     machine, count = parameters[0].machine, number_of(parameters)
-    assert parameters[0].grad is not None
-    dtype = parameters[0].grad.dtype
     with machine.ledger.at("clipping", None, "Weights.clip"):
-        norms = []
-        for p in parameters:
-            assert p.grad is not None
-            with at_parameter(p, "vector_norm"):
-                norms.append(machine.empty((), dtype).hold())
-                machine.kernel("vector_norm", (p.grad,), (norms[-1],), arithmetic=2 * p.numel)
+        norms = gradient_norms(parameters)
+        dtype = norms[0].dtype
         stacked = machine.empty((count,), dtype).hold()
         for p, norm in zip(parameters, norms, strict=True):
             with at_parameter(p, "vector_norm"):

@@ -90,15 +90,9 @@ def clip_gradients(parameters: Sequence[Tensor]) -> None:
     All in the gradients' dtype. The scalars between norm and factor are less than the stack that is gone by then.
     """
     machine = parameters[0].machine
-    assert parameters[0].grad is not None
-    dtype = parameters[0].grad.dtype
     with Locals() as v, machine.ledger.at("clipping", None, "gradient_clipping"):
-        norms = []
-        for p in parameters:
-            assert p.grad is not None
-            with at_parameter(p, "vector_norm"):
-                norms.append(machine.empty((), dtype).hold())
-                machine.kernel("vector_norm", (p.grad,), (norms[-1],), arithmetic=2 * p.numel)
+        norms = gradient_norms(parameters)
+        dtype = norms[0].dtype
         stacked = machine.empty((number_of(parameters),), dtype).hold()
         v.norm = machine.empty((), dtype)
         stacked.drop()
@@ -110,6 +104,17 @@ def clip_gradients(parameters: Sequence[Tensor]) -> None:
         for p, norm in zip(parameters, norms, strict=True):
             with at_parameter(p, "gradient_clipping"):
                 norm.drop()
+
+
+def gradient_norms(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """The norm of each parameter's gradient, in its dtype, held."""
+    norms = []
+    for p in parameters:
+        assert p.grad is not None
+        with at_parameter(p, "vector_norm"):
+            norms.append(p.machine.empty((), p.grad.dtype).hold())
+            p.machine.kernel("vector_norm", (p.grad,), (norms[-1],), arithmetic=2 * p.numel)
+    return norms
 
 
 def number_of(parameters: Sequence[Tensor]) -> Size:
