@@ -14,15 +14,15 @@ import pandas as pd
 import streamlit as st
 
 from estimator.eager.ledger import Category
-from estimator.formatting import BYTE_UNITS, NOUNS, in_unit, place, size
+from estimator.show.formatting import BYTE_UNITS, NOUNS, in_unit, place, size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from numpy.typing import NDArray
 
-    from estimator.estimates import Estimate
-    from estimator.memory import Memory, Timeline
+    from estimator.answers.estimates import Estimate
+    from estimator.memory.device import Memory, Timeline
 
 Spec = dict[str, Any]
 

@@ -14,18 +14,18 @@ from app_pages.estimate import answer
 from app_pages.inputs import HIDDEN, supported
 from app_pages.labels import explained, label
 from app_pages.model_input import LIMIT, called
-from estimator.advice import choices
-from estimator.config import ConfigError, Plan
-from estimator.costs import cost
-from estimator.formatting import dollars, duration, figures, hours, prefixed, size
-from estimator.presets import preset, presets
+from estimator.answers.advice import choices
+from estimator.describe.config import ConfigError, Plan
+from estimator.describe.presets import preset, presets
+from estimator.pricing.money import cost
+from estimator.show.formatting import dollars, duration, figures, hours, prefixed, size
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from app_pages.inputs import Setup
-    from estimator.estimates import Estimate
-    from estimator.report import Request
+    from estimator.answers.estimates import Estimate
+    from estimator.answers.request import Request
 
 OTHERS = ("B", "C", "D")
 OTHER_GPU = "h100-80gb-sxm"  # what B is on until it is said otherwise: two equal columns compare nothing

@@ -8,10 +8,10 @@ from functools import lru_cache
 from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from estimator.advice import advice
-from estimator.costs import Cost, cost
-from estimator.estimates import max_batch_size
-from estimator.sweeps import axis_values, sweep
+from estimator.answers.advice import advice
+from estimator.answers.estimates import max_batch_size
+from estimator.answers.sweeps import axis_values, sweep
+from estimator.pricing.money import Cost, cost
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from app_pages.inputs import Setup
-    from estimator.config import ModelConfig, Plan
-    from estimator.report import Request
+    from estimator.answers.request import Request
+    from estimator.describe.config import ModelConfig, Plan
 
     Swept = tuple[dict[str, NDArray[np.int64]], dict[str, NDArray[np.float64]]]
 
@@ -37,7 +37,7 @@ _ADVISING = Lock()
 
 
 class Advice(NamedTuple):
-    """What a change of the recipe does: an `estimator.advice.Change` without the estimate, which is large to remember.
+    """What a change of the recipe does: an `advice.Change` without the estimate, which is large to remember.
 
     Attributes:
         fields: the plan's fields that change, with their new values.

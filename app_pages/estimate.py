@@ -13,10 +13,10 @@ from app_pages import charts
 from app_pages.compute import changes, cost_of, costs_between, largest_batch
 from app_pages.labels import label
 from app_pages.model_input import called
-from estimator import derivations
-from estimator.advice import NOTICEABLE
-from estimator.config import ConfigError
-from estimator.formatting import (
+from estimator.answers import derivations
+from estimator.answers.advice import NOTICEABLE
+from estimator.describe.config import ConfigError
+from estimator.show.formatting import (
     between,
     dollars,
     duration,
@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 
     from app_pages.compute import Advice
     from app_pages.inputs import Setup
-    from estimator.derivations import Derivation
-    from estimator.estimates import Estimate
-    from estimator.speed import Time
+    from estimator.answers.derivations import Derivation
+    from estimator.answers.estimates import Estimate
+    from estimator.timing.speed import Time
 
 SHOWN = 6  # changes of the recipe; the others are a click away
 BATCH = "batch_size"

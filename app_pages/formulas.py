@@ -10,19 +10,19 @@ import streamlit as st
 
 from app_pages import charts
 from app_pages.estimate import answer, derivation, heading, result
-from estimator import derivations
-from estimator.accounts import FORMS
-from estimator.assignment import seed_notes, textbook
-from estimator.config import ConfigError
-from estimator.formatting import duration, prefixed, size
-from estimator.sweeps import spaced
-from estimator.symbols import LEGEND
+from estimator.accounting.accounts import FORMS
+from estimator.answers import derivations
+from estimator.answers.sweeps import spaced
+from estimator.describe.config import ConfigError
+from estimator.eager.symbols import LEGEND
+from estimator.show.formatting import duration, prefixed, size
+from estimator.studies.assignment import seed_notes, textbook
 
 if TYPE_CHECKING:
     from app_pages.inputs import Setup
-    from estimator.assignment import Note
-    from estimator.derivations import Derivation
-    from estimator.estimates import Estimate
+    from estimator.answers.derivations import Derivation
+    from estimator.answers.estimates import Estimate
+    from estimator.studies.assignment import Note
 
 FIGURES = ("peak", "needed", "hours", *FORMS)
 CELLS = 48  # a side of the map

@@ -11,15 +11,15 @@ import streamlit as st
 
 from app_pages.labels import explained, label
 from app_pages.model_input import LIMIT, model_input
-from estimator.accounts import DEVICES
-from estimator.advice import choices
-from estimator.config import ConfigError, Plan
-from estimator.formatting import prefixed
-from estimator.hardware import accelerator, accelerators
-from estimator.report import Request
+from estimator.accounting.accounts import DEVICES
+from estimator.answers.advice import choices
+from estimator.answers.request import Request
+from estimator.describe.config import ConfigError, Plan
+from estimator.hardware.accelerators import accelerator, accelerators
+from estimator.show.formatting import prefixed
 
 if TYPE_CHECKING:
-    from estimator.config import ModelConfig
+    from estimator.describe.config import ModelConfig
 
 FIRST = ("batch_size", "seq_len", "precision", "attention", "checkpointing", "optimizer")  # the rest is under "More"
 HIDDEN = ("data_parallel",)  # `count` is what the machine has

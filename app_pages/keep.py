@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import streamlit as st
 
 from app_pages.compute import cost_of
-from estimator.config import ConfigError
-from estimator.report import to_csv, to_json, to_markdown
+from estimator.describe.config import ConfigError
+from estimator.show.report import to_csv, to_json, to_markdown
 
 if TYPE_CHECKING:
     from app_pages.inputs import Setup

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import streamlit as st
 
 from app_pages.labels import explained, label
-from estimator.config import ConfigError, ModelConfig
-from estimator.presets import from_hf, preset, presets
-from estimator.report import BASES
+from estimator.answers.request import BASES
+from estimator.describe.config import ConfigError, ModelConfig
+from estimator.describe.presets import from_hf, preset, presets
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -12,9 +12,9 @@ from app_pages import charts
 from app_pages.compute import cost_of, swept
 from app_pages.estimate import answer, heading
 from app_pages.labels import label
-from estimator.config import ConfigError
-from estimator.formatting import BYTE_UNITS, dollars, duration, figures, hours, in_unit, prefixed, size
-from estimator.sweeps import AXES, python
+from estimator.answers.sweeps import AXES, python
+from estimator.describe.config import ConfigError
+from estimator.show.formatting import BYTE_UNITS, dollars, duration, figures, hours, in_unit, prefixed, size
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from app_pages.inputs import Setup
-    from estimator.estimates import Estimate
+    from estimator.answers.estimates import Estimate
 
 # What can be shown, and what each is called; a figure that a sweep does not have is not offered.
 METRICS = {

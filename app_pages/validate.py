@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import streamlit as st
 
-from estimator.config import ModelConfig, Plan
+from estimator.describe.config import ModelConfig, Plan
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,7 +34,7 @@ SMALL: dict[str, Any] = {
     "d_ff": 320,
 }
 BATCH = 2
-COMMAND = (sys.executable, "-m", "trainer.one_case")
+COMMAND = (sys.executable, "-m", "trainer.referee.one_case")
 ONE_AT_A_TIME = Lock()  # a measurement takes a core and half a gigabyte
 
 
@@ -107,7 +107,7 @@ def _measurement(s: Setup) -> None:
 
 
 def _lines(model: ModelConfig, plan: Plan) -> Iterator[dict[str, Any]]:
-    """What `trainer.one_case` says: it runs in a process of its own, so that the server stays small."""
+    """What `trainer.referee.one_case` says: it runs in a process of its own, so that the server stays small."""
     pipe = subprocess.PIPE
     with subprocess.Popen(COMMAND, cwd=ROOT, text=True, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL) as child:  # noqa: S603 - our own module, with data on its stdin
         assert child.stdin is not None

@@ -33,7 +33,7 @@ def shell(*command):
 
 
 def fresh_account():
-    from estimator import accounts, trace
+    from estimator.accounting import accounts, trace
 
     for cached in (accounts._account, trace.trace):  # noqa: SLF001 - from nothing
         cached.cache_clear()
@@ -51,8 +51,8 @@ def forget():
 
 def recipes(est, count, seed=0):
     """Models, plans and devices at random; a micro-batch of 1, which takes the ledger of the general sizes as well."""
-    from estimator.advice import choices
-    from estimator.config import OPTIMIZERS
+    from estimator.answers.advice import choices
+    from estimator.describe.config import OPTIMIZERS
 
     rng = random.Random(seed)  # noqa: S311 - recipes, not secrets
     while count:
@@ -89,7 +89,7 @@ def slowest(est, count):
 
 def sweep(est, m, p):
     from estimator.eager.sizes import sizes_of
-    from estimator.speed import times
+    from estimator.timing.speed import times
 
     count = 10_000
     rng = np.random.default_rng(0)
@@ -125,7 +125,7 @@ def main():
     a.evaluate(m, p)
     rows.append(("estimate on a known account", median_seconds(lambda: est.estimate(m, p, mfu=0.5), 201), 1e-3))
     rows.append(("the same with its time predicted", median_seconds(lambda: est.estimate(m, p), 201), 5e-3))
-    command = shell(sys.executable, "-m", "estimator.cli", "gpt2-xl")
+    command = shell(sys.executable, "-m", "estimator.show.cli", "gpt2-xl")
     rows.append(("estimate gpt2-xl from the shell", median_seconds(command, 5), 1.5))
     for what, seconds, aim in rows:
         print(f"{what:54} {seconds * 1e3:10.2f} ms   aim {aim * 1e3:8.1f} ms")

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from trainer.data import get_batch
+from trainer.files.data import get_batch
 
 B, T, REPEATS = 64, 1024, 200
 SHORT, LONG = 1_000_000, 100_000_000

@@ -10,9 +10,9 @@ import time
 
 import torch
 
-from estimator.config import ModelConfig, Plan
-from trainer.generate import generate
-from trainer.model import build_model
+from estimator.describe.config import ModelConfig, Plan
+from trainer.model.decoder import build_model
+from trainer.model.generate import generate
 
 TOKENS, REPEATS = 512, 3
 

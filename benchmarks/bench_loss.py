@@ -13,9 +13,9 @@ import torch
 from alternate import alternate, report
 from torch.nn import functional as F
 
-import trainer.loss
-from trainer.loss import cross_entropy
-from trainer.measure import peak_growth
+import trainer.model.loss
+from trainer.model.loss import cross_entropy
+from trainer.referee.measure import peak_growth
 
 
 def main() -> None:
@@ -40,9 +40,9 @@ def main() -> None:
 
     def with_tile(elements):
         def run():
-            usual, trainer.loss.CPU_TILE = trainer.loss.CPU_TILE, elements
+            usual, trainer.model.loss.CPU_TILE = trainer.model.loss.CPU_TILE, elements
             step(cross_entropy)()
-            trainer.loss.CPU_TILE = usual
+            trainer.model.loss.CPU_TILE = usual
 
         return run
 

@@ -13,8 +13,8 @@ import argparse
 import torch
 from alternate import alternate, report
 
-import trainer.optim
-from trainer.optim import AdamW, Lion
+import trainer.optim.optimizers
+from trainer.optim.optimizers import AdamW, Lion
 
 
 def shapes(kind: str, total: int) -> list[tuple[int, ...]]:
@@ -45,9 +45,9 @@ def main() -> None:
         optimizer = Lion(ps)
 
         def run():
-            usual, trainer.optim.CPU_SLICE = trainer.optim.CPU_SLICE, elements
+            usual, trainer.optim.optimizers.CPU_SLICE = trainer.optim.optimizers.CPU_SLICE, elements
             optimizer.step()
-            trainer.optim.CPU_SLICE = usual
+            trainer.optim.optimizers.CPU_SLICE = usual
 
         return run
 

@@ -3,7 +3,7 @@
     python benchmarks/bench_step.py [--repeats 7] [--shapes small medium]
 
 The shapes are nanoGPT's: 6 x 384, 6 heads, batch 12, and 12 x 768, 12 heads, batch 4, both with context 256 and a
-vocabulary of 50304. Ours is trainer.model with attention "sdpa", our cross entropy and our AdamW; theirs is written
+vocabulary of 50304. Ours is the bundled model with attention "sdpa", our cross entropy and our AdamW; theirs is written
 below. Both hold the same weights and take the same tokens, by turns in one run; the ratio is that of the medians.
 """
 
@@ -17,10 +17,10 @@ from alternate import alternate, report
 from torch import nn
 from torch.nn import functional as F
 
-from estimator.config import ModelConfig, Plan
-from trainer.loss import cross_entropy
-from trainer.model import build_model
-from trainer.optim import AdamW
+from estimator.describe.config import ModelConfig, Plan
+from trainer.model.decoder import build_model
+from trainer.model.loss import cross_entropy
+from trainer.optim.optimizers import AdamW
 
 SHAPES = {"small": (6, 384, 6, 12), "medium": (12, 768, 12, 4)}  # layers, width, heads, batch
 CONTEXT = 256

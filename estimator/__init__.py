@@ -15,33 +15,33 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from estimator.config import ConfigError, ModelConfig, Plan
+from estimator.describe.config import ConfigError, ModelConfig, Plan
 
 if TYPE_CHECKING:
-    from estimator.accounts import Account, account
-    from estimator.assignment import textbook
-    from estimator.costs import cost
-    from estimator.estimates import Estimate, estimate, max_batch_size
-    from estimator.hardware import Accelerator, accelerator, accelerators
-    from estimator.planning import compute_optimal, tokens_for
-    from estimator.presets import from_hf, preset, presets
+    from estimator.accounting.accounts import Account, account
+    from estimator.answers.estimates import Estimate, estimate, max_batch_size
+    from estimator.describe.presets import from_hf, preset, presets
+    from estimator.hardware.accelerators import Accelerator, accelerator, accelerators
+    from estimator.pricing.money import cost
+    from estimator.pricing.planning import compute_optimal, tokens_for
+    from estimator.studies.assignment import textbook
 
 _HOME = {
-    "Account": "accounts",
-    "account": "accounts",
-    "cost": "costs",
-    "Estimate": "estimates",
-    "estimate": "estimates",
-    "max_batch_size": "estimates",
-    "Accelerator": "hardware",
-    "accelerator": "hardware",
-    "accelerators": "hardware",
-    "compute_optimal": "planning",
-    "tokens_for": "planning",
-    "from_hf": "presets",
-    "preset": "presets",
-    "presets": "presets",
-    "textbook": "assignment",
+    "Account": "accounting.accounts",
+    "account": "accounting.accounts",
+    "cost": "pricing.money",
+    "Estimate": "answers.estimates",
+    "estimate": "answers.estimates",
+    "max_batch_size": "answers.estimates",
+    "Accelerator": "hardware.accelerators",
+    "accelerator": "hardware.accelerators",
+    "accelerators": "hardware.accelerators",
+    "compute_optimal": "pricing.planning",
+    "tokens_for": "pricing.planning",
+    "from_hf": "describe.presets",
+    "preset": "describe.presets",
+    "presets": "describe.presets",
+    "textbook": "studies.assignment",
 }
 
 __all__ = [
@@ -70,7 +70,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'estimator' has no attribute {name!r}")
     module = importlib.import_module(f"estimator.{_HOME[name]}")
-    # A sub-module may have the name of its function (estimator.accounts): the function wins.
+    # A sub-module may have the name of its function (estimator.accounting.accounts): the function wins.
     for public, home in _HOME.items():
         if home == _HOME[name]:
             globals()[public] = getattr(module, public)

@@ -13,9 +13,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from estimator.hardware import accelerator, accelerators
-from estimator.runs import rows
-from estimator.timing import Efficiency, Flash, flash_seconds, matmul_seconds
+from estimator.hardware.accelerators import accelerator, accelerators
+from estimator.studies.runs import rows
+from estimator.timing.roofline import Efficiency, Flash, flash_seconds, matmul_seconds
 
 TILES = ((256, 128), (128, 256), (128, 128), (128, 64), (64, 128), (64, 64))  # CUTLASS's and cuBLAS's common tiles
 # Device-to-device copies over the datasheet's bandwidth (ml-engineering@744d01e18, accelerator benchmarks): A100 80GB
@@ -45,7 +45,7 @@ PRODUCT = ("matmul", "depth", "tile_cost", "quantised")
 HEADER = """\
 # What kernels reach of the peak, by architecture and, where it differs, by accelerator: written by
 # tools/fit_efficiency.py from the measurements in data/published, each with its source there. The fields are those of
-# estimator.timing.Efficiency and Flash. No figure is fitted to a training run.
+# estimator.timing.roofline.Efficiency and Flash. No figure is fitted to a training run.
 
 default = "ampere"
 """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import estimator as est
-from estimator.formatting import size
+from estimator.show.formatting import size
 
 GPU = "a100-80gb-sxm"
 MODELS = {"gpt2-xl": 1024, "llama-3-8b": 8192}  # sequence length

@@ -3,14 +3,14 @@
 from importlib.util import find_spec
 
 if find_spec("torch") is not None:  # without it, `validate-estimates --published` is what there is
-    from trainer.checkpoint import load_checkpoint, save_checkpoint
-    from trainer.clip import gradient_clipping
-    from trainer.data import Dataset, get_batch
-    from trainer.generate import generate
-    from trainer.loss import cross_entropy
-    from trainer.measure import Measurement, Step, build_step, measure
-    from trainer.optim import SGD, AdamW
-    from trainer.schedule import lr_cosine_schedule
+    from trainer.files.checkpoint import load_checkpoint, save_checkpoint
+    from trainer.files.data import Dataset, get_batch
+    from trainer.model.generate import generate
+    from trainer.model.loss import cross_entropy
+    from trainer.optim.clip import gradient_clipping
+    from trainer.optim.optimizers import SGD, AdamW
+    from trainer.optim.schedule import lr_cosine_schedule
+    from trainer.referee.measure import Measurement, Step, build_step, measure
 
 __all__ = [
     "SGD",

@@ -12,22 +12,22 @@ from typing import TYPE_CHECKING, Annotated
 import torch
 import tyro
 
-from estimator.config import ConfigError, ModelConfig, Plan
-from trainer.checkpoint import checkpoints, export_safetensors, read_checkpoint
-from trainer.curve import curve
-from trainer.distributed import RUN_FILE, Weights, World, load_run
-from trainer.generate import generate
-from trainer.heap import keep_freed_memory
-from trainer.lr_experiment import main as lr_experiment
-from trainer.model import build_model
-from trainer.prepare import END_OF_TEXT, PrepareConfig, prepare
-from trainer.settings import TrainConfig, load_config
-from trainer.train import TrainingError, train
+from estimator.describe.config import ConfigError, ModelConfig, Plan
+from trainer.files.checkpoint import checkpoints, export_safetensors, read_checkpoint
+from trainer.files.prepare import END_OF_TEXT, PrepareConfig, prepare
+from trainer.model.decoder import build_model
+from trainer.model.generate import generate
+from trainer.parallel.distributed import RUN_FILE, Weights, World, load_run
+from trainer.run.curve import curve
+from trainer.run.lr_experiment import main as lr_experiment
+from trainer.run.settings import TrainConfig, load_config
+from trainer.run.train import TrainingError, train
+from trainer.system.heap import keep_freed_memory
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from trainer.model import Transformer
+    from trainer.model.decoder import Transformer
 
 USAGE = """usage: python -m trainer COMMAND [OPTIONS]
 

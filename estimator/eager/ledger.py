@@ -104,7 +104,7 @@ class Kernel(NamedTuple):
 
 @dataclass(slots=True)
 class Ledger:
-    """Written by a run, read by `estimator.accounts`."""
+    """Written by a run, read by `estimator.accounting.accounts`."""
 
     events: list[Event] = field(default_factory=list)
     kernels: list[Kernel] = field(default_factory=list)

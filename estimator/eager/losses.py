@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @op
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """`trainer.loss.cross_entropy`: an autograd.Function that saves the logits, and two numbers a row.
+    """`trainer.model.loss.cross_entropy`: an autograd.Function that saves the logits, and two numbers a row.
 
     Logits in half precision are worked on in fp32, tile by tile, in both directions.
     """
@@ -79,7 +79,7 @@ def _move_elements(name: str, out: Tensor) -> None:
 
 @op
 def chunked_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """`trainer.loss.chunked_cross_entropy`: head, loss and both their gradients, an eighth of the rows at a time."""
+    """`trainer.model.loss.chunked_cross_entropy`: head, loss and both gradients, an eighth of the rows at a time."""
     return _chunked_cross_entropy(cast(x, x.machine.autocast_dtype or x.dtype), weight, targets)
 
 
@@ -116,7 +116,7 @@ def _chunked_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor
 
 
 def _add_product(total: Tensor, logits: Tensor, x: Tensor, rows: Size) -> None:
-    """`trainer.loss._add_product`: into a wider dtype an eighth of the vocabulary at a time."""
+    """`trainer.model.loss._add_product`: into a wider dtype an eighth of the vocabulary at a time."""
     machine, (V, d) = x.machine, total.shape
     if total.dtype == x.dtype:
         machine.kernel("addmm", (logits, x), (total,), gemm=Gemm(ONE, V, d, rows))
@@ -130,7 +130,7 @@ def _add_product(total: Tensor, logits: Tensor, x: Tensor, rows: Size) -> None:
 
 
 def _chunk_gradient(x: Tensor, targets: Tensor) -> None:
-    """`trainer.loss._loss_and_gradient`."""
+    """`trainer.model.loss._loss_and_gradient`."""
     machine, rows = x.machine, (x.shape[0], ONE)
     with Locals() as v:
         v.max, v.at_target, v.sum = (machine.empty(rows) for _ in range(3))

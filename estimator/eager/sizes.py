@@ -20,7 +20,7 @@ from sympy.polys.rings import ring
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from estimator.config import ModelConfig
+    from estimator.describe.config import ModelConfig
 
 SHARES = ("d_D", "t_D", "q_D", "k_D", "f_D", "V_D", "C_D")  # rows of one of D accelerators: `row_counts`
 BLOCKS = tuple(f"{name[0]}_8" for name in SHARES)  # blocks of a matrix's 8-bit states: as many rows by d
@@ -214,9 +214,8 @@ def _attention_tiles(T: Any, e: Any, wide: int) -> Any:
     return -(-T // rows) * -(-e // columns) * (rows * columns + 4)
 
 
-# Scratch of the bundled trainer: trainer.loss.CPU_TILE and CHUNKS, trainer.optim.CPU_SLICE and CUDA_SLICE,
-# trainer.optim8bit.BLOCK (a test
-# compares).
+# Scratch of the bundled trainer: trainer.model.loss.CPU_TILE and CHUNKS, trainer.optim.optimizers.CPU_SLICE and
+# CUDA_SLICE, trainer.optim.eight_bit.BLOCK (a test compares).
 LOSS_TILE = 2**21
 STATE_BLOCK = 256
 LOSS_CHUNKS = 8

@@ -153,7 +153,7 @@ def expand(x: Tensor, shape: Sequence[Size]) -> Tensor:
 
 @op
 def repeat_heads(x: Tensor, groups: Size) -> Tensor:
-    """(B, k, T, e) -> (B, k groups, T, e), as `trainer.model.repeat_heads`; `groups` is a number when it is 1."""
+    """(B, k, T, e) -> (B, k groups, T, e), as `trainer.model.decoder.repeat_heads`; `groups` is a number if 1."""
     if groups == ONE:
         return x
     b, k, t, e = x.shape

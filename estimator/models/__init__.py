@@ -1,4 +1,4 @@
-"""The forwards of the model families in eager ops, statement by statement those of `trainer.model`."""
+"""The forwards of the model families in eager ops, statement by statement those of `trainer.model.decoder`."""
 
 from __future__ import annotations
 

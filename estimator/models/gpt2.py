@@ -1,4 +1,4 @@
-"""GPT-2: LayerNorm with bias, learned positions, GELU, biases, a tied head. Mirrors `trainer.model.GPT2`."""
+"""GPT-2: LayerNorm with bias, learned positions, GELU, biases, a tied head. Mirrors `trainer.model.decoder.GPT2`."""
 
 from __future__ import annotations
 

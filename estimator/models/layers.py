@@ -1,4 +1,4 @@
-"""What the families share: modules with a name and parameters, and `trainer.model`'s common layers."""
+"""What the families share: modules with a name and parameters, and `trainer.model.decoder`'s common layers."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from contextlib import AbstractContextManager
 
-    from estimator.eager.sharding import Unit
     from estimator.eager.sizes import Size
+    from estimator.parallel.data import Unit
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ def dropout(x: Tensor, recipe: Recipe) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, recipe: Recipe) -> Tensor:
-    """`trainer.model.attend`."""
+    """`trainer.model.decoder.attend`."""
     if recipe.attention == "math":
         return attention_math(q, k, v, mask, drops=recipe.dropout)
     if not recipe.attention.startswith("naive"):

@@ -1,6 +1,6 @@
 """Llama: RMSNorm, RoPE, SwiGLU, grouped-query attention; with biases on q, k and v it is Qwen2.
 
-Mirrors `trainer.model.Llama`.
+Mirrors `trainer.model.decoder.Llama`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def half(size: Size) -> Size:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`trainer.model.rotate`."""
+    """`trainer.model.decoder.rotate`."""
     with arguments((x, cos, sin)) as results, Locals() as v:
         v.a, v.b = split(x, half(x.shape[-1]), 2)
         first = ops.sub(ops.mul(v.a, cos), ops.mul(v.b, sin))

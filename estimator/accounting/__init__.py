@@ -1,0 +1,1 @@
+"""From one executed step to closed forms: the ledger, the trace, the peak and every figure."""

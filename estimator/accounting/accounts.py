@@ -1,0 +1,334 @@
+"""The account of a training step: every figure as a closed form in the legend's letters, read off one ledger."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any
+
+import sympy
+
+from estimator.accounting.peak import Piece, peak_pieces
+from estimator.accounting.polynomials import Polynomials
+from estimator.accounting.trace import Trace, executed_blocks, total, trace
+from estimator.accounting.vectorised import VectorisedPeak
+from estimator.describe.config import ConfigError, choose
+from estimator.eager.ledger import Category, Phase
+from estimator.eager.sizes import LETTER, MASK_ALIGNMENT, NAMES, ONE, ZERO, ShapeClass, Size, sizes_of
+from estimator.eager.symbols import SYMBOLS
+from estimator.models.layers import Recipe
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from estimator.describe.config import ModelConfig, Plan
+    from estimator.eager.ledger import Where
+
+DEVICES = ("cpu", "cuda")
+COMPONENTS = ("embedding", "attention", "feed-forward", "norms", "residual", "head", "loss")
+
+
+def component(module: str) -> str:
+    """The part of the model that a module path belongs to."""
+    parts = module.split(".")
+    if parts[-1].endswith("norm"):
+        return "norms"
+    if "attention" in parts:
+        return "attention"
+    if "ffn" in parts:
+        return "feed-forward"
+    return {"head": "head", "loss": "loss", "blocks": "residual"}.get(parts[0], "embedding")
+
+
+@dataclass(frozen=True, slots=True)
+class Forms:
+    """Sums over a step or a part of it, as polynomials (in an `Account`) or as integers (in `Values`).
+
+    Attributes:
+        parameters: number of parameters of the whole model, shared ones once.
+        parameter_bytes, gradient_bytes, optimizer_bytes: bytes of each that this accelerator holds.
+        activation_bytes: bytes that autograd keeps from a micro-batch's forward for its backward; parameters, inputs
+            and buffers not counted, every storage once.
+        forward_flops, backward_flops: FLOPs of matrix products of a micro-batch (2 a multiply-add), those of
+            recomputation in backward.
+        recompute_flops: the part of backward_flops that repeats forward.
+        optimizer_flops: arithmetic of an optimizer step (an operation on an element is one FLOP), clipping and the
+            matrix products of Muon included.
+    """
+
+    parameters: Any
+    parameter_bytes: Any
+    gradient_bytes: Any
+    optimizer_bytes: Any
+    activation_bytes: Any
+    forward_flops: Any
+    backward_flops: Any
+    recompute_flops: Any
+    optimizer_flops: Any
+
+
+FORMS = tuple(f.name for f in fields(Forms))
+
+
+@dataclass(frozen=True, slots=True)
+class Values(Forms):
+    """An account's figures for one model and plan, plain ints.
+
+    Attributes:
+        peak_bytes: the most bytes of live tensors at any moment of a steady step.
+        peak_categories: those bytes by what they are for; their sum is peak_bytes.
+        peak_where: phase, module and operator of the allocation at which they are alive.
+        modules: the figures above by part of the model; each sums to the whole.
+    """
+
+    peak_bytes: int
+    peak_categories: Mapping[str, int]
+    peak_where: Where
+    modules: Mapping[str, Forms]
+
+
+@lru_cache(maxsize=64)
+def _account(recipe: Recipe, shapes: ShapeClass, general: ShapeClass, device: str, executed: int) -> Account:
+    traced = trace(recipe, shapes, device, executed)
+    letter = LETTER["L"] if traced.repeats else executed * ONE
+    whole, parts = _forms(traced, letter)
+    if shapes != general or not traced.repeats:
+        unit = recipe.checkpoint_every
+        common, common_parts = _forms(trace(recipe, general, device, 3 * unit + executed % unit), LETTER["L"])
+        to = {**shapes.letters, "L": letter}
+        whole = _restored(whole, common, shapes, to)
+        parts = {name: _restored(form, common_parts[name], shapes, to) for name, form in parts.items()}
+    return Account(recipe, shapes, device, traced, whole, parts, peak_pieces(traced, shapes, letter))
+
+
+def account(m: ModelConfig, p: Plan, device: str = "cuda") -> Account:
+    """The closed forms of a step of `m` run as `p`, by the rules of PyTorch on `device` ("cpu" or "cuda").
+
+    The result is free of sizes, save where PyTorch treats a size of 1 differently: the peak is that of the shape class
+    of `m` and `p` (see `Account.peak_bytes`). Where only every n-th block is checkpointed, the forms are those of
+    models whose L leaves the remainder that `m`'s leaves when divided by n; `evaluate` and `lambdify` mind that.
+
+    Raises:
+        ConfigError: an unknown device, or a sequence longer than the model's positions.
+    """
+    choose("device", device, DEVICES)
+    return account_at(recipe_of(m, p, device), sizes_for(m, p, device, threads=1), device)
+
+
+def sizes_for(m: ModelConfig, p: Plan, device: str, threads: int | None = None) -> dict[str, int]:
+    """The number behind each letter of the legend for `m` run as `p`."""
+    return sizes_of(m, p.batch_size, p.tokens(m), device, threads, p.shards)
+
+
+def recipe_of(m: ModelConfig, p: Plan, device: str) -> Recipe:
+    """What of `m` and `p` decides which statements a step executes on `device`."""
+    recipe = Recipe(
+        family=m.family,
+        tie_embeddings=bool(m.tie_embeddings),
+        qkv_bias=bool(m.qkv_bias),
+        precision=p.precision,
+        fp32_gradients=p.fp32_gradients,
+        attention=p.attention_kernel(device),
+        dropout=p.dropout > 0,
+        loss=p.loss,
+        checkpointing=p.checkpointing,
+        checkpoint_every=p.checkpoint_every,
+        optimizer=p.optimizer,
+        optimizer_impl=p.implementation(device),
+        clips=p.max_grad_norm is not None,
+        micro_batches=min(p.grad_accumulation, 2),  # the second adds to gradients that exist, and so do all after it
+        parallel="alone" if p.data_parallel == 1 else {"none": "ddp"}.get(p.sharding, p.sharding),
+    )
+    recipe = windowed(recipe, m.sliding_window, p.tokens(m), device)
+    if p.attention == "sdpa-flash" and recipe.attention != recipe.fused(device):
+        raise ConfigError(
+            f"attention = 'sdpa-flash': CUDA's takes no mask, which a sliding_window of {m.sliding_window} is at "
+            f"{p.tokens(m)} tokens; allowed are naive, naive-fp32, sdpa, sdpa-math, sdpa-efficient"
+        )
+    return recipe
+
+
+def windowed(recipe: Recipe, sliding_window: int | None, seq_len: int, device: str) -> Recipe:
+    """`recipe` at a sequence length."""
+    return replace(recipe, window=window_of(recipe, sliding_window, seq_len, device))
+
+
+def window_of(recipe: Recipe, sliding_window: int | None, seq_len: int, device: str) -> str:
+    """`Recipe.window` at a sequence length: only one that is longer than the window takes a mask."""
+    if sliding_window is None or seq_len <= sliding_window:
+        return "none"
+    fused = device == "cuda" and recipe.attention in ("flash", "efficient")
+    return "padded" if fused and seq_len % MASK_ALIGNMENT else "whole"
+
+
+def account_at(recipe: Recipe, sizes: Mapping[str, int], device: str) -> Account:
+    """The account of the shape class that `sizes` are in."""
+    shapes, general = ShapeClass.at(recipe.family, sizes), ShapeClass.general(sizes)
+    return _account(recipe, shapes, general, device, int(executed_blocks(sizes["L"], recipe.checkpoint_every)))
+
+
+_RESIDENT = {
+    Category.PARAMETER: "parameter_bytes",
+    Category.GRADIENT: "gradient_bytes",
+    Category.OPTIMIZER: "optimizer_bytes",
+}
+
+
+def _forms(traced: Trace, layers: Size) -> tuple[Forms, dict[str, Forms]]:
+    """(the whole, by component): every sum is over the ledger's entries of a component."""
+    entries: dict[tuple[str, str], list[tuple[int | None, Size]]] = {}
+
+    def enter(form: str, where: Where, size: Size) -> None:
+        entries.setdefault((form, component(where.module)), []).append((where.block, size))
+
+    ledger = traced.ledger
+    for event in ledger.events:
+        storage = event.storage
+        if event.sign > 0 and storage.category in _RESIDENT:
+            enter(_RESIDENT[storage.category], storage.where, storage.nbytes)
+    for where, elements in ledger.parameters:
+        enter("parameters", where, elements)
+    for storage in ledger.saved:
+        enter("activation_bytes", storage.where, storage.nbytes)
+    for kernel in ledger.kernels:
+        if kernel.flops and kernel.micro_batch == 0 and kernel.where.phase is not Phase.OPTIMIZER:
+            enter(f"{kernel.where.phase}_flops", kernel.where, kernel.flops)
+            if kernel.repeated:
+                enter("recompute_flops", kernel.where, kernel.repeated)
+    for kernel in ledger.kernels:
+        if kernel.where.phase is Phase.OPTIMIZER and (kernel.arithmetic or kernel.flops):
+            enter("optimizer_flops", kernel.where, kernel.arithmetic + kernel.flops)
+    parts = {
+        name: Forms(**{form: total(traced, entries.get((form, name), []), layers) for form in FORMS})
+        for name in COMPONENTS
+    }
+    whole = Forms(**{form: sum((getattr(p, form) for p in parts.values()), ZERO) for form in FORMS})
+    return whole, parts
+
+
+def _restored(own: Forms, common: Forms, shapes: ShapeClass, to: Mapping[str, Size]) -> Forms:
+    """The general class's forms where they say the same: a batch of 1 is then still a B in the formula."""
+
+    def choice(form: str) -> Size:
+        general = getattr(common, form)
+        special = shapes.normal(general.compose([(LETTER[name], size) for name, size in to.items()]))
+        return general if special == getattr(own, form) else getattr(own, form)
+
+    return Forms(**{form: choice(form) for form in FORMS})
+
+
+def expression(polynomial: Size) -> sympy.Expr:
+    """A polynomial as a sympy expression in `estimator.eager.symbols.SYMBOLS`."""
+    return polynomial.as_expr(*(SYMBOLS[name] for name in NAMES))
+
+
+@dataclass(frozen=True, eq=False)
+class Account:
+    """Closed forms of a step for one recipe; letters are `estimator.eager.symbols.LEGEND`'s, bytes and FLOPs the units.
+
+    Attributes:
+        recipe: which statements the step executes.
+        shapes: the shape class whose peak this is.
+        device: whose rules.
+        traced: the ledger behind it.
+        forms: sums over the step, as polynomials.
+        modules: the same by part of the model.
+        pieces: the polynomials of the peak's maximum, each with its moment and its categories.
+    """
+
+    recipe: Recipe
+    shapes: ShapeClass
+    device: str
+    traced: Trace
+    forms: Forms
+    modules: Mapping[str, Forms]
+    pieces: tuple[Piece, ...]
+
+    def __getattr__(self, name: str) -> sympy.Expr:
+        """The form `name` (`FORMS`) as a sympy expression."""
+        if name not in FORMS:
+            raise AttributeError(f"Account has no {name!r}; its forms are {', '.join(FORMS)} and peak_bytes")
+        return expression(getattr(self.forms, name))
+
+    @cached_property
+    def peak_bytes(self) -> sympy.Expr:
+        """The peak of live bytes: a Max of the undominated polynomials, exact in the shape class `shapes`.
+
+        A letter that is 1 in that class (`shapes.ones`) does not occur; `evaluate` and `lambdify` pick the class by
+        themselves.
+        """
+        return sympy.Max(*(expression(p.live) for p in self.pieces), evaluate=False)
+
+    def by_module(self, form: str) -> dict[str, sympy.Expr]:
+        """The form `form` by part of the model; the parts add up to the whole."""
+        choose("form", form, FORMS)
+        return {name: expression(getattr(part, form)) for name, part in self.modules.items()}
+
+    def latex(self, form: str = "peak_bytes") -> str:
+        """LaTeX of a form."""
+        choose("form", form, (*FORMS, "peak_bytes"))
+        return str(sympy.latex(getattr(self, form)))
+
+    def for_sizes(self, m: ModelConfig, p: Plan) -> Account:
+        """This account, or the one of the shape class that `m` and `p` are in."""
+        return account(m, p, self.device)
+
+    def evaluate(self, m: ModelConfig, p: Plan, threads: int | None = None) -> Values:
+        """The figures for `m` and `p`; `threads` are PyTorch's CPU threads, all cores by default.
+
+        Raises:
+            ConfigError: `m` and `p` take another recipe than this account's.
+        """
+        return self.for_sizes(m, p).values(sizes_for(m, p, self.device, threads))
+
+    def values(self, sizes: Mapping[str, int]) -> Values:
+        """The figures at `sizes`, which must be in this account's shape class."""
+        point = self.compiled.at(sizes)
+        ruling = self._ruling(point)
+        piece = self.pieces[ruling]
+        value = self.compiled.value
+        return Values(
+            **{form: value((form,), point) for form in FORMS},
+            peak_bytes=value(("live", ruling), point),
+            peak_categories={c.value: value((c, ruling), point) if c in piece.categories else 0 for c in Category},
+            peak_where=self.traced.named(piece.where, sizes["L"]),
+            modules={name: Forms(**{form: value((form, name), point) for form in FORMS}) for name in self.modules},
+        )
+
+    def ruling(self, sizes: Mapping[str, int]) -> int:
+        """Which of `pieces` is the greatest at `sizes`, and so the peak."""
+        return self._ruling(self.compiled.at(sizes))
+
+    def _ruling(self, point: Sequence[int]) -> int:
+        return max(range(len(self.pieces)), key=lambda i: self.compiled.value(("live", i), point))
+
+    def lambdify(self) -> Callable[..., NDArray[np.int64]]:
+        """A vectorised function `peak(B=..., T=..., ...)` of numbers or numpy arrays that broadcast: peak bytes.
+
+        Takes the letters of `GEOMETRY` as keywords and `n`, CPU threads. B and T must be given; any other that is left
+        out is derived as in `ModelConfig` (k = h, e = d / h, f = 4 d, C = T) or, if it cannot be, asked for by name.
+        Each point is computed in its own shape class, exactly, up to 2^53 bytes. `sliding_window` is the model's, if it
+        has one: points of no more than so many tokens take no mask.
+        """
+        return vectorised_peak(self.recipe, self.device)
+
+    @cached_property
+    def compiled(self) -> Polynomials:
+        """All polynomials, ready to evaluate."""
+        rows: dict[tuple[Any, ...], Size] = {(form,): getattr(self.forms, form) for form in FORMS}
+        rows |= {(form, name): getattr(part, form) for name, part in self.modules.items() for form in FORMS}
+        rows |= {("live", i): piece.live for i, piece in enumerate(self.pieces)}
+        rows |= {(c, i): size for i, piece in enumerate(self.pieces) for c, size in piece.categories.items()}
+        return Polynomials(rows, denominator=self.recipe.checkpoint_every)
+
+
+def vectorised_peak(recipe: Recipe, device: str) -> VectorisedPeak:
+    """The peak of `recipe`'s steps on `device` as a function of arrays of sizes."""
+
+    def at(sizes: Mapping[str, int], sliding_window: int | None) -> Account:
+        return account_at(windowed(recipe, sliding_window, sizes["T"], device), sizes, device)
+
+    return VectorisedPeak(recipe, device, at)

@@ -1,0 +1,89 @@
+"""One symbolic training step: build the model, its inputs and its optimizer, run the step, keep the ledger."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from estimator.eager.autocast import LOWER
+from estimator.eager.autograd import backward
+from estimator.eager.ledger import Category, Phase
+from estimator.eager.losses import cross_entropy, torch_cross_entropy, torch_cross_entropy_fp32
+from estimator.eager.ops import div_number
+from estimator.eager.tensor import BFLOAT16, FLOAT32, INT64, Machine, Tensor
+from estimator.models import FAMILIES
+from estimator.optim.masters import Masters
+from estimator.optim.optimizers import OPTIMIZERS
+from estimator.optim.scaling import GradScaler
+from estimator.parallel.data import REPLICAS
+
+if TYPE_CHECKING:
+    from estimator.eager.ledger import Ledger
+    from estimator.eager.sizes import ShapeClass
+    from estimator.models.layers import Recipe
+
+PARAMETERS = {"bf16": BFLOAT16, "bf16-master": BFLOAT16}  # their dtype, where it is not fp32
+LOSSES = {"bundled": cross_entropy, "torch": torch_cross_entropy, "torch-fp32": torch_cross_entropy_fp32}
+
+
+def run_step(recipe: Recipe, shapes: ShapeClass, device: str, num_layers: int) -> Ledger:
+    """The ledger of a steady step of `num_layers` blocks: everything alive before it, then the step itself."""
+    machine = Machine(shapes, device, PARAMETERS.get(recipe.precision, FLOAT32))
+    ledger = machine.ledger
+    model = FAMILIES[recipe.family](machine, recipe, num_layers)
+    replica = REPLICAS[recipe.parallel](model, recipe.micro_batches)
+    size = shapes.letters
+    with ledger.inside("inputs"):
+        ids, targets = (_input(machine, size["B"], size["T"]) for _ in range(2))
+    masters = scaler = None
+    updated = replica.updated
+    if recipe.precision == "bf16-master":
+        masters = Masters(updated, fp32_gradients=recipe.fp32_gradients)
+        updated = masters.masters
+    if recipe.precision == "fp16-mixed":
+        scaler = GradScaler(machine)
+    optimizer = OPTIMIZERS[recipe.optimizer, recipe.optimizer_impl](updated)
+
+    def micro_batch() -> None:
+        ledger.phase = Phase.FORWARD
+        replica.before_forward()
+        with machine.autocast(LOWER.get(recipe.precision)):
+            if recipe.loss == "chunked":
+                loss = model(ids, targets).hold()
+            else:
+                logits = model(ids)
+                with ledger.inside("loss"):
+                    loss = LOSSES[recipe.loss](logits, targets).hold()
+        with ledger.inside("loss"):
+            if recipe.micro_batches > 1:
+                mean, loss = loss, div_number(loss).hold()
+                mean.drop()
+            scaled = loss.hold() if scaler is None else scaler.scale(loss).hold()
+            ledger.phase = Phase.BACKWARD
+            backward(scaled)
+        scaled.drop()
+        loss.drop()
+
+    for turn in range(recipe.micro_batches):
+        ledger.micro_batch = turn
+        micro_batch()
+    ledger.phase = Phase.OPTIMIZER
+    replica.before_update()
+    if masters is not None:
+        masters.take_gradients()
+    if scaler is not None:
+        scaler.unscale_(updated)
+    if recipe.clips:
+        replica.clip(updated)
+    if scaler is None:
+        optimizer.step()
+    else:
+        scaler.step(optimizer)
+        scaler.update()
+    if masters is not None:
+        masters.write_back()
+    replica.after_update()
+    return ledger
+
+
+def _input(machine: Machine, *shape: object) -> Tensor:
+    return machine.empty(shape, INT64, category=Category.INPUT).hold()

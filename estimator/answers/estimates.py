@@ -1,0 +1,258 @@
+"""estimate(model, plan, accelerator): the account on one model and machine, with time."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from estimator.accounting.accounts import COMPONENTS, Account, Values, account, sizes_for
+from estimator.describe.config import ConfigError, ModelConfig, Plan, choose, positive_int
+from estimator.describe.presets import preset
+from estimator.hardware.accelerators import Accelerator, accelerator
+from estimator.memory.device import Memory, memory
+from estimator.timing.speed import Time, at_mfu, predicted
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import pandas as pd
+
+WITHOUT_FLASH = ("volta", "turing")  # flash_api.cpp, mha_fwd: "FlashAttention only supports Ampere GPUs or newer."
+FULLY_SHARD = "PyTorch's fully_shard on each block and on the model, gradients scattered in every micro-batch"
+SHARDING_NOTES = {
+    "zero1": "ZeRO-1 is DDP with an optimizer that works on its own rows of every parameter and then gathers the rest.",
+    "zero2": f"ZeRO-2 is {FULLY_SHARD}, parameters kept from forward to backward.",
+    "zero3": f"ZeRO-3 is {FULLY_SHARD}, parameters gathered again for backward.",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Flops:
+    """FLOPs of one optimizer step of the whole job (matrix products, 2 a multiply-add; the optimizer's arithmetic).
+
+    Attributes:
+        forward, backward: of one micro-batch on one accelerator; backward includes what is recomputed.
+        recompute: the part of backward that repeats forward.
+        optimizer: of one optimizer step.
+        sequences: sequences in one optimizer step.
+        batch_size: sequences in a micro-batch.
+    """
+
+    forward: int
+    backward: int
+    recompute: int
+    optimizer: int
+    sequences: int
+    batch_size: int
+
+    @property
+    def model(self) -> int:
+        """FLOPs of a step that any implementation needs: forward and backward of all sequences, nothing recomputed."""
+        return (self.forward + self.backward - self.recompute) * self.sequences // self.batch_size
+
+    @property
+    def step(self) -> int:
+        """FLOPs of a step that are done: forward, backward with recomputation, optimizer."""
+        return (self.forward + self.backward) * self.sequences // self.batch_size + self.optimizer
+
+
+@dataclass(frozen=True, eq=False)
+class Estimate:
+    """What `estimate` returns: everything about one model, plan and accelerator.
+
+    Attributes:
+        model, plan, accelerator: what was asked.
+        account: the closed forms behind the figures.
+        values: the account at this model and plan.
+        memory: bytes on one accelerator.
+        flops: FLOPs of a step.
+        time: how long it takes, predicted from the kernels or reckoned with a given MFU; None where neither can be, and
+            a note says why.
+        notes: what the reader should know of how the figures came about.
+    """
+
+    model: ModelConfig
+    plan: Plan
+    accelerator: Accelerator
+    account: Account
+    values: Values
+    memory: Memory
+    flops: Flops
+    time: Time | None
+    notes: tuple[str, ...]
+
+    @property
+    def fits(self) -> bool:
+        """Whether the step fits the accelerator's memory."""
+        return self.memory.fits
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain, JSON-ready."""
+        modules = {name: asdict(form) for name, form in self.values.modules.items()}
+        return {
+            "model": self.model.to_dict(),
+            "plan": self.plan.to_dict() | {"seq_len": self.plan.tokens(self.model)},
+            "accelerator": self.accelerator.id,
+            "fits": self.fits,
+            "parameters": self.values.parameters,
+            "memory": self.memory.to_dict(),
+            "activation_bytes": self.values.activation_bytes,
+            "flops": asdict(self.flops) | {"model": self.flops.model, "step": self.flops.step},
+            "time": self.time.to_dict() if self.time is not None else None,
+            "modules": modules,
+            "notes": list(self.notes),
+        }
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row a part of the model and one for the whole; columns are the account's forms."""
+        import pandas as pd  # noqa: PLC0415 - half a second that only this needs
+
+        rows = {name: asdict(form) for name, form in self.values.modules.items()}
+        frame = pd.DataFrame.from_dict(rows, orient="index").loc[list(COMPONENTS)]
+        frame.loc["total"] = frame.sum()
+        return frame.rename_axis("module")
+
+
+def estimate(
+    model: ModelConfig | str,
+    plan: Plan | None = None,
+    on: Accelerator | str | Path = "a100-80gb-sxm",
+    *,
+    mfu: float | None = None,
+    steps: int | None = None,
+    global_batch_size: int | None = None,
+    count: int | None = None,
+    threads: int | None = None,
+) -> Estimate:
+    """Everything about training `model` as `plan` says on an accelerator.
+
+    Args:
+        model: a configuration or the name of a preset.
+        plan: how a step is run; a bare `Plan()` by default.
+        on: the accelerator, its name, or the path of a profile.
+        mfu: model FLOPs utilisation to reckon time with, above 0 and at most 1; None to predict the time from the
+            step's kernels (`estimator.timing.speed`). Where that cannot be, there is no time and a note says why.
+        steps: optimizer steps of the run.
+        global_batch_size: sequences in an optimizer step of the whole job; by default the plan's micro-batch times its
+            accumulation times `count`. Memory is always that of the plan.
+        count: accelerators of the job, by default the plan's data_parallel; each runs the plan on its own sequences.
+        threads: CPU threads, for a profile of a CPU.
+
+    Raises:
+        ConfigError: a name is unknown, a figure out of its range, the accelerator has no peak for the precision.
+    """
+    m = preset(model) if isinstance(model, str) else model
+    p = replicated(plan if plan is not None else Plan(), count)
+    count = p.data_parallel
+    device = accelerator(on)
+    if device.device not in ("cuda", "cpu"):
+        raise ConfigError(
+            f"accelerator = {device.id!r}: it runs PyTorch's {device.device} backend, whose memory rules are not "
+            "modelled; allowed are accelerators of the cuda and cpu backends"
+        )
+    check_kernel(p, device)
+    sizes = sizes_for(m, p, device.device, threads)
+    a = account(m, p, device.device)
+    values = a.values(sizes)
+    sequences = p.batch_size * p.grad_accumulation * count
+    notes = ["The bytes are those of eager execution; compiled, fused ops save some."] if p.compile else []
+    notes += [SHARDING_NOTES[p.sharding]] if p.shards > 1 else []
+    if p.sharding != "none" and p.data_parallel == 1:
+        notes.append("One accelerator has nobody to share with: sharding changes nothing.")
+    if global_batch_size is not None:
+        wanted = positive_int("global_batch_size", global_batch_size)
+        if wanted != sequences:
+            notes.append(
+                f"Time is for {wanted:,} sequences a step; memory is for micro-batches of {p.batch_size} with "
+                f"grad_accumulation = {p.grad_accumulation}."
+            )
+        sequences = wanted
+    flops = Flops(
+        values.forward_flops,
+        values.backward_flops,
+        values.recompute_flops,
+        values.optimizer_flops,
+        sequences,
+        p.batch_size,
+    )
+    time = None
+    if mfu is not None:
+        peak = device.peak_flops(p.product_dtype)
+        time = at_mfu(_checked_mfu(mfu), m, p, peak, flops, values.parameters, steps, count)
+    else:
+        steps = positive_int("steps", steps) if steps is not None else None
+        try:
+            time = predicted(m, p, device, flops, values.parameters, steps, count)
+        except ConfigError as error:  # no peak, no link, no calibration: marked, never guessed
+            notes.append(f"No time is predicted: {error}.")
+    return Estimate(m, p, device, a, values, memory(a, values, sizes, device), flops, time, tuple(notes))
+
+
+def check_kernel(p: Plan, a: Accelerator) -> None:
+    """Raise ConfigError for an attention kernel that `a`'s architecture has not."""
+    if p.attention == "sdpa-flash" and a.architecture in WITHOUT_FLASH:
+        raise ConfigError(
+            f"attention = 'sdpa-flash': CUDA's is for Ampere and newer, {a.id} is a {a.architecture}; allowed are "
+            "naive, naive-fp32, sdpa, sdpa-math, sdpa-efficient"
+        )
+
+
+def replicated(plan: Plan, count: int | None) -> Plan:
+    """`plan` on `count` accelerators, None for as many as it says.
+
+    Raises:
+        ConfigError: the plan says another number than `count`: data parallelism is all there is yet.
+    """
+    if count is None:
+        return plan
+    if plan.data_parallel not in (1, positive_int("count", count)):
+        raise ConfigError(f"count = {count}: the plan's data_parallel is {plan.data_parallel}; allowed is the same")
+    return plan.replace(data_parallel=count)
+
+
+def _checked_mfu(mfu: float) -> float:
+    if not 0 < mfu <= 1:
+        raise ConfigError(f"mfu = {mfu!r}: must be above 0 and at most 1")
+    return float(mfu)
+
+
+def max_batch_size(
+    model: ModelConfig | str, plan: Plan | None = None, on: Accelerator | str | Path | float = "a100-80gb-sxm"
+) -> int:
+    """The largest micro-batch whose step fits: 0 if not even one sequence does.
+
+    Args:
+        model: a configuration or the name of a preset.
+        plan: how a step is run; its batch_size is not looked at.
+        on: an accelerator, on which `Memory.needed` must fit; or a number of bytes, in which the live tensors of a CUDA
+            step (`Memory.peak`) must.
+    """
+    m = preset(model) if isinstance(model, str) else model
+    p = plan if plan is not None else Plan()
+    if isinstance(on, (int, float)):
+        if not on > 0:
+            raise ConfigError(f"bytes = {on!r}: must be above 0")
+        device, name = None, "cuda"
+    else:
+        device = accelerator(on)
+        name = choose("device", device.device, ("cuda", "cpu"))
+        check_kernel(p, device)
+
+    def fits(batch_size: int) -> bool:
+        trial = p.replace(batch_size=batch_size)
+        sizes = sizes_for(m, trial, name)
+        a = account(m, trial, name)
+        values = a.values(sizes)
+        if device is None:
+            return values.peak_bytes <= on  # type: ignore[operator]  # a number where there is no accelerator
+        return memory(a, values, sizes, device).fits
+
+    if not fits(1):
+        return 0
+    least, most = 1, 2
+    while fits(most):
+        least, most = most, 2 * most
+    while most - least > 1:
+        middle = (least + most) // 2
+        least, most = (middle, most) if fits(middle) else (least, middle)
+    return least

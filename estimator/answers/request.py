@@ -1,0 +1,127 @@
+"""A question as one object: its estimate, and the Python and the command that ask the same."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from estimator.answers.estimates import estimate
+from estimator.describe.config import ConfigError, ModelConfig, Plan
+from estimator.describe.presets import preset, presets
+
+if TYPE_CHECKING:
+    from estimator.answers.estimates import Estimate
+
+BASES = {"gpt2": "gpt2-xl", "llama": "llama-3.2-1b"}  # what a model of one's own starts from, by family
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A question to `estimator.estimate`, with the name that the model goes by.
+
+    Attributes:
+        name: a preset's name, or any other for a model of one's own.
+        model, plan: what is trained, and how.
+        gpu: an accelerator's id.
+        count: accelerators.
+        mfu: model FLOPs utilisation; None to have it predicted, where the library can.
+        steps: optimizer steps of the run.
+        global_batch_size: sequences in a step of the whole job.
+    """
+
+    name: str
+    model: ModelConfig
+    plan: Plan
+    gpu: str
+    count: int = 1
+    mfu: float | None = None
+    steps: int | None = None
+    global_batch_size: int | None = None
+
+    @property
+    def run(self) -> dict[str, Any]:
+        """The keyword arguments of `estimate` that are not at their defaults."""
+        given = {
+            "mfu": self.mfu,
+            "steps": self.steps,
+            "global_batch_size": self.global_batch_size,
+            "count": self.count if self.count != 1 else None,
+        }
+        return {name: value for name, value in given.items() if value is not None}
+
+    @property
+    def base(self) -> str:
+        """The preset that the model is, or that it is written as a change of."""
+        return self.name if self.name in presets() else BASES[self.model.family]
+
+    def estimate(self) -> Estimate:
+        """The answer, remembered.
+
+        Raises:
+            ConfigError: as `estimator.estimate`.
+        """
+        return _answer(self)
+
+    def python(self) -> str:
+        """Python that computes the same figures."""
+        changes = _differences(preset(self.base), self.model)
+        model = f'est.preset("{self.base}")'
+        if changes:
+            model += f".replace({_keywords(changes)})"
+        plan = _keywords(_differences(Plan(), self.plan))
+        run = "".join(f", {name}={value!r}" for name, value in self.run.items())
+        return "\n".join(
+            (
+                "import estimator as est",
+                "",
+                f"model = {model}",
+                f"plan = est.Plan({plan})",
+                f'r = est.estimate(model, plan, "{self.gpu}"{run})',
+                "print(r.memory.needed, r.fits, r.time and r.time.hours)",
+                f'print(est.max_batch_size(model, r.plan, "{self.gpu}"))',
+            )
+        )
+
+    def command(self) -> str:
+        """The `estimate` command that prints the same figures."""
+        words = ["estimate", self.base, "--gpu", self.gpu]
+        changes = _differences(preset(self.base), self.model) | _differences(Plan(), self.plan) | self.run
+        for name, given in changes.items():
+            flag = name.replace("_", "-")
+            # A flag cannot say None; a window as long as the context is none.
+            value = self.model.context_length if name == "sliding_window" and given is None else given
+            if isinstance(value, bool):
+                words.append(f"--{flag}" if value else f"--no-{flag}")
+            else:
+                words += [f"--{flag}", str(value)]
+        return shlex.join(words)
+
+
+@lru_cache(maxsize=32)  # each keeps its account, of some megabytes, alive
+def _answer(request: Request) -> Estimate:
+    return estimate(request.model, request.plan, request.gpu, **request.run)
+
+
+def _differences(base: ModelConfig | Plan, other: ModelConfig | Plan) -> dict[str, Any]:
+    """Fields of `other` that are not as in `base`.
+
+    A size of `base` that follows from another one (d_ff from d_model) follows here too, unless it is given.
+    """
+    if base.__class__ is Plan:
+        return {f.name: getattr(other, f.name) for f in fields(base) if getattr(other, f.name) != getattr(base, f.name)}
+    plain = [f.name for f in fields(base) if f.name not in ("num_kv_heads", "head_dim", "d_ff")]
+    changes = {name: getattr(other, name) for name in plain if getattr(other, name) != getattr(base, name)}
+    try:
+        following = base.replace(**changes)
+    except ConfigError:  # only with the sizes that follow does it make a model
+        following = base
+    for name in ("num_kv_heads", "head_dim", "d_ff"):
+        if getattr(other, name) != getattr(following, name):
+            changes[name] = getattr(other, name)
+    return changes
+
+
+def _keywords(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in values.items())

@@ -1,0 +1,245 @@
+"""Thousands of configurations at once: memory, time and cost over a range of one or two inputs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from estimator.accounting.accounts import account_at, recipe_of, vectorised_peak, window_of
+from estimator.accounting.trace import executed_blocks
+from estimator.describe.config import ConfigError, choose
+from estimator.eager.sizes import ShapeClass, derived_letters
+from estimator.hardware.accelerators import accelerator
+from estimator.pricing.money import JOULES_PER_KILOWATT_HOUR, SECONDS_PER_HOUR, cost
+from estimator.timing.speed import times
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from estimator.answers.request import Request
+    from estimator.describe.config import ModelConfig
+
+    Array = NDArray[np.float64]
+
+MODEL_AXES = ("num_layers", "d_model", "num_heads", "d_ff", "vocab_size")
+PLAN_AXES = {"batch_size": "B", "seq_len": "T"}
+RUN_AXES = ("count", "global_batch_size", "steps")
+AXES = (*PLAN_AXES, *MODEL_AXES, *RUN_AXES)
+LARGEST = 2**62  # bytes or FLOPs of a point: what 64-bit integers hold, with room for a sum
+
+
+def spaced(least: int, most: int, points: int, *, logarithmic: bool = False) -> NDArray[np.int64]:
+    """At most `points` different integers from `least` to `most`, both included.
+
+    Raises:
+        ConfigError: `least` is below 1 or above `most`, or there are fewer than two points.
+    """
+    if not 1 <= least <= most:
+        raise ConfigError(f"range = {least} to {most}: must start at 1 or more and not end before it starts")
+    if points < 2:
+        raise ConfigError(f"points = {points}: must be at least 2")
+    space = np.geomspace if logarithmic else np.linspace
+    return np.unique(np.rint(space(least, most, points)).astype(np.int64))
+
+
+def axis_values(
+    request: Request, axis: str, least: int, most: int, points: int, *, logarithmic: bool = False
+) -> NDArray[np.int64]:
+    """At most `points` of the values between `least` and `most` that `axis` can have, all else as in `request`.
+
+    A width must be divided by the heads (twice, where rotary embeddings turn pairs), and heads divide a width.
+
+    Raises:
+        ConfigError: an unknown axis, a range as `spaced` refuses it, a sequence longer than the model's positions, or
+            no value between them.
+    """
+    choose("axis", axis, AXES)
+    wanted = spaced(least, most, points, logarithmic=logarithmic)
+    m = request.model
+    if axis == "seq_len":
+        request.plan.replace(seq_len=most).tokens(m)
+    if axis not in MODEL_AXES or axis in ("num_layers", "d_ff", "vocab_size"):
+        return wanted
+    if axis == "d_model":
+        step = 1 if m.e * m.num_heads != m.d_model else m.num_heads * (2 if m.family == "llama" else 1)
+        wanted = np.unique(np.maximum(np.rint(wanted / step).astype(np.int64), 1) * step)
+        found = wanted[(wanted >= least) & (wanted <= most)]
+    else:
+        divisors = [x for x in range(least, min(most, m.d_model) + 1) if _can_be(m, {axis: x})]
+        found = np.asarray(divisors[:: max(1, -(-len(divisors) // points))], dtype=np.int64)
+    if not len(found):
+        raise ConfigError(f"{axis} = {least} to {most}: no value between them makes a model, all else the same")
+    return found
+
+
+def sweep(
+    request: Request, axes: Mapping[str, Sequence[int] | NDArray[np.int64]], price: float | None = None
+) -> dict[str, Array]:
+    """Figures over the grid of `axes` (one or two of `AXES`), by name, each of the grid's shape.
+
+    "peak" is bytes of live tensors, exact below 2^53; "needed" adds what hardly varies: the cuBLAS workspace, the CUDA
+    context and the allocator's rounding at the request's own sizes. "flops" are a step's model FLOPs. Where the
+    request has a time, "seconds" are those of an optimizer step, "tokens_per_second" is the job's, "hours" the run's,
+    and "dollars" and "kilowatt_hours" what it takes, if there is a price and a power.
+
+    Args:
+        request: what is the same at every point.
+        axes: the values of each axis; see `axis_values`.
+        price: US dollars for an hour of an accelerator; by default the median of those on file.
+
+    Raises:
+        ConfigError: no axis or more than two, an unknown one, a model that cannot be, or figures beyond 2^62.
+    """
+    if not 1 <= len(axes) <= 2:
+        raise ConfigError(f"axes = {', '.join(axes) or 'none'}: must be one or two of {', '.join(AXES)}")
+    for name in axes:
+        choose("axis", name, AXES)
+    given = {name: np.asarray(values, dtype=np.int64) for name, values in axes.items()}
+    shape = tuple(len(values) for values in given.values())
+    grid = dict(zip(given, (x.ravel() for x in np.meshgrid(*given.values(), indexing="ij")), strict=True))
+    if "seq_len" in given:
+        longest = request.plan.replace(seq_len=int(given["seq_len"].max()))
+        recipe_of(request.model, longest, accelerator(request.gpu).device)  # what cannot be is refused here
+
+    r = request.estimate()
+    letters = _letters(request, grid, r.plan.data_parallel)
+    varying = {name: x for name, x in letters.items() if x.ndim}
+    sizes: dict[str, Any] = {name: int(x) for name, x in letters.items() if not x.ndim} | varying
+    every = {**sizes, **derived_letters(request.model.family, sizes, r.account.device), "n": r.memory.sizes["n"]}
+    corner = {name: int(np.max(x)) for name, x in every.items()}
+    for key in (("backward_flops",), *(("live", i) for i in range(len(r.account.pieces)))):
+        if r.account.compiled.value(key, r.account.compiled.at(corner)) > LARGEST:
+            raise ConfigError(f"axes = {', '.join(axes)}: the figures go beyond 2^62; take smaller ranges")
+
+    points = len(next(iter(grid.values())))
+    peak = _peak(request, r.account.device, sizes, np.broadcast_to(grid.get("count", r.plan.data_parallel), points))
+    arrays = {name: x.astype(np.float64) if np.ndim(x) else int(x) for name, x in every.items()}
+    flops = np.zeros(points)
+    for form, sign in (("forward_flops", 1), ("backward_flops", 1), ("recompute_flops", -1)):
+        flops = flops + sign * r.account.compiled.greatest([(form,)], arrays)
+    sequences = grid.get("global_batch_size", np.asarray(r.flops.sequences))
+    flops = flops * sequences / sizes["B"]
+    found = {"peak": peak, "needed": peak + (r.memory.needed - r.memory.peak), "flops": flops}
+    if r.time is not None:
+        count, steps = grid.get("count", request.count), grid.get("steps", r.time.steps or 1)
+        if r.time.predicted:
+            seconds = _seconds(request, every, np.broadcast_to(sequences, points), np.broadcast_to(count, points))
+        else:
+            seconds = flops / (r.time.mfu * r.time.peak_flops * count)
+        found["seconds"] = seconds
+        found["tokens_per_second"] = sequences * sizes["T"] / seconds
+        found["hours"] = seconds * steps / SECONDS_PER_HOUR
+        one = cost(request.gpu, SECONDS_PER_HOUR, price=price)
+        if one.dollars is not None:
+            found["dollars"] = found["hours"] * count * one.dollars.median
+        if one.energy_joules is not None:
+            found["kilowatt_hours"] = found["hours"] * count * one.energy_joules / JOULES_PER_KILOWATT_HOUR
+    return {name: np.broadcast_to(values, points).reshape(shape) for name, values in found.items()}
+
+
+def _letters(request: Request, grid: Mapping[str, NDArray[np.int64]], count: int) -> dict[str, NDArray[np.int64]]:
+    """The legend's letters that a user gives, each a number or an array over the points."""
+    own = {name: grid[name] for name in MODEL_AXES if name in grid}
+    combined = np.stack(list(own.values()), axis=1) if own else np.zeros((1, 0), dtype=np.int64)
+    different, which = np.unique(combined, axis=0, return_inverse=True)
+    models = [request.model.replace(**dict(zip(own, map(int, row), strict=True))) for row in different]
+    rows = np.array(
+        [(m.num_layers, m.d_model, m.num_heads, m.kv_heads, m.e, m.f, m.vocab_size, m.context_length) for m in models],
+        dtype=np.int64,
+    )
+    letters = {}
+    for letter, column in zip("LdhkefVC", rows.T, strict=True):
+        letters[letter] = column[which.ravel()] if np.ptp(column) else column[0]
+    p = request.plan
+    return letters | {
+        "B": grid.get("batch_size", np.int64(p.batch_size)),
+        "T": grid.get("seq_len", np.int64(p.tokens(request.model))),
+        "D": grid.get("count", np.int64(count)) if p.sharding != "none" else np.int64(1),
+    }
+
+
+def _peak(request: Request, device: str, sizes: Mapping[str, Any], count: NDArray[np.int64]) -> Array:
+    """Peak bytes at each point: one accelerator executes other statements than several do."""
+    out = np.empty(len(count))
+    for alone in (True, False):
+        here = np.flatnonzero((count == 1) == alone)
+        if len(here):
+            plan = request.plan.replace(data_parallel=int(count[here[0]]))
+            account = vectorised_peak(recipe_of(request.model, plan, device), device)
+            at = {name: x[here] if np.ndim(x) else x for name, x in sizes.items()}
+            out[here] = account(sliding_window=request.model.sliding_window, **at)
+    return out
+
+
+def _seconds(
+    request: Request, sizes: Mapping[str, Any], sequences: NDArray[np.int64], count: NDArray[np.int64]
+) -> Array:
+    """Predicted seconds of a step at each point: those with the same kernels and the same number of them at once."""
+    p, device = request.plan, accelerator(request.gpu)
+    every = {name: np.broadcast_to(x, len(sequences)) for name, x in sizes.items()}
+    micro_batches = -(-sequences // (every["B"] * count))
+    at: dict[Any, list[int]] = {}
+    recipe = recipe_of(request.model, p, device.device)
+    for i in range(len(sequences)):
+        here = {name: int(x[i]) for name, x in every.items()}
+        window = window_of(recipe, request.model.sliding_window, here["T"], device.device)
+        alike = (ShapeClass.at(request.model.family, here), int(executed_blocks(here["L"], p.checkpoint_every)), window)
+        at.setdefault((int(micro_batches[i]), int(count[i]), alike), []).append(i)
+    out = np.empty(len(sequences))
+    for (turns, accelerators, _), points in at.items():
+        plan = p.replace(grad_accumulation=turns, data_parallel=accelerators)
+        first = {name: int(x[points[0]]) for name, x in every.items()}
+        recipe = recipe_of(request.model, plan.replace(seq_len=first["T"]), device.device)
+        form = account_at(recipe, first, device.device)
+        out[points] = sum(times(form, {name: x[points] for name, x in every.items()}, plan, device).values())
+    return out
+
+
+def _can_be(m: ModelConfig, changes: dict[str, int]) -> bool:
+    try:
+        m.replace(**changes)
+    except ConfigError:
+        return False
+    return True
+
+
+def point(request: Request, at: Mapping[str, int]) -> Request:
+    """The request at one point of a sweep, by axis.
+
+    Raises:
+        ConfigError: an unknown axis, or a model or plan that cannot be.
+    """
+    for name in at:
+        choose("axis", name, AXES)
+    model = {name: x for name, x in at.items() if name in MODEL_AXES}
+    plan = {name: x for name, x in at.items() if name in PLAN_AXES}
+    run: dict[str, Any] = {name: x for name, x in at.items() if name in RUN_AXES}
+    return replace(request, model=request.model.replace(**model), plan=request.plan.replace(**plan), **run)
+
+
+def python(request: Request, axes: Mapping[str, tuple[int, int, int, bool]], price: float | None = None) -> str:
+    """Python that computes `sweep`; an axis is (least, most, points, logarithmic)."""
+    fields = (request.gpu, request.count, request.mfu, request.steps, request.global_batch_size)
+    ranges = [
+        f'    "{name}": axis_values(request, "{name}", {least}, {most}, {points}, logarithmic={logarithmic}),'
+        for name, (least, most, points, logarithmic) in axes.items()
+    ]
+    return "\n".join(
+        (
+            "import estimator as est",
+            "from estimator.answers.request import Request",
+            "from estimator.answers.sweeps import axis_values, sweep",
+            "",
+            *request.python().splitlines()[2:4],
+            f'request = Request("{request.name}", model, plan, {", ".join(map(repr, fields))})',
+            "axes = {",
+            *ranges,
+            "}",
+            f"found = sweep(request, axes, price={price!r})",
+            "print({name: float(values.max()) for name, values in found.items()})",
+        )
+    )

@@ -1,0 +1,1 @@
+"""Accelerators, their links and clusters: data with sources."""

@@ -1,0 +1,226 @@
+"""Memory of a step on a device: the peak and what holds it, the timeline, and what the allocator adds on CUDA."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from estimator.describe.config import ConfigError
+from estimator.eager.ledger import Category
+from estimator.eager.sizes import ONE, evaluate
+from estimator.memory.allocator import GRANULE, reserved_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numpy.typing import NDArray
+
+    from estimator.accounting.accounts import Account, Values
+    from estimator.eager.ledger import Where
+    from estimator.hardware.accelerators import Accelerator
+
+# cuBLAS's workspace of one handle and stream, inside memory_allocated: PyTorch's default CUBLAS_WORKSPACE_CONFIG,
+# 4096 KiB x 2 + 16 KiB x 8, and 32 MiB from compute capability 9 on (aten/src/ATen/cuda/CublasHandlePool.cpp).
+CUBLAS_WORKSPACE = 8_519_680
+CUBLAS_WORKSPACE_HOPPER = 32 * 2**20
+HOPPER_AND_LATER = ("hopper", "blackwell")
+# The CUDA context, outside the allocator: 290 to 670 MB in PyTorch's threads (PR 86509, issues 107667 and 109888).
+CONTEXT_BYTES = (290_000_000, 670_000_000)
+
+
+@dataclass(frozen=True, eq=False)
+class Timeline:
+    """A step, event by event. Every array has one entry an event; bytes are those alive after it.
+
+    Attributes:
+        live: live bytes.
+        categories: live bytes by what they are for; they add up to `live`.
+        delta: bytes that the event allocates (or, negative, frees).
+        event: index of the event in the ledger of three blocks.
+        peak: index of the first event at which `live` is greatest.
+        start: live bytes before the first event, which are those after the last.
+    """
+
+    live: NDArray[np.int64]
+    categories: Mapping[str, NDArray[np.int64]]
+    delta: NDArray[np.int64]
+    event: NDArray[np.intp]
+    peak: int
+    start: int
+    account: Account
+    num_layers: int
+
+    def __len__(self) -> int:
+        return len(self.live)
+
+    @cached_property
+    def blocks(self) -> NDArray[np.int64]:
+        """The block that each event happens in, -1 outside of them."""
+        traced = self.account.traced
+        labels = np.array([-1 if e.where.block is None else e.where.block for e in traced.ledger.events])[self.event]
+        if not traced.repeats:
+            return labels
+        middle = np.isin(labels, traced.middle_blocks)
+        turn = np.zeros(len(self), dtype=np.int64)  # how many times this event of the middle unit has come before
+        seen: dict[int, int] = {}
+        phases = [traced.ledger.events[i].where.phase for i in self.event]
+        for at in np.flatnonzero(middle):
+            turn[at] = seen.get(int(self.event[at]), 0)
+            seen[int(self.event[at])] = int(turn[at]) + 1
+        backward = np.array([phase.value == "backward" for phase in phases])
+        turn = np.where(backward, traced.repetitions(self.num_layers) - 1 - turn, turn)
+        last = labels >= traced.middle_blocks.stop
+        return labels + np.where(middle, turn * traced.unit, np.where(last, self.num_layers - traced.executed, 0))
+
+    def where(self, index: int) -> Where:
+        """Phase, module, block and operator of an event."""
+        where = self.account.traced.ledger.events[self.event[index]].where
+        if where.block is None:
+            return where
+        block = int(self.blocks[index])
+        return where._replace(block=block, module=where.module.replace(f"blocks.{where.block}", f"blocks.{block}", 1))
+
+    @cached_property
+    def phases(self) -> NDArray[np.str_]:
+        """The phase of each event."""
+        names = np.array([e.where.phase.value for e in self.account.traced.ledger.events])
+        return names[self.event]
+
+
+def timeline(account: Account, sizes: Mapping[str, int], granule: int = 1) -> Timeline:
+    """The step at `sizes`; storages are rounded up to `granule` bytes each."""
+    traced = account.traced
+    size = traced.class_bytes(sizes, granule)
+    index = traced.expand(sizes["L"])
+    delta = (size[traced.klass] * traced.sign)[index]
+    live = delta.cumsum()
+    first = int(np.flatnonzero(index >= traced.step)[0])
+    category = np.array([list(Category).index(c) for _, c in traced.classes])[traced.klass][index]
+    by = {c.value: np.where(category == i, delta, 0).cumsum()[first:] for i, c in enumerate(Category)}
+    start = int(live[first - 1])
+    return Timeline(
+        live[first:], by, delta[first:], index[first:], int(live[first:].argmax()), start, account, sizes["L"]
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Memory:
+    """Bytes of one accelerator in a steady step. The first nine are at the peak; the eight parts add up to it.
+
+    Attributes:
+        peak: live tensor bytes at the moment when they are most.
+        parameters, gradients, optimizer, activations, temporary, inputs, buffers, communication: its parts.
+        where: phase, module, block and operator of the peak.
+        allocated: on CUDA, the peak with each block rounded to 512 bytes, and the cuBLAS workspace.
+        workspace: that workspace.
+        context: (least, most) bytes that the CUDA context takes outside the allocator.
+        reserved: on CUDA, what the allocator has asked of the device after two steps (`allocator`, a model).
+        nvidia_smi: (least, most) bytes that the driver shows for the process: reserved and the context.
+        capacity: bytes that a framework sees on the accelerator; None if only bytes were asked about.
+    """
+
+    peak: int
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    temporary: int
+    inputs: int
+    buffers: int
+    communication: int
+    where: Where
+    allocated: int
+    workspace: int
+    context: tuple[int, int]
+    capacity: int | None
+    account: Account
+    sizes: Mapping[str, int]
+
+    @property
+    def needed(self) -> int:
+        """What must be free for the step to run: allocated bytes and the middle of the context's spread.
+
+        Not the reserved bytes: before the allocator gives up it returns its empty segments to the device.
+        """
+        return self.allocated + sum(self.context) // 2
+
+    @property
+    def fits(self) -> bool:
+        """Whether `needed` is within the capacity.
+
+        Raises:
+            ConfigError: no accelerator was given.
+        """
+        if self.capacity is None:
+            raise ConfigError("accelerator = None: whether a step fits can be said of an accelerator only")
+        return self.needed <= self.capacity
+
+    @cached_property
+    def logits(self) -> int:
+        """Bytes at the peak of the logits and of what a loss makes of them whole: of tensors of (B, T, V)."""
+        a = self.account
+        letters = a.shapes.letters
+        alike = a.shapes.product(letters[name] for name in "BTV")
+        if alike == ONE:
+            return 0
+        return int(a.pieces[a.ruling(self.sizes)].live.coeff(alike)) * evaluate(alike, self.sizes)
+
+    @cached_property
+    def reserved(self) -> int:
+        """What the allocator has asked of the device after two steps; on the CPU, what is allocated."""
+        if self.account.device != "cuda":
+            return self.allocated
+        return max(reserved_bytes(self.account, self.sizes, self.workspace), self.allocated)
+
+    @property
+    def nvidia_smi(self) -> tuple[int, int]:
+        """(least, most) bytes that the driver shows for the process."""
+        least, most = self.context
+        return self.reserved + least, self.reserved + most
+
+    @cached_property
+    def timeline(self) -> Timeline:
+        """The step, event by event."""
+        return timeline(self.account, self.sizes)
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """The eight parts of the peak."""
+        return {c.value: getattr(self, c.value) for c in Category}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain fields; the account and its timeline are left out."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("account", "sizes", "where")}
+        plain |= {"where": self.where._asdict(), "needed": self.needed, "context": list(self.context)}
+        return plain | {"logits": self.logits, "reserved": self.reserved, "nvidia_smi": list(self.nvidia_smi)}
+
+
+def memory(account: Account, values: Values, sizes: Mapping[str, int], accelerator: Accelerator | None) -> Memory:
+    """The memory of a step whose figures are `values`, on `accelerator` if there is one."""
+    cuda = account.device == "cuda"
+    workspace = 0
+    if cuda:
+        late = accelerator is not None and accelerator.architecture.lower() in HOPPER_AND_LATER
+        workspace = CUBLAS_WORKSPACE_HOPPER if late else CUBLAS_WORKSPACE
+    return Memory(
+        peak=values.peak_bytes,
+        **values.peak_categories,
+        where=values.peak_where,
+        allocated=values.peak_bytes if not cuda else rounded_peak(account, sizes) + workspace,
+        workspace=workspace,
+        context=CONTEXT_BYTES if cuda else (0, 0),
+        capacity=accelerator.memory_bytes if accelerator is not None else None,
+        account=account,
+        sizes=sizes,
+    )
+
+
+def rounded_peak(account: Account, sizes: Mapping[str, int], granule: int = GRANULE) -> int:
+    """The peak if every storage takes a multiple of `granule` bytes, over all moments of the step, exactly."""
+    traced = account.traced
+    constant, slope = traced.moment_counts
+    size = traced.class_bytes(sizes, granule)
+    return int((constant @ size + traced.repetitions(sizes["L"]) * (slope @ size)).max())

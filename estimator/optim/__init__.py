@@ -1,0 +1,1 @@
+"""The steps of the optimizers, with what keeps their weights and scales their gradients."""

@@ -1,0 +1,55 @@
+"""Float32 master weights of a model in half precision, as `trainer.optim.precision.Masters` keeps them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from estimator.eager.ledger import Category
+from estimator.eager.tensor import FLOAT32, Tensor, converted
+from estimator.optim.updates import at_parameter, zero_grad
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+class Masters:
+    """Pairs of a parameter and its copy; the copies are what the optimizer sees.
+
+    With `fp32_gradients` a parameter's gradient is added to its master's as soon as it is there, and is gone.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], *, fp32_gradients: bool) -> None:
+        self.fp32_gradients = fp32_gradients
+        self.pairs = []
+        for p in parameters:
+            with at_parameter(p, "master"):
+                master = p.machine.empty(p.shape, FLOAT32, category=Category.OPTIMIZER).hold()
+                if fp32_gradients:
+                    master.grad = p.machine.empty(p.shape, FLOAT32, category=Category.GRADIENT).hold()
+                    p.main_grad = master.grad
+            self.pairs.append((p, master))
+
+    @property
+    def masters(self) -> list[Tensor]:
+        """The copies, in the order of the parameters."""
+        return [master for _, master in self.pairs]
+
+    def take_gradients(self) -> None:
+        """`master.grad = p.grad.float(); p.grad = None`."""
+        for p, master in self.pairs:
+            if p.grad is not None:
+                with at_parameter(p, "float"):
+                    master.grad = converted(p.grad, FLOAT32).hold()
+                    p.grad.drop()
+                    p.grad = None
+
+    def write_back(self) -> None:
+        """`p.copy_(master)`, and the masters' gradients are cleared."""
+        for p, master in self.pairs:
+            with at_parameter(p, "copy_"):
+                p.machine.kernel("copy_", (master,), (p,))
+                if self.fp32_gradients:
+                    assert master.grad is not None
+                    p.machine.kernel("zero_", (), (master.grad,))
+        if not self.fp32_gradients:
+            zero_grad(self.masters)

@@ -1,0 +1,123 @@
+"""What every optimizer's step is made of: where its updates are noted, its state, clipping and zeroing of gradients."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from estimator.eager.ledger import Category
+from estimator.eager.ops import python_number
+from estimator.eager.sizes import LETTER
+from estimator.eager.tensor import FLOAT32, Dtype, Locals, Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from estimator.eager.sizes import Size
+    from estimator.eager.tensor import Shape
+
+
+@contextmanager
+def at_parameter(p: Tensor, op: str) -> Iterator[None]:
+    """What happens in this context is the update of `p`."""
+    where = p.storage.where
+    with p.machine.ledger.at(where.module, where.block, op):
+        yield
+
+
+def in_place(name: str, x: Tensor, *reads: Tensor, arithmetic: int) -> None:
+    """One fused in-place kernel over x that does `arithmetic` operations an element."""
+    x.machine.kernel(name, (x, *reads), (x,), arithmetic=arithmetic * x.numel)
+
+
+def zero_grad(parameters: Sequence[Tensor]) -> None:
+    """`optimizer.zero_grad()`: gradients become None."""
+    for p in parameters:
+        if p.grad is not None:
+            with at_parameter(p, "zero_grad"):
+                p.grad.drop()
+            p.grad = None
+
+
+class Optimizer:
+    """Parameters and their state, which exists before the steady step that is accounted."""
+
+    moments = 0  # state tensors of a parameter's shape
+    counts_steps_in_tensors = False
+    supports_scaling = False  # torch's `_step_supports_amp_scaling`: the fused implementations
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self.parameters = parameters
+        self.machine = parameters[0].machine
+        self.states = []
+        for p in parameters:
+            with at_parameter(p, "state"):
+                if self.counts_steps_in_tensors and self.keeps_steps_on_device:
+                    self.new_state()
+                self.states.append(self.new_states(p))
+
+    def new_states(self, p: Tensor) -> list[Tensor]:
+        """A parameter's state."""
+        return [self.new_state(*shape, dtype=p.dtype) for shape in self.state_shapes(p)]
+
+    def new_state(self, *shape: Size, dtype: Dtype = FLOAT32) -> Tensor:
+        """A tensor that the optimizer keeps from step to step."""
+        return self.machine.empty(shape, dtype, category=Category.OPTIMIZER).hold()
+
+    def state_shapes(self, p: Tensor) -> list[Shape]:
+        """The shapes of a parameter's state."""
+        return [p.shape] * self.moments
+
+    def count_step(self) -> None:
+        """`step_t += 1`, where the counts are in the memory that we account."""
+        if self.keeps_steps_on_device:
+            with python_number(self.machine, FLOAT32):
+                pass
+
+    @property
+    def keeps_steps_on_device(self) -> bool:
+        """torch.optim keeps step counts in CPU tensors, unless fused."""
+        return self.machine.device == "cpu"
+
+    def step(self) -> None:
+        """One update of all parameters."""
+        raise NotImplementedError
+
+
+def clip_gradients(parameters: Sequence[Tensor]) -> None:
+    """`trainer.optim.clip.gradient_clipping`: a norm a parameter, the norm of those stacked, the factor in place.
+
+    All in the gradients' dtype. The scalars between norm and factor are less than the stack that is gone by then.
+    """
+    machine = parameters[0].machine
+    with Locals() as v, machine.ledger.at("clipping", None, "gradient_clipping"):
+        norms = gradient_norms(parameters)
+        dtype = norms[0].dtype
+        stacked = machine.empty((number_of(parameters),), dtype).hold()
+        v.norm = machine.empty((), dtype)
+        stacked.drop()
+        v.factor = machine.empty((), dtype)
+        for p in parameters:
+            assert p.grad is not None
+            with at_parameter(p, "mul_"):
+                in_place("mul_", p.grad, v.factor, arithmetic=1)
+        for p, norm in zip(parameters, norms, strict=True):
+            with at_parameter(p, "gradient_clipping"):
+                norm.drop()
+
+
+def gradient_norms(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """The norm of each parameter's gradient, in its dtype, held."""
+    norms = []
+    for p in parameters:
+        assert p.grad is not None
+        with at_parameter(p, "vector_norm"):
+            norms.append(p.machine.empty((), p.grad.dtype).hold())
+            p.machine.kernel("vector_norm", (p.grad,), (norms[-1],), arithmetic=2 * p.numel)
+    return norms
+
+
+def number_of(parameters: Sequence[Tensor]) -> Size:
+    """How many parameters a model of any number of layers has: as many in each block as in the first."""
+    outside = sum(p.storage.where.block is None for p in parameters)
+    return outside + sum(p.storage.where.block == 0 for p in parameters) * LETTER["L"]

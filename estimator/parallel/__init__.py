@@ -1,0 +1,1 @@
+"""What several accelerators share, gather and exchange in a step."""

@@ -1,0 +1,258 @@
+"""estimate: the command line over `estimator.estimate`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from estimator.describe.config import ConfigError, ModelConfig, Plan
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.console import Console
+
+    from estimator.answers.estimates import Estimate
+    from estimator.timing.speed import Time
+
+GIB = 2**30
+
+
+def parser() -> argparse.ArgumentParser:
+    """Arguments: a model, each field of the plan, each size of the model, the accelerator, the run, the output."""
+    p = argparse.ArgumentParser(
+        prog="estimate",
+        description="The bytes, FLOPs and hours of a training step, when its memory peaks, and by what formula.",
+        epilog="`estimate --list` prints the names of all presets and accelerators; `estimate calibrate` measures this "
+        "machine for --gpu.",
+        allow_abbrev=False,
+    )
+    p.add_argument("model", help="a preset (estimate --list) or the path of a config.json")
+    p.add_argument("--gpu", default="a100-80gb-sxm", help="an accelerator or a profile.toml (default: %(default)s)")
+    recipe = p.add_argument_group("the plan (defaults: what a bare PyTorch script does)")
+    _add_fields(recipe, Plan)
+    sizes = p.add_argument_group("sizes of the model, in place of the preset's")
+    _add_fields(sizes, ModelConfig, skip=("family",))
+    run = p.add_argument_group("the run")
+    run.add_argument(
+        "--mfu", type=float, help="MFU to reckon time with, in (0, 1] (default: predicted from the kernels)"
+    )
+    run.add_argument("--steps", type=int, help="optimizer steps")
+    run.add_argument("--global-batch-size", type=int, help="sequences in an optimizer step of the whole job")
+    run.add_argument("--count", type=int, help="accelerators (default: the plan's data_parallel)")
+    out = p.add_argument_group("the output")
+    out.add_argument("--max-batch", action="store_true", help="print the largest micro-batch that fits, and stop")
+    out.add_argument("--formulas", action="store_true", help="print the closed form of every figure, and stop")
+    out.add_argument("--json", action="store_true", help="print everything as JSON")
+    return p
+
+
+def _add_fields(group: Any, cls: type, skip: Sequence[str] = ()) -> None:
+    helps = _attribute_helps(cls)
+    for f in fields(cls):
+        if f.name in skip:
+            continue
+        kind = str(f.type)
+        option: dict[str, Any] = {"dest": f.name, "default": None, "help": helps[f.name]}
+        if "bool" in kind:
+            option["action"] = argparse.BooleanOptionalAction
+        else:
+            option["metavar"] = "N" if "int" in kind else "X" if "float" in kind else "NAME"
+            option["type"] = int if "int" in kind else float if "float" in kind else str
+        group.add_argument(f"--{f.name.replace('_', '-')}", **option)
+
+
+def _attribute_helps(cls: type) -> dict[str, str]:
+    """The docstring's Attributes section: it is the one place where a field is explained."""
+    helps: dict[str, str] = {}
+    name = ""
+    section = (cls.__doc__ or "").split("Attributes:")[1].split("Raises:")[0]
+    for line in section.splitlines():
+        text = line.strip()
+        if line.startswith(" " * 8) and not line.startswith(" " * 9) and ": " in text:
+            name, _, text = text.partition(": ")
+            helps[name] = text
+        elif text and name:
+            helps[name] += f" {text}"
+    return {name: text.replace("%", "%%") for name, text in helps.items()}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; 0 if all is well, 2 for bad input."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] == ["--list"]:
+        return _list()
+    if argv[:1] == ["calibrate"]:
+        return _calibrate(argv[1:])
+    arguments = parser()
+    args = arguments.parse_args(argv)
+    try:
+        return _run(args)
+    except ConfigError as error:
+        arguments.exit(2, f"estimate: error: {error}\n")
+    except BrokenPipeError:  # `estimate ... | head` has read enough
+        sys.stderr.close()
+        return 0
+
+
+def _calibrate(argv: Sequence[str]) -> int:
+    """`estimate calibrate`: the trainer measures, so it is asked for here and nowhere else."""
+    try:
+        from trainer.referee.calibrate import main as calibrate  # noqa: PLC0415 - the one thing here that takes torch
+    except ModuleNotFoundError as error:
+        sys.stderr.write(
+            f"estimate calibrate: error: {error.name} is missing: pip install transformer-estimator[trainer]\n"
+        )
+        return 2
+    return calibrate(argv)
+
+
+def _list() -> int:
+    from estimator.describe.presets import presets  # noqa: PLC0415 - only for this
+    from estimator.hardware.accelerators import accelerators  # noqa: PLC0415 - only for this
+
+    sys.stdout.write("models:       " + ", ".join(presets()) + "\naccelerators: " + ", ".join(accelerators()) + "\n")
+    return 0
+
+
+def _run(args: argparse.Namespace) -> int:
+    from estimator.answers.estimates import estimate, max_batch_size, replicated  # noqa: PLC0415 - sympy, which --help does without
+    from estimator.describe.presets import from_hf, preset  # noqa: PLC0415 - only here
+
+    named = (
+        from_hf(Path(args.model)) if args.model.endswith(".json") or Path(args.model).is_dir() else preset(args.model)
+    )
+    given = vars(args)
+    model = named.replace(**{f.name: given[f.name] for f in fields(ModelConfig) if given.get(f.name) is not None})
+    plan = Plan(**{f.name: given[f.name] for f in fields(Plan) if given[f.name] is not None})
+    if args.max_batch:
+        sys.stdout.write(f"{max_batch_size(model, replicated(plan, args.count), args.gpu)}\n")
+        return 0
+    r = estimate(
+        model,
+        plan,
+        args.gpu,
+        mfu=args.mfu,
+        steps=args.steps,
+        global_batch_size=args.global_batch_size,
+        count=args.count,
+    )
+    if args.json:
+        json.dump(r.to_dict(), sys.stdout, indent=1)
+        sys.stdout.write("\n")
+    elif args.formulas:
+        _formulas(r)
+    else:
+        _tables(args.model, r, max_batch_size(model, r.plan, args.gpu))
+    return 0
+
+
+def _formulas(r: Estimate) -> None:
+    from estimator.accounting.accounts import FORMS  # noqa: PLC0415 - only here
+    from estimator.eager.symbols import LEGEND  # noqa: PLC0415 - only here
+
+    write = sys.stdout.write
+    for name in FORMS:
+        write(f"{name} = {getattr(r.account, name)}\n  = {getattr(r.values, name):,}\n")
+    write("peak_bytes = the greatest of\n")
+    for piece in r.account.pieces:
+        where = r.account.traced.named(piece.where, r.model.num_layers)
+        write(f"  {where.phase}, {where.module or 'model'}, {where.op}:\n    {piece.live.as_expr()}\n")
+    write(f"  = {r.values.peak_bytes:,}\n")
+    write("\n".join(f"{letter}: {text}" for letter, text in LEGEND.items()) + "\n")
+
+
+def gib(nbytes: float) -> str:
+    """Bytes as GiB."""
+    return f"{nbytes / GIB:,.2f} GiB"
+
+
+def verdict(r: Estimate, largest: int) -> str:
+    """Fits or not, by how much, when the peak is and what holds it, and what the logits are of it."""
+    from estimator.show.formatting import logits  # noqa: PLC0415 - only here
+
+    m = r.memory
+    spare = (m.capacity or 0) - m.needed
+    fits = f"Fits: needs {gib(m.needed)} of {gib(m.capacity or 0)}, {gib(spare)} to spare."
+    if not m.fits:
+        fits = f"Does not fit: needs {gib(m.needed)} of {gib(m.capacity or 0)}, {gib(-spare)} too much."
+    holds = max(m.parts, key=lambda name: m.parts[name])
+    place = f"{m.where.phase} of {m.where.module or 'the model'} ({m.where.op or 'forward'})"
+    batch = f"the largest micro-batch is {largest}" if largest else "not even one sequence fits"
+    said = f"{fits} The peak is in the {place}; most of it is {holds} ({gib(m.parts[holds])}); {batch}."
+    return f"{said} {logits(r)}".rstrip()
+
+
+def _tables(name: str, r: Estimate, largest: int) -> None:
+    from rich.console import Console  # noqa: PLC0415 - --json does without
+    from rich.table import Table  # noqa: PLC0415 - --json does without
+
+    console = Console()
+    p = r.plan
+    blocks = f" (1 block in {p.checkpoint_every})" if p.checkpoint_every > 1 else ""
+    console.print(
+        f"[bold]{name}[/] on {r.accelerator.name}: micro-batch {p.batch_size} x {p.tokens(r.model):,} tokens, "
+        f"{p.precision}, {p.attention} attention, checkpointing {p.checkpointing}{blocks}, "
+        f"{p.optimizer} ({p.implementation(r.account.device)})",
+        highlight=False,
+    )
+    console.print(verdict(r, largest) + "\n", style="bold green" if r.fits else "bold red", highlight=False)
+    table = Table("memory at the peak", "bytes", "GiB", box=None, pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    rows = {**r.memory.parts, "live tensors": r.memory.peak}
+    rows["allocator's rounding"] = r.memory.allocated - r.memory.peak - r.memory.workspace
+    rows["cuBLAS workspace"] = r.memory.workspace
+    rows["CUDA context (290 to 670 MB)"] = r.memory.needed - r.memory.allocated
+    rows["needed, which decides whether it fits"] = r.memory.needed
+    if r.account.device == "cuda":
+        rows["reserved by the allocator (a model)"] = r.memory.reserved
+        rows["nvidia-smi shows about"] = sum(r.memory.nvidia_smi) // 2
+    for part, nbytes in rows.items():
+        if nbytes:
+            table.add_row(part, f"{nbytes:,}", f"{nbytes / GIB:,.2f}")
+    console.print(table)
+    table = Table("by module", "parameters", "saved bytes", "GFLOPs fwd", "GFLOPs bwd", box=None, pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for module, form in (*r.values.modules.items(), ("total", r.values)):
+        counts = (f"{form.parameters:,}", f"{form.activation_bytes:,}")
+        flops = (f"{form.forward_flops / 1e9:,.1f}", f"{form.backward_flops / 1e9:,.1f}")
+        table.add_row(module, *counts, *flops, style="bold" if module == "total" else None)
+    console.print()
+    console.print(table)
+    console.print(
+        f"\nmatrix products of a micro-batch: {r.flops.forward:,} FLOPs forward, {r.flops.backward:,} backward\n"
+        f"optimizer: {r.flops.optimizer:,} FLOPs; a step of {r.flops.sequences:,} sequences: {r.flops.step:,} FLOPs",
+        highlight=False,
+    )
+    if r.time is not None:
+        _time(r.time, console)
+    for note in r.notes:
+        console.print(note, highlight=False)
+
+
+def _time(t: Time, console: Console) -> None:
+    run = f"; {t.steps:,} steps: {t.hours:,.0f} hours ({t.days:,.0f} days)" if t.steps else ""
+    each = f" ({t.tokens_per_second_per_accelerator:,.0f} each)" if t.count > 1 else ""
+    what = "time predicted:" if t.predicted else "time at"
+    console.print(
+        f"{what} {t.mfu:.0%} of {t.peak_flops / 1e12:g} TFLOP/s: {t.seconds_per_step:,.4g} s a step, "
+        f"{t.tokens_per_second:,.0f} tokens/s{each}{run}",
+        highlight=False,
+    )
+    if t.interval is None:
+        return
+    shares = ", ".join(f"{name} {part / t.seconds_per_step:.0%}" for name, part in t.parts.items() if part)
+    low, high = (seconds / (t.steps or 1) for seconds in (t.interval.low, t.interval.high))
+    console.print(f"  of a step: {shares}", highlight=False)
+    console.print(f"  between {low:,.4g} and {high:,.4g} s a step: {t.interval.source}", highlight=False)
+    console.print(f"  {t.origin}", highlight=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

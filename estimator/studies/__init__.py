@@ -1,0 +1,1 @@
+"""What is held against the estimates: published runs and the course assignment."""

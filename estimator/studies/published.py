@@ -1,0 +1,284 @@
+"""How far the predicted time is from the training runs that others published: tables, the worst rows, a plot.
+
+    validate-estimates --published     (or python -m estimator.studies.published)
+
+Needs no torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from xml.sax.saxutils import escape
+
+import numpy as np
+
+from estimator.hardware.accelerators import accelerator
+from estimator.studies.runs import Run, runs
+from estimator.timing.speed import step_times
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from numpy.typing import NDArray
+
+ENOUGH = 20  # runs on an architecture whose 5th and 95th percentile mean something
+NAMES = {
+    "llmfoundry_a100_80gb": "llm-foundry, MPT, FSDP",
+    "vtrain_dp_a100": "vTrain, GPT, data parallel",
+    "torchtune_torchao": "torchtune and torchtitan, Llama",
+}
+HEADER = "| by | group | runs | median error | 90th percentile | bias |\n|---|---|---:|---:|---:|---:|\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """A run beside its prediction, tokens per second of one accelerator."""
+
+    run: Run
+    predicted: float
+
+    @property
+    def error(self) -> float:
+        """Predicted over measured, less 1."""
+        return self.predicted / self.run.measured - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """Errors of a group of runs: absolute ones at the median and the 90th percentile, and the signed median."""
+
+    group: str
+    count: int
+    median: float
+    percentile_90: float
+    bias: float
+
+
+def predict(run: Run) -> float:
+    """Tokens per second of one accelerator."""
+    each = [sum(float(x[0]) for x in step_times(run.model, p, run.accelerator, run.setup).values()) for p in run.plans]
+    tokens = run.plan.batch_size * run.plan.tokens(run.model) * run.plan.grad_accumulation
+    return tokens * len(each) / sum(each)
+
+
+@cache
+def judged() -> tuple[Judged, ...]:
+    """Every published run with its prediction."""
+    return tuple(Judged(run, predict(run)) for run in runs())
+
+
+def summary(of: Iterable[Judged], group: str) -> Summary:
+    """The errors of some runs together; there must be at least one."""
+    errors = np.array([j.error for j in of])
+    absolute = np.abs(errors)
+    percentile = float(np.quantile(absolute, 0.9))
+    return Summary(group, len(errors), float(np.median(absolute)), percentile, float(np.median(errors)))
+
+
+def grouped(by: Callable[[Judged], str]) -> dict[str, list[Judged]]:
+    """The runs by the value of `by`, in the order of first appearance."""
+    groups: dict[str, list[Judged]] = {}
+    for j in judged():
+        groups.setdefault(by(j), []).append(j)
+    return groups
+
+
+def size_of(j: Judged) -> str:
+    """The class of a run's model by the parameters of its matrices."""
+    m = j.run.model
+    block = m.d_model * (2 * m.width_of_heads + 2 * m.kv_heads * m.e + (2 + (m.family == "llama")) * m.f)
+    billions = (m.num_layers * block + m.vocab_size * m.d_model * (1 if m.tie_embeddings else 2)) / 1e9
+    classes = ((0.5, "under 0.5 B"), (2, "0.5 to 2 B"), (10, "2 to 10 B"), (np.inf, "10 B and more"))
+    return next(name for below, name in classes if billions < below)
+
+
+BY: dict[str, Callable[[Judged], str]] = {
+    "source": lambda j: NAMES[j.run.source],
+    "accelerator": lambda j: j.run.accelerator,
+    "model size": size_of,
+}
+
+
+def table() -> str:
+    """The errors as a Markdown table."""
+    lines = []
+    for name, by in BY.items():
+        found = [summary(members, group) for group, members in grouped(by).items()]
+        lines += [
+            f"| {name} | {s.group} | {s.count} | {s.median:.1%} | {s.percentile_90:.1%} | {s.bias:+.1%} |\n"
+            for s in found
+        ]
+    return HEADER + "".join(lines)
+
+
+def worst(count: int = 10) -> tuple[Judged, ...]:
+    """The runs that are predicted worst."""
+    return tuple(sorted(judged(), key=lambda j: -abs(np.log1p(j.error)))[:count])
+
+
+def worst_rows(count: int = 10) -> str:
+    """Those runs as a Markdown table."""
+    lines = ["| source | model | T | B | accelerators | tokens/s measured | predicted | error |\n"]
+    lines.append("|---|---|---:|---:|---|---:|---:|---:|\n")
+    for j in worst(count):
+        r = j.run
+        sizes = f"{r.row['model']} {r.model.num_layers} x {r.model.d_model}"
+        lines.append(
+            f"| {NAMES[r.source]} | {sizes} | {r.plan.tokens(r.model):,} | {r.plan.batch_size} "
+            f"| {r.plan.data_parallel} x {r.accelerator} | {r.measured:,.0f} | {j.predicted:,.0f} | {j.error:+.1%} |\n"
+        )
+    return "".join(lines)
+
+
+def report(count: int = 10) -> str:
+    """Everything that the command prints and writes, in Markdown."""
+    return (
+        f"Predicted tokens per second against {len(judged())} published training runs; no efficiency was fitted to "
+        f"them.\n\n{table()}\nThe worst rows:\n\n{worst_rows(count)}"
+    )
+
+
+def records() -> list[dict[str, Any]]:
+    """One flat record a run, for a file."""
+    return [
+        {
+            "source": j.run.row["source"],
+            "model": j.run.row["model"],
+            "accelerator": j.run.accelerator,
+            "accelerators": j.run.plan.data_parallel,
+            "seq_len": j.run.plan.tokens(j.run.model),
+            "batch_size": j.run.plan.batch_size,
+            "measured": j.run.measured,
+            "predicted": j.predicted,
+            "error": j.error,
+        }
+        for j in judged()
+    ]
+
+
+def residuals() -> str:
+    """`data/residuals.toml`: between which factors on the predicted time nine published runs of ten lie.
+
+    By architecture where there are enough runs on it, by vendor, and over all. Where a group has several architectures
+    each weighs the same, so that the many runs on one do not speak for the others.
+    """
+    by_architecture = grouped(lambda j: accelerator(j.run.accelerator).architecture)
+    groups = {name: [members] for name, members in by_architecture.items() if len(members) >= ENOUGH}
+    for members in by_architecture.values():
+        groups.setdefault(accelerator(members[0].run.accelerator).vendor, []).append(members)
+    groups["all"] = list(by_architecture.values())
+    how = "`python -m estimator.studies.published --residuals`"
+    lines = [f"# Measured time over predicted, 5th and 95th percentile: {how}.\n"]
+    for name, architectures in groups.items():
+        members = [j for of in architectures for j in of]
+        if len(members) < ENOUGH:
+            continue
+        weights = [1 / len(of) / len(architectures) for of in architectures for _ in of]
+        ratios = np.array([1 + j.error for j in members])  # of times, the inverse of that of tokens per second
+        low, high = (_quantile(ratios, np.array(weights), q) for q in (0.05, 0.95))
+        files = Counter(f"{NAMES[j.run.source]} on {j.run.accelerator}" for j in members)
+        said = "Errors on published runs: " + "; ".join(f"{n} of {what}" for what, n in files.items()) + "."
+        lines.append(f"\n[{name}]\nlow = {low:.3f}\nhigh = {high:.3f}\nrows = {json.dumps(said)}\n")
+    return "".join(lines)
+
+
+def _quantile(values: NDArray[np.float64], weights: NDArray[np.float64], q: float) -> float:
+    """The value below which a part `q` of the weights lies, half of a value's own included."""
+    order = np.argsort(values)
+    below = np.cumsum(weights[order]) - weights[order] / 2
+    return float(np.interp(q, below, values[order]))
+
+
+COLOURS = ("#4c78a8", "#f58518", "#54a24b")
+WIDTH, HEIGHT, LEFT, BOTTOM, MARGIN = 660, 480, 84, 48, 36
+
+
+def plot() -> str:
+    """Predicted against measured tokens per second as SVG, both axes logarithmic, one colour a source."""
+    found = judged()
+    values = [x for j in found for x in (j.run.measured, j.predicted)]
+    low, high = np.floor(np.log10(min(values))), np.ceil(np.log10(max(values)))
+
+    def x(tokens: float) -> float:
+        return LEFT + (np.log10(tokens) - low) / (high - low) * (WIDTH - LEFT - MARGIN)
+
+    def y(tokens: float) -> float:
+        return HEIGHT - BOTTOM - (np.log10(tokens) - low) / (high - low) * (HEIGHT - BOTTOM - MARGIN)
+
+    def line(x1: float, y1: float, x2: float, y2: float, style: str) -> str:
+        return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" {style}/>'
+
+    least, most = 10**low, 10**high
+    box = f'viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="12"'
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" {box}><title>Predicted against measured tokens per second</title>',
+        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
+    ]
+    for power in range(int(low), int(high) + 1):
+        at = 10.0**power
+        grid = 'stroke="#dddddd"'
+        parts += [line(x(at), y(least), x(at), y(most), grid), line(x(least), y(at), x(most), y(at), grid)]
+        parts.append(f'<text x="{x(at):.1f}" y="{y(least) + 18:.1f}" text-anchor="middle">{at:,.0f}</text>')
+        parts.append(f'<text x="{x(least) - 6:.1f}" y="{y(at) + 4:.1f}" text-anchor="end">{at:,.0f}</text>')
+    parts.append(line(x(least), y(least), x(most), y(most), 'stroke="black"'))
+    for factor in (0.8, 1.25):
+        ends = (max(least, least / factor), min(most, most / factor))
+        dashed = 'stroke="#888888" stroke-dasharray="4 4"'
+        parts.append(line(x(ends[0]), y(ends[0] * factor), x(ends[1]), y(ends[1] * factor), dashed))
+    colour = dict(zip(NAMES, COLOURS, strict=True))
+    for j in found:
+        text = f"{j.run.row['model']} on {j.run.accelerator}: {j.run.measured:,.0f}, predicted {j.predicted:,.0f}"
+        parts.append(
+            f'<circle cx="{x(j.run.measured):.1f}" cy="{y(j.predicted):.1f}" r="3.5" fill="{colour[j.run.source]}" '
+            f'fill-opacity="0.6"><title>{escape(text)}</title></circle>'
+        )
+    for turn, (source, name) in enumerate(NAMES.items()):
+        at_y = MARGIN + 18 + 18 * turn
+        parts.append(f'<circle cx="{LEFT + 16}" cy="{at_y - 4}" r="4" fill="{colour[source]}"/>')
+        parts.append(f'<text x="{LEFT + 26}" y="{at_y}">{escape(name)}</text>')
+    middle = (LEFT + WIDTH - MARGIN) / 2
+    parts.append(
+        f'<text x="{middle}" y="{HEIGHT - 8}" text-anchor="middle">measured, tokens/s of one accelerator</text>'
+    )
+    up = (HEIGHT - BOTTOM + MARGIN) / 2
+    parts.append(
+        f'<text transform="translate(12 {up}) rotate(-90)" text-anchor="middle">predicted (dashed: 25 %)</text>'
+    )
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command: print the table and the worst rows, write them and the plot; 0 when done."""
+    parser = argparse.ArgumentParser(prog="validate-estimates --published", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--out", type=Path, default=Path("validation"), metavar="DIR", help="default: %(default)s")
+    parser.add_argument("--worst", type=int, default=10, metavar="N", help="rows to list (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every run's figures to FILE")
+    parser.add_argument("--residuals", action="store_true", help="print estimator/data/residuals.toml, and stop")
+    args = parser.parse_args(argv)
+    if args.residuals:
+        sys.stdout.write(residuals())
+        return 0
+    if args.worst < 1:
+        parser.error(f"--worst = {args.worst}: must be at least 1")
+    text = report(args.worst)
+    sys.stdout.write(text)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "published.md").write_text(text, encoding="utf-8")
+        (args.out / "published.svg").write_text(plot(), encoding="utf-8")
+        if args.json:
+            args.json.write_text(json.dumps(records(), indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        parser.error(f"cannot write {error.filename!r}: {error.strerror}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

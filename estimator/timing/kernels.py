@@ -1,0 +1,222 @@
+"""The kernels of a step as one table: what each computes and moves, how often, at any sizes.
+
+Equal launches are one row. A row's figures are polynomials in the legend's letters; a `Table` evaluates all of them at
+one point or at ten thousand with two matrix products.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from estimator.eager.ledger import Category, Gemm, Phase
+from estimator.eager.sizes import NAMES, ONE, ZERO
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from estimator.accounting.accounts import Account
+    from estimator.accounting.trace import Trace
+    from estimator.eager.ledger import Kernel
+    from estimator.eager.sizes import Size
+
+KINDS = ("matmul", "attention", "elementwise", "optimizer")
+FLASH = ("flash_attention", "flash_attention_backward", "masked_attention", "masked_attention_backward")
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """What of a step the ledger of a plain eager one does not say.
+
+    Attributes:
+        fused: parts of the step ("model", "loss") whose elementwise kernels are fused, as `torch.compile` fuses them.
+    """
+
+    fused: frozenset[str] = frozenset()
+
+
+class Row(NamedTuple):
+    """Equal kernels: of one kind, phase and shape."""
+
+    kind: str
+    name: str
+    phase: Phase
+    turn: str  # "first" micro-batch, "later" ones, or "step": once an optimizer step
+    gemm: Gemm | None
+    width: int  # bytes of one element of a matrix product's factors
+    nbytes: Size
+    listed: Size  # elements, where one launch goes over a list of tensors; else zero
+
+
+EAGER = Variant()
+FUSED = Variant(frozenset({"model", "loss"}))  # as `torch.compile` fuses
+COLUMNS = ("b", "m", "n", "k", "nbytes", "listed")
+# Elements of one launch over a list of tensors: 320 blocks of 65,536 (aten/src/ATen/native/cuda/MultiTensorApply.cuh,
+# depth_to_max_blocks and kChunkSize). What also ends a launch, 30 to 110 tensors, is left out: such tensors are small.
+LISTED = 320 * 65_536
+TOTALS = ("parameters", "parameter_bytes", "gradient_bytes")
+
+
+@lru_cache(maxsize=64)
+def table(account: Account, variant: Variant = EAGER) -> Table:
+    """The kernels of a step of `account`, run as `variant` says."""
+    counts: dict[Row, tuple[int, int]] = {}  # launches are constant + slope x repetitions
+    recipe = account.recipe
+    listed = account.device == "cuda" and recipe.optimizer_impl in ("foreach", "fused")
+    for each, block in _rows(account.traced, variant):
+        row = each if listed else each._replace(listed=ZERO)
+        constant, slope = account.traced.times(block)
+        before = counts.get(row, (0, 0))
+        counts[row] = before[0] + constant, before[1] + slope
+    totals = {name: getattr(account.forms, name) for name in TOTALS}
+    every = recipe.checkpoint_every if recipe.checkpointing != "none" else None
+    return Table(list(counts), list(counts.values()), totals, account.traced.repetitions, every)
+
+
+def _rows(traced: Trace, variant: Variant) -> Iterator[tuple[Row, int | None]]:
+    """Every launch of the ledger as (row, block)."""
+    last = _last_reads(traced)
+    group: list[tuple[int, Kernel]] = []
+    for at, kernel in enumerate(traced.ledger.kernels):
+        if group and not (_is_fused(kernel, variant) and _together(group[-1][1], kernel)):
+            yield _fused(group, last)
+            group = []
+        if _is_fused(kernel, variant):
+            group.append((at, kernel))
+        else:
+            yield _row(kernel, kernel.nbytes), kernel.where.block
+    if group:
+        yield _fused(group, last)
+
+
+def kind_of(kernel: Kernel) -> str:
+    """One of `KINDS`: a batched product is attention's, whichever kernel does it."""
+    if kernel.where.phase is Phase.OPTIMIZER:
+        return "optimizer"
+    if kernel.gemm is None:
+        return "elementwise"
+    return "matmul" if kernel.gemm.b == ONE else "attention"
+
+
+def _is_fused(kernel: Kernel, variant: Variant) -> bool:
+    part = "loss" if kernel.where.module.startswith("loss") else "model"
+    return part in variant.fused and kind_of(kernel) == "elementwise"
+
+
+def _together(a: Kernel, b: Kernel) -> bool:
+    return (a.where.phase, a.micro_batch) == (b.where.phase, b.micro_batch)
+
+
+def _last_reads(traced: Trace) -> dict[int, int]:
+    """Storage -> index of the last kernel that reads it. What lives on for the optimizer is read later than all."""
+    last = {}
+    for at, kernel in enumerate(traced.ledger.kernels):
+        for operand in kernel.operands:
+            if not operand.written:
+                last[id(operand.storage)] = at
+    return last
+
+
+def _fused(group: Sequence[tuple[int, Kernel]], last: Mapping[int, int]) -> tuple[Row, int | None]:
+    """One kernel for several: it reads once what comes from outside, and writes what is read afterwards."""
+    end, final = group[-1]
+    made: set[int] = set()
+    moved: dict[tuple[int, bool], Size] = {}
+    for _, kernel in group:
+        for storage, nbytes, written in kernel.operands:
+            kept = storage.category in (Category.GRADIENT, Category.PARAMETER) or last.get(id(storage), -1) > end
+            if kept if written else id(storage) not in made:
+                moved.setdefault((id(storage), written), nbytes)
+            if written:
+                made.add(id(storage))
+    return _row(final._replace(name="fused"), sum(moved.values(), ZERO)), final.where.block
+
+
+def _row(kernel: Kernel, nbytes: Size) -> Row:
+    kind = kind_of(kernel)
+    phase = kernel.where.phase
+    turn = "step" if phase is Phase.OPTIMIZER else "later" if kernel.micro_batch else "first"
+    width = kernel.operands[0].storage.itemsize if kernel.operands else 4
+    on_a_list = kind == "optimizer" and kernel.gemm is None and kernel.operands
+    listed = kernel.operands[0].nbytes / width if on_a_list else ZERO
+    return Row(kind, kernel.name, phase, turn, kernel.gemm, width, nbytes, listed)
+
+
+class Table:
+    """Rows of kernels, ready to evaluate.
+
+    Attributes:
+        rows: what differs between launches.
+        kind, phase, width: of each row, its kind, its phase, bytes of an element of its factors.
+        flash, backward, gemm: of each row, whether it is a fused attention, such a one's backward, any other product.
+        masked: of each row, whether it is a fused attention that reads a mask, and so computes every score.
+        checkpoint_every: of the blocks every so many-th is recomputed; None where none is.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        times: Sequence[tuple[int, int]],
+        totals: Mapping[str, Size],
+        repetitions: Callable[[Any], Any],
+        checkpoint_every: int | None,
+    ) -> None:
+        self.rows = tuple(rows)
+        self.checkpoint_every = checkpoint_every
+        self._repetitions = repetitions
+        self.kind = np.array([row.kind for row in rows])
+        self.phase = np.array([row.phase for row in rows])
+        self.width = np.array([row.width for row in rows])
+        self.flash = np.array([row.name in FLASH for row in rows])
+        self.backward = self.flash & np.array([row.name.endswith("_backward") for row in rows])
+        self.masked = self.flash & np.array([row.name.startswith("masked") for row in rows])
+        self.gemm = np.array([row.gemm is not None for row in rows]) & ~self.flash
+        self._later = np.array([row.turn == "later" for row in rows])
+        self._times = np.array(times, dtype=np.float64)
+        self._totals = tuple(totals)
+        shapes = [row.gemm or Gemm(ZERO, ZERO, ZERO, ZERO) for row in rows]
+        columns = [getattr(shape, name) for name in COLUMNS[:4] for shape in shapes]
+        polynomials = [*columns, *(row.nbytes for row in rows), *(row.listed for row in rows), *totals.values()]
+        index: dict[tuple[int, ...], int] = {}
+        terms = [
+            (at, index.setdefault(x, len(index)), float(c))
+            for at, size in enumerate(polynomials)
+            for x, c in size.terms()
+            if c
+        ]
+        self._exponents = np.array(list(index), dtype=np.float64)
+        self._coefficients = np.zeros((len(polynomials), len(index)))
+        for at, monomial, coefficient in terms:
+            self._coefficients[at, monomial] = coefficient
+
+    def at(self, sizes: Mapping[str, Any]) -> dict[str, NDArray[np.float64]]:
+        """`COLUMNS`, each (rows, points), and `TOTALS`, each (points,); sizes are numbers or arrays of one length.
+
+        Through logarithms, so to some 13 digits: times need no more.
+        """
+        arrays = [np.atleast_1d(np.asarray(sizes[name], dtype=np.float64)) for name in NAMES]
+        logs = np.log(np.stack(np.broadcast_arrays(*arrays)))
+        values = self._coefficients @ np.exp(self._exponents @ logs)
+        count = len(self.rows)
+        of_rows = {name: values[i * count : (i + 1) * count] for i, name in enumerate(COLUMNS)}
+        return of_rows | dict(zip(self._totals, values[len(COLUMNS) * count :], strict=True))
+
+    def launches(self, layers: Any, micro_batches: Any) -> NDArray[np.float64]:
+        """(rows, points): how often each row is launched in an optimizer step."""
+        constant, slope = self._times.T
+        layers, micro_batches = (np.atleast_1d(np.asarray(x, dtype=np.float64)) for x in (layers, micro_batches))
+        times = constant[:, None] + slope[:, None] * self._repetitions(layers)
+        return times * np.where(self._later[:, None], micro_batches - 1, 1.0)
+
+    def slower(self, factors: Mapping[str, float]) -> NDArray[np.float64]:
+        """(rows,): the factor of each row's kernel, 1 where there is none."""
+        return np.array([factors.get(row.name, 1.0) for row in self.rows])
+
+    def pace(self, rates: Mapping[str, float]) -> NDArray[np.float64]:
+        """(rows,): bytes/s of each row's kernel by its name and width ("gelu/2"), infinite where there is none."""
+        return np.array([rates.get(f"{row.name}/{row.width}", np.inf) for row in self.rows])

@@ -1,0 +1,265 @@
+"""Seconds of one optimizer step of a model and plan on an accelerator, by part; and the time of a run."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from estimator.accounting.accounts import account, recipe_of, sizes_for
+from estimator.describe.catalogue import read_data
+from estimator.describe.config import positive_int
+from estimator.hardware.accelerators import Accelerator, accelerator, cluster
+from estimator.pricing.conventions import model_flops_utilisation
+from estimator.timing.communication import exposed, messages
+from estimator.timing.kernels import EAGER, FUSED, Variant, table
+from estimator.timing.roofline import busy, efficiency, parts
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from estimator.accounting.accounts import Account
+    from estimator.describe.config import ModelConfig, Plan
+
+    Array = NDArray[np.float64]
+
+SECONDS_PER_HOUR = 3600
+SECONDS_PER_DAY = 86400
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What of a run a plan does not say.
+
+    Attributes:
+        variant: how its kernels differ from the ledger's.
+        attention: the fused attention kernel, if not the accelerator's own.
+        dtype: of products whose factors have 16 bits, if not the plan's.
+        parameter_width, gradient_width: bytes of one parameter and of one gradient in a message; None for the ledger's.
+    """
+
+    variant: Variant = EAGER
+    attention: str | None = None
+    dtype: str | None = None
+    parameter_width: int | None = None
+    gradient_width: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """Between which seconds nine runs of ten lie, and what that was taken from."""
+
+    low: float
+    high: float
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Time:
+    """How long a run takes, in seconds.
+
+    Attributes:
+        seconds_per_step: of one optimizer step.
+        steps: optimizer steps; None if it was not said how many.
+        tokens_per_second: of the whole job.
+        mfu: model FLOPs utilisation, model FLOPs / (seconds x peak), Chowdhery et al. 2022, appendix B; FLOPs as
+            counted by the ledger, attention whole. A causal kernel does only half of that attention, so that sequences
+            of hundreds of thousands of tokens can come out above 1; `mfu_by_convention["causal"]` cannot.
+        hfu: the same with recomputed FLOPs counted.
+        peak_flops: FLOP/s of one accelerator in the plan's precision.
+        count: accelerators.
+        parts: seconds of a step by `estimator.timing.roofline.PARTS`, which add up to it; empty where an MFU was given.
+        mfu_by_convention: the MFU as others count (`estimator.pricing.conventions.CONVENTIONS`).
+        spread: factors on the time between which nine published runs of ten lie; None where an MFU was given.
+        rows: which published runs those are, a sentence.
+        origin: where the efficiencies behind the prediction come from, a sentence; or that the MFU was given.
+    """
+
+    seconds_per_step: float
+    steps: int | None
+    tokens_per_second: float
+    mfu: float
+    hfu: float
+    peak_flops: float
+    count: int
+    parts: Mapping[str, float]
+    mfu_by_convention: Mapping[str, float]
+    spread: tuple[float, float] | None
+    rows: str
+    origin: str
+
+    @property
+    def seconds(self) -> float:
+        """The whole run, or one step where the number of steps was not said."""
+        return self.seconds_per_step * (self.steps or 1)
+
+    @property
+    def hours(self) -> float:
+        """The same in hours."""
+        return self.seconds / SECONDS_PER_HOUR
+
+    @property
+    def days(self) -> float:
+        """The same in days."""
+        return self.seconds / SECONDS_PER_DAY
+
+    @property
+    def tokens_per_second_per_accelerator(self) -> float:
+        """Of one accelerator."""
+        return self.tokens_per_second / self.count
+
+    @property
+    def predicted(self) -> bool:
+        """Whether the time follows from the kernels; else from an MFU that was given."""
+        return self.spread is not None
+
+    @property
+    def interval(self) -> Interval | None:
+        """`seconds` as far as published runs are off; None where an MFU was given."""
+        if self.spread is None:
+            return None
+        return Interval(self.seconds * self.spread[0], self.seconds * self.spread[1], self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain, JSON-ready."""
+        plain = asdict(self)
+        del plain["spread"], plain["rows"]
+        return plain | {
+            "seconds": self.seconds,
+            "hours": self.hours,
+            "tokens_per_second_per_accelerator": self.tokens_per_second_per_accelerator,
+            "interval": asdict(self.interval) if self.interval is not None else None,
+        }
+
+
+def step_times(m: ModelConfig, p: Plan, on: Accelerator | str | Path, setup: Setup | None = None) -> dict[str, Array]:
+    """Seconds of one optimizer step by part (`PARTS`), each an array of one, on `p.data_parallel` accelerators.
+
+    Raises:
+        ConfigError: the accelerator has no peak for a dtype, no figure for a link, or the nodes do not come out even.
+    """
+    a = accelerator(on)
+    sizes = sizes_for(m, p, a.device, threads=1)
+    return times(account(m, p, a.device), sizes, p, a, setup)
+
+
+def times(
+    form: Account,
+    sizes: Mapping[str, Any],
+    p: Plan,
+    a: Accelerator,
+    setup: Setup | None = None,
+    micro_batches: Any = None,
+) -> dict[str, Array]:
+    """Seconds of one optimizer step by part at `sizes`, numbers or arrays of one length.
+
+    Args:
+        form: the account of the plan's recipe; its kernels are those of a model in its shape class.
+        sizes: the legend's letters, as `estimator.eager.sizes.sizes_of` gives them; any may be an array.
+        p: the plan. Its batch_size and seq_len are not looked at: `sizes` has them.
+        a: the accelerator, of which p.data_parallel share the batch.
+        setup: what of a run the plan does not say.
+        micro_batches: of each point, in place of the plan's grad_accumulation; above 1 only where the plan's is.
+
+    Raises:
+        ConfigError: as for `step_times`.
+    """
+    turns = p.grad_accumulation if micro_batches is None else micro_batches
+    e = efficiency(a)
+    setup = setup or Setup(FUSED if p.compile else EAGER)
+    kernels = table(form, setup.variant)
+    shape = kernels.at(sizes)
+    fused = form.recipe.fused(form.device)
+    work = busy(
+        kernels, shape, sizes["L"], turns, a, e,
+        half=setup.dtype or (p.product_dtype if p.product_dtype == "fp16" else "bf16"),
+        single="tf32" if p.product_dtype == "tf32" else "fp32",
+        kernel=setup.attention or (fused if fused in e.flash else None),
+    )  # fmt: skip
+    group = cluster(a, p.data_parallel)
+    count = shape["parameters"]
+    holders = p.shards if p.sharding in ("zero2", "zero3") else 1  # of the parameters and gradients, as they are sent
+    parameters = holders * shape["parameter_bytes"] if setup.parameter_width is None else count * setup.parameter_width
+    gradients = holders * shape["gradient_bytes"] if setup.gradient_width is None else count * setup.gradient_width
+    sent = messages(p.sharding, parameters, gradients, np.asarray(sizes["L"]) + 1, turns)
+    return parts(work, exposed(sent, group, e, {phase.value: s for phase, s in work.phases.items()}))
+
+
+def predicted(
+    m: ModelConfig, p: Plan, a: Accelerator, flops: Any, parameters: int, steps: int | None, count: int
+) -> Time:
+    """The time of a run of `flops.sequences` sequences a step on `count` accelerators.
+
+    Each accelerator runs as many micro-batches a step as its share of the sequences takes, the last one full too.
+
+    Args:
+        m: what is trained.
+        p: how.
+        a: the accelerator.
+        flops: the `estimator.answers.estimates.Flops` of the step.
+        parameters: N.
+        steps: optimizer steps, None if it was not said how many.
+        count: accelerators.
+
+    Raises:
+        ConfigError: as for `step_times`.
+    """
+    micro_batches = -(-flops.sequences // (p.batch_size * count))
+    spent = step_times(m, p.replace(grad_accumulation=micro_batches, data_parallel=count), a)
+    found = {name: float(x[0]) for name, x in spent.items()}
+    seconds = sum(found.values())
+    peak = a.peak_flops(p.product_dtype)
+    mfu = flops.model / (seconds * peak * count)
+    origin = efficiency(a).origin
+    if recipe_of(m, p, a.device).fused(a.device) == "efficient" and "efficient" not in efficiency(a).flash:
+        origin = f"{origin} Nobody has published measurements of the memory-efficient attention: flash's."
+    return _time(m, p, flops, parameters, steps, count, seconds, mfu, peak, found, *spread(a), origin)
+
+
+def at_mfu(
+    mfu: float, m: ModelConfig, p: Plan, peak: float, flops: Any, parameters: int, steps: int | None, count: int
+) -> Time:
+    """The time of a run at an MFU of one's own; arguments as for `predicted`, `peak` in FLOP/s of one accelerator."""
+    seconds = flops.model / (mfu * peak * count)
+    return _time(m, p, flops, parameters, steps, count, seconds, mfu, peak, {}, None, "", "The MFU was given.")
+
+
+def _time(
+    m: ModelConfig, p: Plan, flops: Any, parameters: int, steps: int | None, count: int, seconds: float, mfu: float,
+    peak: float, found: Mapping[str, float], between: tuple[float, float] | None, rows: str, origin: str,
+) -> Time:  # fmt: skip
+    rate = flops.sequences * p.tokens(m) / seconds
+    return Time(
+        seconds_per_step=seconds,
+        steps=positive_int("steps", steps) if steps is not None else None,
+        tokens_per_second=rate,
+        mfu=mfu,
+        hfu=mfu * (flops.forward + flops.backward) / (flops.forward + flops.backward - flops.recompute),
+        peak_flops=peak,
+        count=count,
+        parts=found,
+        mfu_by_convention=model_flops_utilisation(m, p.tokens(m), parameters, rate / count, peak),
+        spread=between,
+        rows=rows,
+        origin=origin,
+    )
+
+
+@cache
+def _spreads() -> dict[str, tuple[tuple[float, float], str]]:
+    data = read_data("residuals")
+    return {name: ((entry["low"], entry["high"]), entry["rows"]) for name, entry in data.items()}
+
+
+def spread(a: Accelerator) -> tuple[tuple[float, float], str]:
+    """(low, high): factors on a predicted time between which nine published runs of ten lie; and which runs."""
+    found = _spreads()
+    if a.architecture in found:
+        return found[a.architecture]
+    between, rows = found.get(a.vendor, found["all"])
+    return between, f"{rows} None, or too few, are on {a.name}'s architecture."

@@ -1,0 +1,214 @@
+"""Several accelerators: what real processes hold, to the byte, and what must hold for any number of them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import estimator as est
+import trainer
+from estimator.accounting.accounts import account, sizes_for
+from estimator.describe.config import SHARDINGS, ConfigError, ModelConfig, Plan
+from estimator.memory.device import rounded_peak, timeline
+
+quick = settings(derandomize=True, deadline=None, max_examples=12)
+
+GPT2 = ModelConfig("gpt2", 4, 24, 3, 31, 16)  # a vocabulary that nothing divides
+LLAMA = ModelConfig("llama", 3, 20, 4, 33, 14, 2, 6, 27)
+TIED = ModelConfig("llama", 2, 16, 4, 32, 14, 2, 4, 32, tie_embeddings=True)
+WORDS = LLAMA.replace(vocab_size=200)  # the peak is in the loss
+ONE_BLOCK = GPT2.replace(num_layers=1)
+REAL = [
+    (GPT2, {"sharding": "none", "attention": "sdpa"}),
+    (LLAMA, {"sharding": "none", "grad_accumulation": 2, "max_grad_norm": 1.0, "optimizer": "lion"}),
+    (GPT2, {"sharding": "zero1"}),
+    (LLAMA, {"sharding": "zero1", "optimizer_impl": "foreach", "grad_accumulation": 3, "max_grad_norm": 1.0}),
+    (TIED, {"sharding": "zero2", "optimizer": "sgd-momentum"}),
+    (LLAMA, {"sharding": "zero2", "checkpointing": "block", "optimizer_impl": "foreach"}),
+    (GPT2, {"sharding": "zero3", "optimizer": "sgd", "attention": "sdpa"}),
+    (LLAMA, {"sharding": "zero3", "grad_accumulation": 2, "optimizer": "lion", "max_grad_norm": 1.0}),
+    (TIED, {"sharding": "zero3", "checkpointing": "block", "optimizer_impl": "fused"}),
+    (GPT2, {"sharding": "zero3", "checkpointing": "attention", "loss": "torch"}),
+    (ONE_BLOCK, {"sharding": "zero3", "optimizer": "sgd"}),
+    (LLAMA, {"sharding": "none", "loss": "chunked", "precision": "bf16-mixed", "optimizer": "sgd"}),
+    (GPT2, {"sharding": "zero1", "loss": "chunked", "grad_accumulation": 3, "optimizer": "lion"}),
+    (TIED, {"sharding": "zero2", "loss": "chunked", "precision": "bf16", "optimizer": "sgd"}),
+    (WORDS, {"sharding": "zero3", "loss": "chunked", "precision": "bf16-mixed", "grad_accumulation": 2}),
+    (LLAMA, {"sharding": "zero3", "loss": "chunked", "checkpointing": "block", "optimizer": "sgd"}),
+    (GPT2, {"sharding": "zero3", "checkpointing": "selective", "checkpoint_every": 2}),
+    (LLAMA, {"sharding": "none", "checkpointing": "selective", "optimizer": "sgd"}),
+    (LLAMA, {"sharding": "none", "precision": "fp16-mixed", "grad_accumulation": 2, "max_grad_norm": 1.0}),
+    (GPT2, {"sharding": "none", "precision": "bf16-master", "optimizer": "lion", "max_grad_norm": 1.0}),
+    (TIED, {"sharding": "zero1", "precision": "fp16-mixed", "optimizer_impl": "fused", "max_grad_norm": 1.0}),
+    (LLAMA, {"sharding": "zero1", "precision": "bf16-master", "optimizer": "sgd", "attention": "sdpa"}),
+    (GPT2, {"sharding": "zero2", "precision": "fp16-mixed", "optimizer": "sgd", "attention": "sdpa"}),
+    (LLAMA, {"sharding": "zero2", "precision": "bf16-master", "grad_accumulation": 2, "max_grad_norm": 1.0}),
+    (LLAMA, {"sharding": "zero3", "precision": "fp16-mixed", "grad_accumulation": 3, "optimizer": "lion"}),
+    (TIED, {"sharding": "zero3", "precision": "bf16-master", "checkpointing": "block", "optimizer_impl": "fused"}),
+    (LLAMA.replace(sliding_window=5), {"sharding": "none", "optimizer": "sgd"}),
+    (GPT2.replace(sliding_window=5), {"sharding": "zero3", "attention": "sdpa", "precision": "bf16-mixed"}),
+]
+
+
+def measured(processes, cases, folder):
+    source, target = folder / f"cases{processes}.json", folder / f"found{processes}.json"
+    source.write_text(json.dumps([(m.to_dict(), p.to_dict()) for m, p in cases]))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    worker = Path(__file__).with_name("sharding_worker.py")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(trainer.__file__).parents[1])}
+    done = subprocess.run(
+        [*command, str(worker), str(source), str(target)],
+        env=environment, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    said = [line for line in done.stderr.splitlines() if line and "USDT" not in line]
+    assert done.returncode == 0, "\n".join(said)
+    return json.loads(target.read_text())
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_each_process_holds_what_the_account_says_to_the_byte(processes, tmp_path):
+    cases = [(m, Plan(batch_size=2, data_parallel=processes, **plan)) for m, plan in REAL]
+    if processes == 3:  # where little divides
+        cases = cases[::3]
+    for (m, p), real in zip(cases, measured(processes, cases, tmp_path), strict=True):
+        v = account(m, p, "cpu").evaluate(m, p, threads=1)
+        assert {name: getattr(v, name) for name in real} == real, (m, p)
+
+
+@st.composite
+def shared(draw):
+    family, heads = draw(st.sampled_from(["gpt2", "llama"])), draw(st.sampled_from([1, 2, 4]))
+    width = heads * draw(st.sampled_from([2, 6, 16]))
+    m = ModelConfig(
+        family, draw(st.integers(1, 6)), width, heads, draw(st.integers(2, 70)), draw(st.integers(2, 40)),
+        d_ff=draw(st.integers(2, 50)),
+    )  # fmt: skip
+    p = Plan(
+        batch_size=draw(st.integers(1, 4)),
+        attention=draw(st.sampled_from(["naive", "sdpa"])),
+        checkpointing=draw(st.sampled_from(["none", "block"])),
+        optimizer=draw(st.sampled_from(["adamw", "lion", "sgd-momentum"])),
+        grad_accumulation=draw(st.integers(1, 3)),
+    )
+    return m, p, draw(st.integers(2, 9)), draw(st.sampled_from(["cpu", "cuda"]))
+
+
+def values(m, p, device, n=1, sharding="none"):
+    p = p.replace(data_parallel=n, sharding=sharding)
+    return account(m, p, device).evaluate(m, p, threads=1)
+
+
+@quick
+@given(shared())
+def test_ddp_adds_exactly_a_copy_of_the_gradients_and_nothing_else_is_another(step):
+    m, p, n, device = step
+    alone, ddp = values(m, p, device), values(m, p, device, n)
+    assert ddp.peak_categories["communication"] == alone.gradient_bytes
+    more = ddp.peak_bytes - alone.peak_bytes
+    scalars = 16  # while a gradient is divided into its bucket there is a Python number
+    assert alone.gradient_bytes <= more <= alone.gradient_bytes + scalars
+    for name in ("parameters", "parameter_bytes", "gradient_bytes", "optimizer_bytes", "activation_bytes"):
+        assert getattr(ddp, name) == getattr(alone, name)
+    assert ddp == values(m, p, device, 2 * n)  # however many there are
+
+
+@pytest.mark.parametrize("sharding", SHARDINGS)
+@pytest.mark.parametrize("precision", ["bf16-mixed", "fp16-mixed", "bf16-master"])
+def test_every_precision_has_an_account_on_several_accelerators(precision, sharding):
+    plan = Plan(precision=precision, sharding=sharding, data_parallel=2, attention="sdpa", max_grad_norm=1.0)
+    memory = est.estimate("gpt2", plan, "a100-80gb-sxm").memory
+    assert sum(memory.parts.values()) == memory.peak
+
+
+def test_fp32_gradients_of_several_accelerators_are_refused():
+    with pytest.raises(ConfigError, match="fp32_gradients"):
+        Plan(precision="bf16-master", fp32_gradients=True, data_parallel=2)
+
+
+@quick
+@given(shared())
+def test_shards_add_up_to_the_whole_and_their_padding(step):
+    m, p, n, device = step
+    alone = values(m, p, device)
+    sharded = {s: values(m, p, device, n, s) for s in SHARDINGS}
+    columns = sum(x.numel() // x.shape[0] for x in trainer.build_step(m, Plan()).model.parameters())
+    padding = 4 * (n - 1) * columns  # at most n - 1 rows of each parameter
+    for name in ("parameter_bytes", "gradient_bytes"):
+        assert alone.parameter_bytes <= n * getattr(sharded["zero3"], name) <= alone.parameter_bytes + padding
+        assert getattr(sharded["zero2"], name) == getattr(sharded["zero3"], name)
+        assert getattr(sharded["zero1"], name) == getattr(alone, name)
+    state = sharded["zero3"].optimizer_bytes
+    assert sharded["zero1"].optimizer_bytes == sharded["zero2"].optimizer_bytes == state
+    assert alone.optimizer_bytes <= n * state
+    for v in sharded.values():
+        assert sum(v.peak_categories.values()) == v.peak_bytes
+        assert (v.parameters, v.forward_flops, v.backward_flops) == (
+            alone.parameters, alone.forward_flops, alone.backward_flops,
+        )  # fmt: skip
+
+
+@quick
+@given(shared(), st.sampled_from(SHARDINGS))
+def test_closed_form_timeline_and_vectorised_peak_agree(step, sharding):
+    m, p, n, device = step
+    p = p.replace(data_parallel=n, sharding=sharding)
+    a, sizes = account(m, p, device), sizes_for(m, p, device, threads=1)
+    peak = a.values(sizes).peak_bytes
+    line = timeline(a, sizes)
+    assert peak == line.live.max() == rounded_peak(a, sizes, granule=1)
+    assert line.live[-1] == line.start
+    letters = {name: sizes[name] for name in "BTLdhkefVCn"} | ({"D": n} if p.shards > 1 else {})
+    several = a.lambdify()(**(letters | {"V": [m.vocab_size, m.vocab_size + 1]}))
+    larger = m.replace(vocab_size=m.vocab_size + 1)
+    assert several.tolist() == [peak, account(larger, p, device).evaluate(larger, p, threads=1).peak_bytes]
+
+
+def test_one_accelerator_shares_with_nobody():
+    m, p = est.preset("gpt2"), Plan(sharding="zero3", seq_len=64)
+    alone, r = est.estimate(m, p.replace(sharding="none")), est.estimate(m, p)
+    assert r.memory.parts == alone.memory.parts
+    assert any("nobody to share" in note for note in r.notes)
+
+
+def test_count_is_the_plans_data_parallel():
+    m, p = est.preset("gpt2"), Plan(seq_len=64, sharding="fsdp")
+    by_count, by_plan = est.estimate(m, p, count=8), est.estimate(m, p.replace(data_parallel=8))
+    assert by_count.plan == by_plan.plan
+    assert by_count.memory.peak == by_plan.memory.peak < est.estimate(m, p).memory.peak
+    assert by_count.flops.sequences == 8
+    with pytest.raises(ConfigError, match="count = 4: the plan's data_parallel is 8"):
+        est.estimate(m, p.replace(data_parallel=8), count=4)
+    uneven = est.estimate(m, p, "a100-80gb-sxm", count=12)  # nodes hold 8
+    assert uneven.time is None
+    assert any("whole nodes" in note for note in uneven.notes)
+
+
+def test_each_stage_holds_less_than_the_one_before():
+    p = Plan(seq_len=256, checkpointing="block")
+    peaks = [values(est.preset("gpt2-xl"), p, "cuda", 8, s).peak_bytes for s in SHARDINGS]
+    assert peaks == sorted(peaks, reverse=True)
+    assert len(set(peaks)) == len(SHARDINGS)
+
+
+def test_more_accelerators_hold_more_sequences():
+    p = Plan(attention="sdpa", precision="bf16", sharding="zero3")
+    most = [est.max_batch_size("gpt2-xl", p.replace(data_parallel=n), "a100-80gb-sxm") for n in (1, 2, 8, 64)]
+    assert most == sorted(most)
+    assert most[0] < most[-1]
+
+
+def test_sharding_is_refused_for_updates_of_whole_matrices():
+    with pytest.raises(ConfigError, match="muon works on whole matrices"):
+        Plan(optimizer="muon", data_parallel=2, sharding="zero1")
+    Plan(optimizer="muon", data_parallel=2)
+
+
+def test_a_sharded_peak_is_asked_for_with_the_number_of_accelerators():
+    m, p = GPT2, Plan(data_parallel=2, sharding="zero3")
+    with pytest.raises(ConfigError, match="give how many"):
+        account(m, p).lambdify()(B=1, T=16, L=4, d=24, h=3, V=31)

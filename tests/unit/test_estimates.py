@@ -1,0 +1,109 @@
+"""estimate, max_batch_size, time by a stated MFU, memory lines."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import estimator as est
+from estimator.describe.config import ConfigError, ModelConfig, Plan
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    st.sampled_from(["gpt2", "llama"]),
+    st.sampled_from(["naive", "sdpa"]),
+    st.sampled_from(["none", "block"]),
+    st.integers(1, 40),
+)
+def test_the_largest_batch_fits_and_one_more_does_not(family, attention, checkpointing, megabytes):
+    m = ModelConfig(family, 3, 64, 4, 997, 64, d_ff=200)
+    p = Plan(attention=attention, checkpointing=checkpointing)
+    capacity = megabytes * 1_000_000
+    n = est.max_batch_size(m, p, capacity)
+    a = est.account(m, p)
+    assert a.evaluate(m, p.replace(batch_size=n + 1)).peak_bytes > capacity
+    if n:
+        assert a.evaluate(m, p.replace(batch_size=n)).peak_bytes <= capacity
+
+
+@pytest.mark.parametrize("name", ["gpt2-xl", "llama-3.2-1b"])
+@pytest.mark.parametrize("gpu", ["a100-80gb-sxm", "rtx-4090-24gb"])
+def test_the_largest_batch_on_an_accelerator(name, gpu):
+    p = Plan(seq_len=1024, attention="sdpa", checkpointing="block")
+    n = est.max_batch_size(name, p, gpu)
+    assert not est.estimate(name, p.replace(batch_size=n + 1), gpu).fits
+    if n:
+        assert est.estimate(name, p.replace(batch_size=n), gpu).fits
+
+
+def test_needed_is_the_sum_of_its_lines():
+    r = est.estimate("gpt2", Plan(batch_size=8), "h100-80gb-sxm")
+    m = r.memory
+    assert sum(m.parts.values()) == m.peak
+    assert m.allocated - m.workspace >= m.peak
+    assert m.needed == m.allocated + sum(m.context) // 2
+    assert m.workspace == 32 * 2**20
+    assert est.estimate("gpt2", Plan(), "a100-80gb-sxm").memory.workspace == 8_519_680
+    assert (m.allocated - m.workspace) % 512 == 0
+
+
+def test_the_assignments_question_answered_for_the_real_model():
+    """400K steps of 1024 sequences at half of 19.5 TFLOP/s: 3 x 3,506,703,564,800 FLOPs a sequence."""
+    r = est.estimate("gpt2-xl", Plan(), "a100-80gb-sxm", mfu=0.5, steps=400_000, global_batch_size=1024)
+    seconds = 400_000 * 1024 * 3 * 3_506_703_564_800 / (0.5 * 19.5e12)
+    assert r.time.seconds == pytest.approx(seconds, rel=1e-12)
+    assert r.time.hours == pytest.approx(seconds / 3600)
+    assert r.time.tokens_per_second == pytest.approx(1024 * 1024 * 400_000 / seconds)
+    assert r.notes
+
+
+def test_time_scales_as_it_must():
+    def at(**changes):
+        return est.estimate("gpt2", Plan(batch_size=4), "a100-80gb-sxm", **{"mfu": 0.4, "steps": 10, **changes}).time
+
+    assert at(steps=20).seconds == pytest.approx(2 * at().seconds)
+    assert at(mfu=0.2).seconds == pytest.approx(2 * at().seconds)
+    assert at(count=2, global_batch_size=8).seconds == pytest.approx(at(global_batch_size=8).seconds / 2)
+    assert at(count=2).tokens_per_second == pytest.approx(2 * at().tokens_per_second)
+
+
+def test_checkpointing_lifts_hfu_above_mfu():
+    r = est.estimate("gpt2-xl", Plan(checkpointing="block"), mfu=0.4)
+    assert r.time.mfu == 0.4
+    assert 1.2 < r.time.hfu / r.time.mfu < 4 / 3
+    flash = est.estimate("gpt2", Plan(attention="sdpa"), mfu=0.4)
+    naive = est.estimate("gpt2", Plan(), mfu=0.4)
+    assert flash.time.seconds_per_step == naive.time.seconds_per_step
+    assert flash.time.hfu > flash.time.mfu
+
+
+def test_results_are_plain_data():
+    r = est.estimate("llama-3.2-1b", Plan(seq_len=128), mfu=0.5)
+    plain = json.loads(json.dumps(r.to_dict()))
+    assert plain["memory"]["peak"] == r.memory.peak
+    assert plain["fits"] is r.fits
+    frame = r.to_frame()
+    assert frame.loc["total", "parameters"] == r.values.parameters == 1_235_814_400
+    assert (frame.iloc[:-1].sum() == frame.loc["total"]).all()
+
+
+def test_what_cannot_be_is_refused():
+    for changes, message in (
+        ({"mfu": 0}, "mfu = 0"),
+        ({"mfu": 1.1}, "mfu = 1.1"),
+        ({"steps": 0, "mfu": 0.5}, "steps = 0"),
+        ({"global_batch_size": -1}, "global_batch_size = -1"),
+        ({"count": 0}, "count = 0"),
+        ({"on": "H100"}, "H100"),
+        ({"plan": Plan(data_parallel=2), "count": 3}, "count = 3"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            est.estimate("gpt2", **changes)
+    with pytest.raises(ConfigError, match="bytes = 0"):
+        est.max_batch_size("gpt2", Plan(), 0)
+    with pytest.raises(ConfigError, match="gpt2"):
+        est.estimate("gpt-2-xxl")

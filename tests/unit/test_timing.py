@@ -1,0 +1,186 @@
+"""Predicted time obeys the identities that any step's time does, whatever the efficiencies."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import estimator as est
+from estimator.describe.config import ConfigError, ModelConfig
+from estimator.hardware.accelerators import accelerator, accelerators
+from estimator.pricing.conventions import CONVENTIONS, flops_per_token
+from estimator.timing.roofline import PARTS
+
+ON_CUDA = [name for name in accelerators() if accelerator(name).device == "cuda" and "bf16" in accelerator(name).peak]
+quick = settings(derandomize=True, deadline=None, max_examples=25)
+
+
+@st.composite
+def steps(draw):
+    heads = draw(st.sampled_from([1, 4, 16, 32]))
+    width = heads * draw(st.sampled_from([32, 64, 128]))
+    family = draw(st.sampled_from(["gpt2", "llama"]))
+    m = ModelConfig(family, draw(st.integers(1, 40)), width, heads, draw(st.sampled_from([5000, 50257, 128256])), 65536,
+                    d_ff=4 * width if family == "gpt2" else 3 * width)  # fmt: skip
+    p = est.Plan(
+        batch_size=draw(st.integers(1, 32)),
+        seq_len=draw(st.sampled_from([16, 128, 1024, 4096, 65536])),
+        precision=draw(st.sampled_from(["fp32", "bf16"])),
+        attention=draw(st.sampled_from(["naive", "sdpa"])),
+        checkpointing=draw(st.sampled_from(["none", "block"])),
+        grad_accumulation=draw(st.integers(1, 4)),
+        compile=draw(st.booleans()),
+    )
+    return m, p, draw(st.sampled_from(ON_CUDA)), draw(st.sampled_from([1, 2, 4]))
+
+
+def time_of(m, p, a, count=1, **run):
+    r = est.estimate(m, p, a, count=count, **run)
+    assert r.time is not None, r.notes
+    return r.time
+
+
+@quick
+@given(steps())
+def test_parts_add_up_and_nothing_is_faster_than_the_peak(step):
+    m, p, name, count = step
+    t = time_of(m, p, name, count)
+    assert set(t.parts) == set(PARTS)
+    assert all(part >= 0 for part in t.parts.values())
+    assert sum(t.parts.values()) == pytest.approx(t.seconds_per_step, rel=1e-12)
+    assert 0 < t.mfu <= 1
+    assert t.mfu <= t.hfu * (1 + 1e-12)
+    assert t.mfu_by_convention["causal"] <= 1
+    low, high = t.interval.low, t.interval.high
+    assert low < t.seconds < high
+
+
+@quick
+@given(steps(), st.sampled_from([1.1, 2.0, 10.0]))
+def test_a_faster_accelerator_is_never_slower(step, factor):
+    m, p, name, count = step
+    a = accelerator(name)
+    now = time_of(m, p, a, count).seconds
+    faster = tuple((dtype, factor * flops) for dtype, flops in a.peaks)
+    wide = replace(a, memory_bandwidth=factor * a.memory_bandwidth)
+    larger = replace(wide, peaks=faster, sm_count=round(factor * a.sm_count)) if a.sm_count else wide
+    for better in (replace(a, peaks=faster), wide, replace(wide, peaks=faster), larger):
+        assert time_of(m, p, better, count).seconds <= now * (1 + 1e-9)
+    if a.device == "cuda":  # where neither the host nor the link is what is waited for
+        alone = time_of(m, p, a, 1)
+        if alone.parts["launch"] < 0.01 * alone.seconds_per_step:
+            assert time_of(m, p, replace(wide, peaks=faster), 1).seconds < alone.seconds
+
+
+@pytest.mark.parametrize(
+    ("small", "large"),
+    [
+        ("a100-40gb-sxm", "a100-80gb-sxm"),
+        ("a100-80gb-pcie", "a100-80gb-sxm"),
+        ("h100-80gb-pcie", "h100-80gb-sxm"),
+        ("h100-80gb-sxm", "h200-141gb-sxm"),
+        ("b200-180gb-sxm", "gb200-186gb"),
+        ("l40-48gb", "l40s-48gb"),
+    ],
+)
+def test_the_larger_of_a_kind_is_never_slower(small, large):
+    for plan in (est.Plan(batch_size=4, precision="bf16", attention="sdpa"), est.Plan(batch_size=1)):
+        assert time_of("gpt2-xl", plan, large).seconds <= time_of("gpt2-xl", plan, small).seconds
+
+
+def test_twice_the_steps_take_twice_the_hours():
+    p = est.Plan(batch_size=8, precision="bf16", attention="sdpa")
+    once, twice = (time_of("gpt2", p, "h100-80gb-sxm", 8, steps=n) for n in (1000, 2000))
+    assert twice.hours == 2 * once.hours
+    assert twice.seconds_per_step == once.seconds_per_step
+    assert twice.tokens_per_second == 8 * 8 * 1024 / twice.seconds_per_step
+    assert twice.tokens_per_second_per_accelerator == twice.tokens_per_second / 8
+
+
+def test_an_mfu_of_ones_own_overrides_the_prediction_and_gives_it_back():
+    p = est.Plan(batch_size=8, precision="bf16", attention="sdpa", checkpointing="block")
+    predicted = time_of("gpt2-xl", p, "a100-80gb-sxm", steps=10)
+    given = time_of("gpt2-xl", p, "a100-80gb-sxm", steps=10, mfu=predicted.mfu)
+    assert given.seconds == pytest.approx(predicted.seconds, rel=1e-12)
+    assert given.hfu == pytest.approx(predicted.hfu, rel=1e-12)
+    assert given.parts == {}
+    assert given.interval is None
+
+
+def test_a_global_batch_is_so_many_micro_batches_of_the_plan():
+    p = est.Plan(batch_size=4, precision="bf16", attention="sdpa")
+    direct = time_of("gpt2", p.replace(grad_accumulation=16), "a100-80gb-sxm")
+    asked = time_of("gpt2", p, "a100-80gb-sxm", global_batch_size=64)
+    assert asked.seconds == pytest.approx(direct.seconds, rel=1e-12)
+    ragged = time_of("gpt2", p, "a100-80gb-sxm", global_batch_size=61)
+    assert ragged.seconds == pytest.approx(direct.seconds, rel=1e-12)
+    assert ragged.tokens_per_second == 61 * 1024 / ragged.seconds_per_step
+
+
+def test_fused_kernels_are_faster():
+    for family in ("gpt2", "llama-3.2-1b"):
+        p = est.Plan(batch_size=4, precision="bf16", attention="sdpa", loss="torch")
+        eager, fused = (time_of(family, p.replace(compile=flag), "a100-80gb-sxm") for flag in (False, True))
+        assert fused.parts["elementwise"] < eager.parts["elementwise"]
+        assert fused.parts["matmul"] == eager.parts["matmul"]
+        assert fused.seconds < eager.seconds
+
+
+def test_a_masked_kernel_computes_every_score_and_so_takes_up_to_twice_as_long_as_a_causal_one():
+    m = est.preset("llama-3.2-1b").replace(sliding_window=1024)
+    for T, ratio in ((1024, 1.0), (32_768, 2.0)):
+        p = est.Plan(seq_len=T, precision="fp32", attention="sdpa")  # the same kernel with a mask and without
+        masked, causal = (
+            time_of(x, p, "a100-80gb-sxm").parts["attention"] for x in (m, m.replace(sliding_window=None))
+        )
+        assert masked / causal == pytest.approx(ratio, rel=0.02)
+
+
+def test_what_cannot_be_predicted_is_marked():
+    r = est.estimate("gpt2", est.Plan(precision="bf16"), "v100-32gb-sxm")
+    assert r.time is None
+    assert any("No time is predicted: dtype = 'bf16'" in note for note in r.notes)
+    r = est.estimate("gpt2", est.Plan(), "a100-80gb-sxm", count=12)
+    assert r.time is None
+    assert any("must fill whole nodes of 8" in note for note in r.notes)
+    with pytest.raises(ConfigError, match="bf16"):
+        est.estimate("gpt2", est.Plan(precision="bf16"), "v100-32gb-sxm", mfu=0.5)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-2-7b", "llama-3-8b", "qwen2.5-0.5b"])
+def test_the_convention_of_the_ledger_is_the_ledgers(name):
+    m = est.preset(name)
+    r = est.estimate(m, est.Plan(seq_len=512), "h100-80gb-sxm")
+    assert flops_per_token(m, 512, r.values.parameters, "ledger") * 512 == r.flops.model
+    assert set(r.time.mfu_by_convention) == set(CONVENTIONS)
+    assert r.time.mfu_by_convention["ledger"] == pytest.approx(r.time.mfu, rel=1e-12)
+
+
+def test_conventions_give_the_published_flops():
+    # github:karpathy/nanoGPT transformer_sizing.ipynb: 124,337,664 parameters (no biases), 875,062,886,400 a sequence.
+    assert flops_per_token(est.preset("gpt2"), 1024, 124_337_664, "palm") * 1024 == 875_062_886_400
+
+
+def test_nanogpts_published_mfu_is_within_the_interval():
+    """0.37 of 312 TFLOP/s by PaLM's count: GPT-2 124M, nanoGPT's train_gpt2.py, 12 x 1024 tokens, A100 40GB."""
+    m = est.preset("gpt2").replace(vocab_size=50304)
+    p = est.Plan(
+        batch_size=12, precision="bf16-mixed", attention="sdpa", loss="torch", optimizer_impl="fused",
+        max_grad_norm=1.0, grad_accumulation=5, compile=True,
+    )  # fmt: skip
+    t = time_of(m, p, "a100-40gb-sxm", 8)
+    mfu = t.mfu_by_convention["palm"]
+    assert mfu * t.seconds / t.interval.high <= 0.37 <= mfu * t.seconds / t.interval.low
+
+
+def test_llama_2s_published_hours_are_within_the_interval():
+    """Touvron et al. 2023, table 2: 184,320 hours of A100 80GB for 7B and 2T tokens, 4M tokens in a step."""
+    p = est.Plan(
+        batch_size=2, precision="bf16-mixed", attention="sdpa", checkpointing="block", optimizer_impl="fused",
+        data_parallel=512, sharding="zero3",
+    )  # fmt: skip
+    tokens = 1024 * 4096
+    r = est.estimate("llama-2-7b", p, "a100-80gb-sxm", steps=round(2e12 / tokens), global_batch_size=1024)
+    low, high = (512 * seconds / 3600 for seconds in (r.time.interval.low, r.time.interval.high))
+    assert low <= 184_320 <= high

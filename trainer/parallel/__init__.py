@@ -1,0 +1,1 @@
+"""Several processes: DDP, ZeRO and FSDP."""

@@ -1,0 +1,429 @@
+"""One process or many: DDP, FSDP2 and checkpoints that any number of processes can read.
+
+`torchrun` starts the processes and tells each its rank by the environment. Everything here is a no-op in a run of one
+process, so that the training loop reads the same for both.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import warnings
+import zlib
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard
+
+from estimator.describe.config import ConfigError
+from trainer.files.checkpoint import (
+    CheckpointError,
+    check_optimizer_class,
+    checkpoint_path,
+    read_checkpoint,
+    restore,
+    save_checkpoint,
+    sync_folder,
+    type_name,
+    write_atomically,
+)
+from trainer.optim.clip import gradient_clipping
+from trainer.optim.precision import Masters, float32_copy
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from torch.distributed.checkpoint.metadata import Metadata
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from estimator.describe.config import Plan
+
+RUN_FILE = "run.pt"  # in a sharded checkpoint: all that is not a large tensor, and the other files' checksums
+
+
+class World:
+    """The processes of a run, and this one's place among them.
+
+    Attributes:
+        rank: this process's number, from 0.
+        size: how many there are.
+        device: this process's.
+    """
+
+    def __init__(self, device: str) -> None:
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("device = 'cuda': torch sees no CUDA device here; allowed are auto, cpu")
+        self.size, self.rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+        self.device = (
+            torch.device(device, int(os.environ.get("LOCAL_RANK", "0"))) if device == "cuda" else torch.device(device)
+        )
+        if device == "cuda":
+            torch.cuda.set_device(self.device)
+        self.joined = self.size > 1 and not dist.is_initialized()  # a group that the caller has made stays the caller's
+        if self.joined:
+            dist.init_process_group("nccl" if device == "cuda" else "gloo")
+
+    def leave(self) -> None:
+        """End the talk with the others."""
+        if self.joined:
+            dist.destroy_process_group()
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum of `x` over the processes; `x` itself is overwritten."""
+        if self.size > 1:
+            dist.all_reduce(x)
+        return x
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is set in any process: what one decides on a signal, all must do in the same step."""
+        return bool(self.total(torch.tensor(float(flag), device=self.device))) if self.size > 1 else flag
+
+    def barrier(self) -> None:
+        """Wait until all are here."""
+        if self.size > 1:
+            dist.barrier()
+
+    def wrap(self, model: nn.Module, sharding: str) -> nn.Module:
+        """What to call instead of `model`: DDP, or `model` itself with its parameters sharded in place by FSDP2.
+
+        ZeRO-3 empties a block's parameters after its forward and gathers them again for its backward; ZeRO-2 does not.
+        """
+        if self.size == 1:
+            return model
+        if sharding in ("none", "zero1"):
+            return nn.parallel.DistributedDataParallel(model, [self.device] if self.device.type == "cuda" else None)
+        return self.shard(model, **({"reshard_after_forward": False} if sharding == "zero2" else {}))
+
+    def shard(self, model: nn.Module, **keeps: Any) -> nn.Module:
+        """`model`, of whose parameters each process holds its rows, by FSDP2."""
+        mesh = init_device_mesh(self.device.type, (self.size,))
+        for block in model.get_submodule("blocks").children():  # one block is gathered at a time
+            fully_shard(block, mesh=mesh, **keeps)
+        fully_shard(model, mesh=mesh, **keeps)
+        return model
+
+    def prepare(
+        self, model: nn.Module, plan: Plan, sharding: str
+    ) -> tuple[nn.Module, Weights, Weights, Masters | None]:
+        """(What to call for `model`, its weights, those that the optimizer updates, how the two are kept equal).
+
+        With master weights the optimizer's are float32 copies, shared out as the model's own are updated; without, the
+        weights are one and the same.
+        """
+        copied = float32_copy(model) if plan.precision == "bf16-master" else None
+        module, held = self.wrap(model, sharding), self.weights(model, sharding)
+        if copied is None:
+            return module, held, held, None
+        updated = Weights(self.shard(copied) if self.shares(sharding) else copied)
+        return module, held, updated, Masters(held.named, updated.named, fp32_gradients=plan.fp32_gradients)
+
+    def shares(self, sharding: str) -> bool:
+        """Whether each process updates a part of the parameters."""
+        return self.size > 1 and sharding != "none"
+
+    def weights(self, model: nn.Module, sharding: str) -> Weights:
+        """The parameters of a model that has been wrapped, as the optimizer sees them."""
+        shares = sharding == "zero1" and self.shares(sharding)
+        return Weights(model, init_device_mesh(self.device.type, (self.size,)) if shares else None)
+
+    def micro_batch(self, module: nn.Module, *, last: bool) -> AbstractContextManager[object]:
+        """Where a micro-batch is computed: DDP exchanges gradients once a step, in its last one's backward.
+
+        FSDP does in each: it could add up whole gradients first, which is what sharding them saves.
+        """
+        if isinstance(module, nn.parallel.DistributedDataParallel) and not last:
+            return module.no_sync()
+        return nullcontext()
+
+
+class Weights:
+    """A model's parameters as the optimizer sees them: themselves or, sharded, this process's rows of them.
+
+    An optimizer works element by element, so it may as well work on plain tensors, the shards, which share memory with
+    the model's: no dispatch of DTensors, and any optimizer will do. Under FSDP2 each process has its shards only; under
+    ZeRO-1 it has all, updates its shards, and gets the others' after the step.
+
+    Attributes:
+        named: name -> what the optimizer updates.
+        sharded: whether these are shards.
+        mesh: the processes of ZeRO-1; None without it.
+    """
+
+    def __init__(self, model: nn.Module, mesh: DeviceMesh | None = None) -> None:
+        self.model, self.originals, self.mesh = model, dict(model.named_parameters()), mesh
+        self.sharded = mesh is not None or any(isinstance(p, DTensor) for p in self.originals.values())
+        self.named = {
+            name: nn.Parameter(self.shard(name, p.detach())) if self.sharded else p
+            for name, p in self.originals.items()
+        }
+
+    def gather_gradients(self) -> None:
+        """Hand the shards their part of the gradients; nothing to do without shards."""
+        if self.sharded:
+            for name, p in self.originals.items():
+                self.named[name].grad = None if p.grad is None else self.shard(name, p.grad)
+                p.grad = None
+
+    def shard(self, name: str, x: Tensor) -> Tensor:
+        """This process's rows of a parameter `name` or of a tensor of its shape: a DTensor's own, else a view."""
+        if isinstance(x, DTensor):
+            return x.to_local()
+        mesh = self.mesh or getattr(self.originals[name], "device_mesh", None)
+        return x if mesh is None else rows(x, mesh.size(), mesh.get_local_rank())
+
+    def spread(self) -> None:
+        """After ZeRO-1's step: give every process all others' rows, in place."""
+        if self.mesh is not None:
+            for p in self.originals.values():
+                for rank in range(self.mesh.size()):
+                    part = rows(p.detach(), self.mesh.size(), rank)
+                    if part.numel():
+                        dist.broadcast(part, rank)
+
+    def clip(self, max_norm: float, eps: float = 1e-6) -> Tensor:
+        """`gradient_clipping` by the norm of the whole gradients; returns that norm, a scalar."""
+        if not self.sharded:
+            return gradient_clipping(self.originals.values(), max_norm, eps)
+        gradients = [p.grad for p in self.named.values() if p.grad is not None]
+        squares = torch.stack([torch.linalg.vector_norm(g) for g in gradients]).square().sum()
+        dist.all_reduce(squares)
+        norm = squares.sqrt()
+        factor = torch.where(norm.isfinite(), (max_norm / (norm + eps)).clamp(max=1.0), 1.0)
+        torch._foreach_mul_(gradients, factor)  # what torch.nn.utils.clip_grad_norm_ calls
+        return norm
+
+    def clear_gradients(self) -> None:
+        """Drop all gradients, so that the next backward writes instead of adding."""
+        for p in (*self.originals.values(), *self.named.values()):
+            p.grad = None
+
+    def whole(self, name: str, shard: Tensor) -> Tensor:
+        """`shard`, of this process's shape, as the part of a tensor of the parameter's whole shape that it is."""
+        original = self.originals[name]
+        mesh = original.device_mesh if isinstance(original, DTensor) else self.mesh
+        if mesh is None:
+            return shard
+        return DTensor.from_local(
+            shard, mesh, [Shard(0)], run_check=False, shape=original.shape, stride=original.stride()
+        )
+
+
+def local(x: Tensor) -> Tensor:
+    """This process's shard of a DTensor, sharing its memory; other tensors as they are."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def rows(x: Tensor, size: int, rank: int) -> Tensor:
+    """The rows of x that are the `rank`-th of `size` processes', as Shard(0), FSDP2's placement, cuts: a view.
+
+    That is as torch.chunk does; with fewer chunks than processes the last ones are empty.
+    """
+    chunks = x.chunk(size)
+    return chunks[rank] if rank < len(chunks) else x[:0]
+
+
+def piece(value: Tensor, like: Tensor) -> Tensor:
+    """The part of the whole tensor `value` that this process holds if it is sharded as the parameter `like`."""
+    if not isinstance(like, DTensor):
+        return value
+    return rows(value, like.device_mesh.size(), like.device_mesh.get_local_rank())
+
+
+def save_run(
+    world: World, folder: Path, step: int, weights: Weights, optimizer: torch.optim.Optimizer, *, run: dict[str, Any]
+) -> Path:
+    """Write the checkpoint of `step`: a file or, from several processes, a folder; complete or absent.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written.
+    """
+    path = checkpoint_path(folder, step, sharded=world.size > 1)
+    if world.size == 1:
+        save_checkpoint(weights.model, optimizer, step, path, run)
+        return path
+    part = path.with_name(path.name + ".part")
+    if world.rank == 0:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+    world.barrier()
+    tensors, state = _flatten(weights, optimizer)
+    try:
+        save(tensors, storage_writer=FileSystemWriter(part))  # flushes each file to the disk
+    except CheckpointException as error:
+        raise OSError(f"{part}: cannot be written ({error})") from error
+    if world.rank == 0:
+        content = {
+            "model": {},
+            "optimizer": state,
+            "optimizer_class": type_name(type(optimizer)),
+            "iteration": step,
+            "run": run,
+            "files": {file.name: checksum(file) for file in sorted(part.iterdir())},
+        }
+        write_atomically(part / RUN_FILE, lambda file: torch.save(content, file))
+        shutil.rmtree(path, ignore_errors=True)
+        part.replace(path)
+        sync_folder(folder)
+    world.barrier()
+    return path
+
+
+def load_run(world: World, path: Path, weights: Weights, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
+    """Read a checkpoint, file or folder, that any number of processes wrote; return what `save_run` was given as `run`.
+
+    Raises:
+        CheckpointError: incomplete, altered, foreign, or of another model or optimizer.
+        OSError: it cannot be read.
+    """
+    if path.is_dir():
+        return _load_sharded(world, path, weights, optimizer)
+    content = read_checkpoint(path)
+    if weights.sharded and optimizer is not None:
+        _cut(content, weights)
+    restore(content, weights.model, optimizer, str(path), lambda own, whole: local(own).copy_(piece(whole, own)))
+    run: dict[str, Any] = content["run"]
+    return run
+
+
+def _cut(content: dict[str, Any], weights: Weights) -> None:
+    """Replace the optimizer's tensors in `content` by this process's pieces; scalars stay."""
+    state = content["optimizer"].get("state", {})
+    names = [name for group in content["optimizer"]["param_groups"] for name in group["names"]]  # in the state's order
+    for index, name in enumerate(names):
+        for key, value in state.get(index, {}).items():
+            if isinstance(value, Tensor) and value.shape == weights.originals[name].shape:
+                state[index][key] = weights.shard(name, value)
+
+
+def _flatten(weights: Weights, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(name -> large tensor, the rest of the optimizer's state by name)."""
+    tensors = {f"model.{name}": tensor for name, tensor in weights.model.state_dict().items()}
+    keys: dict[str, list[str]] = {}
+    scalars: dict[str, dict[str, Any]] = {}
+    for name, parameter in weights.named.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor) and value.ndim:
+                keys.setdefault(name, []).append(key)
+                tensors[f"optimizer.{name}.{key}"] = weights.whole(name, value)
+            else:
+                scalars.setdefault(name, {})[key] = value
+    return tensors, {"keys": keys, "scalars": scalars, "param_groups": optimizer.state_dict()["param_groups"]}
+
+
+def _load_sharded(
+    world: World, path: Path, weights: Weights, optimizer: torch.optim.Optimizer | None
+) -> dict[str, Any]:
+    if not (path / RUN_FILE).exists():
+        raise CheckpointError(f"{path}: no checkpoint: {RUN_FILE} is missing")
+    content = read_checkpoint(path / RUN_FILE)
+    files = sorted(content.get("files", {}).items())
+    # Shared out, so that the whole is read once and not once a process.
+    damaged = [name for name, crc in files[world.rank :: world.size] if checksum(path / name) != crc]
+    if world.any(bool(damaged)):
+        raise CheckpointError(
+            f"{path}: altered since it was written (checksum of {', '.join(damaged) or 'another file'})"
+        )
+    tensors = {f"model.{name}": tensor for name, tensor in weights.model.state_dict().items()}
+    reader = _Reader(path)
+    stored = reader.read_metadata().state_dict_metadata
+    for key in [*tensors, *(key for key in stored if key.startswith("model."))]:
+        ours, theirs = (getattr(x.get(key), "shape" if x is tensors else "size", None) for x in (tensors, stored))
+        if ours != theirs:
+            name = key.removeprefix("model.")
+            raise CheckpointError(
+                f"{path}: of another model: {name} is {_shape(theirs)}, the model's is {_shape(ours)}"
+            )
+    if optimizer is not None:
+        check_optimizer_class(content, optimizer, str(path))
+        state = content["optimizer"]
+        if [g["names"] for g in state["param_groups"]] != [g["names"] for g in optimizer.param_groups]:
+            raise CheckpointError(f"{path}: its optimizer state does not fit this run's parameters")
+        for group, values in zip(optimizer.param_groups, state["param_groups"], strict=True):
+            group.update({key: value for key, value in values.items() if key != "params"})
+        for name, parameter in weights.named.items():
+            own = optimizer.state[parameter]
+            own.update(state["scalars"].get(name, {}))
+            for key in state["keys"].get(name, []):
+                saved = stored[f"optimizer.{name}.{key}"]
+                assert isinstance(saved, TensorStorageMetadata)
+                if saved.size == weights.originals[name].shape:
+                    own[key] = torch.zeros_like(parameter, dtype=saved.properties.dtype, requires_grad=False)
+                    tensors[f"optimizer.{name}.{key}"] = weights.whole(name, own[key])
+                else:  # never a shard's: see `build_optimizer`
+                    own[key] = parameter.new_zeros(saved.size, dtype=saved.properties.dtype)
+                    tensors[f"optimizer.{name}.{key}"] = own[key]
+    with warnings.catch_warnings():
+        # It says that one process reads what several may have written: that is what is wanted.
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        try:
+            load(tensors, storage_reader=reader, no_dist=world.size == 1)
+        except CheckpointException as error:
+            raise CheckpointError(f"{path}: cannot be read ({error})") from error
+    run: dict[str, Any] = content["run"]
+    return run
+
+
+def _shape(size: Iterable[int] | None) -> str:
+    return "absent" if size is None else str(tuple(size))
+
+
+def checksum(file: Path) -> int:
+    """CRC-32 of a file, in pieces; 0 if there is none."""
+    crc = 0
+    if file.exists():
+        with file.open("rb") as stream:
+            while chunk := stream.read(1 << 20):
+                crc = zlib.crc32(chunk, crc)
+    return crc
+
+
+class _Reader(FileSystemReader):
+    """torch's reader, whose metadata file is a pickle: looked through for anything but metadata before it is loaded."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with (Path(self.path) / ".metadata").open("rb") as file:
+            try:
+                _MetadataOnly(file).load()
+            except (pickle.UnpicklingError, EOFError, AttributeError, LookupError, ValueError, TypeError) as error:
+                raise CheckpointError(f"{self.path}: its metadata is broken or holds more than metadata") from error
+        return super().read_metadata(*args, **kwargs)
+
+
+METADATA = {
+    "torch": {"Size", *(name for name in dir(torch) if isinstance(getattr(torch, name), torch.dtype))},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "pathlib": {"PosixPath", "WindowsPath"},
+    "pathlib._local": {"PosixPath", "WindowsPath"},  # where Python 3.13 has them
+}
+
+
+class _MetadataOnly(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in METADATA.get(module, ()):
+            raise pickle.UnpicklingError(f"{module}.{name} is no part of a checkpoint's metadata")
+        return super().find_class(module, name)

@@ -1,0 +1,1 @@
+"""Real steps, measured and held against the estimates."""

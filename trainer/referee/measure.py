@@ -1,0 +1,366 @@
+"""The judge: one real training step, and what it did to memory, counted by PyTorch itself.
+
+Three referees, none of which shares code with `estimator`: the profiler's raw memory events for the peak (they see the
+step as it runs; any TorchDispatchMode would change what autograd does and read up to 6 % too high),
+`saved_tensors_hooks` for what backward keeps, `FlopCounterMode` for matrix products.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import statistics
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
+from torch.utils.flop_counter import FlopCounterMode
+
+from estimator.describe.config import ConfigError
+from trainer.model.decoder import build_model
+from trainer.model.loss import cross_entropy
+from trainer.optim.clip import gradient_clipping
+from trainer.optim.eight_bit import AdamW8bit
+from trainer.optim.optimizers import SGD, AdamW, Lion, MuonAdamW
+from trainer.optim.precision import AUTOCAST, PARAMETERS, Masters, autocast, float32_copy, loss_scaler
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+
+    from torch import Tensor, nn
+
+    from estimator.describe.config import ModelConfig, Plan
+
+
+class Step:
+    """One whole optimizer step on fixed random tokens: micro-batches, clipping if asked, step, zero_grad.
+
+    Attributes:
+        model: the module.
+        optimizer: the optimizer.
+        inputs: (ids, targets), each (B, T) int64; every micro-batch of the step is the same one.
+        masters: what the optimizer moves in place of the model's parameters; None if it moves these.
+        scaler: of the loss; does nothing but in float16.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        inputs: tuple[Tensor, Tensor],
+        p: Plan,
+        masters: Masters | None = None,
+    ) -> None:
+        self.model, self.optimizer, self.inputs, self.plan, self.masters = model, optimizer, inputs, p, masters
+        self.module = model  # what is called, where that is not the model itself
+        self.updated = list(model.parameters() if masters is None else masters.named.values())
+        # With the usual 2^16 the first gradients of random weights could overflow, and a step be left out.
+        self.scaler = loss_scaler(p.precision, inputs[0].device.type, init_scale=2.0**8)
+
+    def __call__(self) -> None:
+        """Run it."""
+        for _ in range(self.plan.grad_accumulation):
+            self.backward(self.forward())
+        if self.masters is not None:
+            self.masters.take_gradients()
+        self.scaler.unscale_(self.optimizer)
+        if self.plan.max_grad_norm is not None:
+            gradient_clipping(self.updated, self.plan.max_grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.masters is not None:
+            self.masters.write_back()
+        else:
+            self.optimizer.zero_grad()
+
+    def forward(self) -> Tensor:
+        """The loss of one micro-batch, divided by their number."""
+        ids, targets = self.inputs
+        with autocast(self.plan.precision, ids.device.type):
+            loss = loss_of(self.module, self.plan, ids, targets)
+        if self.plan.grad_accumulation == 1:
+            return loss
+        return loss / self.plan.grad_accumulation
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of one micro-batch."""
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]  # torch leaves Tensor.backward untyped
+
+    def state(self) -> Iterable[Tensor]:
+        """What the optimizer keeps from step to step, master weights included."""
+        yield from (t for s in self.optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor))
+        yield from getattr(self.optimizer, "tables", ())
+        if self.masters is not None:
+            yield from self.masters.named.values()
+
+    def resident(self) -> Iterable[Tensor]:
+        """All tensors that are alive between two steps."""
+        yield from (*self.model.parameters(), *self.model.buffers(), *self.inputs, *self.state())
+        yield from (x.grad for x in self.updated if x.grad is not None)
+        yield from (x for x in vars(self.scaler).values() if isinstance(x, torch.Tensor))
+
+    def gradients(self) -> Iterable[Tensor]:
+        """The gradients, after backward."""
+        yield from (x.grad for x in self.model.parameters() if x.grad is not None)
+        if self.plan.fp32_gradients:
+            yield from (x.grad for x in self.updated if x.grad is not None)
+
+
+def torch_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """PyTorch's own, to compare with. Shapes: (B, T, V), (B, T) -> ()."""
+    return F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.view(-1))
+
+
+def torch_cross_entropy_fp32(logits: Tensor, targets: Tensor) -> Tensor:
+    """The same of the logits in float32, as most scripts do it in half precision."""
+    return torch_cross_entropy(logits.float(), targets)
+
+
+LOSSES = {"bundled": cross_entropy, "torch": torch_cross_entropy, "torch-fp32": torch_cross_entropy_fp32}
+
+
+def loss_of(module: nn.Module, p: Plan, ids: Tensor, targets: Tensor) -> Tensor:
+    """The loss of `module` that `p` names."""
+    if p.loss == "chunked":
+        return module(ids, targets_BT=targets)
+    return LOSSES[p.loss](module(ids), targets)
+
+
+def build_optimizer(named: Mapping[str, nn.Parameter], p: Plan, device: str) -> torch.optim.Optimizer:
+    """The optimizer that `p` names for a model's parameters, with its default hyper-parameters."""
+    kind, parameters = p.implementation(device), list(named.values())
+    torchs: dict[str, Any] = {"foreach": kind == "foreach", "fused": kind == "fused"}
+    match p.optimizer:
+        case "sgd" if kind == "bundled":
+            return SGD(parameters)
+        case "sgd":
+            return torch.optim.SGD(parameters, **torchs)
+        case "sgd-momentum":
+            return torch.optim.SGD(parameters, momentum=0.9, **torchs)
+        case "adam":
+            return torch.optim.Adam(parameters, **torchs)
+        case "lion":
+            return Lion(parameters)
+        case "adafactor":
+            return torch.optim.Adafactor(parameters, foreach=kind == "foreach")
+        case "adamw-8bit":
+            return AdamW8bit(parameters)
+        case "muon":
+            matrices = [x for name, x in named.items() if name.startswith("blocks.") and x.ndim == 2]
+            others = [x for x in parameters if all(x is not matrix for matrix in matrices)]
+            return MuonAdamW(matrices, others, **torchs)
+        case _ if kind == "bundled":
+            return AdamW(parameters)
+        case _:
+            return torch.optim.AdamW(parameters, **torchs)
+
+
+def build_step(m: ModelConfig, p: Plan, device: str = "cpu", seed: int = 0) -> Step:
+    """A step of `m` run as `p` says, on `device`, its weights and tokens drawn from `seed`.
+
+    Raises:
+        ConfigError: the sequence is longer than the model's positions, the device has not the attention's kernel, or
+            the plan is for several processes.
+    """
+    if p.data_parallel > 1:
+        raise ConfigError(f"data_parallel = {p.data_parallel}: this is one process; see `trainer.referee.replicas`")
+    model, inputs = build_parts(m, p, device, seed)
+    named, masters = dict(model.named_parameters()), None
+    if p.precision == "bf16-master":
+        masters = Masters(named, dict(float32_copy(model).named_parameters()), fp32_gradients=p.fp32_gradients)
+        named = dict(masters.named)
+    return Step(model, build_optimizer(named, p, torch.device(device).type), inputs, p, masters)
+
+
+def build_parts(m: ModelConfig, p: Plan, device: str, seed: int) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+    """(the model, ids and targets), drawn from `seed`."""
+    T = p.tokens(m)
+    p.attention_kernel(torch.device(device).type)  # refuses one that the device has not
+    torch.manual_seed(seed)
+    with torch.device(device):
+        model = build_model(m, p).to(PARAMETERS.get(p.precision))
+        ids, targets = (torch.randint(m.vocab_size, (p.batch_size, T)) for _ in range(2))
+    return model, (ids, targets)
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """What one real step took; bytes, FLOPs (matrix products, of one micro-batch) and seconds.
+
+    Attributes:
+        parameters: number of parameters, shared ones once.
+        parameter_bytes: their bytes.
+        gradient_bytes: bytes of all gradients before the optimizer's step.
+        optimizer_bytes: bytes of the optimizer's state on the device.
+        saved_bytes: storages that autograd keeps after forward, each once, less parameters, buffers and inputs.
+        peak_bytes: the most bytes of live tensors in a steady step, in kernels without scratch of their own.
+        scratch_bytes: by how much oneDNN's matrix products in half precision raise that peak on this machine; their
+            packed copies of the factors depend on the processor, the threads and oneDNN's version.
+        forward_flops: FlopCounterMode's count of forward.
+        backward_flops: FlopCounterMode's count of backward, recomputation included.
+        seconds: median of the timed steps; not a number if none was timed.
+        allocated_bytes, reserved_bytes: on CUDA, the most that the allocator has given out and has asked of the device
+            in the first two steps; None elsewhere.
+    """
+
+    parameters: int
+    parameter_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    saved_bytes: int
+    peak_bytes: int
+    scratch_bytes: int
+    forward_flops: int
+    backward_flops: int
+    seconds: float
+    allocated_bytes: int | None = None
+    reserved_bytes: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain fields."""
+        return asdict(self)
+
+
+def measure(m: ModelConfig, p: Plan, device: str = "cpu", seed: int = 0, timed_steps: int = 3) -> Measurement:
+    """Run real steps of `m` and `p` on `device` and count; see `Measurement`."""
+    cuda = torch.device(device).type == "cuda"
+    allocated, reserved = allocator_peaks(m, p, device, seed) if cuda else (None, None)
+    step = build_step(m, p, device, seed)
+    step()  # the first step makes the optimizer's state; the steady ones are alike
+    parameters = list(step.model.parameters())
+    base = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in _resident(step, device)}
+    saved, forward_flops, gradients, backward_flops = _count_micro_batch(step)
+    with onednn(enabled=False):
+        growth = peak_growth(step, device)
+    half = p.precision in AUTOCAST or p.optimizer == "muon" or any(x.itemsize < 4 for x in parameters)
+    scratch = peak_growth(step, device) - growth if half and torch.device(device).type == "cpu" else 0
+    return Measurement(
+        parameters=sum(x.numel() for x in parameters),
+        parameter_bytes=nbytes(parameters),
+        gradient_bytes=gradients,
+        optimizer_bytes=nbytes(x for x in step.state() if x.device.type == torch.device(device).type),
+        saved_bytes=saved,
+        peak_bytes=sum(base.values()) + growth,
+        scratch_bytes=scratch,
+        forward_flops=forward_flops,
+        backward_flops=backward_flops,
+        seconds=statistics.median([_seconds(step, device) for _ in range(timed_steps)] or [math.nan]),
+        allocated_bytes=allocated,
+        reserved_bytes=reserved,
+    )
+
+
+def allocator_peaks(m: ModelConfig, p: Plan, device: str, seed: int) -> tuple[int, int]:
+    """(allocated, reserved): the most bytes of CUDA's allocator in two steps from nothing, less what others hold."""
+    gc.collect()
+    torch._C._cuda_clearCublasWorkspaces()  # noqa: SLF001 - it has no public name; an earlier case's would be counted
+    torch.cuda.empty_cache()
+    others = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    torch.cuda.reset_peak_memory_stats()
+    step = build_step(m, p, device, seed)
+    for _ in range(2):
+        step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - others[0], torch.cuda.max_memory_reserved() - others[1]
+
+
+def nbytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the storages behind `tensors`, each counted once."""
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())  # noqa: SLF001 - the storage's identity
+
+
+def _resident(step: Step, device: str) -> Iterable[Tensor]:
+    kind = torch.device(device).type
+    return (t for t in step.resident() if t.device.type == kind)
+
+
+def _count_micro_batch(step: Step) -> tuple[int, int, int, int]:
+    """(saved bytes, forward FLOPs, gradient bytes, backward FLOPs) of one micro-batch."""
+    resident = {t.untyped_storage()._cdata for t in (*step.model.parameters(), *step.model.buffers(), *step.inputs)}  # noqa: SLF001 - the storage's identity
+    kept: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage._cdata not in resident:  # noqa: SLF001 - the storage's identity
+            kept[storage._cdata] = storage.nbytes()  # noqa: SLF001 - the storage's identity
+        return t.detach()  # a result that its own node keeps would never be freed
+
+    with saved_tensors_hooks(pack, lambda t: t):
+        loss = step.forward()
+    if step.plan.checkpointing == "selective":
+        for t in kept_by_selective_checkpoints():
+            pack(t)
+    saved = sum(kept.values())
+    step.model.zero_grad()
+    with FlopCounterMode(display=False) as forward:
+        loss = step.forward()
+    with FlopCounterMode(display=False) as backward:
+        step.backward(loss)
+    gradients = nbytes(step.gradients())
+    step.model.zero_grad()
+    return saved, forward.get_total_flops(), gradients, backward.get_total_flops()
+
+
+def kept_by_selective_checkpoints() -> Iterator[Tensor]:
+    """The results that selective checkpoints hold for their recomputation, which no hook is told of."""
+    recomputation = type(create_selective_checkpoint_contexts([])[1])  # type: ignore[no-untyped-call]
+    for mode in gc.get_objects():
+        if type(mode) is recomputation:  # isinstance would wake lazy modules
+            held = (getattr(x, "val", None) for x in tree_leaves(dict(mode.storage)))
+            yield from (x for x in held if isinstance(x, torch.Tensor))
+
+
+@contextmanager
+def onednn(*, enabled: bool) -> Iterator[None]:
+    """Let oneDNN take matrix products in half precision, or leave them to the kernels that PyTorch has without it."""
+    before = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = enabled  # type: ignore[assignment]  # a property of the module
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = before
+
+
+def allocator_events(step: Callable[[], object]) -> list[tuple[int, int]]:
+    """[(time in ns, signed bytes)] of the CPU allocator during one call of `step`, in order of time."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+        step()
+    results = prof.profiler.kineto_results  # prof.events() drops most memory events
+    assert results is not None
+    cpu = torch._C._autograd.DeviceType.CPU  # noqa: SLF001 - kineto's own enum
+    events = (e for e in results.events() if e.name() == "[memory]" and e.device_type() == cpu)
+    return sorted(((e.start_ns(), e.nbytes()) for e in events), key=lambda event: event[0])
+
+
+def peak_growth(step: Callable[[], object], device: str) -> int:
+    """How far the live bytes rise above those before the step: profiler events on CPU, the allocator's on CUDA."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_stats()["requested_bytes.all.current"]
+        step()
+        torch.cuda.synchronize()
+        return int(torch.cuda.memory_stats()["requested_bytes.all.peak"] - before)
+    live = peak = 0
+    for _, delta in allocator_events(step):
+        live += delta
+        peak = max(peak, live)
+    return peak
+
+
+def _seconds(step: Callable[[], object], device: str) -> float:
+    cuda = torch.device(device).type == "cuda"
+    if cuda:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    step()
+    if cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start

@@ -1,0 +1,130 @@
+"""The judge of several processes: one real step under DDP, ZeRO or FSDP2, and what one process holds of it.
+
+A process that torchrun has started measures itself, by the profiler's raw memory events as `referee.measure` does.
+What gloo's own threads are the last to hold they free where no profiler looks: a steady step whose events do not add up
+to zero has missed such a free, and is run again.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import contextmanager
+from copy import deepcopy
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from estimator.describe.config import ConfigError
+from trainer.optim.precision import loss_scaler
+from trainer.parallel.distributed import World, local
+from trainer.referee.measure import Step, allocator_events, build_optimizer, build_parts, nbytes, onednn
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from estimator.describe.config import ModelConfig, Plan
+
+TRIES = 200  # most steps to wait for one whose events are complete
+MOMENT = 1e-3  # seconds
+
+
+class SharedStep(Step):
+    """One process's part of an optimizer step that `p.data_parallel` processes take together."""
+
+    def __init__(self, m: ModelConfig, p: Plan, world: World, seed: int = 0) -> None:
+        if world.size != p.data_parallel:
+            raise ConfigError(f"data_parallel = {p.data_parallel}: torchrun has started {world.size} processes")
+        model, inputs = build_parts(m, p, str(world.device), seed)
+        self.buckets = bucket_bytes(model) if p.sharding in ("none", "zero1") else 0
+        module, self.held, self.weights, masters = world.prepare(model, p, p.sharding)
+        super().__init__(model, build_optimizer(self.weights.named, p, world.device.type), inputs, p, masters)
+        self.module, self.world = module, world
+        self.scaler = loss_scaler(p.precision, world.device.type, sharded=world.shares(p.sharding), init_scale=2.0**8)
+
+    def __call__(self) -> None:
+        """Run it."""
+        self.micro_batches()
+        self.update()
+
+    def micro_batches(self) -> None:
+        """Every forward and backward of the step."""
+        for turn in range(self.plan.grad_accumulation):
+            with self.world.micro_batch(self.module, last=turn == self.plan.grad_accumulation - 1):
+                self.backward(self.forward())
+
+    def update(self) -> None:
+        """What comes after them."""
+        self.held.gather_gradients()
+        if self.masters is not None:
+            self.masters.take_gradients()
+        self.scaler.unscale_(self.optimizer)
+        if self.plan.max_grad_norm is not None:
+            self.weights.clip(self.plan.max_grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.masters is not None:
+            self.masters.write_back()
+        self.held.spread()
+        self.held.clear_gradients()
+
+
+def bucket_bytes(model: nn.Module) -> int:
+    """Bytes that DDP keeps for itself around a model; its first messages, which take buffers, are left out."""
+    kept: list[nn.Module] = []
+    events = allocator_events(
+        lambda: kept.append(nn.parallel.DistributedDataParallel(deepcopy(model), init_sync=False))
+    )
+    return sum(n for _, n in events) - nbytes([*model.parameters(), *model.buffers()])
+
+
+@contextmanager
+def longer_waits() -> Iterator[None]:
+    """A moment more after each message, in which gloo's thread lets go of its buffers: this thread will free them."""
+    wait = dist.Work.wait
+
+    def longer(work: dist.Work, *timeout: Any) -> bool:
+        done = wait(work, *timeout)
+        time.sleep(MOMENT)
+        return done
+
+    dist.Work.wait = longer  # type: ignore[assignment, method-assign]  # which is what FSDP calls
+    try:
+        yield
+    finally:
+        dist.Work.wait = wait  # type: ignore[method-assign]
+
+
+def measure_shared(m: ModelConfig, p: Plan, world: World, seed: int = 0) -> dict[str, int]:
+    """Bytes of a steady step in the first process, which holds the most: parameters, gradients, states and the peak.
+
+    All processes call it; what it returns in the others is theirs, without a peak.
+
+    Raises:
+        ConfigError: torchrun has started another number of processes than p.data_parallel.
+        RuntimeError: the profiler has missed events in all of `TRIES` steps.
+    """
+    step = SharedStep(m, p, world, seed)
+    for _ in range(3):  # the first makes the optimizer's state; in the second DDP cuts its buckets anew
+        step()
+    parameters = [local(x.detach()) for x in step.model.parameters()]
+    scale = [x for x in vars(step.scaler).values() if isinstance(x, Tensor)]
+    resident = nbytes([*parameters, *step.model.buffers(), *step.inputs, *step.state(), *scale]) + step.buckets
+    step.micro_batches()
+    gradients = nbytes(local(x.grad) for x in step.model.parameters() if x.grad is not None)
+    step.update()
+    found = {
+        "parameter_bytes": nbytes(parameters),
+        "gradient_bytes": gradients,
+        "optimizer_bytes": nbytes(step.state()),
+    }
+    for _ in range(TRIES):
+        # oneDNN's products in half precision take scratch that depends on the machine.
+        with onednn(enabled=False), longer_waits():
+            live = list(accumulate(n for _, n in allocator_events(step)))
+        if world.rank == 0 and live[-1] == 0:
+            found["peak_bytes"] = resident + max(live)
+        if not world.any(world.rank == 0 and "peak_bytes" not in found):  # all take the same number of steps
+            return found
+    raise RuntimeError(f"the profiler has missed events in each of {TRIES} steps")
