@@ -35,7 +35,7 @@ def ran(at):
 
 
 def opened(**query):
-    at = AppTest.from_file("../app.py", default_timeout=120)
+    at = AppTest.from_file("../../app.py", default_timeout=120)
     for key, value in query.items():
         at.query_params[key] = value
     return ran(at)
