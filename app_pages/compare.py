@@ -15,7 +15,8 @@ from app_pages.inputs import HIDDEN, supported
 from app_pages.labels import explained, label
 from app_pages.model_input import LIMIT, called
 from estimator.answers.advice import choices
-from estimator.describe.config import ConfigError, Plan
+from estimator.describe.checks import ConfigError
+from estimator.describe.plan import Plan
 from estimator.describe.presets import preset, presets
 from estimator.pricing.money import cost
 from estimator.show.formatting import dollars, duration, figures, hours, prefixed, size

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
     from app_pages.inputs import Setup
     from estimator.answers.request import Request
-    from estimator.describe.config import ModelConfig, Plan
+    from estimator.describe.model import ModelConfig
+    from estimator.describe.plan import Plan
 
     Swept = tuple[dict[str, NDArray[np.int64]], dict[str, NDArray[np.float64]]]
 

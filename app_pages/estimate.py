@@ -15,7 +15,7 @@ from app_pages.labels import label
 from app_pages.model_input import called
 from estimator.answers import derivations
 from estimator.answers.advice import NOTICEABLE
-from estimator.describe.config import ConfigError
+from estimator.describe.checks import ConfigError
 from estimator.show.formatting import (
     between,
     dollars,

@@ -13,7 +13,7 @@ from app_pages.estimate import answer, derivation, heading, result
 from estimator.accounting.accounts import FORMS
 from estimator.answers import derivations
 from estimator.answers.sweeps import spaced
-from estimator.describe.config import ConfigError
+from estimator.describe.checks import ConfigError
 from estimator.eager.symbols import LEGEND
 from estimator.show.formatting import duration, prefixed, size
 from estimator.studies.assignment import seed_notes, textbook

@@ -14,12 +14,13 @@ from app_pages.model_input import LIMIT, model_input
 from estimator.accounting.accounts import DEVICES
 from estimator.answers.advice import choices
 from estimator.answers.request import Request
-from estimator.describe.config import ConfigError, Plan
+from estimator.describe.checks import ConfigError
+from estimator.describe.plan import Plan
 from estimator.hardware.accelerators import accelerator, accelerators
 from estimator.show.formatting import prefixed
 
 if TYPE_CHECKING:
-    from estimator.describe.config import ModelConfig
+    from estimator.describe.model import ModelConfig
 
 FIRST = ("batch_size", "seq_len", "precision", "attention", "checkpointing", "optimizer")  # the rest is under "More"
 HIDDEN = ("data_parallel",)  # `count` is what the machine has

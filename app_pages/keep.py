@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import streamlit as st
 
 from app_pages.compute import cost_of
-from estimator.describe.config import ConfigError
+from estimator.describe.checks import ConfigError
 from estimator.show.report import to_csv, to_json, to_markdown
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ import streamlit as st
 
 from app_pages.labels import explained, label
 from estimator.answers.request import BASES
-from estimator.describe.config import ConfigError, ModelConfig
+from estimator.describe.checks import ConfigError
+from estimator.describe.model import ModelConfig
 from estimator.describe.presets import from_hf, preset, presets
 
 if TYPE_CHECKING:

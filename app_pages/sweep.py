@@ -13,7 +13,7 @@ from app_pages.compute import cost_of, swept
 from app_pages.estimate import answer, heading
 from app_pages.labels import label
 from estimator.answers.sweeps import AXES, python
-from estimator.describe.config import ConfigError
+from estimator.describe.checks import ConfigError
 from estimator.show.formatting import BYTE_UNITS, dollars, duration, figures, hours, in_unit, prefixed, size
 
 if TYPE_CHECKING:

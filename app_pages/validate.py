@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import streamlit as st
 
-from estimator.describe.config import ModelConfig, Plan
+from estimator.describe.model import ModelConfig
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from app_pages.inputs import Setup
+    from estimator.describe.plan import Plan
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "validation"

@@ -52,7 +52,7 @@ def forget():
 def recipes(est, count, seed=0):
     """Models, plans and devices at random; a micro-batch of 1, which takes the ledger of the general sizes as well."""
     from estimator.answers.advice import choices
-    from estimator.describe.config import OPTIMIZERS
+    from estimator.describe.plan import OPTIMIZERS
 
     rng = random.Random(seed)  # noqa: S311 - recipes, not secrets
     while count:

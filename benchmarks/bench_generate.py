@@ -10,7 +10,8 @@ import time
 
 import torch
 
-from estimator.describe.config import ModelConfig, Plan
+from estimator.describe.model import ModelConfig
+from estimator.describe.plan import Plan
 from trainer.model.decoder import build_model
 from trainer.model.generate import generate
 

@@ -17,7 +17,8 @@ from alternate import alternate, report
 from torch import nn
 from torch.nn import functional as F
 
-from estimator.describe.config import ModelConfig, Plan
+from estimator.describe.model import ModelConfig
+from estimator.describe.plan import Plan
 from trainer.model.decoder import build_model
 from trainer.model.loss import cross_entropy
 from trainer.optim.optimizers import AdamW

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Annotated
 import torch
 import tyro
 
-from estimator.describe.config import ConfigError, ModelConfig, Plan
+from estimator.describe.checks import ConfigError
+from estimator.describe.model import ModelConfig
+from estimator.describe.plan import Plan
 from trainer.files.checkpoint import checkpoints, export_safetensors, read_checkpoint
 from trainer.files.prepare import END_OF_TEXT, PrepareConfig, prepare
 from trainer.model.decoder import build_model

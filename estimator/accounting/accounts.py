@@ -12,7 +12,7 @@ from estimator.accounting.peak import Piece, peak_pieces
 from estimator.accounting.polynomials import Polynomials
 from estimator.accounting.trace import Trace, executed_blocks, total, trace
 from estimator.accounting.vectorised import VectorisedPeak
-from estimator.describe.config import ConfigError, choose
+from estimator.describe.checks import ConfigError, choose
 from estimator.eager.ledger import Category, Phase
 from estimator.eager.sizes import LETTER, MASK_ALIGNMENT, NAMES, ONE, ZERO, ShapeClass, Size, sizes_of
 from estimator.eager.symbols import SYMBOLS
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from estimator.describe.config import ModelConfig, Plan
+    from estimator.describe.model import ModelConfig
+    from estimator.describe.plan import Plan
     from estimator.eager.ledger import Where
 
 DEVICES = ("cpu", "cuda")

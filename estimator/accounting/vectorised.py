@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from estimator.accounting.trace import executed_blocks
-from estimator.describe.config import ConfigError, choose
+from estimator.describe.checks import ConfigError, choose
 from estimator.eager.sizes import MASK_ALIGNMENT, cpu_threads, derived_letters, row_counts
 
 if TYPE_CHECKING:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from estimator.accounting.accounts import account
 from estimator.answers.estimates import Estimate, estimate
-from estimator.describe import config
-from estimator.describe.config import ConfigError, Plan
+from estimator.describe import plan as declared
+from estimator.describe.checks import ConfigError
+from estimator.describe.plan import Plan
 from estimator.memory.device import memory
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def choices() -> dict[str, tuple[str, ...]]:
     found = {}
     for f in fields(Plan):
         plural = f"{f.name}es" if f.name.endswith("s") else f"{f.name}s"
-        names = getattr(config, plural.upper(), None)
+        names = getattr(declared, plural.upper(), None)
         if names is not None:
             found[f.name] = tuple(names)
     return found

@@ -10,7 +10,7 @@ import numpy as np
 import sympy
 
 from estimator.accounting.accounts import FORMS, account_at, expression
-from estimator.describe.config import ConfigError, choose
+from estimator.describe.checks import ConfigError, choose
 from estimator.eager.symbols import SYMBOLS
 from estimator.timing.speed import SECONDS_PER_HOUR
 

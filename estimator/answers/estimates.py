@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from estimator.accounting.accounts import COMPONENTS, Account, Values, account, sizes_for
-from estimator.describe.config import ConfigError, ModelConfig, Plan, choose, positive_int
+from estimator.describe.checks import ConfigError, choose, positive_int
+from estimator.describe.plan import Plan
 from estimator.describe.presets import preset
 from estimator.hardware.accelerators import Accelerator, accelerator
 from estimator.memory.device import Memory, memory
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import pandas as pd
+
+    from estimator.describe.model import ModelConfig
 
 WITHOUT_FLASH = ("volta", "turing")  # flash_api.cpp, mha_fwd: "FlashAttention only supports Ampere GPUs or newer."
 FULLY_SHARD = "PyTorch's fully_shard on each block and on the model, gradients scattered in every micro-batch"

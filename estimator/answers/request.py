@@ -8,11 +8,13 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from estimator.answers.estimates import estimate
-from estimator.describe.config import ConfigError, ModelConfig, Plan
+from estimator.describe.checks import ConfigError
+from estimator.describe.plan import Plan
 from estimator.describe.presets import preset, presets
 
 if TYPE_CHECKING:
     from estimator.answers.estimates import Estimate
+    from estimator.describe.model import ModelConfig
 
 BASES = {"gpt2": "gpt2-xl", "llama": "llama-3.2-1b"}  # what a model of one's own starts from, by family
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from estimator.accounting.accounts import account_at, recipe_of, vectorised_peak, window_of
 from estimator.accounting.trace import executed_blocks
-from estimator.describe.config import ConfigError, choose
+from estimator.describe.checks import ConfigError, choose
 from estimator.eager.sizes import ShapeClass, derived_letters
 from estimator.hardware.accelerators import accelerator
 from estimator.pricing.money import JOULES_PER_KILOWATT_HOUR, SECONDS_PER_HOUR, cost
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from estimator.answers.request import Request
-    from estimator.describe.config import ModelConfig
+    from estimator.describe.model import ModelConfig
 
     Array = NDArray[np.float64]
 

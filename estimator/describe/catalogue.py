@@ -11,7 +11,7 @@ from importlib import resources
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
-from estimator.describe.config import ConfigError
+from estimator.describe.checks import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

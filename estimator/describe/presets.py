@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from estimator.describe.catalogue import read_data, squash, unknown
-from estimator.describe.config import ConfigError, ModelConfig, choose, positive_int
+from estimator.describe.checks import ConfigError, choose, positive_int
+from estimator.describe.model import ModelConfig
 
 SIZE_LIMIT = 5_000_000  # bytes; a config.json has a few thousand, so anything larger is another file
 GPT2_NAMES = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}

@@ -20,7 +20,7 @@ from sympy.polys.rings import ring
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from estimator.describe.config import ModelConfig
+    from estimator.describe.model import ModelConfig
 
 SHARES = ("d_D", "t_D", "q_D", "k_D", "f_D", "V_D", "C_D")  # rows of one of D accelerators: `row_counts`
 BLOCKS = tuple(f"{name[0]}_8" for name in SHARES)  # blocks of a matrix's 8-bit states: as many rows by d

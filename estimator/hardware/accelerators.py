@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from estimator.describe.catalogue import number, read_data, squash, unknown
-from estimator.describe.config import ConfigError, choose, positive_int
+from estimator.describe.checks import ConfigError, choose, positive_int
 
 DTYPES = ("fp64", "fp32", "tf32", "fp16", "bf16", "fp8", "int8", "fp4")
 DTYPE_SPELLINGS = {

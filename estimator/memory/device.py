@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from estimator.describe.config import ConfigError
+from estimator.describe.checks import ConfigError
 from estimator.eager.ledger import Category
 from estimator.eager.sizes import ONE, evaluate
 from estimator.memory.allocator import GRANULE, reserved_bytes

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from estimator.describe.config import ConfigError, choose
+from estimator.describe.checks import ConfigError, choose
 
 if TYPE_CHECKING:
-    from estimator.describe.config import ModelConfig
+    from estimator.describe.model import ModelConfig
 
 CONVENTIONS = {
     "ledger": "every matrix product of forward and backward as it is in the model: attention whole, logits counted, "

@@ -12,7 +12,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from estimator.describe.catalogue import number, read_data
-from estimator.describe.config import choose, positive_int
+from estimator.describe.checks import choose, positive_int
 from estimator.hardware.accelerators import Accelerator, accelerator
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from estimator.describe.catalogue import number, read_data
-from estimator.describe.config import ConfigError, choose, positive_int
+from estimator.describe.checks import ConfigError, choose, positive_int
 from estimator.describe.presets import presets, published_parameters
 from estimator.hardware import accelerators as hardware
 from estimator.pricing.money import SECONDS_PER_HOUR, Cost, cost

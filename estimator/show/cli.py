@@ -9,7 +9,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from estimator.describe.config import ConfigError, ModelConfig, Plan
+from estimator.describe.checks import ConfigError
+from estimator.describe.model import ModelConfig
+from estimator.describe.plan import Plan
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

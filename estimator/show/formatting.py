@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from estimator.describe.config import choose
+from estimator.describe.checks import choose
 
 if TYPE_CHECKING:
     from estimator.answers.estimates import Estimate

@@ -13,7 +13,7 @@ from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
 from estimator.accounting.accounts import expression
-from estimator.describe.config import ConfigError
+from estimator.describe.checks import ConfigError
 from estimator.describe.presets import preset
 from estimator.eager.ledger import Category
 from estimator.eager.sizes import LETTER, ZERO, ShapeClass, Size, evaluate, sizes_of
@@ -23,7 +23,7 @@ from estimator.models.textbook import Textbook
 if TYPE_CHECKING:
     import sympy
 
-    from estimator.describe.config import ModelConfig
+    from estimator.describe.model import ModelConfig
 
 BYTES = 4  # float32 for every tensor, as the assignment says
 COPIES = 4  # parameters, gradients, first and second moments

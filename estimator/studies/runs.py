@@ -12,7 +12,9 @@ from functools import cache
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
-from estimator.describe.config import ModelConfig, Plan, choose
+from estimator.describe.checks import choose
+from estimator.describe.model import ModelConfig
+from estimator.describe.plan import Plan
 from estimator.timing.kernels import FUSED, Variant
 from estimator.timing.speed import Setup
 

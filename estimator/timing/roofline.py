@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from estimator.describe.catalogue import number, read_data
-from estimator.describe.config import ConfigError, choose
+from estimator.describe.checks import ConfigError, choose
 from estimator.eager.ledger import Phase
 from estimator.timing.kernels import COLUMNS, KINDS, LISTED
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from estimator.accounting.accounts import account, recipe_of, sizes_for
 from estimator.describe.catalogue import read_data
-from estimator.describe.config import positive_int
+from estimator.describe.checks import positive_int
 from estimator.hardware.accelerators import Accelerator, accelerator, cluster
 from estimator.pricing.conventions import model_flops_utilisation
 from estimator.timing.communication import exposed, messages
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from estimator.accounting.accounts import Account
-    from estimator.describe.config import ModelConfig, Plan
+    from estimator.describe.model import ModelConfig
+    from estimator.describe.plan import Plan
 
     Array = NDArray[np.float64]
 

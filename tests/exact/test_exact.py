@@ -7,7 +7,8 @@ import itertools
 
 import pytest
 
-from estimator.describe.config import CHECKPOINTINGS, LOSSES, ModelConfig, Plan
+from estimator.describe.model import ModelConfig
+from estimator.describe.plan import CHECKPOINTINGS, LOSSES, Plan
 from trainer.referee.validate import cases, compare, describe
 
 SHAPES = 68  # of each family: eight edges (B, T, h, L, V of 1, V below T) and sixty at random

@@ -7,16 +7,9 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from estimator.describe.config import (
-    ATTENTIONS,
-    CHECKPOINTINGS,
-    LOSSES,
-    OPTIMIZERS,
-    PRECISIONS,
-    ConfigError,
-    ModelConfig,
-    Plan,
-)
+from estimator.describe.checks import ConfigError
+from estimator.describe.model import ModelConfig
+from estimator.describe.plan import ATTENTIONS, CHECKPOINTINGS, LOSSES, OPTIMIZERS, PRECISIONS, Plan
 from trainer.referee.validate import compare
 
 EXAMPLES = 3  # shapes a recipe: each is several real steps under the profiler

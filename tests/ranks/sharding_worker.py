@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from estimator.describe.config import ModelConfig, Plan
+from estimator.describe.model import ModelConfig
+from estimator.describe.plan import Plan
 from trainer.parallel.distributed import World
 from trainer.referee.replicas import measure_shared
 

@@ -14,7 +14,8 @@ import torch
 from distributed_worker import half
 
 import trainer
-from estimator.describe.config import ModelConfig, Plan
+from estimator.describe.model import ModelConfig
+from estimator.describe.plan import Plan
 from trainer.__main__ import main
 from trainer.files.checkpoint import CheckpointError, checkpoints
 from trainer.files.prepare import PrepareConfig, prepare

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 import estimator as est
 import trainer
 from estimator.accounting.accounts import account, sizes_for
-from estimator.describe.config import SHARDINGS, ConfigError, ModelConfig, Plan
+from estimator.describe.checks import ConfigError
+from estimator.describe.model import ModelConfig
+from estimator.describe.plan import SHARDINGS, Plan
 from estimator.memory.device import rounded_peak, timeline
 
 quick = settings(derandomize=True, deadline=None, max_examples=12)

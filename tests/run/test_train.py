@@ -16,7 +16,9 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 import trainer.run.train
-from estimator.describe.config import OPTIMIZERS, ConfigError, ModelConfig, Plan
+from estimator.describe.checks import ConfigError
+from estimator.describe.model import ModelConfig
+from estimator.describe.plan import OPTIMIZERS, Plan
 from trainer.__main__ import main, parse_train
 from trainer.files.checkpoint import checkpoints, read_checkpoint
 from trainer.files.prepare import PrepareConfig, prepare

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 import estimator as est
 from estimator.accounting.accounts import COMPONENTS, FORMS, account
-from estimator.describe.config import ConfigError, ModelConfig, Plan
+from estimator.describe.checks import ConfigError
+from estimator.describe.model import ModelConfig
+from estimator.describe.plan import Plan
 from estimator.eager.ledger import Category
 from estimator.eager.sizes import sizes_of
 from estimator.eager.symbols import SYMBOLS

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import estimator as est
-from estimator.describe.config import ConfigError
+from estimator.describe.checks import ConfigError
 from estimator.eager.symbols import SYMBOLS
 
 

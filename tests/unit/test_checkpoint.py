@@ -15,7 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_model
 from torch import nn
 
-from estimator.describe.config import ModelConfig, Plan
+from estimator.describe.model import ModelConfig
+from estimator.describe.plan import Plan
 from trainer.files.checkpoint import (
     CheckpointError,
     checkpoint_path,

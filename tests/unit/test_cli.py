@@ -10,7 +10,8 @@ from dataclasses import fields
 import pytest
 
 import estimator as est
-from estimator.describe.config import ModelConfig, Plan
+from estimator.describe.model import ModelConfig
+from estimator.describe.plan import Plan
 from estimator.show import cli
 
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from estimator.describe.config import ConfigError
+from estimator.describe.checks import ConfigError
 from trainer.optim.clip import gradient_clipping
 
 shapes = st.lists(st.lists(st.integers(1, 5), max_size=3), min_size=1, max_size=6)

@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from estimator.describe.config import ConfigError, ModelConfig, Plan, choose
+from estimator.describe.checks import ConfigError, choose
+from estimator.describe.model import ModelConfig
+from estimator.describe.plan import Plan
 
 
 def model(**changes):

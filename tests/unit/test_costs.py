@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from estimator.describe.catalogue import read_data
-from estimator.describe.config import ConfigError
+from estimator.describe.checks import ConfigError
 from estimator.hardware.accelerators import Accelerator, accelerator, accelerators
 from estimator.pricing.money import KINDS, checkpoint_storage, cost, price_range, prices
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from estimator.describe.config import ConfigError
+from estimator.describe.checks import ConfigError
 from trainer.files.data import Dataset, get_batch, philox
 from trainer.files.prepare import END_OF_TEXT, PrepareConfig, prepare, split, text_files
 

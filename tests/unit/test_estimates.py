@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import estimator as est
-from estimator.describe.config import ConfigError, ModelConfig, Plan
+from estimator.describe.checks import ConfigError
+from estimator.describe.model import ModelConfig
+from estimator.describe.plan import Plan
 
 
 @settings(max_examples=12, deadline=None)

@@ -5,7 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from estimator.describe.config import ATTENTIONS, ConfigError, ModelConfig, Plan
+from estimator.describe.checks import ConfigError
+from estimator.describe.model import ModelConfig
+from estimator.describe.plan import ATTENTIONS, Plan
 from trainer.model.decoder import build_model
 from trainer.model.generate import generate, sample
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from estimator.describe.catalogue import read_data
-from estimator.describe.config import ConfigError
+from estimator.describe.checks import ConfigError
 from estimator.hardware.accelerators import DTYPES, PROFILE_LIMIT, Accelerator, accelerator, accelerators, cluster
 
 IDS = accelerators()

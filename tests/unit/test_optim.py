@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import trainer.optim.optimizers
-from estimator.describe.config import ConfigError
+from estimator.describe.checks import ConfigError
 from trainer.optim.optimizers import CPU_SLICE, SGD, AdamW, Lion
 from trainer.referee.measure import allocator_events
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from estimator.describe.catalogue import read_data
-from estimator.describe.config import ConfigError
+from estimator.describe.checks import ConfigError
 from estimator.describe.presets import presets, published_parameters
 from estimator.hardware.accelerators import accelerator
 from estimator.pricing.planning import (

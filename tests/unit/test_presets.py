@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from estimator.describe.config import ConfigError, ModelConfig
+from estimator.describe.checks import ConfigError
+from estimator.describe.model import ModelConfig
 from estimator.describe.presets import SIZE_LIMIT, from_hf, preset, presets, published_parameters
 
 HF = Path(__file__).parents[1] / "data" / "hf"

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from estimator.describe.config import ConfigError
+from estimator.describe.checks import ConfigError
 from trainer.optim.schedule import lr_cosine_schedule
 from trainer.run.lr_experiment import LEARNING_RATES, STEPS, main, plot, run, verdict
 

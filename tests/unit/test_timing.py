@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import estimator as est
-from estimator.describe.config import ConfigError, ModelConfig
+from estimator.describe.checks import ConfigError
+from estimator.describe.model import ModelConfig
 from estimator.hardware.accelerators import accelerator, accelerators
 from estimator.pricing.conventions import CONVENTIONS, flops_per_token
 from estimator.timing.roofline import PARTS

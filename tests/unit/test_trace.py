@@ -10,7 +10,8 @@ import pytest
 from estimator.accounting.accounts import account, recipe_of
 from estimator.accounting.step import run_step
 from estimator.accounting.trace import Trace, trace
-from estimator.describe.config import ModelConfig, Plan
+from estimator.describe.model import ModelConfig
+from estimator.describe.plan import Plan
 from estimator.eager.ledger import Phase
 from estimator.eager.sizes import ShapeClass, sizes_of
 from estimator.memory.device import rounded_peak, timeline

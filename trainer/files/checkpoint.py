@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from estimator.describe.config import ConfigError
+from estimator.describe.checks import ConfigError
 from trainer.optim.eight_bit import BLOCK
 
 if TYPE_CHECKING:

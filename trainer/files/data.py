@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from estimator.describe.config import ConfigError, choose, positive_int
+from estimator.describe.checks import ConfigError, choose, positive_int
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

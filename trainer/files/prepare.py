@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import tyro
 
-from estimator.describe.config import ConfigError
+from estimator.describe.checks import ConfigError
 from trainer.files.data import DTYPES, smallest_dtype
 
 if TYPE_CHECKING:

@@ -25,7 +25,8 @@ from trainer.model.loss import chunked_cross_entropy
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from estimator.describe.config import ModelConfig, Plan
+    from estimator.describe.model import ModelConfig
+    from estimator.describe.plan import Plan
 
 ROPE_THETA = 10_000.0  # Su et al. 2021, "RoFormer", section 3.2.2
 NORM_EPS = 1e-5

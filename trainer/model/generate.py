@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from estimator.describe.config import ConfigError, positive_int
+from estimator.describe.checks import ConfigError, positive_int
 
 if TYPE_CHECKING:
     from trainer.model.decoder import KeysAndValues, Transformer

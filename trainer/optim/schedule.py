@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from estimator.describe.config import ConfigError
+from estimator.describe.checks import ConfigError
 
 
 def lr_cosine_schedule(t: int, lr_max: float, lr_min: float, t_w: int, t_c: int) -> float:

@@ -27,7 +27,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from estimator.describe.config import ConfigError
+from estimator.describe.checks import ConfigError
 from trainer.files.checkpoint import (
     CheckpointError,
     check_optimizer_class,
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
     from torch.distributed.device_mesh import DeviceMesh
 
-    from estimator.describe.config import Plan
+    from estimator.describe.plan import Plan
 
 RUN_FILE = "run.pt"  # in a sharded checkpoint: all that is not a large tensor, and the other files' checksums
 

@@ -25,7 +25,8 @@ from rich.progress import Progress
 from torch.nn import functional as F
 
 from estimator.accounting.accounts import account
-from estimator.describe.config import ModelConfig, Plan
+from estimator.describe.model import ModelConfig
+from estimator.describe.plan import Plan
 from estimator.timing.kernels import table
 from estimator.timing.roofline import built, flash_seconds, matmul_seconds
 from trainer.referee.measure import build_step

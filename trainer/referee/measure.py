@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
-from estimator.describe.config import ConfigError
+from estimator.describe.checks import ConfigError
 from trainer.model.decoder import build_model
 from trainer.model.loss import cross_entropy
 from trainer.optim.clip import gradient_clipping
@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from estimator.describe.config import ModelConfig, Plan
+    from estimator.describe.model import ModelConfig
+    from estimator.describe.plan import Plan
 
 
 class Step:

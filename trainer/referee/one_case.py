@@ -10,7 +10,9 @@ import json
 import sys
 from dataclasses import asdict
 
-from estimator.describe.config import ConfigError, ModelConfig, Plan
+from estimator.describe.checks import ConfigError
+from estimator.describe.model import ModelConfig
+from estimator.describe.plan import Plan
 
 
 def main() -> int:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from estimator.describe.config import ConfigError
+from estimator.describe.checks import ConfigError
 from trainer.optim.precision import loss_scaler
 from trainer.parallel.distributed import World, local
 from trainer.referee.measure import Step, allocator_events, build_optimizer, build_parts, nbytes, onednn
@@ -24,7 +24,8 @@ from trainer.referee.measure import Step, allocator_events, build_optimizer, bui
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from estimator.describe.config import ModelConfig, Plan
+    from estimator.describe.model import ModelConfig
+    from estimator.describe.plan import Plan
 
 TRIES = 200  # most steps to wait for one whose events are complete
 MOMENT = 1e-3  # seconds

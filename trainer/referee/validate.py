@@ -23,7 +23,9 @@ from rich.progress import Progress
 from rich.table import Table
 
 from estimator.accounting.accounts import account, sizes_for
-from estimator.describe.config import CHECKPOINTINGS, LOSSES, PRECISIONS, ConfigError, ModelConfig, Plan
+from estimator.describe.checks import ConfigError
+from estimator.describe.model import ModelConfig
+from estimator.describe.plan import CHECKPOINTINGS, LOSSES, PRECISIONS, Plan
 from estimator.hardware.accelerators import accelerator
 from estimator.memory.device import memory
 from estimator.studies import published

@@ -17,7 +17,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from estimator.describe.config import ConfigError, ModelConfig, Plan
+from estimator.describe.checks import ConfigError
+from estimator.describe.model import ModelConfig
+from estimator.describe.plan import Plan
 from estimator.hardware.accelerators import accelerator
 from estimator.timing.roofline import efficiency
 from estimator.timing.speed import step_times

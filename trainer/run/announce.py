@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from estimator.describe.config import ConfigError
+from estimator.describe.checks import ConfigError
 from trainer.system.memory import available_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from estimator.describe.config import ModelConfig, Plan
+    from estimator.describe.model import ModelConfig
+    from estimator.describe.plan import Plan
 
 GIB = 2**30
 MATMUL = {"cpu": 1024, "cuda": 8192}  # rows and columns: large enough that larger ones are not faster, still short

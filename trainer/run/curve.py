@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from estimator.describe.config import ConfigError
+from estimator.describe.checks import ConfigError
 from trainer.files.data import read_manifest
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from estimator.describe.config import ConfigError
+from estimator.describe.checks import ConfigError
 from trainer.files.prepare import write_whole
 
 if TYPE_CHECKING:

@@ -9,15 +9,9 @@ from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
-from estimator.describe.config import (
-    SHARDING_SPELLINGS,
-    SHARDINGS,
-    ConfigError,
-    ModelConfig,
-    Plan,
-    choose,
-    positive_int,
-)
+from estimator.describe.checks import ConfigError, choose, positive_int
+from estimator.describe.model import ModelConfig
+from estimator.describe.plan import SHARDING_SPELLINGS, SHARDINGS, Plan
 
 DEVICES = ("auto", "cpu", "cuda")
 CONFIGS = Path(__file__).parent / "configs"

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Self, cast
 import torch
 from torch import Tensor, nn
 
-from estimator.describe.config import WHOLE_MATRICES, ConfigError
+from estimator.describe.checks import ConfigError
+from estimator.describe.plan import WHOLE_MATRICES
 from trainer.files.checkpoint import CheckpointError, checkpoints, export_safetensors, random_states, set_random_states
 from trainer.files.data import Dataset
 from trainer.files.prepare import write_whole
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from types import FrameType
 
-    from estimator.describe.config import Plan
+    from estimator.describe.plan import Plan
     from trainer.run.settings import OptimSection, TrainConfig
 
 

@@ -1,0 +1,303 @@
+"""The parts that a decoder is made of: what each block computes, free of sizes.
+
+A `ModelConfig` is sizes (integers, each with a letter) and these parts. A part says which statements are executed, so
+that two models with equal parts have the same closed forms; the sizes that a part needs (experts, ranks, a window) are
+fields of the ModelConfig. `estimator.models` and `trainer.model` have one class a part, side by side.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
+
+from estimator.describe.checks import ConfigError, choose
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+def _choices(part: Any, **allowed: Sequence[str]) -> None:
+    for name, values in allowed.items():
+        choose(f"{type(part).__name__}.{name}", getattr(part, name), values)
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """A normalization over the width.
+
+    Attributes:
+        kind: "layer" (mean and variance, one kernel) or "rms" (Zhang and Sennrich 2019, in separate operators).
+        weight: "plain"; "plus-one" (1 + w scales, so that w starts at 0: Gemma, Nemotron); "none" (OLMo).
+        bias: a bias is added ("layer" only).
+    """
+
+    kind: str = "rms"
+    weight: str = "plain"
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        _choices(self, kind=("layer", "rms"), weight=("plain", "plus-one", "none"))
+        if self.bias and (self.kind == "rms" or self.weight == "none"):
+            raise ConfigError("Norm.bias = True: an rms norm, or one without a weight, has none; allowed is false")
+
+
+# How a block adds its attention A and its feed-forward M to the stream x; n are norms.
+ORDERS = {
+    "pre": "x += A(n1 x); x += M(n2 x)",
+    "post": "x += n1 A(x); x += n2 M(x)",
+    "sandwich": "x += n2 A(n1 x); x += n4 M(n3 x)",
+    "post-sum": "x = n1(x + A x); x = n2(x + M x)",
+    "parallel": "x + A(n x) + M(n x), one norm",
+    "parallel-two": "x + A(n1 x) + M(n2 x)",
+}
+QK_NORMS = ("none", "head", "head-own", "width", "unit")
+LATENTS = ("none", "keys", "keys-and-queries")
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """How a block looks at other tokens.
+
+    Attributes:
+        fused: q, k and v are one projection, whose result is split.
+        bias: biases on q, k and v.
+        out_bias: a bias on the output projection.
+        clip: q, k and v are clamped to so much either way (None: not).
+        qk_norm: a norm on queries and keys: "none"; "head" (over head_dim, one weight for all heads); "head-own" (each
+            head its own); "width" (over all heads together); "unit" (over head_dim, no weight: Llama 4's).
+        qk_norm_kind: the kind of that norm, as in `Norm`.
+        qk_norm_late: it comes after the rotation.
+        scale: what scores are multiplied with; None for 1 / sqrt(head_dim).
+        softcap: c of c tanh(scores / c), which no fused kernel has; None for none (Gemma 2: 50).
+        sinks: a learned score for each head beside those of the tokens, dropped after the softmax (gpt-oss).
+        latent: "none"; "keys" (keys and values come from a vector of kv_rank: multi-head latent attention of
+            DeepSeek-V2-Lite); "keys-and-queries" (queries from one of query_rank too: DeepSeek-V3).
+    """
+
+    fused: bool = False
+    bias: bool = False
+    out_bias: bool = False
+    clip: float | None = None
+    qk_norm: str = "none"
+    qk_norm_kind: str = "rms"
+    qk_norm_late: bool = False
+    scale: float | None = None
+    softcap: float | None = None
+    sinks: bool = False
+    latent: str = "none"
+
+    def __post_init__(self) -> None:
+        _choices(self, qk_norm=QK_NORMS, qk_norm_kind=("layer", "rms"), latent=LATENTS)
+        if self.latent != "none" and (self.fused or self.qk_norm != "none" or self.sinks):
+            raise ConfigError(
+                f"Attention.latent = {self.latent!r}: latent attention has its own projections and norms; allowed with "
+                "it are fused = false, qk_norm = 'none', sinks = false"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Positions:
+    """How a block knows where a token stands.
+
+    Attributes:
+        kind: "learned" (a table added to the embedding), "rotary" (Su et al. 2021), "alibi" (Press et al. 2022: a slope
+            a head times the distance, added to the scores), "sinusoidal" (a fixed table added), "none".
+        pairs: what is rotated together: "halves" (i and i + half) or "neighbours" (2 i and 2 i + 1).
+        extra_rows: rows of the learned table beyond the context (OPT: 2).
+    """
+
+    kind: str = "rotary"
+    pairs: str = "halves"
+    extra_rows: int = 0
+
+    def __post_init__(self) -> None:
+        _choices(self, kind=("learned", "rotary", "alibi", "sinusoidal", "none"), pairs=("halves", "neighbours"))
+
+
+# Activations, by the names that config.json files use.
+ACTIVATIONS = {
+    "silu": "x sigmoid(x), one operator",
+    "gelu": "x Phi(x) with erf, one operator",
+    "gelu_tanh": "its tanh approximation, one operator",
+    "gelu_new": "the same approximation, written out in eight operators, as GPT-2's code in transformers has it",
+    "relu": "max(x, 0)",
+    "relu2": "max(x, 0) squared (Primer)",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class MLP:
+    """A feed-forward network.
+
+    Attributes:
+        gated: down(f(gate x) * up x), three matrices (Shazeer 2020); else down(f(up x)), two.
+        activation: f, one of `ACTIVATIONS`.
+        bias: biases on all matrices.
+        fused: gate and up are one matrix, whose result is split.
+    """
+
+    gated: bool = True
+    activation: str = "silu"
+    bias: bool = False
+    fused: bool = False
+
+    def __post_init__(self) -> None:
+        _choices(self, activation=tuple(ACTIVATIONS))
+        if self.fused and not self.gated:
+            raise ConfigError("MLP.fused = True: a plain feed-forward has one matrix up; allowed with gated = true")
+
+
+SCORES = {
+    "softmax": "softmax over all experts in fp32, then the K greatest",
+    "logits": "the K greatest logits, then a softmax of those",
+    "sigmoid": "sigmoid in fp32, then the K greatest",
+    "sigmoid-all": "the K greatest logits put through a sigmoid, all others 0; every expert computes every token",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """A mixture of experts in place of a feed-forward: gate and up of all experts are one tensor, down another.
+
+    Attributes:
+        score: how the router turns logits into weights, one of `SCORES`.
+        normalised: the chosen weights are divided by their sum.
+        corrected: a buffer is added to the scores before experts are chosen, not to their weights (DeepSeek-V3).
+        grouped: experts are chosen within the best groups of experts only (expert_groups, groups_per_token).
+        scaling: what the weights are multiplied with; None for nothing.
+        router_bias: the router has a bias.
+        bias: the experts have biases (gpt-oss).
+        activation: of the experts, one of `ACTIVATIONS` or "clamped-swiglu" (gpt-oss: (up + 1) gate sigmoid(1.702
+            gate), both clamped to 7).
+        shared: an expert that all tokens go through, of width d_shared: "none", "plain", or "gated" (times
+            sigmoid of a learned score a token: Qwen2-MoE).
+    """
+
+    score: str = "softmax"
+    normalised: bool = True
+    corrected: bool = False
+    grouped: bool = False
+    scaling: float | None = None
+    router_bias: bool = False
+    bias: bool = False
+    activation: str = "silu"
+    shared: str = "none"
+
+    def __post_init__(self) -> None:
+        _choices(
+            self,
+            score=tuple(SCORES),
+            activation=(*ACTIVATIONS, "clamped-swiglu"),
+            shared=("none", "plain", "gated"),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Ends:
+    """What comes before the first block and after the last.
+
+    Attributes:
+        tied: the head uses the embedding's matrix.
+        head_bias: the head has a bias.
+        embedding_norm: a norm after the embedding (BLOOM).
+        embedding_scale: what the embedding is multiplied with; None for nothing (Gemma: sqrt(d)).
+        final_norm: a norm before the head.
+        logits_scale: what logits are multiplied with; None for nothing.
+        logits_softcap: c of c tanh(logits / c); None for none (Gemma 2: 30).
+    """
+
+    tied: bool = False
+    head_bias: bool = False
+    embedding_norm: bool = False
+    embedding_scale: float | None = None
+    final_norm: bool = True
+    logits_scale: float | None = None
+    logits_softcap: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """All parts of a decoder.
+
+    Attributes:
+        norm: every norm of the stream.
+        order: how a block is put together, one of `ORDERS`.
+        residual_scale: what attention and feed-forward are multiplied with before they are added; None for nothing.
+        attention, positions, mlp, ends: see each.
+        experts: of the sparse layers; None where there are none.
+    """
+
+    norm: Norm = Norm()
+    order: str = "pre"
+    residual_scale: float | None = None
+    attention: Attention = Attention()
+    positions: Positions = Positions()
+    mlp: MLP = MLP()
+    experts: Experts | None = None
+    ends: Ends = Ends()
+
+    def __post_init__(self) -> None:
+        _choices(self, order=tuple(ORDERS))
+
+    def statements(self) -> Parts:
+        """The same with every constant 1: what is multiplied with changes no byte and no FLOP, that it is does."""
+
+        def plain(part: Any) -> Any:
+            changes: dict[str, Any] = {}
+            for f in fields(part):
+                value = getattr(part, f.name)
+                if isinstance(value, float):
+                    changes[f.name] = 1.0
+                elif hasattr(value, "__dataclass_fields__"):
+                    changes[f.name] = plain(value)
+            return replace(part, **changes)
+
+        result: Parts = plain(self)
+        return result
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """What sets one block apart from another.
+
+    Attributes:
+        attention: "full", "window" (of sliding_window tokens) or "chunk" (within chunks of attention_chunk tokens).
+        rotates: positions are rotary here (SmolLM3, Llama 4 and Cohere 2 leave some layers without).
+        sparse: experts in place of the feed-forward.
+    """
+
+    attention: str = "full"
+    rotates: bool = True
+    sparse: bool = False
+
+    def __post_init__(self) -> None:
+        _choices(self, attention=("full", "window", "chunk"))
+
+
+@dataclass(frozen=True, slots=True)
+class Pattern:
+    """Which layer is of which kind: those of `first`, then `cycle` again and again, cut off at the last.
+
+    Attributes:
+        first: the first layers (DeepSeek: the dense ones).
+        cycle: what repeats after them (Gemma 3: five windows and a full one).
+    """
+
+    first: tuple[Layer, ...] = ()
+    cycle: tuple[Layer, ...] = (Layer(),)
+
+    def layers(self, count: int) -> tuple[Layer, ...]:
+        """The kind of each of `count` layers."""
+        rest = count - len(self.first)
+        turns = -(-rest // len(self.cycle)) if rest > 0 else 0
+        return (self.first + self.cycle * turns)[:count]
+
+
+GPT2 = Parts(
+    norm=Norm("layer", bias=True),
+    attention=Attention(fused=True, bias=True, out_bias=True),
+    positions=Positions("learned"),
+    mlp=MLP(gated=False, activation="gelu_tanh", bias=True),
+    ends=Ends(tied=True),
+)
+LLAMA = Parts()
