@@ -7,10 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from estimator.accounting.accounts import account_at, recipe_of, vectorised_peak, window_of
-from estimator.accounting.trace import executed_blocks
+from estimator.accounting.accounts import recipe_of, vectorised_peak
 from estimator.describe.checks import ConfigError, choose
-from estimator.eager.sizes import ShapeClass, derived_letters
 from estimator.hardware.accelerators import accelerator
 from estimator.pricing.money import JOULES_PER_KILOWATT_HOUR, SECONDS_PER_HOUR, cost
 from estimator.timing.speed import times
@@ -109,7 +107,7 @@ def sweep(
     letters = _letters(request, grid, r.plan.data_parallel)
     varying = {name: x for name, x in letters.items() if x.ndim}
     sizes: dict[str, Any] = {name: int(x) for name, x in letters.items() if not x.ndim} | varying
-    every = {**sizes, **derived_letters(request.model.family, sizes, r.account.device), "n": r.memory.sizes["n"]}
+    every = {**sizes, "n": r.memory.sizes["n"], "W": r.memory.sizes["W"]}
     corner = {name: int(np.max(x)) for name, x in every.items()}
     for key in (("backward_flops",), *(("live", i) for i in range(len(r.account.pieces)))):
         if r.account.compiled.value(key, r.account.compiled.at(corner)) > LARGEST:
@@ -156,6 +154,7 @@ def _letters(request: Request, grid: Mapping[str, NDArray[np.int64]], count: int
         letters[letter] = column[which.ravel()] if np.ptp(column) else column[0]
     p = request.plan
     return letters | {
+        "g": letters["h"] // letters["k"],
         "B": grid.get("batch_size", np.int64(p.batch_size)),
         "T": grid.get("seq_len", np.int64(p.tokens(request.model))),
         "D": grid.get("count", np.int64(count)) if p.sharding != "none" else np.int64(1),
@@ -170,7 +169,7 @@ def _peak(request: Request, device: str, sizes: Mapping[str, Any], count: NDArra
         if len(here):
             plan = request.plan.replace(data_parallel=int(count[here[0]]))
             account = vectorised_peak(recipe_of(request.model, plan, device), device)
-            at = {name: x[here] if np.ndim(x) else x for name, x in sizes.items()}
+            at = {name: x[here] if np.ndim(x) else x for name, x in sizes.items() if name != "g"}
             out[here] = account(sliding_window=request.model.sliding_window, **at)
     return out
 
@@ -182,20 +181,16 @@ def _seconds(
     p, device = request.plan, accelerator(request.gpu)
     every = {name: np.broadcast_to(x, len(sequences)) for name, x in sizes.items()}
     micro_batches = -(-sequences // (every["B"] * count))
-    at: dict[Any, list[int]] = {}
-    recipe = recipe_of(request.model, p, device.device)
-    for i in range(len(sequences)):
-        here = {name: int(x[i]) for name, x in every.items()}
-        window = window_of(recipe, request.model.sliding_window, here["T"], device.device)
-        alike = (ShapeClass.at(request.model.family, here), int(executed_blocks(here["L"], p.checkpoint_every)), window)
-        at.setdefault((int(micro_batches[i]), int(count[i]), alike), []).append(i)
+    kinds, which = np.unique(np.stack((micro_batches, count)), axis=1, return_inverse=True)
     out = np.empty(len(sequences))
-    for (turns, accelerators, _), points in at.items():
+    for at, (turns, accelerators) in enumerate(kinds.T.tolist()):
+        points = np.flatnonzero(which.ravel() == at)
         plan = p.replace(grad_accumulation=turns, data_parallel=accelerators)
-        first = {name: int(x[points[0]]) for name, x in every.items()}
-        recipe = recipe_of(request.model, plan.replace(seq_len=first["T"]), device.device)
-        form = account_at(recipe, first, device.device)
-        out[points] = sum(times(form, {name: x[points] for name, x in every.items()}, plan, device).values())
+        steps = vectorised_peak(recipe_of(request.model, plan, device.device), device.device)
+        here = {name: x[points] for name, x in every.items()}
+        for form, alike in steps.accounts(here):
+            some = {name: x[alike] for name, x in here.items()}
+            out[points[alike]] = sum(times(form, some, plan, device).values())
     return out
 
 

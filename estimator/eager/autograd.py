@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from estimator.eager.checkpointing import Holder, pack
 from estimator.eager.ledger import Category
-from estimator.eager.sizes import ONE
+from estimator.eager.letters import ONE
 from estimator.eager.tensor import Locals, Machine, Tensor, converted
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from estimator.eager.autograd import Context, add_wider, attach, record
 from estimator.eager.ledger import Category
-from estimator.eager.sizes import LETTER, ONE
+from estimator.eager.letters import ONE
+from estimator.eager.letters import n as threads
 from estimator.eager.tensor import (
     BOOL,
     FLOAT16,
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from estimator.eager.autograd import Backward
-    from estimator.eager.sizes import Size
+    from estimator.eager.letters import Size
     from estimator.eager.tensor import Shape
 
 Gradients = list[Tensor | None]
@@ -399,7 +400,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         c.dw = machine.empty(weight.shape, weight.dtype)
         c.db = machine.empty(weight.shape, weight.dtype)
         if machine.device == "cpu":
-            c.scratch = machine.empty((2 * LETTER["n"], *weight.shape), x.dtype)
+            c.scratch = machine.empty((2 * threads, *weight.shape), x.dtype)
         machine.kernel("native_layer_norm_backward", (grad, x, weight), (c.dx, c.dw, c.db))
         return [c.take("dx"), c.take("dw"), c.take("db")]
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from estimator.eager.autograd import Context, attach, record
-from estimator.eager.sizes import ONE
+from estimator.eager.letters import ONE
 from estimator.eager.tensor import Locals, Tensor, op
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from estimator.eager.letters import Size
     from estimator.eager.ops import Gradients
-    from estimator.eager.sizes import Size
     from estimator.eager.tensor import Shape
 
 

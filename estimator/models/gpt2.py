@@ -73,7 +73,7 @@ class GPT2(Transformer):
     def build(self) -> None:
         size = self.machine.shapes.letters
         self.positions = self.child(Positions(self.machine, "positions", size["C"], size["d"]))
-        self.blocks = [self.child(Block(self.machine, i, self.recipe)) for i in range(self.num_layers)]
+        self.blocks = [self.child(Block(self.machine, i, self.recipe)) for i in range(len(self.machine.stack.kinds))]
         self.final_norm = self.child(LayerNorm(self.machine, "final_norm", size["d"]))
 
     def forward(self, v: Locals, ids: Tensor, targets: Tensor | None = None) -> Tensor:

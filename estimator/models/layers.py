@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from estimator.describe.parts import Layer
 from estimator.eager import autocast, ops
 from estimator.eager.attention import attention_math
 from estimator.eager.checkpointing import checkpoint
 from estimator.eager.ledger import Category
-from estimator.eager.linalg import linear, matmul, scaled_dot_product_attention
+from estimator.eager.letters import W, constant
+from estimator.eager.linalg import MASK_ALIGNMENT, linear, matmul, scaled_dot_product_attention
 from estimator.eager.losses import chunked_cross_entropy
+from estimator.eager.repetition import layout
 from estimator.eager.tensor import FLOAT32, Locals, Machine, Tensor, arguments
 from estimator.eager.views import narrow, transpose
 
@@ -18,8 +21,16 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from contextlib import AbstractContextManager
 
-    from estimator.eager.sizes import Size
+    from estimator.eager.letters import Size
+    from estimator.eager.repetition import Layout
     from estimator.parallel.data import Unit
+
+
+class BlockKind(NamedTuple):
+    """What sets one block apart from another."""
+
+    layer: Layer
+    checkpointed: bool
 
 
 @dataclass(frozen=True)
@@ -41,17 +52,28 @@ class Recipe:
     clips: bool
     micro_batches: int
     parallel: str = "alone"
-    window: str = "none"  # the sliding window's mask: "none", "whole", or one that a CUDA kernel has "padded"
+    windowed: bool = False  # the model has a sliding window, which sequences that are longer see
 
-    def fused(self, device: str) -> str:
-        """`attention`, but that on CUDA flash takes no mask, and the memory-efficient kernel comes next.
+    def layout(self, num_layers: int) -> Layout:
+        """The groups of alike blocks in a model of so many."""
+        return layout(self.first, self.cycle, num_layers)
 
-        `check_for_attn_mask` and `priority_order` in aten/src/ATen/native/transformers/cuda/sdp_utils.cpp, where cuDNN
-        does not come first (on Hopper and later, from cuDNN 9.15.1 on, unless TORCH_CUDNN_SDPA_DEPRIORITIZED is set).
-        """
-        return (
-            "efficient" if (device, self.attention) == ("cuda", "flash") and self.window != "none" else self.attention
-        )
+    @property
+    def first(self) -> tuple[BlockKind, ...]:
+        """The kinds of the first blocks, before those that repeat."""
+        return ()
+
+    @property
+    def cycle(self) -> tuple[BlockKind, ...]:
+        """The kinds of blocks that repeat."""
+        checkpoints = self.checkpointing != "none"
+        every = self.checkpoint_every if checkpoints else 1
+        return tuple(BlockKind(Layer(), checkpointed=checkpoints and i == every - 1) for i in range(every))
+
+    @property
+    def halved(self) -> frozenset[str]:
+        """The letters of which a half is a size of its own: the rotary one."""
+        return frozenset({"e"} if self.family == "llama" else ())
 
 
 class Module:
@@ -170,13 +192,23 @@ def dropout(x: Tensor, recipe: Recipe) -> Tensor:
     return ops.dropout(x) if recipe.dropout else x
 
 
+def fused_kernel(kernel: str, device: str, *, masked: bool) -> str:
+    """`kernel`, but that on CUDA flash takes no mask, and the memory-efficient kernel comes next.
+
+    `check_for_attn_mask` and `priority_order` in aten/src/ATen/native/transformers/cuda/sdp_utils.cpp, where cuDNN does
+    not come first (on Hopper and later, from cuDNN 9.15.1 on, unless TORCH_CUDNN_SDPA_DEPRIORITIZED is set).
+    """
+    return "efficient" if (kernel, device) == ("flash", "cuda") and masked else kernel
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, recipe: Recipe) -> Tensor:
     """`trainer.model.decoder.attend`."""
     if recipe.attention == "math":
         return attention_math(q, k, v, mask, drops=recipe.dropout)
     if not recipe.attention.startswith("naive"):
-        efficient = recipe.fused(q.machine.device) == "efficient"
-        pads = efficient and recipe.window == "padded"
+        machine = q.machine
+        efficient = fused_kernel(recipe.attention, machine.device, masked=mask is not None) == "efficient"
+        pads = efficient and mask is not None and not machine.divides(constant(MASK_ALIGNMENT), q.shape[-2])
         return scaled_dot_product_attention(q, k, v, mask, drops=recipe.dropout, efficient=efficient, pads=pads)
     assert mask is not None
     with arguments((q, k, v, mask)) as results, Locals() as names:
@@ -195,18 +227,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, recipe: Recipe)
 class Transformer(Module):
     """ids (B, T) -> logits (B, T, V)."""
 
-    def __init__(self, machine: Machine, recipe: Recipe, num_layers: int) -> None:
+    def __init__(self, machine: Machine, recipe: Recipe) -> None:
         super().__init__(machine, "")
-        self.recipe, self.num_layers = recipe, num_layers
+        self.recipe = recipe
         self.buffers: list[Tensor] = []
         size = machine.shapes.letters
         self.embedding = self.child(Embedding(machine, "embedding", size["V"], size["d"]))
         self.blocks: list[Any] = []
         self.build()
-        every = recipe.checkpoint_every
-        for block in self.blocks[every - 1 :: every]:
-            part = {"none": None, "attention": block.attention}.get(recipe.checkpointing, block)
-            if part is not None:
+        for block, kind in zip(self.blocks, machine.stack.kinds, strict=True):
+            assert isinstance(kind, BlockKind)
+            if kind.checkpointed:
+                part = block.attention if recipe.checkpointing == "attention" else block
                 part.checkpointed = True
                 part.selective = recipe.checkpointing == "selective"
         self.head = self.child(Linear(machine, "head", size["d"], size["V"], bias=False)) if not self.tied else None
@@ -223,7 +255,7 @@ class Transformer(Module):
     def mask(self, ids: Tensor) -> Tensor | None:
         """(T, T), one for all blocks."""
         naive = self.recipe.attention.startswith("naive")
-        if self.recipe.window != "none":
+        if self.recipe.windowed and not self.machine.at_most(ids.shape[1], W):
             return ops.window_mask(ids, ids.shape[1], seen=not naive)
         return ops.causal_mask(ids, ids.shape[1]) if naive else None
 

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 from sympy import Rational
 
 from estimator.eager import ops
-from estimator.eager.sizes import ONE
+from estimator.eager.letters import ONE
 from estimator.eager.tensor import Locals, arguments
 from estimator.eager.views import concatenate, repeat_heads, reshape, split, transpose, view
 from estimator.models.layers import Linear, Module, RMSNorm, Transformer, attend, dropout
 
 if TYPE_CHECKING:
-    from estimator.eager.sizes import Size
+    from estimator.eager.letters import Size
     from estimator.eager.tensor import Machine, Tensor
     from estimator.models.layers import Recipe
 
@@ -102,7 +102,7 @@ class Llama(Transformer):
 
     def build(self) -> None:
         size = self.machine.shapes.letters
-        self.blocks = [self.child(Block(self.machine, i, self.recipe)) for i in range(self.num_layers)]
+        self.blocks = [self.child(Block(self.machine, i, self.recipe)) for i in range(len(self.machine.stack.kinds))]
         self.final_norm = self.child(RMSNorm(self.machine, "final_norm", size["d"]))
         self.tables = [self.buffer(size["C"], half(size["e"])) for _ in ("cos", "sin")]
 

@@ -11,7 +11,7 @@ from estimator.eager.views import reshape, transpose, view
 from estimator.models.layers import Embedding, Linear, Module, RMSNorm
 
 if TYPE_CHECKING:
-    from estimator.eager.sizes import Size
+    from estimator.eager.letters import Size
     from estimator.eager.tensor import Locals, Machine, Tensor
 
 

@@ -155,17 +155,19 @@ def _run(args: argparse.Namespace) -> int:
 
 def _formulas(r: Estimate) -> None:
     from estimator.accounting.accounts import FORMS  # noqa: PLC0415 - only here
-    from estimator.eager.symbols import LEGEND  # noqa: PLC0415 - only here
+    from estimator.eager.letters import legend, written  # noqa: PLC0415 - only here
 
     write = sys.stdout.write
     for name in FORMS:
         write(f"{name} = {getattr(r.account, name)}\n  = {getattr(r.values, name):,}\n")
     write("peak_bytes = the greatest of\n")
     for piece in r.account.pieces:
-        where = r.account.traced.named(piece.where, r.model.num_layers)
-        write(f"  {where.phase}, {where.module or 'model'}, {where.op}:\n    {piece.live.as_expr()}\n")
+        where = r.account.traced.named(piece.where, r.account.turns(r.memory.sizes))
+        write(f"  {where.phase}, {where.module or 'model'}, {where.op}:\n    {written(piece.live)}\n")
     write(f"  = {r.values.peak_bytes:,}\n")
-    write("\n".join(f"{letter}: {text}" for letter, text in LEGEND.items()) + "\n")
+    symbols = r.account.symbols_at(r.memory.sizes)
+    meanings = legend(str(symbol) for symbol in symbols)
+    write("\n".join(f"{letter}: {text}" for letter, text in meanings.items()) + "\n")
 
 
 def gib(nbytes: float) -> str:

@@ -14,8 +14,8 @@ from estimator.describe.checks import ConfigError
 from estimator.describe.model import ModelConfig
 from estimator.describe.plan import Plan
 from estimator.eager.ledger import Category
+from estimator.eager.letters import SYMBOLS
 from estimator.eager.sizes import sizes_of
-from estimator.eager.symbols import SYMBOLS
 
 
 @st.composite
@@ -48,7 +48,7 @@ def plans(draw):
 def test_symbols_numbers_and_vectors_agree(m, p, device):
     a = est.account(m, p, device)
     v = a.evaluate(m, p, threads=2)
-    sizes = {SYMBOLS[name]: size for name, size in sizes_of(m, p.batch_size, p.tokens(m), device, threads=2).items()}
+    sizes = a.symbols_at(sizes_of(m, p.batch_size, p.tokens(m), threads=2))
     for form in (*FORMS, "peak_bytes"):
         assert getattr(a, form).xreplace(sizes) == getattr(v, form), form
     vector = a.lambdify()(

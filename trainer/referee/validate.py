@@ -68,7 +68,7 @@ def compare(m: ModelConfig, p: Plan, device: str = "cpu", case: int = 0) -> list
     """Estimate and measure one model and plan."""
     from trainer.referee.measure import measure  # noqa: PLC0415 - torch, which --published does without
 
-    form, sizes = account(m, p, device), sizes_for(m, p, device)
+    form, sizes = account(m, p, device), sizes_for(m, p)
     values = form.values(sizes)
     estimates = {q: getattr(values, {"saved_bytes": "activation_bytes"}.get(q, q)) for q in QUANTITIES}
     if device == "cuda":
