@@ -58,7 +58,7 @@ def show(s: Setup) -> None:
 def small(s: Setup) -> tuple[ModelConfig, Plan]:
     """A small configuration of the family and the recipe that the sidebar has."""
     m = s.request.model
-    grouped = {"num_kv_heads": 2} if m.kv_heads < m.num_heads else {}
+    grouped: dict[str, Any] = {"num_kv_heads": 2} if m.kv_heads < m.num_heads else {}
     model = ModelConfig(family=m.family, tie_embeddings=m.tie_embeddings, qkv_bias=m.qkv_bias, **SMALL, **grouped)
     if m.sliding_window is not None and s.request.plan.tokens(m) > m.sliding_window:
         model = model.replace(sliding_window=model.context_length // 2)

@@ -2,35 +2,56 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from estimator.describe.checks import ConfigError, choose, known_fields, positive_int
-
-FAMILIES = ("gpt2", "llama")
+from estimator.describe.parts import FAMILIES, Layer, Parts, Pattern, part_of, plain
 
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """A decoder-only Transformer. Sizes are counts, letters are those of `estimator.eager.symbols`.
+    """A decoder-only Transformer: sizes and parts. Sizes are counts, letters are those of `estimator.eager.letters`.
 
     Attributes:
-        family: "gpt2" (LayerNorm with bias, learned positions, GELU, biases) or "llama" (RMSNorm, RoPE, SwiGLU).
+        family: "gpt2" (LayerNorm with bias, learned positions, GELU, biases) or "llama" (RMSNorm, RoPE, SwiGLU); where
+            parts are given, any name.
         num_layers: L, the number of blocks.
         d_model: d, the width of the residual stream.
         num_heads: h, query heads.
         vocab_size: V, rows of the embedding.
         context_length: C, positions that the model holds.
         num_kv_heads: k, key/value heads; None means h (multi-head attention).
-        head_dim: e, the width of one head; None means d / h.
-        d_ff: f, the hidden width of the feed-forward; None means 4 d for gpt2 and must be given for llama.
+        head_dim: e, the width of one head; None means d / h, or of latent attention nope_dim + rope_dim.
+        d_ff: f, the hidden width of the feed-forward; None means 4 d for gpt2, must be given for all others, and is
+            right where every layer has experts in its place.
         tie_embeddings: the head shares the embedding's matrix; None means the family's habit (gpt2 yes, llama no).
         qkv_bias: biases on the q, k and v projections of a llama (Qwen2 has them); gpt2 always has.
         sliding_window: a token sees itself and the tokens before it, so many in all, in every block (4,096 in Mistral
-            7B v0.1); None means all before it, as does a window no shorter than the context, which becomes None.
+            7B v0.1) or in the window layers of the pattern; None means all before it, as does a window no shorter than
+            the context, which becomes None.
+        num_experts: E, experts of a sparse layer, without the shared one.
+        experts_per_token: K, how many of them a token goes through.
+        d_expert: the hidden width of one expert.
+        d_shared: the hidden width of the shared expert.
+        expert_groups: groups that the experts are in, where they are chosen by groups.
+        groups_per_token: how many of these groups a token's experts are chosen from.
+        query_rank: width of the vector that queries are made from, in latent attention.
+        kv_rank: width of the vector that keys and values are made from.
+        rope_dim: of a head of latent attention, the width that is rotated; its keys are one for all heads.
+        nope_dim: of a head of latent attention, the width of queries and keys that is not rotated.
+        value_dim: of a head of latent attention, the width of a value.
+        rotary_dim: of a head, the width that is rotated, from its start; None means all.
+        embedding_dim: the width of embedding and head, where projections lead from it to d_model and back (OPT 350M);
+            None means d_model.
+        attention_chunk: a token of a chunk layer sees those before it in its chunk of so many.
+        parts: what the blocks compute; None means the family's.
+        pattern: which layer is of which kind; None means all alike: a window in all where there is a sliding_window,
+            experts in all where the parts have experts.
 
     Raises:
-        ConfigError: a size is not a positive integer, heads do not divide, a rotary width is odd, ...
+        ConfigError: a size is not a positive integer, heads do not divide, a rotary width is odd, a size that the
+            parts need is missing or one that they do not have is given, ...
     """
 
     family: str
@@ -45,51 +66,209 @@ class ModelConfig:
     tie_embeddings: bool | None = None
     qkv_bias: bool | None = None
     sliding_window: int | None = None
+    num_experts: int | None = None
+    experts_per_token: int | None = None
+    d_expert: int | None = None
+    d_shared: int | None = None
+    expert_groups: int | None = None
+    groups_per_token: int | None = None
+    query_rank: int | None = None
+    kv_rank: int | None = None
+    rope_dim: int | None = None
+    nope_dim: int | None = None
+    value_dim: int | None = None
+    rotary_dim: int | None = None
+    embedding_dim: int | None = None
+    attention_chunk: int | None = None
+    parts: Parts | None = None
+    pattern: Pattern | None = None
 
     def __post_init__(self) -> None:
-        put = object.__setattr__
-        choose("family", self.family, FAMILIES)
-        gpt2 = self.family == "gpt2"
         for name in ("num_layers", "d_model", "num_heads", "vocab_size", "context_length"):
-            put(self, name, positive_int(name, getattr(self, name)))
+            self._put(name, positive_int(name, getattr(self, name)))
+        self._take_parts()
+        self._take_pattern()
+        self._refuse_or_require()
+        self._derive()
+        self._check_attention()
+        self._check_experts()
+        if self.family == "gpt2":
+            self._check_gpt2()
+
+    def _put(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def _take_parts(self) -> None:
+        """The family's parts unless others are given; what is said of ties and biases goes into them."""
+        if self.parts is None:
+            choose("family", self.family, FAMILIES)
+            parts = FAMILIES[self.family]
+        else:
+            parts = part_of(Parts, self.parts, "parts")
+            if not isinstance(self.family, str) or not self.family:
+                raise ConfigError(f"family = {self.family!r}: must be a name")
+        for name in ("tie_embeddings", "qkv_bias"):
+            if not isinstance(getattr(self, name), (bool, type(None))):
+                raise ConfigError(f"{name} = {getattr(self, name)!r}: must be true or false")
+        if self.tie_embeddings is not None:
+            parts = replace(parts, ends=replace(parts.ends, tied=self.tie_embeddings))
+        if self.qkv_bias is not None:
+            parts = replace(parts, attention=replace(parts.attention, bias=self.qkv_bias))
+        self._put("parts", parts)
+        self._put("tie_embeddings", parts.ends.tied)
+        self._put("qkv_bias", parts.attention.bias)
+
+    def _take_pattern(self) -> None:
+        """Windows and chunks that the context fits in are none."""
+        if self.pattern is not None:
+            self._put("pattern", part_of(Pattern, self.pattern, "pattern"))
+        for name, attention in (("sliding_window", "window"), ("attention_chunk", "chunk")):
+            size = getattr(self, name)
+            if size is None:
+                continue
+            self._put(name, positive_int(name, size))
+            if size >= self.context_length:
+                self._put(name, None)
+                if self.pattern is not None:
+                    self._put("pattern", self.pattern.with_full(attention))
+
+    def _refuse_or_require(self) -> None:
+        """Raise ConfigError unless exactly those sizes are there that the parts and the pattern need."""
+        kinds, attention, experts = self.kinds, self.made_of.attention, self.made_of.experts
+        sparse = [x.sparse for x in kinds]
+        if any(sparse) != (experts is not None):
+            raise ConfigError(
+                "parts.experts = None: the pattern has sparse layers; give Experts(...)"
+                if experts is None
+                else "pattern: parts.experts are given, and none of its layers is sparse; give one that is"
+            )
+        latent, rotary = attention.latent != "none", self.made_of.positions.kind == "rotary"
+        needed = {
+            "num_experts": experts is not None,
+            "experts_per_token": experts is not None,
+            "d_expert": experts is not None,
+            "d_shared": experts is not None and experts.shared != "none",
+            "expert_groups": experts is not None and experts.grouped,
+            "groups_per_token": experts is not None and experts.grouped,
+            "query_rank": attention.latent == "keys-and-queries",
+            "kv_rank": latent,
+            "rope_dim": latent,
+            "nope_dim": latent,
+            "value_dim": latent,
+            "sliding_window": any(x.attention == "window" for x in kinds),
+            "attention_chunk": any(x.attention == "chunk" for x in kinds),
+            "d_ff": not all(sparse),
+        }
+        for name, need in needed.items():
+            value = getattr(self, name)
+            if value is not None and not need:
+                raise ConfigError(f"{name} = {value!r}: nothing in the model's parts has this size; allowed is none")
+            if value is not None:
+                self._put(name, positive_int(name, value))
+            elif need and name == "d_ff" and self.family == "gpt2":
+                self._put(name, 4 * self.d_model)
+            elif need:
+                why = f"a {self.family} has no default feed-forward width" if name == "d_ff" else "the parts need it"
+                raise ConfigError(f"{name} = None: {why}; give a positive integer")
+        if self.rotary_dim is not None and (latent or not rotary):
+            raise ConfigError(f"rotary_dim = {self.rotary_dim!r}: {_NO_ROTARY}; allowed is none")
+
+    def _derive(self) -> None:
+        """The sizes that follow from others."""
         if self.num_kv_heads is None:
-            put(self, "num_kv_heads", self.num_heads)
+            self._put("num_kv_heads", self.num_heads)
+        if self.head_dim is None and self.rope_dim is not None and self.nope_dim is not None:
+            self._put("head_dim", self.nope_dim + self.rope_dim)
         if self.head_dim is None:
             if self.d_model % self.num_heads:
                 raise ConfigError(
                     f"d_model = {self.d_model}: must be divisible by num_heads ({self.num_heads}), or give head_dim"
                 )
-            put(self, "head_dim", self.d_model // self.num_heads)
-        if self.d_ff is None:
-            if not gpt2:
-                raise ConfigError("d_ff = None: a llama has no default feed-forward width; give a positive integer")
-            put(self, "d_ff", 4 * self.d_model)
-        for name in ("num_kv_heads", "head_dim", "d_ff"):
-            put(self, name, positive_int(name, getattr(self, name)))
-        if self.sliding_window is not None:
-            window = positive_int("sliding_window", self.sliding_window)
-            put(self, "sliding_window", window if window < self.context_length else None)
-        for name, default in (("tie_embeddings", gpt2), ("qkv_bias", gpt2)):
+            self._put("head_dim", self.d_model // self.num_heads)
+        for name in ("num_kv_heads", "head_dim"):
+            self._put(name, positive_int(name, getattr(self, name)))
+        for name, whole in (("rotary_dim", self.head_dim), ("embedding_dim", self.d_model)):
             value = getattr(self, name)
-            if value is None:
-                put(self, name, default)
-            elif not isinstance(value, bool):
-                raise ConfigError(f"{name} = {value!r}: must be true or false")
+            if value is not None:
+                self._put(name, positive_int(name, value) if value != whole else None)
+
+    def _check_attention(self) -> None:
         if self.num_heads % self.kv_heads:
             raise ConfigError(f"num_kv_heads = {self.num_kv_heads}: must divide num_heads ({self.num_heads})")
-        if gpt2:
-            if self.num_kv_heads != self.num_heads:
+        if self.rope_dim is not None:
+            assert self.nope_dim is not None
+            if self.kv_heads != self.num_heads:
                 raise ConfigError(
-                    f"num_kv_heads = {self.num_kv_heads}: gpt2 is multi-head; allowed is {self.num_heads}"
+                    f"num_kv_heads = {self.num_kv_heads}: latent attention makes keys for every head; allowed is "
+                    f"{self.num_heads}"
                 )
-            if self.width_of_heads != self.d_model:
+            if self.e != self.nope_dim + self.rope_dim:
                 raise ConfigError(
-                    f"head_dim = {self.head_dim}: gpt2 needs num_heads x head_dim = d_model ({self.d_model})"
+                    f"head_dim = {self.head_dim}: a head of latent attention is nope_dim + rope_dim wide; allowed is "
+                    f"{self.nope_dim + self.rope_dim}"
                 )
-            if not self.qkv_bias:
-                raise ConfigError("qkv_bias = False: gpt2 has biases; allowed is true")
-        elif self.e % 2:
-            raise ConfigError(f"head_dim = {self.head_dim}: rotary embedding turns pairs, so it must be even")
+        if self.rotary_dim is not None and self.rotary_dim > self.e:
+            raise ConfigError(f"rotary_dim = {self.rotary_dim}: must be at most head_dim ({self.head_dim})")
+        if self.made_of.positions.kind == "rotary" and self.rotated % 2:
+            name = "rope_dim" if self.rope_dim else "rotary_dim" if self.rotary_dim else "head_dim"
+            raise ConfigError(f"{name} = {self.rotated}: rotary embedding turns pairs, so it must be even")
+
+    def _check_experts(self) -> None:
+        experts = self.made_of.experts
+        if experts is None:
+            return
+        assert self.num_experts is not None
+        assert self.experts_per_token is not None
+        choosable = self.num_experts
+        if self.expert_groups is not None and self.groups_per_token is not None:
+            if self.num_experts % self.expert_groups:
+                raise ConfigError(f"expert_groups = {self.expert_groups}: must divide num_experts ({self.num_experts})")
+            if self.groups_per_token > self.expert_groups:
+                raise ConfigError(
+                    f"groups_per_token = {self.groups_per_token}: must be at most expert_groups ({self.expert_groups})"
+                )
+            if experts.score == "sigmoid" and self.num_experts < 2 * self.expert_groups:
+                raise ConfigError(
+                    f"expert_groups = {self.expert_groups}: a group is judged by its two best experts; allowed is at "
+                    f"most {self.num_experts // 2}"
+                )
+            choosable = self.num_experts // self.expert_groups * self.groups_per_token
+        if self.experts_per_token > choosable:
+            raise ConfigError(
+                f"experts_per_token = {self.experts_per_token}: must be at most the {choosable} that can be chosen"
+            )
+
+    def _check_gpt2(self) -> None:
+        if self.num_kv_heads != self.num_heads:
+            raise ConfigError(f"num_kv_heads = {self.num_kv_heads}: gpt2 is multi-head; allowed is {self.num_heads}")
+        if self.width_of_heads != self.d_model:
+            raise ConfigError(f"head_dim = {self.head_dim}: gpt2 needs num_heads x head_dim = d_model ({self.d_model})")
+        if not self.qkv_bias:
+            raise ConfigError("qkv_bias = False: gpt2 has biases; allowed is true")
+
+    @property
+    def made_of(self) -> Parts:
+        """`parts`, which are there once the model is made."""
+        assert self.parts is not None
+        return self.parts
+
+    @property
+    def kinds(self) -> frozenset[Layer]:
+        """Every kind of layer in the pattern, also those that a model with few layers has not."""
+        return self._pattern.kinds
+
+    @property
+    def _pattern(self) -> Pattern:
+        if self.pattern is not None:
+            return self.pattern
+        attention = "full" if self.sliding_window is None else "window"
+        return Pattern(cycle=(Layer(attention, sparse=self.made_of.experts is not None),))
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """The kind of each layer; none rotates where positions are not rotary."""
+        rotary = self.made_of.positions.kind == "rotary"
+        return tuple(replace(x, rotates=x.rotates and rotary) for x in self._pattern.layers(self.num_layers))
 
     @property
     def kv_heads(self) -> int:
@@ -99,9 +278,19 @@ class ModelConfig:
 
     @property
     def e(self) -> int:
-        """e, the width of one head."""
+        """e, the width of one head, of queries and keys."""
         assert self.head_dim is not None
         return self.head_dim
+
+    @property
+    def value_e(self) -> int:
+        """The width of one head's value: e but in latent attention."""
+        return self.e if self.value_dim is None else self.value_dim
+
+    @property
+    def rotated(self) -> int:
+        """The width of a head that is rotated, where positions are rotary."""
+        return self.rope_dim or self.rotary_dim or self.e
 
     @property
     def f(self) -> int:
@@ -114,16 +303,49 @@ class ModelConfig:
         """h e, the width of all query heads together; d in most models."""
         return self.num_heads * self.e
 
+    @property
+    def embedding_width(self) -> int:
+        """The width of embedding and head: d but where projections lead to it and back."""
+        return self.embedding_dim or self.d_model
+
     def replace(self, **changes: Any) -> ModelConfig:
         """A copy with `changes`; sizes that were derived from a changed one are derived again."""
+        head_dim = self.d_model / self.num_heads if self.rope_dim is None else self.e
         derived = {
             "num_kv_heads": self.num_heads,
-            "head_dim": self.d_model / self.num_heads,
+            "head_dim": head_dim,
             "d_ff": 4 * self.d_model if self.family == "gpt2" else None,
         }
         again = {name: None for name, default in derived.items() if getattr(self, name) == default}
-        return replace(self, **{**again, **known_fields(type(self), changes)})
+        known = known_fields(type(self), changes)
+        if "parts" in changes:  # which say themselves what is tied and what has a bias
+            again |= {"tie_embeddings": None, "qkv_bias": None}
+        elif self.family in FAMILIES and changes.get("family") in FAMILIES and self._is_family():
+            again["parts"] = None
+        return replace(self, **{**again, **known})
+
+    def _is_family(self) -> bool:
+        """The parts are those of the family, but for what `tie_embeddings` and `qkv_bias` say."""
+        usual = FAMILIES.get(self.family)
+        if usual is None:
+            return False
+        p = self.made_of
+        return p == replace(
+            usual, ends=replace(usual.ends, tied=p.ends.tied), attention=replace(usual.attention, bias=p.attention.bias)
+        )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain fields; `ModelConfig(**m.to_dict()) == m`."""
-        return asdict(self)
+        """Plain fields, ready for JSON; `ModelConfig(**m.to_dict()) == m`.
+
+        The sizes of special parts, the parts and the pattern are left out where the model has only its family's own.
+        """
+        plain_fields: dict[str, Any] = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name in _ALWAYS or (value is not None and not (f.name == "parts" and self._is_family())):
+                plain_fields[f.name] = plain(value)
+        return plain_fields
+
+
+_NO_ROTARY = "a part of each head is rotated only in rotary positions without latent attention"
+_ALWAYS = tuple(f.name for f in fields(ModelConfig))[: [f.name for f in fields(ModelConfig)].index("num_experts")]

@@ -7,18 +7,64 @@ fields of the ModelConfig. `estimator.models` and `trainer.model` have one class
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+import math
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from estimator.describe.checks import ConfigError, choose
+from estimator.describe.checks import ConfigError, choose, known_fields
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
-def _choices(part: Any, **allowed: Sequence[str]) -> None:
-    for name, values in allowed.items():
-        choose(f"{type(part).__name__}.{name}", getattr(part, name), values)
+def _check(part: Any, **allowed: Sequence[str]) -> None:
+    """Raise ConfigError where a field of `part` has a value or a type that cannot be; whole numbers become floats.
+
+    A field that is itself a part may come as a mapping, as `to_dict` and a JSON file have it.
+    """
+    for f in fields(part):
+        value, name = getattr(part, f.name), f"{type(part).__name__}.{f.name}"
+        if _is_part(f.default):
+            object.__setattr__(part, f.name, part_of(type(f.default), value, name))
+        elif f.type == "Experts | None":
+            object.__setattr__(part, f.name, None if value is None else part_of(Experts, value, name))
+        elif f.name in allowed:
+            choose(name, value, allowed[f.name])
+        elif f.type == "bool" and not isinstance(value, bool):
+            raise ConfigError(f"{name} = {value!r}: must be true or false")
+        elif f.type == "int" and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+            raise ConfigError(f"{name} = {value!r}: must be an integer of at least 0")
+        elif f.type == "float | None" and value is not None:
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+                raise ConfigError(f"{name} = {value!r}: must be a finite number above 0, or none")
+            object.__setattr__(part, f.name, float(value))
+
+
+def _is_part(value: object) -> bool:
+    return is_dataclass(value)
+
+
+def part_of(cls: type, value: Any, name: str) -> Any:
+    """`value` if it is a part of this class, or one made of a mapping of its fields; ConfigError naming it if not."""
+    if isinstance(value, cls):
+        return value
+    if not isinstance(value, dict):
+        raise ConfigError(f"{name} = {value!r}: must be {cls.__name__}(...), or a mapping of its fields")
+    return cls(**known_fields(cls, value))
+
+
+def plain(value: Any, default: Any = None) -> Any:
+    """Parts as nested dicts and lists, ready for JSON; of each part what differs from its defaults."""
+    if isinstance(value, tuple):
+        return [plain(x) for x in value]
+    if not _is_part(value):
+        return value
+    standard = default if default is not None else type(value)()
+    return {
+        f.name: plain(getattr(value, f.name), getattr(standard, f.name))
+        for f in fields(value)
+        if getattr(value, f.name) != getattr(standard, f.name)
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +82,7 @@ class Norm:
     bias: bool = False
 
     def __post_init__(self) -> None:
-        _choices(self, kind=("layer", "rms"), weight=("plain", "plus-one", "none"))
+        _check(self, kind=("layer", "rms"), weight=("plain", "plus-one", "none"))
         if self.bias and (self.kind == "rms" or self.weight == "none"):
             raise ConfigError("Norm.bias = True: an rms norm, or one without a weight, has none; allowed is false")
 
@@ -50,7 +96,7 @@ ORDERS = {
     "parallel": "x + A(n x) + M(n x), one norm",
     "parallel-two": "x + A(n1 x) + M(n2 x)",
 }
-QK_NORMS = ("none", "head", "head-own", "width", "unit")
+QK_NORMS = ("none", "head", "head-own", "width")
 LATENTS = ("none", "keys", "keys-and-queries")
 
 
@@ -60,12 +106,12 @@ class Attention:
 
     Attributes:
         fused: q, k and v are one projection, whose result is split.
-        bias: biases on q, k and v.
+        bias: biases on q, k and v; of latent attention on the projections down to the latent vectors.
         out_bias: a bias on the output projection.
         clip: q, k and v are clamped to so much either way (None: not).
         qk_norm: a norm on queries and keys: "none"; "head" (over head_dim, one weight for all heads); "head-own" (each
-            head its own); "width" (over all heads together); "unit" (over head_dim, no weight: Llama 4's).
-        qk_norm_kind: the kind of that norm, as in `Norm`.
+            head its own); "width" (over all heads together).
+        qk_norm_kind: which norm that is (Llama 4's has no weight, Gemma 3's scales by 1 + w, Phi's is a LayerNorm).
         qk_norm_late: it comes after the rotation.
         scale: what scores are multiplied with; None for 1 / sqrt(head_dim).
         softcap: c of c tanh(scores / c), which no fused kernel has; None for none (Gemma 2: 50).
@@ -79,7 +125,7 @@ class Attention:
     out_bias: bool = False
     clip: float | None = None
     qk_norm: str = "none"
-    qk_norm_kind: str = "rms"
+    qk_norm_kind: Norm = Norm()
     qk_norm_late: bool = False
     scale: float | None = None
     softcap: float | None = None
@@ -87,11 +133,17 @@ class Attention:
     latent: str = "none"
 
     def __post_init__(self) -> None:
-        _choices(self, qk_norm=QK_NORMS, qk_norm_kind=("layer", "rms"), latent=LATENTS)
-        if self.latent != "none" and (self.fused or self.qk_norm != "none" or self.sinks):
+        _check(self, qk_norm=QK_NORMS, latent=LATENTS)
+        if self.qk_norm_late and not self.qk_norm.startswith("head"):
+            raise ConfigError(
+                "Attention.qk_norm_late = True: what is rotated are heads; allowed with qk_norm = 'head' or 'head-own'"
+            )
+        if self.qk_norm == "none" and self.qk_norm_kind != Norm():
+            raise ConfigError("Attention.qk_norm_kind: there is no such norm; allowed with a qk_norm is another kind")
+        if self.latent != "none" and (self.fused or self.qk_norm != "none" or self.sinks or self.clip):
             raise ConfigError(
                 f"Attention.latent = {self.latent!r}: latent attention has its own projections and norms; allowed with "
-                "it are fused = false, qk_norm = 'none', sinks = false"
+                "it are fused = false, qk_norm = 'none', sinks = false, clip = none"
             )
 
 
@@ -111,7 +163,7 @@ class Positions:
     extra_rows: int = 0
 
     def __post_init__(self) -> None:
-        _choices(self, kind=("learned", "rotary", "alibi", "sinusoidal", "none"), pairs=("halves", "neighbours"))
+        _check(self, kind=("learned", "rotary", "alibi", "sinusoidal", "none"), pairs=("halves", "neighbours"))
 
 
 # Activations, by the names that config.json files use.
@@ -142,7 +194,7 @@ class MLP:
     fused: bool = False
 
     def __post_init__(self) -> None:
-        _choices(self, activation=tuple(ACTIVATIONS))
+        _check(self, activation=tuple(ACTIVATIONS))
         if self.fused and not self.gated:
             raise ConfigError("MLP.fused = True: a plain feed-forward has one matrix up; allowed with gated = true")
 
@@ -184,7 +236,7 @@ class Experts:
     shared: str = "none"
 
     def __post_init__(self) -> None:
-        _choices(
+        _check(
             self,
             score=tuple(SCORES),
             activation=(*ACTIVATIONS, "clamped-swiglu"),
@@ -237,23 +289,29 @@ class Parts:
     ends: Ends = Ends()
 
     def __post_init__(self) -> None:
-        _choices(self, order=tuple(ORDERS))
+        _check(self, order=tuple(ORDERS))
+        if self.attention.latent != "none" and self.positions.kind not in ("rotary", "none"):
+            raise ConfigError(
+                f"Positions.kind = {self.positions.kind!r}: latent attention rotates a part of each head; allowed are "
+                "rotary, none"
+            )
 
     def statements(self) -> Parts:
         """The same with every constant 1: what is multiplied with changes no byte and no FLOP, that it is does."""
 
-        def plain(part: Any) -> Any:
+        def ones(part: Any) -> Any:
             changes: dict[str, Any] = {}
             for f in fields(part):
                 value = getattr(part, f.name)
                 if isinstance(value, float):
                     changes[f.name] = 1.0
-                elif hasattr(value, "__dataclass_fields__"):
-                    changes[f.name] = plain(value)
+                elif _is_part(value):
+                    changes[f.name] = ones(value)
             return replace(part, **changes)
 
-        result: Parts = plain(self)
-        return result
+        result: Parts = ones(self)
+        # Scores are multiplied with 1 / sqrt(head_dim) where nothing else is asked for.
+        return replace(result, attention=replace(result.attention, scale=None))
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,7 +329,7 @@ class Layer:
     sparse: bool = False
 
     def __post_init__(self) -> None:
-        _choices(self, attention=("full", "window", "chunk"))
+        _check(self, attention=("full", "window", "chunk"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,6 +343,40 @@ class Pattern:
 
     first: tuple[Layer, ...] = ()
     cycle: tuple[Layer, ...] = (Layer(),)
+
+    def __post_init__(self) -> None:
+        for name in ("first", "cycle"):
+            layers = getattr(self, name)
+            if not isinstance(layers, (tuple, list)):
+                raise ConfigError(f"Pattern.{name} = {layers!r}: must be a tuple of Layer(...)")
+            made = tuple(part_of(Layer, x, f"Pattern.{name}") for x in layers)
+            object.__setattr__(self, name, made)
+        if not self.cycle:
+            raise ConfigError("Pattern.cycle = (): must hold a layer; give one that repeats")
+
+    @property
+    def kinds(self) -> frozenset[Layer]:
+        """Every kind of layer in it, also those that a model with few layers has not."""
+        return frozenset(self.first + self.cycle)
+
+    def with_full(self, attention: str) -> Pattern:
+        """The same, but layers of this attention are full."""
+
+        def widened(layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
+            return tuple(replace(x, attention="full") if x.attention == attention else x for x in layers)
+
+        return Pattern(widened(self.first), widened(self.cycle))
+
+    @classmethod
+    def of(cls, layers: Sequence[Layer]) -> Pattern:
+        """The shortest pattern of exactly these layers, such as a config.json lists: a cycle, where they repeat."""
+        layers = tuple(layers)
+        every = ((first, cycle) for first in range(len(layers)) for cycle in range(1, len(layers) - first + 1))
+        for first, cycle in sorted(every, key=lambda x: (sum(x), x[0])):
+            pattern = cls(layers[:first], layers[first : first + cycle])
+            if pattern.layers(len(layers)) == layers:
+                return pattern
+        raise ConfigError("layers = (): a model has at least one")
 
     def layers(self, count: int) -> tuple[Layer, ...]:
         """The kind of each of `count` layers."""
@@ -301,3 +393,5 @@ GPT2 = Parts(
     ends=Ends(tied=True),
 )
 LLAMA = Parts()
+# What a family's name alone stands for.
+FAMILIES = {"gpt2": GPT2, "llama": LLAMA}

@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
     recipe = p.add_argument_group("the plan (defaults: what a bare PyTorch script does)")
     _add_fields(recipe, Plan)
     sizes = p.add_argument_group("sizes of the model, in place of the preset's")
-    _add_fields(sizes, ModelConfig, skip=("family",))
+    _add_fields(sizes, ModelConfig, skip=("family", "parts", "pattern"))
     run = p.add_argument_group("the run")
     run.add_argument(
         "--mfu", type=float, help="MFU to reckon time with, in (0, 1] (default: predicted from the kernels)"
