@@ -110,6 +110,7 @@ class Ledger:
     kernels: list[Kernel] = field(default_factory=list)
     saved: list[Storage] = field(default_factory=list)
     parameters: list[tuple[Where, Size]] = field(default_factory=list)  # each one's place and number of elements
+    gradients: dict[Storage, list[tuple[Where, Size]]] = field(default_factory=dict)  # whose bytes are in a storage
     micro_batch: int = 0
     phase: Phase = Phase.SETUP
     module: str = ""
