@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from estimator.describe.checks import ConfigError, choose, known_fields, positive_int
 
@@ -14,24 +14,29 @@ FAMILIES = ("gpt2", "llama")
 class ModelConfig:
     """A decoder-only Transformer. Sizes are counts, letters are those of `estimator.eager.symbols`.
 
-    Attributes:
-        family: "gpt2" (LayerNorm with bias, learned positions, GELU, biases) or "llama" (RMSNorm, RoPE, SwiGLU).
-        num_layers: L, the number of blocks.
-        d_model: d, the width of the residual stream.
-        num_heads: h, query heads.
-        vocab_size: V, rows of the embedding.
-        context_length: C, positions that the model holds.
-        num_kv_heads: k, key/value heads; None means h (multi-head attention).
-        head_dim: e, the width of one head; None means d / h.
-        d_ff: f, the hidden width of the feed-forward; None means 4 d for gpt2 and must be given for llama.
-        tie_embeddings: the head shares the embedding's matrix; None means the family's habit (gpt2 yes, llama no).
-        qkv_bias: biases on the q, k and v projections of a llama (Qwen2 has them); gpt2 always has.
-        sliding_window: a token sees itself and the tokens before it, so many in all, in every block (4,096 in Mistral
-            7B v0.1); None means all before it, as does a window no shorter than the context, which becomes None.
+    `HELP` says of each field what it is: the command line and the page print it.
 
     Raises:
         ConfigError: a size is not a positive integer, heads do not divide, a rotary width is odd, ...
     """
+
+    HELP: ClassVar[dict[str, str]] = {
+        "family": '"gpt2" (LayerNorm with bias, learned positions, GELU, biases) or "llama" (RMSNorm, RoPE, SwiGLU).',
+        "num_layers": "L, the number of blocks.",
+        "d_model": "d, the width of the residual stream.",
+        "num_heads": "h, query heads.",
+        "vocab_size": "V, rows of the embedding.",
+        "context_length": "C, positions that the model holds.",
+        "num_kv_heads": "k, key/value heads; None means h (multi-head attention).",
+        "head_dim": "e, the width of one head; None means d / h.",
+        "d_ff": "f, the hidden width of the feed-forward; None means 4 d for gpt2 and must be given for llama.",
+        "tie_embeddings": "the head shares the embedding's matrix; None means the family's habit (gpt2 yes, llama no).",
+        "qkv_bias": "biases on the q, k and v projections of a llama (Qwen2 has them); gpt2 always has.",
+        "sliding_window": (
+            "a token sees itself and the tokens before it, so many in all, in every block (4,096 in Mistral 7B "
+            "v0.1); None means all before it, as does a window no shorter than the context, which becomes None."
+        ),
+    }
 
     family: str
     num_layers: int
