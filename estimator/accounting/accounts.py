@@ -214,7 +214,8 @@ def _forms(traced: Trace) -> tuple[Forms, dict[str, Forms]]:
     for event in ledger.events:
         storage = event.storage
         if event.sign > 0 and storage.category in _RESIDENT:
-            enter(_RESIDENT[storage.category], storage.where, storage.nbytes)
+            for where, nbytes in ledger.gradients.get(storage, [(storage.where, storage.nbytes)]):
+                enter(_RESIDENT[storage.category], where, nbytes)
     for where, elements in ledger.parameters:
         enter("parameters", where, elements)
     for storage in ledger.saved:

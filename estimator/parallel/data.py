@@ -257,6 +257,8 @@ class Unit:
                 if first:
                     stride = self.machine.contiguous(shard.shape)
                     shard.grad = Tensor(self.machine, rows.storage, shard.shape, stride, rows.dtype).hold()
+                    mine = shard.storage.where, shard.storage.nbytes
+                    self.machine.ledger.gradients.setdefault(rows.storage, []).append(mine)
                 else:
                     assert shard.grad is not None
                     self.machine.kernel("add_", (shard.grad,), (shard.grad,))

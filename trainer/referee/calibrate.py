@@ -381,7 +381,11 @@ def write_profile(path: Path, profile: dict[str, Any]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; 0 if a profile was written, 2 for bad arguments."""
-    parser = argparse.ArgumentParser(prog="estimate calibrate", description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="estimate calibrate",
+        description="Measure what this machine's kernels reach, and write it down as an accelerator of its own.",
+        allow_abbrev=False,
+    )
     parser.add_argument("--out", type=Path, default=Path("my-machine.toml"), help="the profile (default: %(default)s)")
     parser.add_argument(
         "--device", default="cpu", choices=("cpu", "cuda"), help="what to measure (default: %(default)s)"

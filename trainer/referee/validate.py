@@ -222,7 +222,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         from trainer.referee import validate_time  # noqa: PLC0415 - which needs torch
 
         return validate_time.main([word for word in argv if word != "--time"])
-    parser = argparse.ArgumentParser(prog="validate-estimates", description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="validate-estimates",
+        description="Run real training steps and hold every estimate against what PyTorch did.",
+        allow_abbrev=False,
+    )
     parser.add_argument("--cases", type=int, default=20, help="configurations of each family (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the random shapes (default: %(default)s)")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where to run (default: %(default)s)")
