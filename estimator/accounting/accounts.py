@@ -18,7 +18,8 @@ from estimator.eager.ledger import Category, Phase
 from estimator.eager.letters import LETTERS, SYMBOLS, ZERO, Size, Sizes, as_sizes, expression, substituted
 from estimator.eager.repetition import TURNS
 from estimator.eager.sizes import ShapeClass, sizes_of
-from estimator.models.layers import Recipe, fused_kernel
+from estimator.models.attention import fused_kernel
+from estimator.models.layers import Recipe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -165,9 +166,11 @@ def recipe_of(m: ModelConfig, p: Plan, device: str) -> Recipe:
     """What of `m` and `p` decides which statements a step executes on `device`."""
     tokens = p.tokens(m)
     recipe = Recipe(
-        family=m.family,
-        tie_embeddings=bool(m.tie_embeddings),
-        qkv_bias=bool(m.qkv_bias),
+        parts=m.made_of.statements(),
+        pattern=m.rotating_pattern,
+        letters=tuple(sizes_for(m, p, threads=1)),
+        partial=m.rotary_dim is not None,
+        projects=m.embedding_dim is not None,
         precision=p.precision,
         fp32_gradients=p.fp32_gradients,
         attention=p.attention_kernel(device, m),
@@ -180,7 +183,6 @@ def recipe_of(m: ModelConfig, p: Plan, device: str) -> Recipe:
         clips=p.max_grad_norm is not None,
         micro_batches=min(p.grad_accumulation, 2),  # the second adds to gradients that exist, and so do all after it
         parallel="alone" if p.data_parallel == 1 else {"none": "ddp"}.get(p.sharding, p.sharding),
-        windowed=m.sliding_window is not None,
     )
     masked = m.sliding_window is not None and tokens > m.sliding_window
     if p.attention == "sdpa-flash" and fused_kernel("flash", device, masked=masked) != "flash":
@@ -349,10 +351,10 @@ class Account:
     def lambdify(self) -> Callable[..., NDArray[np.int64]]:
         """A vectorised function `peak(B=..., T=..., ...)` of numbers or numpy arrays that broadcast: peak bytes.
 
-        Takes the letters of `GEOMETRY` as keywords and `n`, CPU threads. B and T must be given; any other that is left
-        out is derived as in `ModelConfig` (k = h, e = d / h, f = 4 d, C = T) or, if it cannot be, asked for by name.
-        Each point is computed in its own shape class, exactly, up to 2^53 bytes. `sliding_window` is the model's, if it
-        has one: points of no more than so many tokens take no mask.
+        Takes the letters of the model (`recipe.letters`) as keywords and `n`, CPU threads. B and T must be given; any
+        other that is left out is derived as in `ModelConfig` (k = h, e = d / h, f = 4 d, C = T) or, if it cannot be,
+        asked for by name. Each point is computed in its own shape class, exactly, up to 2^53 bytes. `sliding_window` is
+        the model's, if it has one: points of no more than so many tokens take no mask.
         """
         return vectorised_peak(self.recipe, self.device)
 

@@ -10,7 +10,7 @@ from estimator.eager.ledger import Category, Phase
 from estimator.eager.losses import cross_entropy, torch_cross_entropy, torch_cross_entropy_fp32
 from estimator.eager.ops import div_number
 from estimator.eager.tensor import BFLOAT16, FLOAT32, INT64, Machine, Tensor
-from estimator.models import FAMILIES
+from estimator.models.decoder import Transformer
 from estimator.optim.masters import Masters
 from estimator.optim.optimizers import OPTIMIZERS
 from estimator.optim.scaling import GradScaler
@@ -36,7 +36,7 @@ def run_step(recipe: Recipe, shapes: ShapeClass, device: str, stack: Stack, size
     """
     machine = Machine(shapes, device, stack, sizes, PARAMETERS.get(recipe.precision, FLOAT32))
     ledger = machine.ledger
-    model = FAMILIES[recipe.family](machine, recipe)
+    model = Transformer(machine, recipe)
     replica = REPLICAS[recipe.parallel](model, recipe.micro_batches)
     size = shapes.letters
     with ledger.inside("inputs"):

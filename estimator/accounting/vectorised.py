@@ -9,7 +9,7 @@ import numpy as np
 
 from estimator.describe.checks import ConfigError, choose
 from estimator.eager.letters import Sizes
-from estimator.eager.sizes import cpu_threads
+from estimator.eager.sizes import COUNTS, cpu_threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     from estimator.eager.repetition import Stack
     from estimator.models.layers import Recipe
 
-GEOMETRY = tuple("BTLdhkefVC")  # the letters that a user gives
-SHAPED = tuple("BTdhkefVC")
+FOLLOWING = ("g", "n", "D", "W", "A")  # letters that need not be given
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class VectorisedPeak:
         Raises:
             ConfigError: a letter is unknown, missing or below 1, or the window of a recipe that has one is missing.
         """
-        if sliding_window is None and self.recipe.windowed:
+        if sliding_window is None and any(layer.attention == "window" for layer in self.recipe.kinds):
             raise ConfigError("sliding_window is missing: this step's attention has one; give its tokens")
         sizes = self._complete(letters)
         if sliding_window is not None:
@@ -75,8 +74,9 @@ class VectorisedPeak:
                 here = here[~holds]
 
     def _complete(self, letters: dict[str, ArrayLike]) -> dict[str, NDArray[np.int64]]:
+        needed = [name for name in self.recipe.letters if name not in FOLLOWING]
         for name in letters:
-            choose("letter", name, (*GEOMETRY, "n", "D"))
+            choose("letter", name, (*needed, "n", "D"))
         given = {name: np.asarray(x, dtype=np.int64) for name, x in letters.items()}
         for name, x in given.items():
             if x.size and x.min() < 1:
@@ -87,22 +87,24 @@ class VectorisedPeak:
             given.setdefault("k", given["h"])
         if "d" in given and "h" in given:
             given.setdefault("e", given["d"] // given["h"])
-        if "d" in given and self.recipe.family == "gpt2":
+        if "d" in given and not self.recipe.parts.mlp.gated:
             given.setdefault("f", 4 * given["d"])
         given.setdefault("n", np.asarray(cpu_threads()))
         if self.recipe.parallel.startswith("zero") and np.min(given.get("D", 1)) < 2:
             raise ConfigError(f"D: {self.recipe.parallel} is shared by accelerators; give how many, at least 2")
         given.setdefault("D", np.asarray(1))
-        for name in GEOMETRY:
+        for name in needed:
             if name not in given:
-                raise ConfigError(f"{name} is missing: give each of {', '.join(GEOMETRY)} that the others do not imply")
+                raise ConfigError(f"{name} is missing: give each of {', '.join(needed)} that the others do not imply")
         given.setdefault("g", given["h"] // given["k"])
+        given.setdefault("W", given["C"])
+        given.setdefault("A", given["C"])
         return given
 
     def _codes(self, sizes: Mapping[str, Any]) -> NDArray[np.int64]:
         """A number for each point that tells its shape class (`ShapeClass.at`) and its stack from all others."""
         halved = self.recipe.halved
-        facts = [sizes[name] < 4 if name in halved else sizes[name] == 1 for name in SHAPED if name in sizes]
+        facts = [sizes[name] < 4 if name in halved else sizes[name] == 1 for name in sizes if name not in COUNTS]
         facts += [sizes[name] == 2 for name in sorted(halved)]
         facts += [sizes["k"] == sizes["h"], sizes["h"] * sizes["e"] == sizes["d"]]
         code: Any = np.zeros(1, dtype=np.int64)

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from estimator.accounting.accounts import recipe_of, vectorised_peak
+from estimator.accounting.accounts import recipe_of, sizes_for, vectorised_peak
+from estimator.accounting.vectorised import FOLLOWING
 from estimator.describe.checks import ConfigError, choose
 from estimator.hardware.accelerators import accelerator
 from estimator.pricing.money import JOULES_PER_KILOWATT_HOUR, SECONDS_PER_HOUR, cost
@@ -107,7 +108,7 @@ def sweep(
     letters = _letters(request, grid, r.plan.data_parallel)
     varying = {name: x for name, x in letters.items() if x.ndim}
     sizes: dict[str, Any] = {name: int(x) for name, x in letters.items() if not x.ndim} | varying
-    every = {**sizes, "n": r.memory.sizes["n"], "W": r.memory.sizes["W"]}
+    every = {**sizes, "n": r.memory.sizes["n"]}
     corner = {name: int(np.max(x)) for name, x in every.items()}
     for key in (("backward_flops",), *(("live", i) for i in range(len(r.account.pieces)))):
         if r.account.compiled.value(key, r.account.compiled.at(corner)) > LARGEST:
@@ -145,16 +146,13 @@ def _letters(request: Request, grid: Mapping[str, NDArray[np.int64]], count: int
     combined = np.stack(list(own.values()), axis=1) if own else np.zeros((1, 0), dtype=np.int64)
     different, which = np.unique(combined, axis=0, return_inverse=True)
     models = [request.model.replace(**dict(zip(own, map(int, row), strict=True))) for row in different]
-    rows = np.array(
-        [(m.num_layers, m.d_model, m.num_heads, m.kv_heads, m.e, m.f, m.vocab_size, m.context_length) for m in models],
-        dtype=np.int64,
-    )
-    letters = {}
-    for letter, column in zip("LdhkefVC", rows.T, strict=True):
-        letters[letter] = column[which.ravel()] if np.ptp(column) else column[0]
     p = request.plan
+    sizes = [sizes_for(m, p) for m in models]
+    letters = {}
+    for letter in sizes[0]:
+        column = np.array([of[letter] for of in sizes], dtype=np.int64)
+        letters[letter] = column[which.ravel()] if np.ptp(column) else column[0]
     return letters | {
-        "g": letters["h"] // letters["k"],
         "B": grid.get("batch_size", np.int64(p.batch_size)),
         "T": grid.get("seq_len", np.int64(p.tokens(request.model))),
         "D": grid.get("count", np.int64(count)) if p.sharding != "none" else np.int64(1),
@@ -169,7 +167,11 @@ def _peak(request: Request, device: str, sizes: Mapping[str, Any], count: NDArra
         if len(here):
             plan = request.plan.replace(data_parallel=int(count[here[0]]))
             account = vectorised_peak(recipe_of(request.model, plan, device), device)
-            at = {name: x[here] if np.ndim(x) else x for name, x in sizes.items() if name != "g"}
+            at = {
+                name: x[here] if np.ndim(x) else x
+                for name, x in sizes.items()
+                if name not in FOLLOWING or name in ("n", "D")
+            }
             out[here] = account(sliding_window=request.model.sliding_window, **at)
     return out
 

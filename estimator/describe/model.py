@@ -278,6 +278,15 @@ class ModelConfig:
         return Pattern(cycle=(Layer(attention, sparse=self.made_of.experts is not None),))
 
     @property
+    def rotating_pattern(self) -> Pattern:
+        """The pattern of the layers; none rotates where positions are not rotary."""
+        rotary, pattern = self.made_of.positions.kind == "rotary", self._pattern
+        first, cycle = (
+            tuple(replace(x, rotates=x.rotates and rotary) for x in kinds) for kinds in (pattern.first, pattern.cycle)
+        )
+        return Pattern(first, cycle)
+
+    @property
     def layers(self) -> tuple[Layer, ...]:
         """The kind of each layer; none rotates where positions are not rotary."""
         rotary = self.made_of.positions.kind == "rotary"

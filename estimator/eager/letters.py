@@ -23,14 +23,19 @@ if TYPE_CHECKING:
 
 
 __all__ = [
+    "G_K",
     "LETTERS",
     "ONE",
     "SYMBOLS",
     "ZERO",
+    "A",
     "B",
     "C",
     "D",
+    "E",
     "Function",
+    "G",
+    "K",
     "L",
     "Letter",
     "Size",
@@ -43,10 +48,18 @@ __all__ = [
     "ceiling",
     "constant",
     "d",
+    "d_c",
+    "d_e",
+    "d_q",
     "e",
+    "e_n",
+    "e_r",
+    "e_v",
     "evaluate",
     "expression",
     "f",
+    "f_e",
+    "f_s",
     "g",
     "h",
     "index_of",
@@ -372,6 +385,19 @@ def bases(indices: Iterable[int]) -> Iterator[int]:
 
 # ---- the letters that every model has
 
+E = letter("E", "experts of a sparse layer")
+K = letter("K", "experts that a token goes through")
+f_e = letter("f_e", "hidden width of one expert")
+f_s = letter("f_s", "hidden width of the shared expert")
+G = letter("G", "groups that experts are chosen in")
+G_K = letter("G_K", "groups that a token's experts are chosen from")
+d_q = letter("d_q", "width of the vector that queries are made from, in latent attention")
+d_c = letter("d_c", "width of the vector that keys and values are made from, in latent attention")
+e_r = letter("e_r", "width of the part of a head that is rotated")
+e_n = letter("e_n", "width of the part of a head that is not rotated, in latent attention")
+e_v = letter("e_v", "width of a head's value, in latent attention")
+d_e = letter("d_e", "width of embedding and head, where projections lead to d and back")
+A = letter("A", "tokens of a chunk, of which a token sees those before it", least=1)
 W = letter("W", "tokens that a sliding window lets a token see, itself among them", least=1)
 B = letter("B", "micro-batch: sequences in one forward pass on one accelerator")
 T = letter("T", "sequence length, tokens")

@@ -25,7 +25,38 @@ if TYPE_CHECKING:
 
 __all__ = ["ONE", "ZERO", "Fact", "ShapeClass", "Size", "cpu_threads", "sizes_of"]
 
-COUNTS = ("L", "n", "D", "g", "W")  # letters whose value of 1 says nothing of a shape, or is said by another: they stay
+COUNTS = (
+    "L",
+    "n",
+    "D",
+    "g",
+    "W",
+    "A",
+)  # letters whose value of 1 says nothing of a shape, or is said by another: they stay
+
+
+# Letters and the fields of a ModelConfig that they stand for.
+FIELDS = {
+    "L": "num_layers",
+    "d": "d_model",
+    "h": "num_heads",
+    "k": "num_kv_heads",
+    "e": "head_dim",
+    "f": "d_ff",
+    "V": "vocab_size",
+    "C": "context_length",
+    "E": "num_experts",
+    "K": "experts_per_token",
+    "f_e": "d_expert",
+    "f_s": "d_shared",
+    "G": "expert_groups",
+    "G_K": "groups_per_token",
+    "d_q": "query_rank",
+    "d_c": "kv_rank",
+    "e_n": "nope_dim",
+    "e_v": "value_dim",
+    "d_e": "embedding_dim",
+}
 
 
 class Fact(NamedTuple):
@@ -168,21 +199,15 @@ def sizes_of(m: ModelConfig, batch_size: int, seq_len: int, threads: int | None 
         threads: CPU threads; None means `cpu_threads()`.
         shards: accelerators that share what is sharded (`Plan.shards`).
     """
-    return Sizes(
-        {
-            "B": batch_size,
-            "T": seq_len,
-            "L": m.num_layers,
-            "d": m.d_model,
-            "h": m.num_heads,
-            "k": m.kv_heads,
-            "g": m.num_heads // m.kv_heads,
-            "e": m.e,
-            "f": m.f,
-            "V": m.vocab_size,
-            "C": m.context_length,
-            "n": cpu_threads() if threads is None else threads,
-            "D": shards,
-            "W": m.sliding_window or m.context_length,
-        }
-    )
+    given = {
+        "B": batch_size,
+        "T": seq_len,
+        "g": m.num_heads // m.kv_heads,
+        "n": cpu_threads() if threads is None else threads,
+        "D": shards,
+        "W": m.sliding_window or m.context_length,
+        "A": m.attention_chunk or m.context_length,
+        "e_r": m.rope_dim or m.rotary_dim,
+    }
+    given |= {letter: getattr(m, field) for letter, field in FIELDS.items()}
+    return Sizes({letter: size for letter, size in given.items() if size is not None})

@@ -145,8 +145,12 @@ class Machine:
         gemm: Gemm | None = None,
         arithmetic: Size = ZERO,
         repeated: Size = ZERO,
+        flops: Size | None = None,
     ) -> None:
-        """Record a launch; its bytes are those of its operands, once each; `repeated` of its FLOPs repeat forward's."""
+        """Record a launch; its bytes are those of its operands, once each; `repeated` of its FLOPs repeat forward's.
+
+        `flops` are those of its products, in place of what `gemm` comes to (groups of rows that are not alike).
+        """
         ledger = self.ledger
         operands = [Operand(t.storage, t.dtype.itemsize * t.numel, written=False) for t in reads]
         operands += [Operand(t.storage, t.dtype.itemsize * t.numel, written=True) for t in writes]
@@ -154,7 +158,8 @@ class Machine:
         nbytes = self._sums.get(moved)
         if nbytes is None:
             nbytes = self._sums[moved] = sum(moved, ZERO)
-        flops = ZERO if gemm is None else 2 * self.product((gemm.b, gemm.m, gemm.n, gemm.k))
+        if flops is None:
+            flops = ZERO if gemm is None else 2 * self.product((gemm.b, gemm.m, gemm.n, gemm.k))
         here, recompute, turn = ledger.here, ledger.recompute, ledger.micro_batch
         repeated = flops if recompute else repeated
         ledger.kernels.append(

@@ -30,9 +30,12 @@ class Model(Protocol):
     """What is asked of a model here, `estimator.models`' Transformer: its parts, and a place for their units."""
 
     machine: Machine
-    buffers: list[Tensor]
-    blocks: list[Any]
+    blocks: Any
     unit: Unit | None
+
+    @property
+    def buffers(self) -> list[Tensor]:
+        """In PyTorch's order."""
 
     def parameters(self) -> Iterator[Tensor]:
         """In PyTorch's order."""

@@ -14,7 +14,7 @@ import ast
 import sys
 from bisect import bisect_right
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -133,9 +133,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if said.startswith("all") else 1
 
 
-def _fields(given: Sequence[str]) -> dict[str, object]:
+def _fields(given: Sequence[str]) -> dict[str, Any]:
     """FIELD=VALUE pairs, a value as Python writes it or a plain word."""
-    found: dict[str, object] = {}
+    found: dict[str, Any] = {}
     for pair in given:
         name, _, value = pair.partition("=")
         try:
