@@ -1,6 +1,6 @@
 """Write estimator/data/hf_defaults.json: what each configuration class of transformers takes where a file is silent.
 
-Run with transformers installed: `python tools/hf_defaults.py`. Nothing is downloaded: a class is built without arguments.
+Run with transformers installed: `python tools/hf_defaults.py`. Nothing is downloaded: classes are built of nothing.
 """
 
 import json
@@ -28,8 +28,9 @@ OLDER = {
     "gpt_neox": {"rotary_pct": "partial_rotary_factor"},
     "bloom": {"max_position_embeddings": "seq_length"},
 }
-# What the class does not hold: the length that BLOOM was trained with (its positions have no limit).
-BESIDE = {"bloom": {"seq_length": 2048}}
+# What the class does not hold: the length that BLOOM was trained with (its positions have no limit), and a field that
+# MiniMax-M2's class takes from published files only.
+BESIDE = {"bloom": {"seq_length": 2048}, "minimax_m2": {"rotary_dim": None}}
 
 
 def entry(kind):

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from estimator.describe.checks import ConfigError
-from estimator.describe.families import FAMILIES, Family, Rule, size
+from estimator.describe.families import FAMILIES, Family
 from estimator.describe.fields import Fields
 from estimator.describe.model import ModelConfig
 from estimator.describe.parts import FAMILIES as NAMED
 from estimator.describe.parts import MLP, Attention, Ends, Experts, Layer, Parts, Pattern, Positions
 from estimator.describe.refusals import refusal
+from estimator.describe.rules import Rule, size
 
 SIZE_LIMIT = 5_000_000  # bytes; a config.json has a few thousand, so anything larger is another file
 
@@ -62,11 +63,11 @@ def _sizes(c: Fields, family: Family, *, sparse: bool, dense: bool) -> dict[str,
 def from_hf(source: str | Path | bytes | Mapping[str, Any]) -> ModelConfig:
     """The model that a Hugging Face configuration describes. The file is data: nothing in it is run.
 
-    What each family is made of stands in `estimator.describe.families`. A field that the file leaves out has the default
-    of its `model_type`'s class, as in transformers. Not part of a ModelConfig, and ignored, is what changes neither
-    bytes nor FLOPs of a training step: how rotary angles are scaled, the norm's epsilon, how the file's own weights are
-    stored (`quantization_config`). Dropout is ignored too: the step is trained without. So are layers that predict
-    further tokens (`num_nextn_predict_layers`), which transformers does not build.
+    What each family is made of stands in `estimator.describe.families`. A field that the file leaves out has the
+    default of its `model_type`'s class, as in transformers. Not part of a ModelConfig, and ignored, is what changes
+    neither bytes nor FLOPs of a training step: how rotary angles are scaled, the norm's epsilon, how the file's own
+    weights are stored (`quantization_config`). Dropout is ignored too: the step is trained without. So are layers that
+    predict further tokens (`num_nextn_predict_layers`), which transformers does not build.
 
     Args:
         source: the path of a config.json or of its folder, the file's content (bytes), or the parsed object.
@@ -153,7 +154,7 @@ def _layers(family: Family, c: Fields) -> tuple[Layer, ...]:
     listed = c.layer_types()
     if family.kinds is None:
         if listed and set(listed) != {"full"}:
-            raise ConfigError(f"layer_types: the family's layers are all alike; allowed is full_attention")
+            raise ConfigError("layer_types: the family's layers are all alike; allowed is full_attention")
         listed = ["full"] * c.layers
     c.kinds = listed or family.kinds(c) if family.kinds else listed or []
     rotates = family.rotates(c)
@@ -188,8 +189,10 @@ def _parts(family: Family, c: Fields, *, sparse: bool, dense: bool) -> Parts:
 
 def _rotated(family: Family, c: Fields, sizes: Mapping[str, Any], parts: Parts) -> dict[str, int | None]:
     """The width of a head that is rotated, where it is a part."""
-    if "rotary_dim" in sizes or parts.positions.kind != "rotary" or parts.attention.latent != "none":
+    if parts.positions.kind != "rotary" or parts.attention.latent != "none":
         return {}
+    if c.knows("rotary_dim") and c("rotary_dim") is not None:
+        return {"rotary_dim": c.size("rotary_dim")}
     part = c.rotated_part()
     if not family.partial:
         if part != 1:

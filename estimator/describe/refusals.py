@@ -50,19 +50,24 @@ KINDS = {
         "beit clip convnext deit dinov2 dinov3_vit hubert resnet siglip siglip2 swin vit wav2vec2 wavlm"
     ),
     "an encoder-decoder": (
-        "bart bigbird_pegasus blenderbot blenderbot-small fsmt led longt5 m2m_100 marian mbart mt5 mvp nllb-moe pegasus "
-        "pegasus_x plbart prophetnet switch_transformers t5 t5gemma udop umt5"
+        "bart bigbird_pegasus blenderbot blenderbot-small fsmt led longt5 m2m_100 marian mbart mt5 mvp nllb-moe "
+        "pegasus pegasus_x plbart prophetnet switch_transformers t5 t5gemma udop umt5"
     ),
     "a speech encoder-decoder": "moonshine seamless_m4t speech_to_text speecht5 whisper",
     "a state-space model (mamba)": "falcon_mamba mamba mamba2",
     "a recurrent model": "rwkv rwkv5 rwkv6 rwkv7 xlstm",
-    "a hybrid, with mamba layers beside attention": "bamba falcon_h1 granitemoehybrid jamba nemotron_h plamo2 zamba zamba2",
+    "a hybrid, with mamba layers beside attention": (
+        "bamba falcon_h1 granitemoehybrid jamba nemotron_h plamo2 zamba zamba2"
+    ),
     "a hybrid, with recurrent blocks beside attention": "recurrent_gemma",
-    "a hybrid, with linear attention in some layers": "kimi_linear lfm2 minimax olmo_hybrid qwen3_5 qwen3_5_moe qwen3_next",
+    "a hybrid, with linear attention in some layers": (
+        "kimi_linear minimax olmo_hybrid qwen3_5 qwen3_5_moe qwen3_next"
+    ),
+    "a hybrid, with convolutions beside attention": "lfm2 lfm2_moe",
     "a model of text, images and sound": "gemma3n gemma4 phi4_multimodal qwen2_5_omni qwen3_omni_moe",
     "a model of text with a vision part": (
-        "git idefics idefics2 idefics3 internvl kosmos-2 llava llava_next maira2 mistral3 mllama paligemma phi3_v pixtral "
-        "qwen2_vl qwen2_5_vl qwen3_vl qwen3_vl_moe smolvlm"
+        "git idefics idefics2 idefics3 internvl kosmos-2 llava llava_next maira2 mistral3 mllama paligemma phi3_v "
+        "pixtral qwen2_vl qwen2_5_vl qwen3_vl qwen3_vl_moe smolvlm"
     ),
 }
 IS = {kind: what for what, kinds in KINDS.items() for kind in kinds.split()}
@@ -94,9 +99,9 @@ def refusal(raw: Mapping[str, Any], families: Sequence[str]) -> str | None:
     if text is not None:
         inner = raw[text].get("model_type")
         beside = f"{' and '.join(parts)} beside the text ({', '.join(f for f in BESIDE_TEXT if raw.get(f))})"
-        what = beside if parts else f"{IS.get(kind, 'another model')} around its {text}"
+        around = beside if parts else f"{IS.get(kind, 'another model')} around its {text}"
         hint = f"{AS_TEXT} {text} as the whole configuration" if inner in families else f"{text} is {inner!r}, not read"
-        return f"{name}: {what}, which would be lost; {hint}"
+        return f"{name}: {around}, which would be lost; {hint}"
     if parts:
         return f"{name}: {' and '.join(parts)} beside the text, which would be lost; {NEAREST} a decoder of text alone"
     if kind in families:
@@ -104,7 +109,8 @@ def refusal(raw: Mapping[str, Any], families: Sequence[str]) -> str | None:
     if kind in ONE_OFF:
         why, nearest = ONE_OFF[kind]
         return f"{name}: {why}, which no part says; {NEAREST} {nearest} with the same sizes"
-    what = IS.get(kind) or next((what for fields, what in BLOCKS if any(raw.get(f) for f in fields)), None)
+    what: str | None = IS.get(kind)
+    what = what or next((meant for fields, meant in BLOCKS if any(raw.get(f) for f in fields)), None)
     if what is None and (raw.get("is_encoder_decoder") or raw.get("encoder_layers")):
         what = "an encoder-decoder"
     if what is not None:

@@ -123,7 +123,8 @@ def _list() -> int:
 
 def _run(args: argparse.Namespace) -> int:
     from estimator.answers.estimates import estimate, max_batch_size, replicated  # noqa: PLC0415 - sympy, which --help does without
-    from estimator.describe.presets import from_hf, preset  # noqa: PLC0415 - only here
+    from estimator.describe.hf import from_hf  # noqa: PLC0415 - only here
+    from estimator.describe.presets import preset  # noqa: PLC0415 - only here
 
     named = (
         from_hf(Path(args.model)) if args.model.endswith(".json") or Path(args.model).is_dir() else preset(args.model)

@@ -12,12 +12,9 @@ def _linear(out, inputs, bias):
 
 
 def _feed_forward(mlp, d, f):
-    bias = mlp.bias
-    if mlp.gated and mlp.fused:
-        shapes = _linear(2 * f, d, bias)
-    else:
-        shapes = _linear(f, d, bias) * (2 if mlp.gated else 1)
-    shapes += _linear(d, f, bias)
+    up = 2 if mlp.gated else 1
+    shapes = _linear(up * f, d, mlp.bias) if mlp.fused else _linear(f, d, mlp.bias) * up
+    shapes += _linear(d, f, mlp.bias)
     shapes += [(f,)] if mlp.down_norm else []
     return shapes + ([(1,), (1,)] if mlp.activation == "xielu" else [])
 
@@ -28,10 +25,10 @@ def _attention(m):
         wide = k * e
         shapes = [(m.num_experts, wide, d), (m.num_experts, d, wide), (d,), (m.num_experts, d), (2 * wide, d)]
     elif a.latent != "none":
-        shapes = _linear(m.kv_rank + m.rope_dim, d, a.bias) + [(m.kv_rank,)]
+        shapes = [*_linear(m.kv_rank + m.rope_dim, d, a.bias), (m.kv_rank,)]
         shapes += [(h * (m.nope_dim + m.value_dim), m.kv_rank)]
         if a.latent == "keys-and-queries":
-            shapes += _linear(m.query_rank, d, a.bias) + [(m.query_rank,), (h * e, m.query_rank)]
+            shapes += [*_linear(m.query_rank, d, a.bias), (m.query_rank,), (h * e, m.query_rank)]
         else:
             shapes += [(h * e, d)]
         shapes += _linear(d, h * m.value_dim, a.out_bias)
@@ -51,7 +48,7 @@ def _attention(m):
 
 def _experts(m):
     x, d, n, f = m.parts.experts, m.d_model, m.num_experts, m.d_expert
-    shapes = [(n, 2 * f, d), (n, d, f)] + _linear(n, d, x.router_bias)
+    shapes = [(n, 2 * f, d), (n, d, f), *_linear(n, d, x.router_bias)]
     shapes += [(n, 2 * f), (n, d)] if x.bias else []
     shapes += [(d,)] if x.out_bias else []
     shapes += [(m.d_shared, d)] * 2 + [(d, m.d_shared)] if x.shared != "none" else []
@@ -64,34 +61,30 @@ def _block(m, layer):
     return _norm(m.parts.norm, m.d_model) * norms + _attention(m) + feed_forward
 
 
-def shapes(m):
-    """The shape of every parameter, each once."""
+def blocks(m):
+    """The shapes of each block."""
+    return [_block(m, layer) for layer in m.layers]
+
+
+def around(m):
+    """The shapes of what is before the first block and after the last."""
     p, d, V = m.parts, m.d_model, m.vocab_size
     wide = m.embedding_dim or d
     found = [(V, wide)]
     found += [(d, wide), (wide, d)] if wide != d else []
     found += [(m.context_length + p.positions.extra_rows, d)] if p.positions.kind == "learned" else []
     found += _norm(p.norm, d) if p.ends.embedding_norm else []
-    for layer in m.layers:
-        found += _block(m, layer)
     found += _norm(p.norm, d) if p.ends.final_norm else []
     found += [] if p.ends.tied else [(V, wide)]
     return found + ([(V,)] if p.ends.head_bias else [])
 
 
+def shapes(m):
+    """The shape of every parameter, each once."""
+    return around(m) + [shape for block in blocks(m) for shape in block]
+
+
 def parameters(m):
     """Numbers in all of them; blocks that are alike are enumerated once."""
     kinds = {layer: sum(map(prod, _block(m, layer))) for layer in set(m.layers)}
-    return sum(map(prod, shapes(_without_blocks(m)))) + sum(kinds[layer] for layer in m.layers)
-
-
-class _without_blocks:  # noqa: N801 - a view
-    """The same model with no layers."""
-
-    def __init__(self, m):
-        self._m = m
-
-    layers = ()
-
-    def __getattr__(self, name):
-        return getattr(self._m, name)
+    return sum(map(prod, around(m))) + sum(kinds[layer] for layer in m.layers)
