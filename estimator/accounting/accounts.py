@@ -132,7 +132,7 @@ def recipe_of(m: ModelConfig, p: Plan, device: str) -> Recipe:
         qkv_bias=bool(m.qkv_bias),
         precision=p.precision,
         fp32_gradients=p.fp32_gradients,
-        attention=p.attention_kernel(device),
+        attention=p.attention_kernel(device, m),
         dropout=p.dropout > 0,
         loss=p.loss,
         checkpointing=p.checkpointing,

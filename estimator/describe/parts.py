@@ -24,9 +24,10 @@ def _check(part: Any, **allowed: Sequence[str]) -> None:
     """
     for f in fields(part):
         value, name = getattr(part, f.name), f"{type(part).__name__}.{f.name}"
-        nested: Any = type(f.default) if is_dataclass(f.default) else Experts if f.type == "Experts | None" else None
-        if nested is not None and not (value is None and f.default is None):
-            object.__setattr__(part, f.name, part_of(nested, value, name))
+        if _is_part(f.default):
+            object.__setattr__(part, f.name, part_of(type(f.default), value, name))
+        elif f.type == "Experts | None":
+            object.__setattr__(part, f.name, None if value is None else part_of(Experts, value, name))
         elif f.name in allowed:
             choose(name, value, allowed[f.name])
         elif f.type == "bool" and not isinstance(value, bool):
@@ -37,6 +38,10 @@ def _check(part: Any, **allowed: Sequence[str]) -> None:
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
                 raise ConfigError(f"{name} = {value!r}: must be a finite number above 0, or none")
             object.__setattr__(part, f.name, float(value))
+
+
+def _is_part(value: object) -> bool:
+    return is_dataclass(value)
 
 
 def part_of(cls: type, value: Any, name: str) -> Any:
@@ -52,7 +57,7 @@ def plain(value: Any, default: Any = None) -> Any:
     """Parts as nested dicts and lists, ready for JSON; of each part what differs from its defaults."""
     if isinstance(value, tuple):
         return [plain(x) for x in value]
-    if not is_dataclass(value):
+    if not _is_part(value):
         return value
     standard = default if default is not None else type(value)()
     return {
@@ -138,6 +143,10 @@ class Attention:
 
     def __post_init__(self) -> None:
         _check(self, qk_norm=QK_NORMS, latent=LATENTS, query_scaling=("none", "all", "unrotated"))
+        if self.qk_norm_late and not self.qk_norm.startswith("head"):
+            raise ConfigError(
+                "Attention.qk_norm_late = True: what is rotated are heads; allowed with qk_norm = 'head' or 'head-own'"
+            )
         if self.qk_norm == "none" and self.qk_norm_kind != Norm():
             raise ConfigError("Attention.qk_norm_kind: there is no such norm; allowed with a qk_norm is another kind")
         if self.latent != "none" and (self.fused or self.qk_norm != "none" or self.sinks or self.clip):
@@ -315,7 +324,7 @@ class Parts:
                 value = getattr(part, f.name)
                 if isinstance(value, float):
                     changes[f.name] = 1.0
-                elif is_dataclass(value):
+                elif _is_part(value):
                     changes[f.name] = ones(value)
             return replace(part, **changes)
 

@@ -170,16 +170,46 @@ class Plan:
         own = OPTIMIZERS[self.optimizer]
         return "foreach" if device == "cuda" and "foreach" in own and own[0] == "loop" else own[0]
 
-    def attention_kernel(self, device: str) -> str:
+    def check_model(self, model: ModelConfig) -> None:
+        """Raise ConfigError if the model's parts have something that the plan's attention or loss has not."""
+        parts = model.made_of
+        for name, has in (("softcap", parts.attention.softcap is not None), ("sinks", parts.attention.sinks)):
+            if has and self.attention.startswith("sdpa"):
+                raise ConfigError(
+                    f"attention = {self.attention!r}: no fused kernel has the model's attention.{name}; allowed are "
+                    "naive, naive-fp32"
+                )
+        for name, has in (
+            ("logits_softcap", parts.ends.logits_softcap is not None),
+            ("head_bias", parts.ends.head_bias),
+        ):
+            if has and self.loss == "chunked":
+                raise ConfigError(
+                    f"loss = 'chunked': it has the head in it, but not the model's ends.{name}; allowed are "
+                    f"{', '.join(x for x in LOSSES if x != 'chunked')}"
+                )
+        if self.attention == "sdpa-flash" and model.value_e != model.e:
+            raise ConfigError(
+                f"attention = 'sdpa-flash': its queries and values are of one width, the model's of {model.e} and "
+                f"{model.value_e}; allowed are naive, naive-fp32, sdpa, sdpa-math, sdpa-efficient"
+            )
+
+    def attention_kernel(self, device: str, model: ModelConfig | None = None) -> str:
         """What computes attention on `device`: "naive", "naive-fp32", "math", "flash" or "efficient".
 
         PyTorch picks flash on the CPU unless there is dropout, on CUDA for 16-bit dtypes; in fp32 CUDA's is the
-        memory-efficient kernel (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp).
+        memory-efficient kernel (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp). Where values have another width
+        than queries, as in latent attention, it is math on the CPU and memory-efficient on CUDA.
 
         Raises:
-            ConfigError: `attention` names a kernel that `device` has not, or has not for this dtype or for dropout.
+            ConfigError: `attention` names a kernel that `device` has not, or has not for this dtype, for dropout or,
+                where a model is given, for its parts.
         """
         half = self.product_dtype not in ("fp32", "tf32")
+        if model is not None:
+            self.check_model(model)
+            if self.attention == "sdpa" and model.value_e != model.e:
+                return "math" if device == "cpu" else "efficient"
         if self.attention == "sdpa" and device == "cpu":
             return "math" if self.dropout else "flash"
         if self.attention == "sdpa":

@@ -1,40 +1,36 @@
-"""The two model families in plain PyTorch, built from a `ModelConfig` and a `Plan`.
+"""Every decoder in plain PyTorch, built from the parts of a `ModelConfig` and a `Plan`.
 
 The ledger of `estimator.models` repeats these forwards statement by statement, under the same module names: a changed
 line here is a changed line there, and `validate-estimates` says which one was forgotten.
 
-Shape suffixes are the legend's letters (`estimator.eager.symbols`): B batch, T sequence, d width, h heads, k key/value
-heads, e head width, f feed-forward width, V vocabulary, C positions.
+Shape suffixes are the legend's letters (`trainer.model.layers`).
 """
 
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
+from trainer.model.attention import KeysAndValues
+from trainer.model.block import Block
+from trainer.model.layers import INIT_STD, Embedding, Linear, soft_cap
 from trainer.model.loss import chunked_cross_entropy
+from trainer.model.masks import attention_kinds, build_mask
+from trainer.model.norms import build_norm
+from trainer.model.positions import Positions, Sinusoids, alibi_bias, alibi_slopes, query_scales, rope_tables
+from trainer.model.router import Router
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from estimator.describe.model import ModelConfig
     from estimator.describe.plan import Plan
 
-ROPE_THETA = 10_000.0  # Su et al. 2021, "RoFormer", section 3.2.2
-NORM_EPS = 1e-5
-KERNELS = {  # "sdpa" leaves the choice to PyTorch
-    "sdpa-math": SDPBackend.MATH,
-    "sdpa-flash": SDPBackend.FLASH_ATTENTION,
-    "sdpa-efficient": SDPBackend.EFFICIENT_ATTENTION,
-}
 # What a selective checkpoint keeps, as torchtitan does: the linear layers' products and the fused attention's results.
 KEPT = [
     torch.ops.aten.mm.default,
@@ -49,294 +45,146 @@ RECOMPUTED: dict[str, Callable[[], Any]] = {
     "block": noop_context_fn,
     "selective": partial(create_selective_checkpoint_contexts, KEPT),
 }
-INIT_STD = 0.02  # Radford et al. 2019, GPT-2; residual projections are scaled by 1 / sqrt(2 L)
 
-
-class Linear(nn.Module):
-    """y = x W^T (+ b). Shapes: (..., in) -> (..., out)."""
-
-    def __init__(self, d_in: int, d_out: int, *, bias: bool) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(d_out, d_in))
-        self.bias = nn.Parameter(torch.zeros(d_out)) if bias else None
-        nn.init.normal_(self.weight, std=INIT_STD)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
-
-
-class Embedding(nn.Module):
-    """Rows of a table by token id. Shapes: ids (B, T) -> (B, T, d)."""
-
-    def __init__(self, vocab_size: int, d_model: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(vocab_size, d_model))
-        nn.init.normal_(self.weight, std=INIT_STD)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return F.embedding(ids, self.weight)
-
-
-class Positions(nn.Module):
-    """Learned positions: rows start to start + T of the table. Returns (T, d)."""
-
-    def __init__(self, context_length: int, d_model: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(context_length, d_model))
-        nn.init.normal_(self.weight, std=INIT_STD)
-
-    def forward(self, start: int, length: int) -> Tensor:
-        return self.weight[start : start + length]
-
-
-class LayerNorm(nn.Module):
-    """Ba et al. 2016, with weight and bias. Shapes: (..., d) -> (..., d)."""
-
-    def __init__(self, d_model: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(d_model))
-        self.bias = nn.Parameter(torch.zeros(d_model))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, NORM_EPS)
-
-
-class RMSNorm(nn.Module):
-    """Zhang and Sennrich 2019. Shapes: (..., d) -> (..., d)."""
-
-    def __init__(self, d_model: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(d_model))
-
-    def forward(self, x: Tensor) -> Tensor:
-        scale = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + NORM_EPS)
-        return self.weight * (x * scale)
-
-
-def rope_tables(context_length: int, head_dim: int) -> tuple[Tensor, Tensor]:
-    """cos and sin of position x frequency, each (C, e / 2)."""
-    frequency = ROPE_THETA ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-    angle = torch.arange(context_length, dtype=torch.float32)[:, None] * frequency
-    return angle.cos(), angle.sin()
-
-
-def rotate(x_BThe: Tensor, cos_T1r: Tensor, sin_T1r: Tensor) -> Tensor:
-    """Turn the pairs (i, i + e / 2) of each head by their position's angle, the layout of Llama's published weights."""
-    a, b = x_BThe.chunk(2, -1)
-    return torch.cat((a * cos_T1r - b * sin_T1r, a * sin_T1r + b * cos_T1r), -1)
-
-
-def repeat_heads(x_BkTe: Tensor, groups: int) -> Tensor:
-    """(B, k, T, e) -> (B, k groups, T, e): every key/value head serves `groups` query heads; a copy unless 1."""
-    if groups == 1:
-        return x_BkTe
-    B, k, T, e = x_BkTe.shape
-    return x_BkTe[:, :, None].expand(B, k, groups, T, e).reshape(B, k * groups, T, e)
-
-
-def attend(q_BhTe: Tensor, k_BhTe: Tensor, v_BhTe: Tensor, mask_TT: Tensor | None, kind: str, dropout: float) -> Tensor:
-    """Causal attention, (B, h, T, e), by separate ops or by SDPA; the mask is `Transformer.mask`'s.
-
-    Without a mask the queries are either all positions or, with a cache, the last one alone, which may look at all.
-    `kind` is `Plan.attention`; `dropout` is a probability, of the weights.
-    """
-    if not kind.startswith("naive"):
-        causal = mask_TT is None and q_BhTe.shape[2] == k_BhTe.shape[2]
-        # CUDA's flash takes no mask: with one, PyTorch picks (on the CPU, its flash).
-        kernel = None if kind == "sdpa-flash" and mask_TT is not None else KERNELS.get(kind)
-        with sdpa_kernel(kernel) if kernel is not None else nullcontext():
-            return F.scaled_dot_product_attention(q_BhTe, k_BhTe, v_BhTe, mask_TT, dropout, causal)
-    assert mask_TT is not None
-    scores_BhTT = q_BhTe @ k_BhTe.transpose(-2, -1)
-    scores_BhTT = scores_BhTT * (1 / math.sqrt(q_BhTe.shape[-1]))
-    scores_BhTT = scores_BhTT.masked_fill(mask_TT, float("-inf"))
-    if kind == "naive-fp32":
-        weights_BhTT = torch.softmax(scores_BhTT, -1, dtype=torch.float32).to(q_BhTe.dtype)
-    else:
-        weights_BhTT = torch.softmax(scores_BhTT, -1)
-    weights_BhTT = F.dropout(weights_BhTT, dropout)
-    return weights_BhTT @ v_BhTe
-
-
-class KeysAndValues:
-    """What one block has computed of the tokens so far: generation's cache, (B, k, C, e) each, filled from the left."""
-
-    def __init__(self, m: ModelConfig, batch_size: int, like: Tensor) -> None:
-        shape = batch_size, m.kv_heads, m.context_length, m.e
-        self.keys, self.values = like.new_empty(shape), like.new_empty(shape)
-        self.length = 0
-
-    def extend(self, k_BkTe: Tensor, v_BkTe: Tensor) -> tuple[Tensor, Tensor]:
-        """Append those of T new tokens; views of all so far, (B, k, length, e)."""
-        start, self.length = self.length, self.length + k_BkTe.shape[2]
-        self.keys[:, :, start : self.length] = k_BkTe
-        self.values[:, :, start : self.length] = v_BkTe
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
-
-
-class GPT2Attention(nn.Module):
-    """Multi-head attention with one fused projection. Shapes: (B, T, d) -> (B, T, d)."""
-
-    def __init__(self, m: ModelConfig, p: Plan) -> None:
-        super().__init__()
-        self.num_heads, self.kind = m.num_heads, p.attention
-        self.qkv = Linear(m.d_model, 3 * m.d_model, bias=True)
-        self.out = Linear(m.d_model, m.d_model, bias=True)
-        self.dropout = nn.Dropout(p.dropout)
-
-    def forward(self, x: Tensor, mask: Tensor | None, cache: KeysAndValues | None = None) -> Tensor:
-        B, T, d = x.shape
-        q, k, v = self.qkv(x).split(d, -1)
-        q = q.view(B, T, self.num_heads, -1).transpose(1, 2)
-        k = k.view(B, T, self.num_heads, -1).transpose(1, 2)
-        v = v.view(B, T, self.num_heads, -1).transpose(1, 2)
-        if cache is not None:
-            k, v = cache.extend(k, v)
-        y = attend(q, k, v, mask, self.kind, self.dropout.p if self.training else 0.0)
-        return self.dropout(self.out(y.transpose(1, 2).reshape(B, T, d)))
-
-
-class LlamaAttention(nn.Module):
-    """Grouped-query attention with rotary positions. Shapes: (B, T, d) -> (B, T, d)."""
-
-    def __init__(self, m: ModelConfig, p: Plan) -> None:
-        super().__init__()
-        self.num_heads, self.kv_heads, self.head_dim, self.kind = m.num_heads, m.kv_heads, m.e, p.attention
-        self.q = Linear(m.d_model, m.num_heads * m.e, bias=bool(m.qkv_bias))
-        self.k = Linear(m.d_model, m.kv_heads * m.e, bias=bool(m.qkv_bias))
-        self.v = Linear(m.d_model, m.kv_heads * m.e, bias=bool(m.qkv_bias))
-        self.out = Linear(m.num_heads * m.e, m.d_model, bias=False)
-        self.dropout = nn.Dropout(p.dropout)
-
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KeysAndValues | None = None
-    ) -> Tensor:
-        B, T, _ = x.shape
-        q = self.q(x).view(B, T, self.num_heads, self.head_dim)
-        k = self.k(x).view(B, T, self.kv_heads, self.head_dim)
-        v = self.v(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)
-        q = rotate(q, cos, sin).transpose(1, 2)
-        k = rotate(k, cos, sin).transpose(1, 2)
-        if cache is not None:
-            k, v = cache.extend(k, v)
-        k = repeat_heads(k, self.num_heads // self.kv_heads)
-        v = repeat_heads(v, self.num_heads // self.kv_heads)
-        y = attend(q, k, v, mask, self.kind, self.dropout.p if self.training else 0.0)
-        return self.dropout(self.out(y.transpose(1, 2).reshape(B, T, self.num_heads * self.head_dim)))
-
-
-class GELUFeedForward(nn.Module):
-    """down(gelu(up(x))). Shapes: (B, T, d) -> (B, T, d), through f."""
-
-    def __init__(self, m: ModelConfig, p: Plan) -> None:
-        super().__init__()
-        self.up = Linear(m.d_model, m.f, bias=True)
-        self.down = Linear(m.f, m.d_model, bias=True)
-        self.dropout = nn.Dropout(p.dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.down(F.gelu(self.up(x), approximate="tanh")))
-
-
-class SwiGLUFeedForward(nn.Module):
-    """down(silu(gate(x)) * up(x)), Shazeer 2020. Shapes: (B, T, d) -> (B, T, d), through f."""
-
-    def __init__(self, m: ModelConfig, p: Plan) -> None:
-        super().__init__()
-        self.gate = Linear(m.d_model, m.f, bias=False)
-        self.up = Linear(m.d_model, m.f, bias=False)
-        self.down = Linear(m.f, m.d_model, bias=False)
-        self.dropout = nn.Dropout(p.dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.down(F.silu(self.gate(x)) * self.up(x)))
-
-
-class GPT2Block(nn.Module):
-    """Pre-norm block. Shapes: (B, T, d) -> (B, T, d)."""
-
-    def __init__(self, m: ModelConfig, p: Plan) -> None:
-        super().__init__()
-        self.attention_norm = LayerNorm(m.d_model)
-        self.attention = GPT2Attention(m, p)
-        self.ffn_norm = LayerNorm(m.d_model)
-        self.ffn = GELUFeedForward(m, p)
-
-    def forward(self, x: Tensor, mask: Tensor | None, cache: KeysAndValues | None = None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), mask, cache)
-        return x + self.ffn(self.ffn_norm(x))
-
-
-class LlamaBlock(nn.Module):
-    """Pre-norm block. Shapes: (B, T, d) -> (B, T, d)."""
-
-    def __init__(self, m: ModelConfig, p: Plan) -> None:
-        super().__init__()
-        self.attention_norm = RMSNorm(m.d_model)
-        self.attention = LlamaAttention(m, p)
-        self.ffn_norm = RMSNorm(m.d_model)
-        self.ffn = SwiGLUFeedForward(m, p)
-
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KeysAndValues | None = None
-    ) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), cos, sin, mask, cache)
-        return x + self.ffn(self.ffn_norm(x))
+# What leads back into the stream, whose weights start smaller.
+RESIDUAL = (
+    "attention.out.weight",
+    "ffn.down.weight",
+    "ffn.experts.down",
+    "ffn.shared.down.weight",
+)
 
 
 class Transformer(nn.Module):
-    """ids (B, T) -> logits (B, T, V), or with targets (B, T) their loss: what both families share.
+    """ids (B, T) -> logits (B, T, V), or with targets (B, T) their loss.
 
     With a cache, `forward` takes the ids of the next T positions and attends to those before them as well.
+
+    Attributes:
+        embedding: (V, d), or (V, embedding_dim) with `project_in` to d after it.
+        positions: what is added to it, learned or fixed; None with rotary positions and ALiBi.
+        embedding_norm: after these; None but in BLOOM.
+        blocks: the layers.
+        final_norm: None in decoders that are normed after each sum.
+        project_out: back to embedding_dim, or None.
+        head: (V, d), perhaps the embedding's own matrix.
     """
 
-    blocks: nn.ModuleList
+    cos: Tensor
+    sin: Tensor
+    slopes: Tensor
+    query_scale: Tensor
 
     def __init__(self, m: ModelConfig, p: Plan) -> None:
         super().__init__()
+        p.check_model(m)
         self.config, self.plan = m, p
-        self.embedding = Embedding(m.vocab_size, m.d_model)
+        parts, d = m.made_of, m.d_model
+        projects = m.embedding_width != d
+        self.embedding = Embedding(m.vocab_size, m.embedding_width)
+        self.project_in = Linear(m.embedding_width, d, bias=False) if projects else None
         self.dropout = nn.Dropout(p.dropout)
-        self.build(m, p)
+        self.positions: Positions | Sinusoids | None = None
+        if parts.positions.kind == "learned":
+            self.positions = Positions(m.context_length, d, parts.positions.extra_rows)
+        elif parts.positions.kind == "sinusoidal":
+            self.positions = Sinusoids(m.context_length, d)
+        self.embedding_norm = build_norm(parts.norm, d) if parts.ends.embedding_norm else None
+        self.blocks = nn.ModuleList(Block(m, p, layer) for layer in m.layers)
+        self.final_norm = build_norm(parts.norm, d) if parts.ends.final_norm else None
+        self.project_out = Linear(d, m.embedding_width, bias=False) if projects else None
+        self.add_tables(m)
         if p.checkpointing == "attention":
             for block in self.blocks[p.checkpoint_every - 1 :: p.checkpoint_every]:
                 attention = block.get_submodule("attention")
                 attention.forward = recomputed(attention.forward)
-        self.head = Linear(m.d_model, m.vocab_size, bias=False)
-        if m.tie_embeddings:
+        self.head = Linear(m.embedding_width, m.vocab_size, bias=parts.ends.head_bias)
+        if parts.ends.tied:
             self.head.weight = self.embedding.weight
         for name, weight in self.named_parameters():
-            if name.endswith(("attention.out.weight", "ffn.down.weight")):
+            if name.endswith(RESIDUAL):
                 nn.init.normal_(weight, std=INIT_STD / math.sqrt(2 * m.num_layers))
 
-    def build(self, m: ModelConfig, p: Plan) -> None:
-        """Make the family's own modules."""
-        raise NotImplementedError
+    def add_tables(self, m: ModelConfig) -> None:
+        """The buffers that follow from the positions, which no checkpoint holds."""
+        if m.made_of.positions.kind == "rotary":
+            cos, sin = rope_tables(m.context_length, m.rotated)
+            self.register_buffer("cos", cos, persistent=False)
+            self.register_buffer("sin", sin, persistent=False)
+        elif m.made_of.positions.kind == "alibi":
+            self.register_buffer("slopes", alibi_slopes(m.num_heads), persistent=False)
+        if m.made_of.attention.query_scaling != "none":
+            self.register_buffer("query_scale", query_scales(m.context_length), persistent=False)
 
-    def mask(self, ids_BT: Tensor, start: int) -> Tensor | None:
-        """(T, start + T), one for all blocks; None where `attend` needs none.
+    def forward(
+        self, ids_BT: Tensor, cache: list[KeysAndValues] | None = None, targets_BT: Tensor | None = None
+    ) -> Tensor:
+        start, T = cache[0].length if cache else 0, ids_BT.shape[1]
+        x = self.dropout(self.embedded(ids_BT, start))
+        masks, bias = self.masks(x, start)
+        rotary = self.config.made_of.positions.kind == "rotary"
+        cos, sin = (table[start : start + T, None] for table in (self.cos, self.sin)) if rotary else (None, None)
+        scaled = self.config.made_of.attention.query_scaling
+        scale = self.query_scale[start : start + T, None, None] if scaled != "none" else None
+        for i, layer in enumerate(self.config.layers):
+            turn = (cos, sin) if layer.rotates else (None, None)
+            stretch = scale if scaled == "all" or not layer.rotates else None
+            x = self.run_block(i, x, masks[layer.attention], bias, *turn, stretch, cache[i] if cache else None)
+        return self.logits_or_loss(self.leave(x), targets_BT)
 
-        For separate ops True is where a query must not look, for SDPA where it may: what each of them takes.
+    def embedded(self, ids_BT: Tensor, start: int) -> Tensor:
+        """What goes into the first block, (B, T, d), before dropout."""
+        ends = self.config.made_of.ends
+        x = self.embedding(ids_BT)
+        if ends.embedding_scale is not None:
+            x = x * ends.embedding_scale
+        if self.project_in is not None:
+            x = self.project_in(x)
+        if self.positions is not None:
+            x = x + self.positions(start, ids_BT.shape[1])
+        if self.embedding_norm is not None:
+            x = self.embedding_norm(x)
+        return x
+
+    def masks(self, x: Tensor, start: int) -> tuple[dict[str, Tensor | None], Tensor | None]:
+        """The mask of each kind of attention that the layers have, and ALiBi's bias where the masks do not hold it.
+
+        Masks are (T, start + T) of bools, see `build_mask`; for SDPA with ALiBi (h, T, start + T), added to the scores.
         """
-        T, window = ids_BT.shape[1], self.config.sliding_window
-        naive, windowed = self.plan.attention.startswith("naive"), window is not None and start + T > window
-        if not naive and not windowed and (start == 0 or T == 1):
-            return None
-        every = torch.ones(T, start + T, dtype=torch.bool, device=ids_BT.device)
-        if naive and not windowed:
-            return every.triu(start + 1)
-        seen = every.tril_(start)
-        if window is not None:
-            seen.triu_(start + 1 - window)
-        return seen.logical_not_() if naive else seen
+        m, naive = self.config, self.plan.attention.startswith("naive")
+        alibi, T = m.made_of.positions.kind == "alibi", x.shape[1]
+        kinds = attention_kinds(m, start + T)
+        made = {
+            kind: build_mask(m, kind, T, start, x.device, naive=naive or alibi)
+            for kind in dict.fromkeys(kinds.values())
+        }
+        bias = alibi_bias(self.slopes, start + T, working_dtype(x)) if alibi else None
+        if bias is not None and not naive:
+            made = {kind: bias.masked_fill(mask, float("-inf")) for kind, mask in made.items() if mask is not None}
+            bias = None
+        return {attention: made[kind] for attention, kind in kinds.items()}, bias
 
-    def new_cache(self, batch_size: int) -> list[KeysAndValues]:
-        """An empty cache for `forward`, one entry a block, in the weights' dtype and on their device."""
-        return [KeysAndValues(self.config, batch_size, self.head.weight) for _ in range(self.config.num_layers)]
+    def leave(self, x: Tensor) -> Tensor:
+        """What the head takes, (B, T, embedding width)."""
+        if self.final_norm is not None:
+            x = self.final_norm(x)
+        if self.project_out is not None:
+            x = self.project_out(x)
+        return x
 
     def logits_or_loss(self, x: Tensor, targets_BT: Tensor | None) -> Tensor:
         """The head's logits (B, T, V); with targets the chunked cross entropy, for which they never exist at once."""
-        return self.head(x) if targets_BT is None else chunked_cross_entropy(x, self.head.weight, targets_BT)
+        ends = self.config.made_of.ends
+        if targets_BT is not None:
+            if ends.logits_scale is not None:
+                x = x * ends.logits_scale
+            return chunked_cross_entropy(x, self.head.weight, targets_BT)
+        logits = self.head(x)
+        if ends.logits_scale is not None:
+            logits = logits * ends.logits_scale
+        if ends.logits_softcap is not None:
+            logits = soft_cap(logits, ends.logits_softcap)
+        return logits
 
     def run_block(self, layer: int, *args: Tensor | KeysAndValues | None) -> Tensor:
         """Block `layer` of `args`, checkpointed if the plan says so."""
@@ -345,6 +193,32 @@ class Transformer(nn.Module):
         if contexts is None or (layer + 1) % p.checkpoint_every or not torch.is_grad_enabled():
             return block(*args)
         return checkpoint(block, *args, use_reentrant=False, context_fn=contexts)
+
+    def new_cache(self, batch_size: int) -> list[KeysAndValues]:
+        """An empty cache for `forward`, one entry a block, in the weights' dtype and on their device."""
+        return [KeysAndValues(self.config, batch_size, self.head.weight) for _ in range(self.config.num_layers)]
+
+    def routers(self) -> Iterator[Router]:
+        """Those of the sparse layers: set their `routing` for measurements, `watched` for `load_balancing_loss`."""
+        return (module for module in self.modules() if isinstance(module, Router))
+
+    def load_balancing_loss(self) -> Tensor:
+        """The mean over the sparse layers of the last forward's loss, for a training loop to add a share of.
+
+        Raises:
+            RuntimeError: no router was `watched` in a forward.
+        """
+        losses = [router.loss for router in self.routers() if router.loss is not None]
+        if not losses:
+            raise RuntimeError("load_balancing_loss: set `watched` of the model's routers before a forward")
+        return torch.stack(losses).mean()
+
+
+def working_dtype(x: Tensor) -> torch.dtype:
+    """What matrix products of `x` are in."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
 
 
 def recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -356,51 +230,10 @@ def recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return call
 
 
-class GPT2(Transformer):
-    """Radford et al. 2019."""
-
-    def build(self, m: ModelConfig, p: Plan) -> None:
-        self.positions = Positions(m.context_length, m.d_model)
-        self.blocks = nn.ModuleList(GPT2Block(m, p) for _ in range(m.num_layers))
-        self.final_norm = LayerNorm(m.d_model)
-
-    def forward(
-        self, ids_BT: Tensor, cache: list[KeysAndValues] | None = None, targets_BT: Tensor | None = None
-    ) -> Tensor:
-        start = cache[0].length if cache else 0
-        x = self.dropout(self.embedding(ids_BT) + self.positions(start, ids_BT.shape[1]))
-        mask = self.mask(ids_BT, start)
-        for layer in range(len(self.blocks)):
-            x = self.run_block(layer, x, mask, cache[layer] if cache else None)
-        return self.logits_or_loss(self.final_norm(x), targets_BT)
-
-
-class Llama(Transformer):
-    """Touvron et al. 2023; with biases on q, k and v it is Qwen2."""
-
-    cos: Tensor
-    sin: Tensor
-
-    def build(self, m: ModelConfig, p: Plan) -> None:
-        self.blocks = nn.ModuleList(LlamaBlock(m, p) for _ in range(m.num_layers))
-        self.final_norm = RMSNorm(m.d_model)
-        cos, sin = rope_tables(m.context_length, m.e)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
-
-    def forward(
-        self, ids_BT: Tensor, cache: list[KeysAndValues] | None = None, targets_BT: Tensor | None = None
-    ) -> Tensor:
-        start = cache[0].length if cache else 0
-        x = self.dropout(self.embedding(ids_BT))
-        end = start + ids_BT.shape[1]
-        cos, sin = self.cos[start:end, None], self.sin[start:end, None]
-        mask = self.mask(ids_BT, start)
-        for layer in range(len(self.blocks)):
-            x = self.run_block(layer, x, cos, sin, mask, cache[layer] if cache else None)
-        return self.logits_or_loss(self.final_norm(x), targets_BT)
-
-
 def build_model(m: ModelConfig, p: Plan) -> Transformer:
-    """The trainable model of `m`, whose attention and checkpointing are `p`'s, in fp32 on the default device."""
-    return {"gpt2": GPT2, "llama": Llama}[m.family](m, p)
+    """The trainable model of `m`, whose attention and checkpointing are `p`'s, in fp32 on the default device.
+
+    Raises:
+        ConfigError: the model's parts have something that the plan's attention or loss has not.
+    """
+    return Transformer(m, p)

@@ -11,7 +11,8 @@ from torch import Tensor
 from estimator.describe.checks import ConfigError, positive_int
 
 if TYPE_CHECKING:
-    from trainer.model.decoder import KeysAndValues, Transformer
+    from trainer.model.attention import KeysAndValues
+    from trainer.model.decoder import Transformer
 
 
 @torch.no_grad()

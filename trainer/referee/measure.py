@@ -183,7 +183,7 @@ def build_step(m: ModelConfig, p: Plan, device: str = "cpu", seed: int = 0) -> S
 def build_parts(m: ModelConfig, p: Plan, device: str, seed: int) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
     """(the model, ids and targets), drawn from `seed`."""
     T = p.tokens(m)
-    p.attention_kernel(torch.device(device).type)  # refuses one that the device has not
+    p.attention_kernel(torch.device(device).type, m)  # refuses one that the device has not
     torch.manual_seed(seed)
     with torch.device(device):
         model = build_model(m, p).to(PARAMETERS.get(p.precision))

@@ -1,0 +1,41 @@
+"""Which earlier tokens a token sees: all, those in a window, or those in its chunk."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from estimator.describe.model import ModelConfig
+
+
+def attention_kinds(m: ModelConfig, end: int) -> dict[str, str]:
+    """What each layer's attention comes down to for `end` tokens: one that all of them fit in is "full"."""
+    sizes = {"full": None, "window": m.sliding_window, "chunk": m.attention_chunk}
+    present = {layer.attention for layer in m.layers}
+    return {kind: "full" if size is None or end <= size else kind for kind, size in sizes.items() if kind in present}
+
+
+def build_mask(
+    m: ModelConfig, kind: str, length: int, start: int, device: torch.device, *, naive: bool
+) -> Tensor | None:
+    """(T, start + T) for T new tokens after `start` old ones; None where `attend` needs none.
+
+    For separate ops True is where a query must not look, for SDPA where it may: what each of them takes.
+    """
+    if not naive and kind == "full" and (start == 0 or length == 1):
+        return None
+    every = torch.ones(length, start + length, dtype=torch.bool, device=device)
+    if naive and kind == "full":
+        return every.triu(start + 1)
+    seen = every.tril_(start)
+    if kind == "window":
+        assert m.sliding_window is not None
+        seen.triu_(start + 1 - m.sliding_window)
+    if kind == "chunk":
+        assert m.attention_chunk is not None
+        chunk = torch.arange(start + length, device=device).div_(m.attention_chunk, rounding_mode="floor")
+        seen.logical_and_(chunk[start:, None] == chunk)
+    return seen.logical_not_() if naive else seen
