@@ -59,7 +59,7 @@ class Plan:
             torchtitan itself keeps every second product).
         checkpoint_every: n, of the blocks only the n-th, the 2 n-th and so on are checkpointed.
         optimizer: "adamw", "adam", "sgd" (no momentum), "sgd-momentum", "lion", "muon" (`torch.optim.Muon` for the
-            blocks' matrices, AdamW for all else, also for experts), "adafactor" or "adamw-8bit" (a byte an element for each moment of a
+            blocks' matrices, AdamW for all else), "adafactor" or "adamw-8bit" (a byte an element for each moment of a
             matrix, in blocks of 256 with a scale).
         optimizer_impl: "loop" (for-loop over parameters), "foreach", "fused": torch.optim's (of muon's AdamW);
             "bundled": the trainer's own; "auto": what torch picks for the device (loop on CPU, foreach on CUDA), for
