@@ -10,8 +10,9 @@ import streamlit as st
 from app_pages.labels import explained, label
 from estimator.answers.request import BASES
 from estimator.describe.checks import ConfigError
+from estimator.describe.hf import from_hf
 from estimator.describe.model import ModelConfig
-from estimator.describe.presets import from_hf, preset, presets
+from estimator.describe.presets import preset, presets
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -49,7 +50,7 @@ def model_input(problem: Callable[[ConfigError], None]) -> tuple[str, ModelConfi
             on_change=_take,
             args=("paste",),
             placeholder='{"model_type": "llama", ...}',
-            help="A Hugging Face configuration of type gpt2, llama, mistral or qwen2. It is read as data, not stored.",
+            help="A decoder's Hugging Face configuration. It is read as data, not stored.",
         )
         if "config_problem" in st.session_state:
             st.error(st.session_state["config_problem"], icon=":material/error:")
@@ -75,6 +76,9 @@ def _take(source: str) -> None:
         m = from_hf(given.getvalue() if source == "upload" else given.encode())
     except ConfigError as error:
         st.session_state["config_problem"] = str(error)
+        return
+    if m.family not in BASES or not set(m.to_dict()) <= set(preset(BASES[m.family]).to_dict()):
+        st.session_state["config_problem"] = f"config: read as {m.family}, whose parts have no inputs on this page yet"
         return
     name = f"own-{m.family}"
     drawn = st.session_state["model"] == name

@@ -22,7 +22,8 @@ from estimator.describe.plan import Plan
 if TYPE_CHECKING:
     from estimator.accounting.accounts import Account, account
     from estimator.answers.estimates import Estimate, estimate, max_batch_size
-    from estimator.describe.presets import from_hf, preset, presets
+    from estimator.describe.hf import from_hf
+    from estimator.describe.presets import preset, presets
     from estimator.hardware.accelerators import Accelerator, accelerator, accelerators
     from estimator.pricing.money import cost
     from estimator.pricing.planning import compute_optimal, tokens_for
@@ -40,7 +41,7 @@ _HOME = {
     "accelerators": "hardware.accelerators",
     "compute_optimal": "pricing.planning",
     "tokens_for": "pricing.planning",
-    "from_hf": "describe.presets",
+    "from_hf": "describe.hf",
     "preset": "describe.presets",
     "presets": "describe.presets",
     "textbook": "studies.assignment",

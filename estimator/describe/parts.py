@@ -118,6 +118,12 @@ class Attention:
         sinks: a learned score for each head beside those of the tokens, dropped after the softmax (gpt-oss).
         latent: "none"; "keys" (keys and values come from a vector of kv_rank: multi-head latent attention of
             DeepSeek-V2-Lite); "keys-and-queries" (queries from one of query_rank too: DeepSeek-V3).
+        query_scaling: queries are multiplied with a factor of their position: "none"; "all" (Ministral 3); "unrotated"
+            (in layers without rotation: Llama 4).
+        out_norm: an rms norm over all heads together before the output projection (BitNet).
+        experts: the projections of queries and to the output are experts as well, with a router of their own and one
+            bias of d; a token's queries are the k heads of each of its K experts, so that h = K k; keys and values are
+            one projection (JetMoe).
     """
 
     fused: bool = False
@@ -131,9 +137,12 @@ class Attention:
     softcap: float | None = None
     sinks: bool = False
     latent: str = "none"
+    query_scaling: str = "none"
+    out_norm: bool = False
+    experts: bool = False
 
     def __post_init__(self) -> None:
-        _check(self, qk_norm=QK_NORMS, latent=LATENTS)
+        _check(self, qk_norm=QK_NORMS, latent=LATENTS, query_scaling=("none", "all", "unrotated"))
         if self.qk_norm_late and not self.qk_norm.startswith("head"):
             raise ConfigError(
                 "Attention.qk_norm_late = True: what is rotated are heads; allowed with qk_norm = 'head' or 'head-own'"
@@ -174,6 +183,7 @@ ACTIVATIONS = {
     "gelu_new": "the same approximation, written out in eight operators, as GPT-2's code in transformers has it",
     "relu": "max(x, 0)",
     "relu2": "max(x, 0) squared (Primer)",
+    "xielu": "an integral of ELU with two learned scalars a layer (Apertus)",
 }
 
 
@@ -186,12 +196,14 @@ class MLP:
         activation: f, one of `ACTIVATIONS`.
         bias: biases on all matrices.
         fused: gate and up are one matrix, whose result is split.
+        down_norm: an rms norm over f before the matrix down (BitNet).
     """
 
     gated: bool = True
     activation: str = "silu"
     bias: bool = False
     fused: bool = False
+    down_norm: bool = False
 
     def __post_init__(self) -> None:
         _check(self, activation=tuple(ACTIVATIONS))
@@ -204,6 +216,7 @@ SCORES = {
     "logits": "the K greatest logits, then a softmax of those",
     "sigmoid": "sigmoid in fp32, then the K greatest",
     "sigmoid-all": "the K greatest logits put through a sigmoid, all others 0; every expert computes every token",
+    "sparse-mixer": "two picks of one, each with a softmax of the logits near the greatest (Phi-3.5-MoE)",
 }
 
 
@@ -219,6 +232,7 @@ class Experts:
         scaling: what the weights are multiplied with; None for nothing.
         router_bias: the router has a bias.
         bias: the experts have biases (gpt-oss).
+        out_bias: one bias of d is added to the sum of a token's experts (JetMoe).
         activation: of the experts, one of `ACTIVATIONS` or "clamped-swiglu" (gpt-oss: (up + 1) gate sigmoid(1.702
             gate), both clamped to 7).
         shared: an expert that all tokens go through, of width d_shared: "none", "plain", or "gated" (times
@@ -232,6 +246,7 @@ class Experts:
     scaling: float | None = None
     router_bias: bool = False
     bias: bool = False
+    out_bias: bool = False
     activation: str = "silu"
     shared: str = "none"
 
@@ -239,7 +254,7 @@ class Experts:
         _check(
             self,
             score=tuple(SCORES),
-            activation=(*ACTIVATIONS, "clamped-swiglu"),
+            activation=(*(name for name in ACTIVATIONS if name != "xielu"), "clamped-swiglu"),
             shared=("none", "plain", "gated"),
         )
 
@@ -290,6 +305,10 @@ class Parts:
 
     def __post_init__(self) -> None:
         _check(self, order=tuple(ORDERS))
+        if self.attention.experts and self.experts is None:
+            raise ConfigError(
+                "Attention.experts = True: they go through as many experts as the feed-forward; give some"
+            )
         if self.attention.latent != "none" and self.positions.kind not in ("rotary", "none"):
             raise ConfigError(
                 f"Positions.kind = {self.positions.kind!r}: latent attention rotates a part of each head; allowed are "
@@ -370,13 +389,20 @@ class Pattern:
     @classmethod
     def of(cls, layers: Sequence[Layer]) -> Pattern:
         """The shortest pattern of exactly these layers, such as a config.json lists: a cycle, where they repeat."""
+        # The shortest cycle of the last n layers, cut off anywhere, is n less their longest border; borders of all n
+        # come from one pass from the last layer to the first (Knuth, Morris and Pratt 1977).
         layers = tuple(layers)
-        every = ((first, cycle) for first in range(len(layers)) for cycle in range(1, len(layers) - first + 1))
-        for first, cycle in sorted(every, key=lambda x: (sum(x), x[0])):
-            pattern = cls(layers[:first], layers[first : first + cycle])
-            if pattern.layers(len(layers)) == layers:
-                return pattern
-        raise ConfigError("layers = (): a model has at least one")
+        backwards, borders = layers[::-1], [0]
+        for i in range(1, len(layers)):
+            border = borders[-1]
+            while border and backwards[i] != backwards[border]:
+                border = borders[border - 1]
+            borders.append(border + (backwards[i] == backwards[border]))
+        if not layers:
+            raise ConfigError("layers = (): a model has at least one")
+        sums = ((len(layers) - border, len(layers) - n, n - border) for n, border in enumerate(borders, 1))
+        _, first, cycle = min(sums)  # first + cycle, and of equal sums the fewest before the cycle
+        return cls(layers[:first], layers[first : first + cycle])
 
     def layers(self, count: int) -> tuple[Layer, ...]:
         """The kind of each of `count` layers."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from estimator.describe.catalogue import number, read_data
 from estimator.describe.checks import ConfigError, choose, positive_int
-from estimator.describe.presets import presets, published_parameters
+from estimator.describe.presets import presets, published_parameters, sparse
 from estimator.hardware import accelerators as hardware
 from estimator.pricing.money import SECONDS_PER_HOUR, Cost, cost
 
@@ -265,7 +265,9 @@ def compute_optimal(
 
 
 def largest_model(spend: Budget | float, tokens: float | None = None, fit: str = DEFAULT_FIT) -> str | None:
-    """The preset with the most parameters that the budget trains; None if it trains none.
+    """The dense preset with the most parameters that the budget trains; None if it trains none.
+
+    Presets with experts are left out: the fits are of dense models, and a token does not go through all parameters.
 
     Args:
         spend: a `Budget`, or FLOPs.
@@ -279,7 +281,7 @@ def largest_model(spend: Budget | float, tokens: float | None = None, fit: str =
     affordable = {}
     for name in presets():
         n = published_parameters(name)
-        if n is None:
+        if n is None or sparse(name):
             continue
         d = tokens_for(n, fit) if tokens is None else _amount("tokens", tokens)
         if FLOPS_PER_PARAMETER_AND_TOKEN * n * d <= flops:

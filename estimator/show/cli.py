@@ -98,16 +98,18 @@ def _calibrate(argv: Sequence[str]) -> int:
 
 
 def _list() -> int:
-    from estimator.describe.presets import presets  # noqa: PLC0415 - only for this
+    from estimator.describe.presets import preset_groups  # noqa: PLC0415 - only for this
     from estimator.hardware.accelerators import accelerators  # noqa: PLC0415 - only for this
 
-    sys.stdout.write("models:       " + ", ".join(presets()) + "\naccelerators: " + ", ".join(accelerators()) + "\n")
+    groups = "".join(f"  {group}: {', '.join(names)}\n" for group, names in preset_groups().items())
+    sys.stdout.write(f"models:\n{groups}accelerators:\n  {', '.join(accelerators())}\n")
     return 0
 
 
 def _run(args: argparse.Namespace) -> int:
     from estimator.answers.estimates import estimate, max_batch_size, replicated  # noqa: PLC0415 - sympy, which --help does without
-    from estimator.describe.presets import from_hf, preset  # noqa: PLC0415 - only here
+    from estimator.describe.hf import from_hf  # noqa: PLC0415 - only here
+    from estimator.describe.presets import preset  # noqa: PLC0415 - only here
 
     named = (
         from_hf(Path(args.model)) if args.model.endswith(".json") or Path(args.model).is_dir() else preset(args.model)

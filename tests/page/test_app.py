@@ -13,7 +13,7 @@ from estimator.accounting import accounts
 from estimator.answers import derivations
 from estimator.answers.advice import advice, choices
 from estimator.answers.request import Request
-from estimator.describe.presets import from_hf
+from estimator.describe.hf import from_hf
 from estimator.show import cli
 from estimator.show.formatting import dollars, hours, prefixed, size
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from estimator.describe.parts import Norm
 from trainer.model.layers import Linear, soft_cap
 from trainer.model.norms import build_norm
 from trainer.model.positions import rotate_part
@@ -113,6 +114,7 @@ class Attention(nn.Module):
         qkv: the one projection, (h + 2 k) e wide: queries of all heads, then keys, then values.
         q, k, v: three of them.
         q_norm, k_norm: of queries and keys.
+        out_norm: an RMSNorm before the output projection, or None.
         out: the output projection.
         sinks: (h), see `attend`.
     """
@@ -136,6 +138,7 @@ class Attention(nn.Module):
                 "width": (widths[:1], widths[1:2]),
             }[a.qk_norm]
             self.q_norm, self.k_norm = build_norm(a.qk_norm_kind, *q_shape), build_norm(a.qk_norm_kind, *k_shape)
+        self.out_norm = build_norm(Norm("rms"), widths[0]) if a.out_norm else None
         self.out = Linear(m.num_heads * m.e, m.d_model, bias=a.out_bias)
         self.sinks = nn.Parameter(torch.zeros(m.num_heads)) if a.sinks else None
         self.dropout = nn.Dropout(p.dropout)
@@ -163,6 +166,7 @@ class Attention(nn.Module):
         bias: Tensor | None = None,
         cos: Tensor | None = None,
         sin: Tensor | None = None,
+        query_scale: Tensor | None = None,
         cache: KeysAndValues | None = None,
     ) -> Tensor:
         B, T, _ = x.shape
@@ -176,8 +180,10 @@ class Attention(nn.Module):
         if cos is not None and sin is not None:
             q = rotate_part(q, cos, sin, self.pairs)
             k = rotate_part(k, cos, sin, self.pairs)
-        if by_head and self.part.qk_norm_late:
-            q, k = self.q_norm(q), self.k_norm(k)
+            if by_head and self.part.qk_norm_late:
+                q, k = self.q_norm(q), self.k_norm(k)
+        if query_scale is not None:
+            q = q * query_scale
         q, k = q.transpose(1, 2), k.transpose(1, 2)
         if cache is not None:
             k, v = cache.extend(k, v)
@@ -188,4 +194,6 @@ class Attention(nn.Module):
             q, k, v, mask, self.kind, dropout,
             scale=self.part.scale, cap=self.part.softcap, bias_h1T=bias, sinks_h=self.sinks,
         )  # fmt: skip
-        return self.dropout(self.out(y.transpose(1, 2).reshape(B, T, self.num_heads * self.head_dim)))
+        if self.out_norm is not None:
+            return self.dropout(self.out(self.out_norm(y.transpose(1, 2).reshape(B, T, self.widths[0]))))
+        return self.dropout(self.out(y.transpose(1, 2).reshape(B, T, self.widths[0])))

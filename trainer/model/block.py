@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from trainer.model.attention import Attention
+from trainer.model.expert_attention import ExpertAttention
 from trainer.model.experts import SparseFeedForward
 from trainer.model.feed_forward import build_feed_forward
 from trainer.model.latent import LatentAttention
@@ -29,6 +30,13 @@ NORMS = {
 }
 
 
+def build_attention(m: ModelConfig, p: Plan) -> Attention | LatentAttention | ExpertAttention:
+    """The module of the declared attention."""
+    if m.made_of.attention.experts:
+        return ExpertAttention(m, p)
+    return (Attention if m.made_of.attention.latent == "none" else LatentAttention)(m, p)
+
+
 class Block(nn.Module):
     """One layer. Shapes: (B, T, d) -> (B, T, d); the other arguments are `Attention`'s.
 
@@ -48,7 +56,7 @@ class Block(nn.Module):
         parts = m.made_of
         self.order, self.scale = parts.order, parts.residual_scale
         self.add_norm(m, "attention_norm")
-        self.attention = (Attention if parts.attention.latent == "none" else LatentAttention)(m, p)
+        self.attention = build_attention(m, p)
         self.add_norm(m, "attention_post_norm")
         self.add_norm(m, "ffn_norm")
         self.ffn = SparseFeedForward(m, p) if layer.sparse else build_feed_forward(parts.mlp, m.d_model, m.f, p.dropout)
@@ -66,9 +74,10 @@ class Block(nn.Module):
         bias: Tensor | None = None,
         cos: Tensor | None = None,
         sin: Tensor | None = None,
+        query_scale: Tensor | None = None,
         cache: KeysAndValues | None = None,
     ) -> Tensor:
-        where = mask, bias, cos, sin, cache
+        where = mask, bias, cos, sin, query_scale, cache
         match self.order:
             case "pre":
                 x = x + self.scaled(self.attention(self.attention_norm(x), *where))

@@ -18,12 +18,12 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from trainer.model.attention import KeysAndValues
 from trainer.model.block import Block
-from trainer.model.experts import Router
 from trainer.model.layers import INIT_STD, Embedding, Linear, soft_cap
 from trainer.model.loss import chunked_cross_entropy
 from trainer.model.masks import attention_kinds, build_mask
 from trainer.model.norms import build_norm
-from trainer.model.positions import Positions, Sinusoids, alibi_bias, alibi_slopes, rope_tables
+from trainer.model.positions import Positions, Sinusoids, alibi_bias, alibi_slopes, query_scales, rope_tables
+from trainer.model.router import Router
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -73,6 +73,7 @@ class Transformer(nn.Module):
     cos: Tensor
     sin: Tensor
     slopes: Tensor
+    query_scale: Tensor
 
     def __init__(self, m: ModelConfig, p: Plan) -> None:
         super().__init__()
@@ -105,13 +106,15 @@ class Transformer(nn.Module):
                 nn.init.normal_(weight, std=INIT_STD / math.sqrt(2 * m.num_layers))
 
     def add_tables(self, m: ModelConfig) -> None:
-        """The buffers of rotary positions and of ALiBi, which no checkpoint holds."""
+        """The buffers that follow from the positions, which no checkpoint holds."""
         if m.made_of.positions.kind == "rotary":
             cos, sin = rope_tables(m.context_length, m.rotated)
             self.register_buffer("cos", cos, persistent=False)
             self.register_buffer("sin", sin, persistent=False)
         elif m.made_of.positions.kind == "alibi":
             self.register_buffer("slopes", alibi_slopes(m.num_heads), persistent=False)
+        if m.made_of.attention.query_scaling != "none":
+            self.register_buffer("query_scale", query_scales(m.context_length), persistent=False)
 
     def forward(
         self, ids_BT: Tensor, cache: list[KeysAndValues] | None = None, targets_BT: Tensor | None = None
@@ -121,9 +124,12 @@ class Transformer(nn.Module):
         masks, bias = self.masks(x, start)
         rotary = self.config.made_of.positions.kind == "rotary"
         cos, sin = (table[start : start + T, None] for table in (self.cos, self.sin)) if rotary else (None, None)
+        scaled = self.config.made_of.attention.query_scaling
+        scale = self.query_scale[start : start + T, None, None] if scaled != "none" else None
         for i, layer in enumerate(self.config.layers):
             turn = (cos, sin) if layer.rotates else (None, None)
-            x = self.run_block(i, x, masks[layer.attention], bias, *turn, cache[i] if cache else None)
+            stretch = scale if scaled == "all" or not layer.rotates else None
+            x = self.run_block(i, x, masks[layer.attention], bias, *turn, stretch, cache[i] if cache else None)
         return self.logits_or_loss(self.leave(x), targets_BT)
 
     def embedded(self, ids_BT: Tensor, start: int) -> Tensor:

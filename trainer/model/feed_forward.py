@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from estimator.describe.parts import Norm
 from trainer.model.layers import Linear
+from trainer.model.norms import build_norm
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -37,6 +39,32 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "relu2": relu_squared,
 }
 
+
+class XIELU(nn.Module):
+    """Huang and Schlag 2024: quadratic above 0, an integral of ELU below, both with a learned curvature.
+
+    Attributes:
+        alpha_p, alpha_n: (1), the curvatures before a softplus.
+    """
+
+    BETA, EPS, START = 0.5, -1e-6, 0.8
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alpha_p = nn.Parameter(torch.tensor([self.START]).expm1().log())
+        self.alpha_n = nn.Parameter(torch.tensor([self.START - self.BETA]).expm1().log())
+
+    def forward(self, x: Tensor) -> Tensor:
+        above = F.softplus(self.alpha_p) * x * x + self.BETA * x
+        below = (torch.expm1(x.clamp(max=self.EPS)) - x) * (self.BETA + F.softplus(self.alpha_n)) + self.BETA * x
+        return torch.where(x > 0, above, below)
+
+
+def build_activation(name: str) -> Callable[[Tensor], Tensor]:
+    """The activation of this name, a module where it learns."""
+    return XIELU() if name == "xielu" else ACTIVATIONS[name]
+
+
 # gpt-oss's, in OpenAI's reference code: swiglu_limit, and an alpha that makes gate x sigmoid(alpha gate) nearly a GELU.
 SWIGLU_LIMIT, SWIGLU_ALPHA = 7.0, 1.702
 
@@ -54,12 +82,15 @@ class PlainFeedForward(nn.Module):
 
     def __init__(self, part: MLP, d: int, f: int, dropout: float) -> None:
         super().__init__()
-        self.activation = ACTIVATIONS[part.activation]
+        self.activation = build_activation(part.activation)
         self.up = Linear(d, f, bias=part.bias)
+        self.down_norm = build_norm(Norm("rms"), f) if part.down_norm else None
         self.down = Linear(f, d, bias=part.bias)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.down_norm is not None:
+            return self.dropout(self.down(self.down_norm(self.activation(self.up(x)))))
         return self.dropout(self.down(self.activation(self.up(x))))
 
 
@@ -69,25 +100,33 @@ class GatedFeedForward(nn.Module):
     Attributes:
         gate, up: two projections.
         gate_up: one of both, the gate's rows first.
+        down_norm: an RMSNorm before the last, or None.
         down: back to the stream.
     """
 
     def __init__(self, part: MLP, d: int, f: int, dropout: float) -> None:
         super().__init__()
-        self.fused, self.activation = part.fused, part.activation
+        self.fused, self.activation = part.fused, build_activation(part.activation)
         if part.fused:
             self.gate_up = Linear(d, 2 * f, bias=part.bias)
         else:
             self.gate = Linear(d, f, bias=part.bias)
             self.up = Linear(d, f, bias=part.bias)
+        self.down_norm = build_norm(Norm("rms"), f) if part.down_norm else None
         self.down = Linear(f, d, bias=part.bias)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def hidden(self, x: Tensor) -> Tensor:
+        """(..., d) -> (..., f)."""
         if self.fused:
             gate, up = self.gate_up(x).chunk(2, -1)
-            return self.dropout(self.down(gated(gate, up, self.activation)))
-        return self.dropout(self.down(ACTIVATIONS[self.activation](self.gate(x)) * self.up(x)))
+            return self.activation(gate) * up
+        return self.activation(self.gate(x)) * self.up(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.down_norm is not None:
+            return self.dropout(self.down(self.down_norm(self.hidden(x))))
+        return self.dropout(self.down(self.hidden(x)))
 
 
 def build_feed_forward(part: MLP, d: int, f: int, dropout: float) -> PlainFeedForward | GatedFeedForward:

@@ -68,6 +68,7 @@ class LatentAttention(nn.Module):
         bias: Tensor | None = None,
         cos: Tensor | None = None,
         sin: Tensor | None = None,
+        query_scale: Tensor | None = None,
         cache: KeysAndValues | None = None,
     ) -> Tensor:
         B, T, _ = x.shape
@@ -80,7 +81,10 @@ class LatentAttention(nn.Module):
         if cos is not None and sin is not None:
             q_rope = ROTATIONS[self.pairs](q_rope, cos, sin)
             k_rope = ROTATIONS[self.pairs](k_rope, cos, sin)
-        q = torch.cat((q_nope, q_rope), -1).transpose(1, 2)
+        q = torch.cat((q_nope, q_rope), -1)
+        if query_scale is not None:
+            q = q * query_scale
+        q = q.transpose(1, 2)
         k = torch.cat((k_nope, k_rope.expand(B, T, self.num_heads, self.rope_dim)), -1).transpose(1, 2)
         v = v.transpose(1, 2)
         if cache is not None:

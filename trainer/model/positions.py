@@ -39,6 +39,15 @@ class Sinusoids(nn.Module):
         return self.table[start : start + length]
 
 
+def query_scales(context_length: int) -> Tensor:
+    """What the queries of each position are multiplied with, (C): more from every 8,192nd on.
+
+    Nakanishi 2025, "Scalable-Softmax", as Llama 4 has it: attn_scale 0.1, floor_scale 8,192.
+    """
+    position = torch.arange(context_length, dtype=torch.float32)
+    return torch.log1p(torch.floor((position + 1.0) / 8192)) * 0.1 + 1.0
+
+
 def rope_tables(context_length: int, width: int) -> tuple[Tensor, Tensor]:
     """cos and sin of position x frequency, each (C, width / 2)."""
     frequency = ROPE_THETA ** (-torch.arange(0, width, 2, dtype=torch.float32) / width)

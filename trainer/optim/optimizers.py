@@ -238,8 +238,24 @@ class Lion(InPlace):
                 m.lerp_(g_, 1 - beta2)
 
 
+def is_matrix(name: str, p: Tensor) -> bool:
+    """Whether a parameter multiplies an input: of two dimensions or more, and no norm's weight or experts' biases."""
+    return p.ndim >= 2 and not name.endswith(("_norm.weight", "_norm.bias", "_bias"))
+
+
+def is_for_muon(name: str, p: Tensor) -> bool:
+    """Whether `MuonAdamW` gives a parameter to Muon: the blocks' matrices, but not those of experts.
+
+    `torch.optim.Muon` takes two dimensions only, and experts' are one tensor of three: one update of them all together
+    would not make each expert's singular values alike.
+    """
+    return name.startswith("blocks.") and p.ndim == 2 and is_matrix(name, p)
+
+
 class MuonAdamW(torch.optim.Optimizer):
     """`torch.optim.Muon` for the matrices between embedding and head, `torch.optim.AdamW` for everything else.
+
+    Which they are says `is_for_muon`.
 
     One optimizer to the outside: two parameter groups, one state. Muon makes an update's singular values alike (Jordan
     et al. 2024), which is meant for matrices that map one hidden vector to another; an embedding is none.

@@ -21,8 +21,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from estimator.accounting.accounts import account, sizes_for
 from estimator.describe.checks import ConfigError
+from estimator.describe.hf import from_hf
 from estimator.describe.plan import Plan
-from estimator.describe.presets import from_hf, preset
+from estimator.describe.presets import preset
 from estimator.memory.device import timeline
 from trainer.referee.measure import build_step, onednn
 

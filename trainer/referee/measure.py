@@ -28,7 +28,7 @@ from trainer.model.decoder import build_model
 from trainer.model.loss import cross_entropy
 from trainer.optim.clip import gradient_clipping
 from trainer.optim.eight_bit import AdamW8bit
-from trainer.optim.optimizers import SGD, AdamW, Lion, MuonAdamW
+from trainer.optim.optimizers import SGD, AdamW, Lion, MuonAdamW, is_for_muon
 from trainer.optim.precision import AUTOCAST, PARAMETERS, Masters, autocast, float32_copy, loss_scaler
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ def build_optimizer(named: Mapping[str, nn.Parameter], p: Plan, device: str) -> 
         case "adamw-8bit":
             return AdamW8bit(parameters)
         case "muon":
-            matrices = [x for name, x in named.items() if name.startswith("blocks.") and x.ndim == 2]
+            matrices = [x for name, x in named.items() if is_for_muon(name, x)]
             others = [x for x in parameters if all(x is not matrix for matrix in matrices)]
             return MuonAdamW(matrices, others, **torchs)
         case _ if kind == "bundled":

@@ -20,7 +20,7 @@ from trainer.files.data import Dataset
 from trainer.files.prepare import write_whole
 from trainer.model.decoder import build_model
 from trainer.optim.eight_bit import AdamW8bit
-from trainer.optim.optimizers import SGD, AdamW, Lion, MuonAdamW
+from trainer.optim.optimizers import SGD, AdamW, Lion, MuonAdamW, is_for_muon, is_matrix
 from trainer.optim.precision import PARAMETERS, autocast, loss_scaler, products_in
 from trainer.optim.schedule import lr_cosine_schedule
 from trainer.parallel.distributed import Weights, World, load_run, save_run
@@ -254,8 +254,8 @@ def build_optimizer(weights: Weights, p: Plan, o: OptimSection, device: str) -> 
     """
     if weights.sharded and p.optimizer in WHOLE_MATRICES:
         raise ConfigError(f"plan.optimizer = {p.optimizer!r}: works on whole matrices; allowed is --sharding none")
-    matrices = {name: p for name, p in weights.named.items() if p.ndim >= 2}
-    others = {name: p for name, p in weights.named.items() if p.ndim < 2}
+    matrices = {name: p for name, p in weights.named.items() if is_matrix(name, p)}
+    others = {name: p for name, p in weights.named.items() if name not in matrices}
     groups = [
         {"params": list(part.values()), "names": list(part), "weight_decay": decay}
         for part, decay in ((matrices, o.weight_decay), (others, 0.0))
@@ -289,9 +289,9 @@ def build_optimizer(weights: Weights, p: Plan, o: OptimSection, device: str) -> 
 
 
 def build_muon(weights: Weights, o: OptimSection, kind: str) -> torch.optim.Optimizer:
-    """Muon for the blocks' matrices, AdamW for all else."""
+    """Muon for the blocks' matrices, AdamW for all else, experts' tensors of three dimensions included."""
     named = weights.named
-    inside = [name for name, p in named.items() if name.startswith("blocks.") and p.ndim == 2]
+    inside = [name for name, p in named.items() if is_for_muon(name, p)]
     outside = [name for name in named if name not in inside]
     optimizer = MuonAdamW(
         [named[name] for name in inside],

@@ -1,0 +1,138 @@
+"""Why a config.json is not read: one sentence that names what it is, and the nearest thing that can be asked."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from estimator.describe.catalogue import squash
+from estimator.describe.fields import class_defaults
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+# What there is beside text, by a field that says so.
+BESIDE_TEXT = {
+    "vision_config": "a vision part",
+    "visual": "a vision part",
+    "img_processor": "a vision part",
+    "vision_tower": "a vision part",
+    "mm_vision_tower": "a vision part",
+    "audio_config": "an audio part",
+    "audio_encoder": "an audio part",
+    "speech_config": "an audio part",
+}
+TEXT = ("text_config", "llm_config", "language_config", "language_model_config", "thinker_config")
+
+# What a decoder's blocks have that no part says, by the fields that say so: (fields, what it is).
+BLOCKS = (
+    (
+        ("hybrid_override_pattern", "mamba_num_heads", "mamba_d_state", "mamba_n_heads"),
+        "a hybrid, with mamba layers beside attention",
+    ),
+    (("ssm_cfg", "state_size", "ssm_state_size", "conv_kernel"), "a state-space model (mamba)"),
+    (
+        ("linear_num_value_heads", "linear_attn_config", "linear_key_head_dim"),
+        "a hybrid, with linear attention in some layers",
+    ),
+    (("lru_width", "block_types"), "a hybrid, with recurrent blocks beside attention"),
+    (("cross_attention_layers",), "a decoder whose layers look at another model's output (cross-attention)"),
+    (("block_configs",), "a decoder whose blocks have sizes of their own each (block_configs)"),
+)
+
+# Types that their fields do not give away: what they are.
+KINDS = {
+    "an encoder, which predicts no next token": (
+        "albert bert camembert convbert deberta deberta-v2 distilbert electra ernie esm eurobert flaubert funnel "
+        "ibert layoutlm longformer luke mobilebert modernbert mpnet nystromformer rembert roberta roberta-prelayernorm "
+        "roformer splinter squeezebert xlm xlm-roberta xlm-roberta-xl xlnet"
+    ),
+    "an encoder of images or sound": (
+        "beit clip convnext deit dinov2 dinov3_vit hubert resnet siglip siglip2 swin vit wav2vec2 wavlm"
+    ),
+    "an encoder-decoder": (
+        "bart bigbird_pegasus blenderbot blenderbot-small fsmt led longt5 m2m_100 marian mbart mt5 mvp nllb-moe "
+        "pegasus pegasus_x plbart prophetnet switch_transformers t5 t5gemma udop umt5"
+    ),
+    "a speech encoder-decoder": "moonshine seamless_m4t speech_to_text speecht5 whisper",
+    "a state-space model (mamba)": "falcon_mamba mamba mamba2",
+    "a recurrent model": "rwkv rwkv5 rwkv6 rwkv7 xlstm",
+    "a hybrid, with mamba layers beside attention": (
+        "bamba falcon_h1 granitemoehybrid jamba nemotron_h plamo2 zamba zamba2"
+    ),
+    "a hybrid, with recurrent blocks beside attention": "recurrent_gemma",
+    "a hybrid, with linear attention in some layers": (
+        "kimi_linear minimax olmo_hybrid qwen3_5 qwen3_5_moe qwen3_next"
+    ),
+    "a hybrid, with convolutions beside attention": "lfm2 lfm2_moe",
+    "a model of text, images and sound": "gemma3n gemma4 phi4_multimodal qwen2_5_omni qwen3_omni_moe",
+    "a model of text with a vision part": (
+        "git idefics idefics2 idefics3 internvl kosmos-2 llava llava_next maira2 mistral3 mllama paligemma phi3_v "
+        "pixtral qwen2_vl qwen2_5_vl qwen3_vl qwen3_vl_moe smolvlm"
+    ),
+}
+IS = {kind: what for what, kinds in KINDS.items() for kind in kinds.split()}
+
+# Decoders with a block of their own: (what no part says, the nearest family that is read).
+ONE_OFF = {
+    "deepseek_v32": ("an indexer picks the keys that a token sees", "deepseek_v3"),
+    "deepseek_v4": ("its stream is several streams side by side, and its keys are compressed", "deepseek_v3"),
+    "glm_moe_dsa": ("an indexer picks the keys that a token sees", "deepseek_v3"),
+    "mimo": ("it predicts further tokens with a layer of its own", "qwen2"),
+    "mimo_v2_flash": ("keys, values and heads differ between its layers", "gpt_oss"),
+    "qwen": ("it is the first Qwen, with code of its own", "qwen2"),
+}
+NEAREST = "the nearest that can be asked is"
+AS_TEXT = "its text part alone can be asked by passing the object in"
+
+
+def refusal(raw: Mapping[str, Any], families: Sequence[str]) -> str | None:
+    """Why this file is not read; None if it is a decoder of one of `families`, and nothing else."""
+    kind = raw.get("model_type")
+    if not isinstance(kind, str) or not kind:
+        return (
+            f"model_type = {kind!r}: a configuration of transformers names its family here; allowed are "
+            f"{', '.join(families)}"
+        )
+    name = f"model_type = {kind!r}"
+    text = next((field for field in TEXT if isinstance(raw.get(field), dict)), None)
+    parts = dict.fromkeys(what for field, what in BESIDE_TEXT.items() if raw.get(field))
+    if text is not None:
+        inner = raw[text].get("model_type")
+        beside = f"{' and '.join(parts)} beside the text ({', '.join(f for f in BESIDE_TEXT if raw.get(f))})"
+        around = beside if parts else f"{IS.get(kind, 'another model')} around its {text}"
+        hint = f"{AS_TEXT} {text} as the whole configuration" if inner in families else f"{text} is {inner!r}, not read"
+        return f"{name}: {around}, which would be lost; {hint}"
+    if parts:
+        return f"{name}: {' and '.join(parts)} beside the text, which would be lost; {NEAREST} a decoder of text alone"
+    if kind in families:
+        return None
+    if kind in ONE_OFF:
+        why, nearest = ONE_OFF[kind]
+        return f"{name}: {why}, which no part says; {NEAREST} {nearest} with the same sizes"
+    what: str | None = IS.get(kind)
+    what = what or next((meant for fields, meant in BLOCKS if any(raw.get(f) for f in fields)), None)
+    if what is None and (raw.get("is_encoder_decoder") or raw.get("encoder_layers")):
+        what = "an encoder-decoder"
+    if what is not None:
+        return f"{name}: {what}; read are decoders that are attention and feed-forward throughout, such as llama"
+    built_of = _built_of(raw, families)
+    if built_of is not None:
+        said, family = built_of
+        return (
+            f"{name}: not a type that is read, but architectures says {said}, the class of {family}; if the model is "
+            f'built like that, give model_type "{family}"'
+        )
+    same = [family for family in families if squash(family) == squash(kind)]
+    hint = f"did you mean {same[0]}? " if same else ""
+    own = "code of its own (auto_map), which is never run; " if raw.get("auto_map") else ""
+    return f"{name}: {own}{hint}allowed are {', '.join(families)}"
+
+
+def _built_of(raw: Mapping[str, Any], families: Sequence[str]) -> tuple[str, str] | None:
+    """The class that `architectures` names, and its family."""
+    said = raw.get("architectures")
+    if isinstance(said, list):
+        for family in families:
+            if f"{class_defaults()[family]['class']}ForCausalLM" in said:
+                return f"{class_defaults()[family]['class']}ForCausalLM", family
+    return None

@@ -1,0 +1,227 @@
+"""How a family's entry reads a file: functions of its `Fields` to attributes of parts, sizes, and kinds of layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import log, sqrt
+from typing import TYPE_CHECKING, Any
+
+from estimator.describe.catalogue import number as finite
+from estimator.describe.checks import ConfigError
+
+if TYPE_CHECKING:
+    from estimator.describe.fields import Fields
+
+Rule = Callable[["Fields"], Any]
+
+
+def yes(name: str) -> Rule:
+    """Whether the file says so."""
+    return lambda c: c.flag(name)
+
+
+def size(name: str) -> Rule:
+    """A positive integer."""
+    return lambda c: c.size(name)
+
+
+def number(name: str) -> Rule:
+    """A finite number."""
+    return lambda c: c.number(name)
+
+
+def either(name: str, then: Any, other: Any) -> Rule:
+    """One of two, by a flag."""
+    return lambda c: then if c.flag(name) else other
+
+
+def act(name: str) -> Rule:
+    """An activation, by the name that files have for it."""
+    return lambda c: c.activation(name)
+
+
+def all_four(name: str) -> dict[str, Rule]:
+    """Biases on q, k, v and the output projection, by one flag."""
+    return {"bias": yes(name), "out_bias": yes(name)}
+
+
+def cycle(*kinds: str) -> Rule:
+    """Kinds of layers that repeat."""
+    return lambda c: [kinds[i % len(kinds)] for i in range(c.layers)]
+
+
+def last_of(name: str, default: int) -> Rule:
+    """Every so many-th layer is full, those before it have a window."""
+    return lambda c: ["full" if (i + 1) % c.size(name, default) == 0 else "window" for i in range(c.layers)]
+
+
+def windows_if_used(c: Fields) -> list[str]:
+    """A window in all layers, unless `use_sliding_window` says no (Qwen 3's mixtures of experts)."""
+    return [("window" if c.flag("use_sliding_window") else "full")] * c.layers
+
+
+def upper_windows(c: Fields) -> list[str]:
+    """The layers from `max_window_layers` up have a window, if `use_sliding_window` (Qwen 2 and 3)."""
+    first = c.count("max_window_layers") if c.flag("use_sliding_window") else c.layers
+    return ["full" if i < first else "window" for i in range(c.layers)]
+
+
+def lower_windows(c: Fields) -> list[str]:
+    """Every second of the layers below `max_window_layers`, from the first, has one (Qwen 2's mixtures of experts)."""
+    end = c.count("max_window_layers") if c.flag("use_sliding_window") else 0
+    return ["full" if i % 2 or i >= end else "window" for i in range(c.layers)]
+
+
+def with_rope(c: Fields) -> list[bool]:
+    """1 for a layer with rotation in `no_rope_layers`, whose name says the opposite; else by their interval."""
+    given = c("no_rope_layers")
+    if given:
+        return [bool(one) for one in c.listed("no_rope_layers", (0, 1))]
+    every = c.size("no_rope_layer_interval")
+    return [(i + 1) % every != 0 for i in range(c.layers)]
+
+
+def smollm3_windows(c: Fields) -> list[str]:
+    """Layers without rotation have a window, if any have."""
+    used = c.flag("use_sliding_window")
+    return ["window" if used and not rotary else "full" for rotary in with_rope(c)]
+
+
+def blocks_of_kinds(c: Fields) -> list[str]:
+    """GPT-Neo's [[["global", "local"], 12]]: pairs of kinds and how often they follow each other."""
+    names = {"global": "full", "local": "window"}
+    given = c("attention_types")
+    if given is None:
+        return cycle("full", "window")(c)
+    try:
+        kinds = [names[kind] for block, times in given for _ in range(min(times, c.layers)) for kind in block]
+    except (TypeError, ValueError, KeyError):
+        kinds = []
+    if len(kinds) != c.layers:
+        raise ConfigError(
+            f"attention_types = {given!r}: must be pairs of kinds (global, local) and how often they repeat, "
+            f"{c.layers} layers in all"
+        )
+    return kinds
+
+
+def after_first(c: Fields) -> list[bool]:
+    """All layers but the first `first_k_dense_replace` have experts."""
+    return [i >= c.count("first_k_dense_replace") for i in range(c.layers)]
+
+
+def every_step(c: Fields) -> list[bool]:
+    """Every `decoder_sparse_step`-th layer has experts, but for `mlp_only_layers`."""
+    step, dense = c.size("decoder_sparse_step"), c.indices("mlp_only_layers")
+    return [i not in dense and (i + 1) % step == 0 for i in range(c.layers)]
+
+
+def at_moe_layers(c: Fields) -> list[bool]:
+    """Those that `moe_layers` lists; else every `interleave_moe_layer_step`-th (Llama 4)."""
+    if c("moe_layers") is not None:
+        return [i in c.indices("moe_layers") for i in range(c.layers)]
+    return [(i + 1) % c.size("interleave_moe_layer_step") == 0 for i in range(c.layers)]
+
+
+def falcon_order(c: Fields) -> str:
+    """Two norms side by side in the new decoder, unless told otherwise."""
+    if not c.flag("parallel_attn"):
+        if c.flag("new_decoder_architecture"):
+            raise ConfigError("parallel_attn = False: the new decoder architecture is parallel; allowed is true")
+        return "pre"
+    norms = c("num_ln_in_parallel_attn")
+    return "parallel-two" if norms == 2 or (norms is None and c.flag("new_decoder_architecture")) else "parallel"
+
+
+def falcon_heads(c: Fields) -> int | None:
+    """One key/value head if `multi_query`, `num_kv_heads` in the new decoder."""
+    if c.flag("new_decoder_architecture"):
+        heads: int | None = c.size_or_none("num_kv_heads")
+        return heads
+    return 1 if c.flag("multi_query") else None
+
+
+def latent_scale(c: Fields) -> float:
+    """1 / sqrt(width of a query), times the square of yarn's factor for long contexts (Peng et al. 2023)."""
+    scale = 1 / sqrt(c.size("qk_nope_head_dim") + c.size("qk_rope_head_dim"))
+    yarn = c.rope()
+    if yarn.get("mscale_all_dim") and "factor" in yarn:
+        factor = finite("rope_scaling.factor", yarn["factor"], above=True)
+        mscale = finite("rope_scaling.mscale_all_dim", yarn["mscale_all_dim"])
+        scale *= (0.1 * mscale * log(max(factor, 1)) + 1) ** 2
+    return scale
+
+
+def shared_width(c: Fields) -> int | None:
+    """So many shared experts side by side are one of so many times the width; None where there are none."""
+    shared = c.count("n_shared_experts") if c("n_shared_experts") is not None else 0
+    return shared * c.size("moe_intermediate_size") or None
+
+
+def by_group_limit(c: Fields) -> bool:
+    """DeepSeek-V2 chooses among all experts, or within the best groups."""
+    method = c("topk_method")
+    if method not in ("greedy", "group_limited_greedy"):
+        raise ConfigError(f"topk_method = {method!r}: allowed are greedy, group_limited_greedy")
+    return method == "group_limited_greedy"
+
+
+def if_grouped(name: str) -> Rule:
+    """A size that only the choice within groups has."""
+    return lambda c: c.size(name) if by_group_limit(c) else None
+
+
+def normalised_by_sum(c: Fields) -> bool:
+    """DBRX divides the weights by their norm of any order; order 1 is their sum, null is not at all."""
+    order = c.inside("ffn_config")("moe_normalize_expert_weights")
+    if order not in (1, None):
+        raise ConfigError(f"moe_normalize_expert_weights = {order!r}: allowed are 1 (their sum) and null")
+    return order is not None
+
+
+def one_for_all(name: str) -> Rule:
+    """A number, or a list with one for each layer, which must all be the same."""
+
+    def rule(c: Fields) -> int:
+        given = c(name)
+        if isinstance(given, list) and len(given) == c.layers and all(one == given[0] for one in given):
+            given = given[0]
+        return c.as_size(name, given)
+
+    return rule
+
+
+def in_one_operator(c: Fields) -> str:
+    """GPT-2's own spelling of the tanh approximation is eight operators; the bundled model has it in one."""
+    name: str = c.activation("activation_function")
+    return "gelu_tanh" if name == "gelu_new" else name
+
+
+def gemma_activation(c: Fields) -> str:
+    """Old files of Gemma say "gelu" and mean its tanh approximation."""
+    return "gelu_tanh" if c("hidden_act") == "gelu" else c.activation("hidden_act")
+
+
+def openai_activation(c: Fields) -> str:
+    """The first GPT's "gelu" is the tanh approximation."""
+    return "gelu_new" if c("afn") == "gelu" else c.activation("afn")
+
+
+def query_scaling(c: Fields) -> str:
+    """Llama 4 scales queries by their position where they are not rotated."""
+    return "unrotated" if c.flag("attn_temperature_tuning") else "none"
+
+
+def root_of_d(c: Fields) -> float:
+    """What an embedding is multiplied with, so that it is as long as it is wide."""
+    return sqrt(c.size("hidden_size"))
+
+
+def four_d(c: Fields) -> int:
+    """Vaswani et al. 2017: the feed-forward is four times as wide as the stream."""
+    return 4 * c.size("hidden_size")
+
+
+def or_four_d(name: str) -> Rule:
+    """A size; null means 4 d."""
+    return lambda c: c.size_or_none(name) or four_d(c)
