@@ -8,9 +8,9 @@ from estimator.eager.autocast import lower
 from estimator.eager.autograd import Context, attach, record
 from estimator.eager.letters import ONE
 from estimator.eager.linalg import matmul
-from estimator.eager.ops import added, additive_mask, cast, causal_mask, dropout, elementwise, with_number
+from estimator.eager.ops import added, additive_mask, causal_mask, dropout, elementwise, with_number
 from estimator.eager.tensor import BOOL, FLOAT32, Locals, Tensor, empty_like, op
-from estimator.eager.views import transpose
+from estimator.eager.views import cast, transpose
 
 if TYPE_CHECKING:
     from estimator.eager.ops import Gradients
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 def attention_math(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, *, drops: bool) -> Tensor:
     """`_scaled_dot_product_attention_math`: in float32 whatever comes in.
 
-    With a boolean mask `seen` every call makes one to add of it, in the inputs' dtype; without one it is causal, and
-    every call makes its own in float32.
+    Of a boolean mask `seen` every call makes one to add, in the inputs' dtype; without one it is causal, and every call
+    makes its own in float32.
     """
     q, k, v = lower(q, k, v)
     with q.machine.autocast(None), Locals() as c:  # inside an operator that it casts for, autocast is off
-        c.mask = additive_mask(seen, q.dtype) if seen is not None else None
+        c.mask = additive_mask(seen, q.dtype) if seen is not None and seen.dtype == BOOL else seen
         return _attention_math(q, k, v, c.mask, drops=drops)
 
 

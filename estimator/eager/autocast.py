@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from estimator.eager.ops import cast
 from estimator.eager.tensor import BFLOAT16, FLOAT16, FLOAT32
+from estimator.eager.views import cast
 
 if TYPE_CHECKING:
     from estimator.eager.tensor import Dtype, Machine, Tensor

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 from estimator.eager.autograd import Context, attach, record
 from estimator.eager.ledger import Gemm
 from estimator.eager.letters import ONE, ceiling
-from estimator.eager.ops import cast, elementwise
-from estimator.eager.tensor import INT64, Locals, Tensor, empty_like, op
-from estimator.eager.views import contiguous
+from estimator.eager.letters import n as threads
+from estimator.eager.ops import elementwise
+from estimator.eager.tensor import FLOAT32, INT64, Locals, Tensor, empty_like, op
+from estimator.eager.views import cast, contiguous
 
 if TYPE_CHECKING:
     from estimator.eager.letters import Size
@@ -23,9 +24,9 @@ def index_select(x: Tensor, index: Tensor) -> Tensor:
     before = x.shape
 
     def backward(c: Context, grad: Tensor) -> Gradients:
-        out = grad.machine.empty(before, grad.dtype)
-        grad.machine.kernel("index_add_", (grad, c.saved[0]), (out,))
-        return [out]
+        c.out = grad.machine.empty(before, grad.dtype)
+        _index_add(c.out, grad, c.saved[0])
+        return [c.take("out")]
 
     node = record("IndexSelectBackward0", (x,), backward, (index,))
     out = x.machine.empty((*index.shape, *x.shape[1:]), x.dtype)
@@ -59,12 +60,25 @@ def add_rows(rows: Tensor, index: Tensor, shape: Shape) -> Tensor:
         grad.machine.kernel("index_select", (index, out), (out,))
         return [out]
 
-    out = rows.machine.empty(shape, rows.dtype)
-    node = record("IndexAddBackward0", (rows,), backward, (index, rows))
-    rows.machine.kernel("index_add_", (index, rows), (out,))
-    return attach(node, out)
+    with Locals() as v:
+        v.out = rows.machine.empty(shape, rows.dtype)
+        node = record("IndexAddBackward0", (rows,), backward, (index, rows))
+        _index_add(v.out, rows, index)
+        return attach(node, v.take("out"))
 
 
+def _index_add(out: Tensor, rows: Tensor, index: Tensor) -> None:
+    """out.index_add_(0, index, rows); the CPU adds rows of half precision up in fp32, one row a thread.
+
+    `cpu_scatter_reduce_expanded_index` in aten/src/ATen/native/cpu/ScatterGatherKernel.cpp.
+    """
+    machine = out.machine
+    if machine.device == "cpu" and out.dtype.itemsize < FLOAT32.itemsize and len(out.shape) > 1:
+        machine.empty((threads, *out.shape[1:]), FLOAT32).discard()
+    machine.kernel("index_add_", (index, rows), (out,))
+
+
+@op
 def top_k(x: Tensor, count: Size) -> Tensor:
     """x.topk(count, -1).indices, of which autograd knows nothing; the values are gone when it returns."""
     machine, shape = x.machine, (*x.shape[:-1], count)
@@ -74,6 +88,7 @@ def top_k(x: Tensor, count: Size) -> Tensor:
     return indices
 
 
+@op
 def top_k_values(x: Tensor, count: Size) -> Tensor:
     """x.topk(count, -1).values; the indices are gone when it returns."""
     machine, shape = x.machine, (*x.shape[:-1], count)
@@ -83,6 +98,7 @@ def top_k_values(x: Tensor, count: Size) -> Tensor:
     return values
 
 
+@op
 def bincount(x: Tensor, bins: Size) -> Tensor:
     """torch.bincount(x, minlength=bins): min and max are tensors of their own."""
     machine = x.machine
@@ -93,14 +109,18 @@ def bincount(x: Tensor, bins: Size) -> Tensor:
     return out
 
 
+@op
 def argsort(x: Tensor) -> Tensor:
-    """x.argsort(stable=True): the sorted values are gone when it returns."""
+    """x.argsort(stable=True): the sorted values are gone when it returns; the CPU has a scratch of their size."""
     values, order = empty_like(x).hold(), empty_like(x)
+    if x.machine.device == "cpu":
+        empty_like(x).discard()
     x.machine.kernel("sort", (x,), (values, order))
     values.drop()
     return order
 
 
+@op
 def whole_number_divided(x: Tensor) -> Tensor:
     """x // number, of int64: the number is a tensor of eight bytes on the CPU."""
     machine = x.machine

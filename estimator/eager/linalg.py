@@ -105,12 +105,18 @@ def addmm(bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 @op
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """F.linear of a 3-D input: folded to a matrix, multiplied, unfolded; a bias in one kernel if x is contiguous."""
+    """F.linear: of a matrix a product; of three dimensions folded to one, multiplied, unfolded.
+
+    A bias goes into the same kernel if x is contiguous.
+    """
     return _linear(*lower(x, weight, bias))
 
 
 @op
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if len(x.shape) == 2:
+        w_t = transpose(weight, 0, 1)
+        return mm(x, w_t) if bias is None else addmm(bias, x, w_t)
     flat = (x.machine.product(x.shape[:-1]), x.shape[-1])
     out = (*x.shape[:-1], weight.shape[0])
     if bias is not None and x.is_contiguous:

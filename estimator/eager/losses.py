@@ -8,9 +8,9 @@ from estimator.eager import autocast
 from estimator.eager.autograd import Context, add_wider, attach, record
 from estimator.eager.ledger import Gemm
 from estimator.eager.letters import ONE, ZERO, ceiling, smaller
-from estimator.eager.ops import cast, elementwise, in_place_with_number, log_softmax, mean, with_number
+from estimator.eager.ops import elementwise, in_place_with_number, log_softmax, mean, with_number
 from estimator.eager.tensor import FLOAT32, INT64, Locals, Tensor, converted, op
-from estimator.eager.views import view
+from estimator.eager.views import cast, view
 
 if TYPE_CHECKING:
     from estimator.eager.letters import Size

@@ -24,9 +24,11 @@ from estimator.eager.tensor import (
     Machine,
     Tensor,
     converted,
+    dense_strides,
     empty_like,
     op,
 )
+from estimator.eager.views import cast
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -63,8 +65,7 @@ def elementwise(name: str, *operands: Tensor) -> Tensor:
         x.hold() if x.dtype in (dtype, BOOL) or not machine.casts_operands else converted(x, dtype).hold()
         for x in operands
     ]
-    layout = next((x for x in read if x.shape == shape and not x.is_contiguous), None)
-    out = machine.empty(shape, dtype) if layout is None else empty_like(layout, dtype)
+    out = machine.empty(shape, dtype, stride=dense_strides(shape, read))
     machine.kernel(name, read, (out,))
     for x in read:
         x.drop()
@@ -212,29 +213,6 @@ def div_number(a: Tensor) -> Tensor:
             return [elementwise("div", grad)]
 
     return _with_saved_number("DivBackward0", "div", a, backward)
-
-
-@op
-def cast(x: Tensor, dtype: Dtype) -> Tensor:
-    """x.to(dtype): x itself where it has that dtype, else a copy with x's layout; its gradient is cast back."""
-    before = x.dtype
-    if dtype == before:
-        return x
-    node = record("ToCopyBackward0", (x,), lambda _, grad: [cast(grad, before)])
-    return attach(node, converted(x, dtype))
-
-
-@op
-def square(x: Tensor) -> Tensor:
-    """x.pow(2)."""
-
-    def backward(c: Context, grad: Tensor) -> Gradients:  # grad * (exponent * self.pow(exponent - 1))
-        c.power = elementwise("pow", c.saved[0])
-        c.scaled = with_number("mul", c.power)
-        return [elementwise("mul", grad, c.scaled)]
-
-    node = record("PowBackward0", (x,), backward, (x,))
-    return attach(node, elementwise("pow", x))
 
 
 @op

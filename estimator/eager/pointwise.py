@@ -10,7 +10,6 @@ from estimator.eager.ops import (
     activation,
     add,
     add_number,
-    cast,
     div_number,
     elementwise,
     mul,
@@ -18,7 +17,8 @@ from estimator.eager.ops import (
     python_number,
     with_number,
 )
-from estimator.eager.tensor import BOOL, Locals, Tensor, empty_like, op
+from estimator.eager.tensor import BOOL, Locals, Tensor, arguments, empty_like, op
+from estimator.eager.views import cast
 
 if TYPE_CHECKING:
     from estimator.eager.ops import Gradients
@@ -84,8 +84,7 @@ def clamp(x: Tensor, *, both: bool) -> Tensor:
         if both:
             c.below = compared("le", x)
             machine.kernel("logical_and_", (c.within, c.below), (c.within,))
-            del c.below
-        return [elementwise("where", grad, c.within)]
+        return [elementwise("where", c.within, grad)]
 
     node = record("ClampBackward1", (x,), backward, (x,))
     return attach(node, elementwise("clamp", x))
@@ -101,21 +100,25 @@ def compared(name: str, x: Tensor) -> Tensor:
 
 def soft_cap(x: Tensor) -> Tensor:
     """`trainer.model.layers.soft_cap`."""
-    return mul_number(tanh(div_number(x)))
+    with arguments((x,)) as results:
+        results.append(mul_number(tanh(div_number(x))))
+    return results[0]
 
 
 def gelu_written_out(x: Tensor) -> Tensor:
     """`trainer.model.feed_forward.gelu_written_out`."""
-    with Locals() as v:
-        v.x = x
+    with arguments((x,)) as results, Locals() as v:
         v.half = mul_number(x)
         inner = add(x, mul_number(power(x)))
-        return mul(v.half, add_number(tanh(mul_number(inner))))
+        results.append(mul(v.half, add_number(tanh(mul_number(inner)))))
+    return results[0]
 
 
 def relu_squared(x: Tensor) -> Tensor:
     """`trainer.model.feed_forward.relu_squared`."""
-    return power(relu(x))
+    with arguments((x,)) as results:
+        results.append(power(relu(x)))
+    return results[0]
 
 
 ACTIVATIONS = {

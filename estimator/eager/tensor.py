@@ -69,6 +69,7 @@ class Machine:
         self._products: dict[Shape, Size] = {}
         self._strides: dict[Shape, Shape] = {}
         self._widths: dict[Size, int] = {}
+        self.layouts: dict[tuple[Any, ...], Shape] = {}
 
     @property
     def wraps_scalars(self) -> bool:
@@ -251,27 +252,6 @@ class Tensor:
             n == ONE or s == w for n, s, w in zip(self.shape, self.stride, want, strict=True)
         )
 
-    @property
-    def order(self) -> tuple[int, ...]:
-        """The dimensions from the widest stride to the narrowest, those of size 1 as they stand.
-
-        ATen's `infer_dense_strides`: an insertion sort that goes past a dimension of stride 0, which compares to none.
-        """
-        dims = [i for i, n in enumerate(self.shape) if n != ONE]
-        width = {i: self.machine.width(self.stride[i]) for i in dims}
-        narrow_first = dims[::-1]
-        for end in range(1, len(dims)):
-            at = end
-            for before in range(end - 1, -1, -1):
-                near, far = width[narrow_first[before]], width[narrow_first[at]]
-                if 0 < far < near:
-                    narrow_first[before], narrow_first[at] = narrow_first[at], narrow_first[before]
-                    at = before
-                elif 0 < near < far:
-                    break
-        spots = iter(narrow_first[::-1])
-        return tuple(i if n == ONE else next(spots) for i, n in enumerate(self.shape))
-
     def view(self, shape: Shape, stride: Shape) -> Tensor:
         """A view; it holds its base, as autograd's views do."""
         return Tensor(self.machine, self.storage, shape, stride, self.dtype, base=self.base or self)
@@ -307,15 +287,57 @@ class Tensor:
 
 def empty_like(x: Tensor, dtype: Dtype | None = None) -> Tensor:
     """torch.empty_like: a dense tensor of x's shape, its dimensions nested in the order of x's strides."""
-    return x.machine.empty(x.shape, dtype or x.dtype, stride=_dense_like(x))
+    return x.machine.empty(x.shape, dtype or x.dtype, stride=dense_strides(x.shape, (x,)))
 
 
-def _dense_like(x: Tensor) -> Shape:
-    """Strides of a dense tensor of x's shape whose dimensions are nested in x's order."""
-    order = x.order
+def dense_strides(shape: Shape, operands: Sequence[Tensor]) -> Shape:
+    """Strides of the dense result of `shape` of an elementwise kernel: its dimensions nested as its operands' are.
+
+    TensorIterator's `reorder_dimensions`, from the narrowest dimension outwards: an insertion sort in which the first
+    operand whose strides differ decides; a dimension that an operand does not have, or has broadcast, compares to none.
+    Dimensions of size 1 stay where they stand. (`infer_dense_strides`, of `empty_like`, is the same of one operand.)
+    """
+    machine = operands[0].machine
+    if all(x.is_contiguous for x in operands):
+        return machine.contiguous(shape)
+    key = (shape, tuple((x.shape, x.stride) for x in operands))
+    found = machine.layouts.get(key)
+    if found is None:
+        found = machine.layouts[key] = _nested(machine, shape, operands)
+    return found
+
+
+def _nested(machine: Machine, shape: Shape, operands: Sequence[Tensor]) -> Shape:
+    dims = [i for i, n in enumerate(shape) if n is not ONE]
+    widths = []
+    for x in operands:
+        missing = len(shape) - len(x.shape)
+        has = [i - missing >= 0 and x.shape[i - missing] is not ONE for i in range(len(shape))]
+        widths.append([machine.width(x.stride[i - missing]) if has[i] else 0 for i in range(len(shape))])
+
+    def compared(near: int, far: int) -> int:
+        for width in widths:
+            if 0 < width[near] < width[far]:
+                return -1
+            if 0 < width[far] < width[near]:
+                return 1
+        return 0
+
+    narrow_first = dims[::-1]
+    for end in range(1, len(dims)):
+        at = end
+        for before in range(end - 1, -1, -1):
+            which = compared(narrow_first[before], narrow_first[at])
+            if which > 0:
+                narrow_first[before], narrow_first[at] = narrow_first[at], narrow_first[before]
+                at = before
+            elif which < 0:
+                break
+    spots = iter(narrow_first[::-1])
+    order = tuple(i if n is ONE else next(spots) for i, n in enumerate(shape))
     stride: list[Size] = [ONE] * len(order)
     for position, dim in enumerate(order):
-        stride[dim] = x.machine.product(tuple(x.shape[i] for i in order[position + 1 :]))
+        stride[dim] = machine.product(tuple(shape[i] for i in order[position + 1 :]))
     return tuple(stride)
 
 

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING
 
 from estimator.eager.autograd import Context, attach, record
 from estimator.eager.letters import ONE, ZERO
-from estimator.eager.tensor import Locals, Tensor, op
+from estimator.eager.tensor import Locals, Tensor, converted, op
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from estimator.eager.letters import Size
     from estimator.eager.ops import Gradients
-    from estimator.eager.tensor import Shape
+    from estimator.eager.tensor import Dtype, Machine, Shape
 
 
 def view_stride(x: Tensor, shape: Shape) -> Shape | None:
@@ -103,7 +103,26 @@ def split(x: Tensor, sizes: Sequence[Size]) -> tuple[Tensor, ...]:
 
 @op
 def concatenate(xs: Sequence[Tensor]) -> Tensor:
-    """torch.cat(xs, -1); backward gives views of the gradient."""
+    """torch.cat(xs, -1); autocast first casts all to the widest of their dtypes."""
+    if xs[0].machine.autocast_dtype is None:
+        return _concatenate(xs)
+    widest = max((x.dtype for x in xs), key=lambda dtype: dtype.itemsize)
+    return _concatenate([x if x.dtype == widest else cast(x, widest) for x in xs])
+
+
+@op
+def cast(x: Tensor, dtype: Dtype) -> Tensor:
+    """x.to(dtype): x itself where it has that dtype, else a copy with x's layout; its gradient is cast back."""
+    before = x.dtype
+    if dtype == before:
+        return x
+    node = record("ToCopyBackward0", (x,), lambda _, grad: [cast(grad, before)])
+    return attach(node, converted(x, dtype))
+
+
+@op
+def _concatenate(xs: Sequence[Tensor]) -> Tensor:
+    """Backward gives views of the gradient."""
     sizes, machine = [x.shape[-1] for x in xs], xs[0].machine
 
     def backward(_: Context, grad: Tensor) -> Gradients:
@@ -111,9 +130,34 @@ def concatenate(xs: Sequence[Tensor]) -> Tensor:
 
     node = record("CatBackward0", tuple(xs), backward)
     dtype = max((x.dtype for x in xs), key=lambda dtype: dtype.itemsize)
-    out = machine.empty((*xs[0].shape[:-1], sum(sizes, ZERO)), dtype)
+    shape = (*xs[0].shape[:-1], sum(sizes, ZERO))
+    stride = channels_last(machine, shape) if all(is_channels_last(x) for x in xs) else None
+    out = machine.empty(shape, dtype, stride=stride)
     machine.kernel("cat", xs, (out,))
     return attach(node, out)
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """c10's `is_channels_last_strides_2d`: a tensor of four dimensions is taken for an image, the second its channels.
+
+    So the gradient of keys, (B, T, h, e) with T innermost, is one, and what `cat` makes of it is laid out likewise.
+    """
+    if len(x.shape) != 4:
+        return False
+    width, least = [x.machine.width(stride) for stride in x.stride], 0
+    if width[1] == 0:
+        return False
+    for dim in (1, 3, 2, 0):
+        if width[dim] < least or (dim == 0 and least == width[1]):
+            return False
+        least = width[dim] * x.machine.width(x.shape[dim])
+    return True
+
+
+def channels_last(machine: Machine, shape: Shape) -> Shape:
+    """Strides of a dense tensor whose second dimension is innermost."""
+    _, c, h, w = shape
+    return machine.product((c, h, w)), ONE, machine.product((c, w)), c
 
 
 @op
@@ -159,6 +203,7 @@ def narrow(x: Tensor, length: Size) -> Tensor:
     return attach(node, x.view((length, *x.shape[1:]), x.stride))
 
 
+@op
 def contiguous(x: Tensor) -> Tensor:
     """x.contiguous(), of which autograd knows nothing."""
     if x.is_contiguous:

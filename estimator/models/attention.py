@@ -11,7 +11,7 @@ from estimator.eager.letters import ONE, constant
 from estimator.eager.linalg import MASK_ALIGNMENT, matmul, scaled_dot_product_attention
 from estimator.eager.pointwise import clamp, soft_cap
 from estimator.eager.tensor import BOOL, FLOAT32, Locals, Tensor, arguments
-from estimator.eager.views import concatenate, expand, repeat_heads, reshape, slice_last, split, transpose, view
+from estimator.eager.views import cast, concatenate, expand, repeat_heads, reshape, slice_last, split, transpose, view
 from estimator.models.layers import Linear, Module, dropout
 from estimator.models.norms import build_norm
 from estimator.models.positions import rotate_part
@@ -62,7 +62,7 @@ def attend(
             column = expand(view(sinks, (ONE, h, ONE, ONE)), (b, h, t, ONE))
             names.scores = concatenate((names.scores, column))
         if recipe.attention == "naive-fp32":
-            names.weights = ops.cast(ops.softmax(names.scores, FLOAT32), q.dtype)
+            names.weights = cast(ops.softmax(names.scores, FLOAT32), q.dtype)
         else:
             names.weights = ops.softmax(names.scores, autocast.fp32(machine, "cuda"))
         if sinks is not None:
@@ -100,8 +100,8 @@ class Attention(Module):
                     self.child(build_norm(machine, name, a.qk_norm_kind, *shape))
                     for name, shape in zip(("q_norm", "k_norm"), shapes, strict=True)
                 )
-            self.out = self.child(Linear(machine, "out", wide, size["d"], bias=a.out_bias))
             self.out_norm = self.child(build_norm(machine, "out_norm", Norm("rms"), wide) if a.out_norm else None)
+            self.out = self.child(Linear(machine, "out", wide, size["d"], bias=a.out_bias))
         self.sinks = self.parameter(self.h) if a.sinks else None
 
     def project(self, v: Locals, x: Tensor) -> None:

@@ -77,7 +77,7 @@ class Block(Module):
             case "parallel":
                 v.y = self.attention_norm(v.x)
                 v.sum = ops.add(v.x, self.scaled(self.attention(v.y, *where)))
-                return ops.add(v.take("sum"), self.scaled(self.ffn(v.y)))
+                return ops.add(v.sum, self.scaled(self.ffn(v.y)))
             case _:  # "parallel-two"
                 v.y = ops.add(v.x, self.scaled(self.attention(self.attention_norm(v.x), *where)))
                 return ops.add(v.y, self.scaled(self.ffn(self.ffn_norm(v.x))))

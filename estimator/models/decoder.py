@@ -10,7 +10,7 @@ from estimator.eager.letters import ONE
 from estimator.eager.linalg import linear
 from estimator.eager.losses import chunked_cross_entropy
 from estimator.eager.pointwise import soft_cap
-from estimator.eager.tensor import Locals
+from estimator.eager.tensor import Locals, arguments
 from estimator.models.block import Block
 from estimator.models.layers import BlockKind, Embedding, Linear, Module, dropout
 from estimator.models.masks import attention_kinds, build_mask
@@ -149,18 +149,20 @@ class Transformer(Module):
     def logits_or_loss(self, x: Tensor, targets: Tensor | None) -> Tensor:
         """The head; with targets in its chunked cross entropy."""
         ends = self.parts.ends
-        if targets is not None:
-            if ends.logits_scale is not None:
-                x = ops.mul_number(x)
+        with arguments((x, targets)) as results, Locals() as v:
+            if targets is not None:
+                v.x = x if ends.logits_scale is None else ops.mul_number(x)
+                with self.machine.ledger.inside("head"):
+                    results.append(chunked_cross_entropy(v.x, self.head.weight, targets))
+                return results[0]
+            v.logits = self.head(x)
             with self.machine.ledger.inside("head"):
-                return chunked_cross_entropy(x, self.head.weight, targets)
-        logits = self.head(x)
-        with self.machine.ledger.inside("head"):
-            if ends.logits_scale is not None:
-                logits = ops.mul_number(logits)
-            if ends.logits_softcap is not None:
-                logits = soft_cap(logits)
-        return logits
+                if ends.logits_scale is not None:
+                    v.logits = ops.mul_number(v.logits)
+                if ends.logits_softcap is not None:
+                    v.logits = soft_cap(v.logits)
+            results.append(v.take("logits"))
+        return results[0]
 
 
 def _added_to_scores(bias: Tensor, mask: Tensor) -> Tensor:

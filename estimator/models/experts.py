@@ -23,8 +23,8 @@ from estimator.eager.ledger import Category
 from estimator.eager.letters import ONE, ceiling
 from estimator.eager.linalg import linear
 from estimator.eager.pointwise import sigmoid
-from estimator.eager.tensor import BOOL, FLOAT32, Locals, Tensor, empty_like
-from estimator.eager.views import reshape, split, unsqueeze, view
+from estimator.eager.tensor import BOOL, FLOAT32, Locals, Tensor, arguments, empty_like
+from estimator.eager.views import cast, reshape, split, unsqueeze, view
 from estimator.models.feed_forward import GatedFeedForward, gated
 from estimator.models.layers import Linear, Module, dropout
 
@@ -51,11 +51,14 @@ class Router(Module):
 
     def scores(self, logits: Tensor) -> Tensor:
         """(N, E) in fp32."""
-        if self.part.score == "softmax":
-            return ops.softmax(logits, FLOAT32)
-        if self.part.score == "sigmoid":
-            return sigmoid(ops.cast(logits, FLOAT32))
-        return ops.cast(logits, FLOAT32)
+        with arguments((logits,)) as results:
+            if self.part.score == "softmax":
+                results.append(ops.softmax(logits, FLOAT32))
+            elif self.part.score == "sigmoid":
+                results.append(sigmoid(cast(logits, FLOAT32)))
+            else:
+                results.append(cast(logits, FLOAT32))
+        return results[0]
 
     def choose(self, scores: Tensor) -> Tensor:
         """(N, K), without a gradient."""
@@ -98,7 +101,7 @@ class Router(Module):
             v.weights = div(v.weights, sum_last(v.weights))
         if self.part.scaling is not None:
             v.weights = ops.mul_number(v.weights)
-        return v.weights, v.experts
+        return v.take("weights"), v.take("experts")
 
 
 class Experts(Module):
@@ -124,7 +127,7 @@ class Experts(Module):
         v.y = grouped_product(v.h, self.down, count)
         if self.down_bias is not None and expert is not None:
             v.y = ops.add(v.y, index_select(self.down_bias, expert))
-        return v.y
+        return v.take("y")
 
 
 class SparseFeedForward(Module):
@@ -162,10 +165,10 @@ class SparseFeedForward(Module):
             v.rows = index_select(x, v.token)
             v.weight = unsqueeze(index_select(view(v.weights, pairs), v.order), 1)
             if self.weighs_inputs:
-                v.y = self.experts(ops.mul(v.rows, ops.cast(v.weight, v.rows.dtype)), v.count, v.expert)
+                v.y = self.experts(ops.mul(v.rows, cast(v.weight, v.rows.dtype)), v.count, v.expert)
             else:
                 v.y = self.experts(v.rows, v.count, v.expert)
-                v.y = ops.mul(v.y, ops.cast(v.weight, v.y.dtype))
+                v.y = ops.mul(v.y, cast(v.weight, v.y.dtype))
             v.y = add_rows(v.y, v.token, (x.shape[0], v.y.shape[1]))
             return v.take("y") if self.out_bias is None else ops.add(v.y, self.out_bias)
 

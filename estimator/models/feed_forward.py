@@ -41,8 +41,8 @@ class PlainFeedForward(Module):
         self.recipe, self.activation = recipe, ACTIVATIONS[part.activation]
         with self.inside():
             self.up = self.child(Linear(machine, "up", d, f, bias=part.bias))
-            self.down = self.child(Linear(machine, "down", f, d, bias=part.bias))
             self.down_norm = self.child(build_norm(machine, "down_norm", Norm("rms"), f) if part.down_norm else None)
+            self.down = self.child(Linear(machine, "down", f, d, bias=part.bias))
 
     def forward(self, v: Locals, x: Tensor) -> Tensor:
         y = self.activation(self.up(x))
@@ -63,8 +63,8 @@ class GatedFeedForward(Module):
             else:
                 self.gate = self.child(Linear(machine, "gate", d, f, bias=part.bias))
                 self.up = self.child(Linear(machine, "up", d, f, bias=part.bias))
-            self.down = self.child(Linear(machine, "down", f, d, bias=part.bias))
             self.down_norm = self.child(build_norm(machine, "down_norm", Norm("rms"), f) if part.down_norm else None)
+            self.down = self.child(Linear(machine, "down", f, d, bias=part.bias))
 
     def hidden(self, x: Tensor) -> Tensor:
         """(..., d) -> (..., f)."""

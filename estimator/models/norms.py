@@ -40,7 +40,7 @@ class LayerNormOfHeads(ScaleAndShift):
         v.x = ops.layer_norm(x, None, None)
         if self.weight is not None:
             v.x = ops.mul(ops.add_number(self.weight) if self.plus_one else self.weight, v.x)
-        return v.x if self.bias is None else ops.add(v.x, self.bias)
+        return v.take("x") if self.bias is None else ops.add(v.x, self.bias)
 
 
 class RMSNorm(ScaleAndShift):

@@ -8,7 +8,7 @@ from estimator.eager import ops
 from estimator.eager.ledger import Category
 from estimator.eager.letters import ONE
 from estimator.eager.tensor import Locals, Tensor, arguments
-from estimator.eager.views import concatenate, narrow, slice_last, split, stack_last
+from estimator.eager.views import cast, concatenate, narrow, slice_last, split, stack_last
 from estimator.models.layers import Module
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, pairs: str) -> Tensor:
             v.a, v.b = slice_last(x, half, step=2), slice_last(x, half, step=2)
         v.first = ops.sub(ops.mul(v.a, cos), ops.mul(v.b, sin))
         v.second = ops.add(ops.mul(v.a, sin), ops.mul(v.b, cos))
-        both = v.take("first"), v.take("second")
+        both = v.first, v.second
         results.append(concatenate(both) if pairs == "halves" else stack_last(*both))
         return results[0]
 
@@ -62,7 +62,7 @@ def rotate_part(x: Tensor, cos: Tensor, sin: Tensor, pairs: str) -> Tensor:
     with arguments((x, cos, sin)) as results, Locals() as v:
         v.turned = rotate(slice_last(x, width), cos, sin, pairs)
         v.rest = slice_last(x, x.shape[-1] - width)
-        results.append(concatenate((v.take("turned"), v.take("rest"))))
+        results.append(concatenate((v.turned, v.rest)))
         return results[0]
 
 
@@ -73,4 +73,4 @@ def alibi_bias(slopes: Tensor, length: Size, dtype: Dtype) -> Tensor:
         v.position = machine.empty((length,), slopes.dtype)
         bias = machine.empty((slopes.shape[0], ONE, length), slopes.dtype)
         machine.kernel("mul", (slopes, v.position), (bias,))
-        return ops.cast(bias, dtype)
+        return cast(bias, dtype)

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 from estimator.eager.ledger import Gemm
 from estimator.eager.letters import ONE, ceiling, larger, smaller
 from estimator.eager.linalg import product
-from estimator.eager.ops import cast, elementwise, in_place_with_number, mean
+from estimator.eager.ops import elementwise, in_place_with_number, mean
 from estimator.eager.tensor import BFLOAT16, FLOAT32, INT32, UINT8, Locals
+from estimator.eager.views import cast
 from estimator.optim.adam import (
     BundledAdamW,
     ForeachAdam,
