@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from estimator.eager.checkpointing import Holder, pack
 from estimator.eager.ledger import Category
 from estimator.eager.letters import ONE
-from estimator.eager.tensor import Locals, Machine, Tensor, converted
+from estimator.eager.tensor import FLOAT32, Locals, Machine, Tensor, converted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -292,9 +292,38 @@ def add_wider(total: Tensor, x: Tensor) -> None:
 
 def sum_to(x: Tensor, shape: Shape) -> Tensor:
     """`at::sum_to`: one sum; leading dimensions are then viewed away."""
-    machine = x.machine
     leading = len(x.shape) - len(shape)
     kept = (ONE,) * leading + shape
-    total = machine.empty(kept, x.dtype)
-    machine.kernel("sum", (x,), (total,))
+    total = summed(x, kept)
     return total.view(shape, total.stride[leading:]) if leading else total
+
+
+def summed(x: Tensor, kept: Shape) -> Tensor:
+    """x.sum to `kept`, a shape with 1 in place of each dimension that goes; autograd knows nothing of it.
+
+    The CPU sums half precision in fp32, from a copy, where the two innermost dimensions of its loop are both summed
+    (`should_use_acc_buffer` in aten/src/ATen/native/ReduceOps.cpp): where what is summed is not one run of strides.
+    """
+    machine = x.machine
+    total = machine.empty(kept, x.dtype)
+    if machine.device == "cpu" and x.dtype.itemsize < FLOAT32.itemsize and _runs_summed(x, kept) > 1:
+        wide = machine.empty(kept, FLOAT32).hold()
+        copy = converted(x, FLOAT32).hold()
+        machine.kernel("sum", (copy,), (wide,))
+        copy.drop()
+        machine.kernel("copy_", (wide,), (total,))
+        wide.drop()
+        return total
+    machine.kernel("sum", (x,), (total,))
+    return total
+
+
+def _runs_summed(x: Tensor, kept: Shape) -> int:
+    """Into how many loops the dimensions that are summed coalesce: those whose strides follow from one another."""
+    dims = [(s, n) for n, s, left in zip(x.shape, x.stride, kept, strict=True) if left is ONE and n is not ONE]
+    dims.sort(key=lambda dim: x.machine.width(dim[0]))
+    runs, following = 0, None
+    for stride, size in dims:
+        runs += stride is not following
+        following = x.machine.product((stride, size))
+    return runs

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from estimator.eager.autograd import Context, attach, record
+from estimator.eager.autograd import Context, attach, record, summed
 from estimator.eager.ledger import Gemm
 from estimator.eager.letters import ONE, ceiling
 from estimator.eager.letters import n as threads
@@ -143,9 +143,7 @@ def sum_last(x: Tensor) -> Tensor:
         return [grad.view(shape, stride)]
 
     node = record("SumBackward1", (x,), backward)
-    out = x.machine.empty((*x.shape[:-1], ONE), x.dtype)
-    x.machine.kernel("sum", (x,), (out,))
-    return attach(node, out)
+    return attach(node, summed(x, (*x.shape[:-1], ONE)))
 
 
 @op

@@ -290,6 +290,16 @@ def empty_like(x: Tensor, dtype: Dtype | None = None) -> Tensor:
     return x.machine.empty(x.shape, dtype or x.dtype, stride=dense_strides(x.shape, (x,)))
 
 
+TRANSPOSED_BLOCK = 60  # BLOCK_SZ of copy_same_type_transpose_ in aten/src/ATen/native/Copy.cpp
+
+
+def transposing_copy(machine: Machine, elements: Size, dtype: Dtype) -> None:
+    """What the CPU needs to copy a transposed matrix to a contiguous one of its dtype: a block, from one's size on."""
+    block = constant(TRANSPOSED_BLOCK)
+    if machine.device == "cpu" and machine.at_most(block * block, elements):
+        machine.empty((block, block), dtype).discard()
+
+
 def dense_strides(shape: Shape, operands: Sequence[Tensor]) -> Shape:
     """Strides of the dense result of `shape` of an elementwise kernel: its dimensions nested as its operands' are.
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from estimator.eager.autograd import Context, attach, record
 from estimator.eager.letters import ONE, ZERO
-from estimator.eager.tensor import Locals, Tensor, converted, op
+from estimator.eager.tensor import Locals, Tensor, converted, op, transposing_copy
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -66,6 +66,8 @@ def clone(x: Tensor) -> Tensor:
     """x.clone(memory_format=contiguous)."""
     node = record("CloneBackward0", (x,), lambda _, grad: [grad])
     out = x.machine.empty(x.shape, x.dtype)
+    if len(x.shape) == 2 and x.stride[0] is ONE and x.stride[1] is x.shape[0]:
+        transposing_copy(x.machine, x.numel, x.dtype)
     x.machine.kernel("clone", (x,), (out,))
     return attach(node, out)
 

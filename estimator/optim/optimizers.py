@@ -8,7 +8,7 @@ from estimator.eager.ledger import Gemm
 from estimator.eager.letters import ONE, ceiling, larger, smaller
 from estimator.eager.linalg import product
 from estimator.eager.ops import elementwise, in_place_with_number, mean
-from estimator.eager.tensor import BFLOAT16, FLOAT32, INT32, UINT8, Locals
+from estimator.eager.tensor import BFLOAT16, FLOAT32, INT32, UINT8, Locals, transposing_copy
 from estimator.eager.views import cast
 from estimator.optim.adam import (
     BundledAdamW,
@@ -106,9 +106,9 @@ class AdamW8bit(Optimizer):
     """
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
-        matrices = [p for p in parameters if len(p.shape) == 2]
+        matrices = [p for p in parameters if len(p.shape) >= 2]
         super().__init__(matrices)
-        self.vectors = BundledAdamW([p for p in parameters if len(p.shape) != 2])
+        self.vectors = BundledAdamW([p for p in parameters if len(p.shape) < 2])
         with self.machine.ledger.at("", None, "tables"):
             for elements in (256, 256, 255, 255):
                 self.new_state(elements * ONE)
@@ -141,7 +141,8 @@ class Adafactor(Optimizer):
     counts_steps_in_tensors = True
 
     def state_shapes(self, p: Tensor) -> list[Shape]:
-        return [(p.shape[0], ONE), (ONE, p.shape[1])] if len(p.shape) == 2 else [p.shape]
+        *stacked, rows, columns = p.shape if len(p.shape) > 1 else (ONE, ONE)
+        return [(*stacked, rows, ONE), (*stacked, ONE, columns)] if len(p.shape) > 1 else [p.shape]
 
     def step(self) -> None:
         with Locals() as v:
@@ -171,8 +172,8 @@ class Adafactor(Optimizer):
             setattr(v, name, squares)  # the one before lives until the whole expression is there
             squares.drop()
             in_place("lerp_", state, squares, arithmetic=3)
-        v.var_estimate = product("mm", row, column)
-        average = mean(row, (ONE, ONE)).hold()
+        v.var_estimate = product("mm" if len(grad.shape) == 2 else "bmm", row, column)
+        average = mean(row, (*row.shape[:-2], ONE, ONE)).hold()
         in_place("div_", v.var_estimate, average, arithmetic=1)
         average.drop()
 
@@ -180,6 +181,12 @@ class Adafactor(Optimizer):
         norm = self.machine.empty((), x.dtype)
         self.machine.kernel("linalg_vector_norm", (x,), (norm,), arithmetic=2 * x.numel)
         norm.discard()
+
+
+def is_for_muon(p: Tensor) -> bool:
+    """`trainer.optim.optimizers.is_for_muon`: a block's matrix, no norm's weight and nothing of experts."""
+    where = p.storage.where
+    return where.block is not None and len(p.shape) == 2 and not where.module.endswith(("_norm", "experts"))
 
 
 class Muon(Optimizer):
@@ -194,7 +201,7 @@ class Muon(Optimizer):
     others: type[Optimizer] = LoopAdamW
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
-        matrices = [p for p in parameters if p.storage.where.block is not None and len(p.shape) == 2]
+        matrices = [p for p in parameters if is_for_muon(p)]
         super().__init__(matrices)
         self.adamw = self.others([p for p in parameters if all(p is not m for m in matrices)])
 
@@ -222,12 +229,15 @@ class Muon(Optimizer):
             norm, clamped = (machine.empty((), BFLOAT16).hold() for _ in range(2))
             clamped.drop()
             norm.drop()
-            for _ in range(self.iterations):
+            transposed = not machine.at_most(rows, columns)  # worked on as its transpose, until a product is there
+            for turn in range(self.iterations):
                 v.gram = machine.empty((less, less), BFLOAT16)
                 machine.kernel("mm", (v.ortho,), (v.gram,), gemm=Gemm(ONE, less, less, more))
                 v.gram_update = machine.empty((less, less), BFLOAT16)
                 machine.kernel("addmm", (v.gram,), (v.gram_update,), gemm=Gemm(ONE, less, less, less))
                 ortho = machine.empty((rows, columns), BFLOAT16)
+                if transposed and turn == 0:
+                    transposing_copy(machine, ortho.numel, BFLOAT16)
                 machine.kernel("addmm", (v.gram_update, v.ortho), (ortho,), gemm=Gemm(ONE, less, more, less))
                 v.ortho = ortho
             return v.take("ortho")
