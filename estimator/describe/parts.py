@@ -281,6 +281,9 @@ class Ends:
     logits_scale: float | None = None
     logits_softcap: float | None = None
 
+    def __post_init__(self) -> None:
+        _check(self)
+
 
 @dataclass(frozen=True, slots=True)
 class Parts:
