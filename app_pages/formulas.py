@@ -14,7 +14,7 @@ from estimator.accounting.accounts import FORMS
 from estimator.answers import derivations
 from estimator.answers.sweeps import spaced
 from estimator.describe.checks import ConfigError
-from estimator.eager.symbols import LEGEND
+from estimator.eager.letters import legend
 from estimator.show.formatting import duration, prefixed, size
 from estimator.studies.assignment import seed_notes, textbook
 
@@ -49,9 +49,9 @@ def show(s: Setup) -> None:
     else:
         st.subheader(d.title)
         derivation(d, s.unit)
-        letters = [letter for letter in (str(symbol.name) for symbol in d.values) if letter in LEGEND]
-        if letters:
-            st.caption("; ".join(f"**{letter}** {LEGEND[letter]}" for letter in letters) + ".")
+        meanings = legend(str(symbol.name) for symbol in d.values)
+        if meanings:
+            st.caption("; ".join(f"**{letter}** {meaning}" for letter, meaning in meanings.items()) + ".")
         _other_numbers(s, d)
         _copies(d)
         if d.name == "peak":
@@ -73,12 +73,13 @@ def _derivation(s: Setup, r: Estimate, name: str) -> Derivation | None:
 def _other_numbers(s: Setup, d: Derivation) -> None:
     """A box for each symbol: the formula with another number in its place."""
     changed: dict[str, float] = {}
+    meanings = legend(str(symbol.name) for symbol in d.values)
     with st.expander("With other numbers", icon=":material/calculate:"):
         with st.grid("auto", min_column_width=110, gap="small"):
             for symbol, value in d.values.items():
                 letter = str(symbol.name)
                 given = st.number_input(
-                    letter if letter in LEGEND else f"${letter}$",
+                    letter if letter in meanings else f"${letter}$",
                     min_value=0.0,
                     max_value=1e30,
                     value=None,
@@ -86,7 +87,7 @@ def _other_numbers(s: Setup, d: Derivation) -> None:
                     format="%g",
                     key=f"{d.name}.{letter}",
                     bind="query-params",
-                    help=LEGEND.get(letter, "See the formula."),
+                    help=meanings.get(letter, "See the formula."),
                 )
                 if given is not None:
                     changed[letter] = given
@@ -114,7 +115,7 @@ def _pieces(s: Setup, r: Estimate) -> None:
     point = account.compiled.at(r.memory.sizes)
     rows: list[tuple[Any, ...]] = []
     for i, piece in enumerate(account.pieces):
-        where = account.traced.named(piece.where, r.model.num_layers)
+        where = account.traced.named(piece.where, account.turns(r.memory.sizes))
         live = float(account.compiled.value(("live", i), point))
         rows.append((live, size(live, s.unit), where.phase.value, f"{where.module} · {where.op}", i))
     rows.sort(reverse=True)

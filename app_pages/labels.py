@@ -1,9 +1,12 @@
-"""What inputs are called, and what each is, in the words of the docstrings."""
+"""What inputs are called, and what each is, in the words of the library."""
 
 from __future__ import annotations
 
-import re
-from functools import cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from estimator.describe.model import ModelConfig
+    from estimator.describe.plan import Plan
 
 LABELS = {
     "num_layers": "Layers",
@@ -30,9 +33,6 @@ def label(name: str) -> str:
     return LABELS.get(name, name.replace("_", " ").capitalize())
 
 
-@cache
-def explained(cls: type) -> dict[str, str]:
-    """What each field of a dataclass is, from the Attributes of its docstring."""
-    text = (cls.__doc__ or "").split("Attributes:\n")[-1].split("Raises:")[0]
-    entries = re.findall(r"^ {8}(\w[\w, ]*): (.*(?:\n {9,}.*)*)", text, flags=re.MULTILINE)
-    return {name.strip(): " ".join(said.split()) for names, said in entries for name in names.split(",")}
+def explained(cls: type[ModelConfig | Plan]) -> dict[str, str]:
+    """What each field of a dataclass is."""
+    return cls.HELP

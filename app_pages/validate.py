@@ -60,7 +60,7 @@ def small(s: Setup) -> tuple[ModelConfig, Plan]:
     m = s.request.model
     grouped: dict[str, Any] = {"num_kv_heads": 2} if m.kv_heads < m.num_heads else {}
     model = ModelConfig(family=m.family, tie_embeddings=m.tie_embeddings, qkv_bias=m.qkv_bias, **SMALL, **grouped)
-    if s.request.estimate().account.recipe.window != "none":
+    if m.sliding_window is not None and s.request.plan.tokens(m) > m.sliding_window:
         model = model.replace(sliding_window=model.context_length // 2)
     return model, s.request.plan.replace(batch_size=BATCH, seq_len=None, sharding="none")
 

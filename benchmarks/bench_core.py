@@ -94,7 +94,7 @@ def sweep(est, m, p):
     count = 10_000
     rng = np.random.default_rng(0)
     points = {"B": rng.integers(2, 64, count), "T": rng.integers(64, 1024, count), "L": rng.integers(3, 96, count)}
-    a, on, sizes = est.account(m, p), est.accelerator("a100-80gb-sxm"), sizes_of(m, 4, 1024, "cuda", 1)
+    a, on, sizes = est.account(m, p), est.accelerator("a100-80gb-sxm"), sizes_of(m, 4, 1024, 1)
     peak = a.lambdify()
 
     def run():

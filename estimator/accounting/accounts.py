@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from functools import cached_property, lru_cache
+from collections import OrderedDict
+from dataclasses import dataclass, fields
+from functools import cached_property
+from threading import RLock
 from typing import TYPE_CHECKING, Any
-
-import sympy
 
 from estimator.accounting.peak import Piece, peak_pieces
 from estimator.accounting.polynomials import Polynomials
-from estimator.accounting.trace import Trace, executed_blocks, total, trace
+from estimator.accounting.step import run_step
+from estimator.accounting.trace import Trace
 from estimator.accounting.vectorised import VectorisedPeak
 from estimator.describe.checks import ConfigError, choose
 from estimator.eager.ledger import Category, Phase
-from estimator.eager.sizes import LETTER, MASK_ALIGNMENT, NAMES, ONE, ZERO, ShapeClass, Size, sizes_of
-from estimator.eager.symbols import SYMBOLS
+from estimator.eager.letters import LETTERS, SYMBOLS, ZERO, Size, Sizes, as_sizes, expression, substituted
+from estimator.eager.repetition import TURNS
+from estimator.eager.sizes import ShapeClass, sizes_of
+from estimator.models.attention import fused_kernel
 from estimator.models.layers import Recipe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     import numpy as np
+    import sympy
     from numpy.typing import NDArray
 
     from estimator.describe.model import ModelConfig
     from estimator.describe.plan import Plan
     from estimator.eager.ledger import Where
+    from estimator.eager.repetition import Stack
 
 DEVICES = ("cpu", "cuda")
 COMPONENTS = ("embedding", "attention", "feed-forward", "norms", "residual", "head", "loss")
@@ -91,18 +96,51 @@ class Values(Forms):
     modules: Mapping[str, Forms]
 
 
-@lru_cache(maxsize=64)
-def _account(recipe: Recipe, shapes: ShapeClass, general: ShapeClass, device: str, executed: int) -> Account:
-    traced = trace(recipe, shapes, device, executed)
-    letter = LETTER["L"] if traced.repeats else executed * ONE
-    whole, parts = _forms(traced, letter)
-    if shapes != general or not traced.repeats:
-        unit = recipe.checkpoint_every
-        common, common_parts = _forms(trace(recipe, general, device, 3 * unit + executed % unit), LETTER["L"])
-        to = {**shapes.letters, "L": letter}
+class _Known:
+    """The accounts made so far: of one recipe, shape class and stack, one for each set of answers that its step got."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._found: OrderedDict[tuple[Any, ...], list[Account]] = OrderedDict()
+        self._lock = RLock()
+
+    def at(self, recipe: Recipe, sizes: Mapping[str, int], device: str) -> Account:
+        """The account that holds at `sizes`."""
+        values = as_sizes(sizes)
+        stack = recipe.layout(values["L"]).stack
+        shapes = ShapeClass.at(values, recipe.halved)
+        key = (recipe, shapes, device, stack)
+        with self._lock:
+            alike = self._found.setdefault(key, [])
+            self._found.move_to_end(key)
+            for known in alike:
+                if all(fact.answer(values) == answer for fact, answer in known.traced.ledger.facts.items()):
+                    return known
+            made = _account(recipe, shapes, device, stack, values)
+            alike.append(made)
+            while len(self._found) > self._size:
+                self._found.popitem(last=False)
+            return made
+
+
+def _account(recipe: Recipe, shapes: ShapeClass, device: str, stack: Stack, sizes: Sizes) -> Account:
+    traced = Trace(run_step(recipe, shapes, device, stack, sizes), stack)
+    whole, parts = _forms(traced)
+    general, longer = ShapeClass.general(sizes), recipe.layout(_longer(recipe, sizes["L"])).stack
+    if shapes != general or stack != longer:
+        common, common_parts = _forms(Trace(run_step(recipe, general, device, longer, general.large(sizes)), longer))
+        to = {**shapes.letters, "L": stack.blocks}
         whole = _restored(whole, common, shapes, to)
         parts = {name: _restored(form, common_parts[name], shapes, to) for name, form in parts.items()}
-    return Account(recipe, shapes, device, traced, whole, parts, peak_pieces(traced, shapes, letter))
+    return Account(recipe, shapes, device, traced, whole, parts, peak_pieces(traced, shapes))
+
+
+def _longer(recipe: Recipe, num_layers: int) -> int:
+    """As many blocks, with the same number left over, as it takes for the pattern of blocks to repeat."""
+    first, cycle = len(recipe.first), len(recipe.cycle)
+    if num_layers <= first:
+        return num_layers
+    return max(num_layers, first + TURNS * cycle + (num_layers - first) % cycle)
 
 
 def account(m: ModelConfig, p: Plan, device: str = "cuda") -> Account:
@@ -116,20 +154,23 @@ def account(m: ModelConfig, p: Plan, device: str = "cuda") -> Account:
         ConfigError: an unknown device, or a sequence longer than the model's positions.
     """
     choose("device", device, DEVICES)
-    return account_at(recipe_of(m, p, device), sizes_for(m, p, device, threads=1), device)
+    return account_at(recipe_of(m, p, device), sizes_for(m, p, threads=1), device)
 
 
-def sizes_for(m: ModelConfig, p: Plan, device: str, threads: int | None = None) -> dict[str, int]:
+def sizes_for(m: ModelConfig, p: Plan, threads: int | None = None) -> Sizes:
     """The number behind each letter of the legend for `m` run as `p`."""
-    return sizes_of(m, p.batch_size, p.tokens(m), device, threads, p.shards)
+    return sizes_of(m, p.batch_size, p.tokens(m), threads, p.shards)
 
 
 def recipe_of(m: ModelConfig, p: Plan, device: str) -> Recipe:
     """What of `m` and `p` decides which statements a step executes on `device`."""
+    tokens = p.tokens(m)
     recipe = Recipe(
-        family=m.family,
-        tie_embeddings=bool(m.tie_embeddings),
-        qkv_bias=bool(m.qkv_bias),
+        parts=m.made_of.statements(),
+        pattern=m.rotating_pattern,
+        letters=tuple(sizes_for(m, p, threads=1)),
+        partial=m.rotary_dim is not None,
+        projects=m.embedding_dim is not None,
         precision=p.precision,
         fp32_gradients=p.fp32_gradients,
         attention=p.attention_kernel(device, m),
@@ -143,32 +184,18 @@ def recipe_of(m: ModelConfig, p: Plan, device: str) -> Recipe:
         micro_batches=min(p.grad_accumulation, 2),  # the second adds to gradients that exist, and so do all after it
         parallel="alone" if p.data_parallel == 1 else {"none": "ddp"}.get(p.sharding, p.sharding),
     )
-    recipe = windowed(recipe, m.sliding_window, p.tokens(m), device)
-    if p.attention == "sdpa-flash" and recipe.attention != recipe.fused(device):
+    masked = m.sliding_window is not None and tokens > m.sliding_window
+    if p.attention == "sdpa-flash" and fused_kernel("flash", device, masked=masked) != "flash":
         raise ConfigError(
             f"attention = 'sdpa-flash': CUDA's takes no mask, which a sliding_window of {m.sliding_window} is at "
-            f"{p.tokens(m)} tokens; allowed are naive, naive-fp32, sdpa, sdpa-math, sdpa-efficient"
+            f"{tokens} tokens; allowed are naive, naive-fp32, sdpa, sdpa-math, sdpa-efficient"
         )
     return recipe
 
 
-def windowed(recipe: Recipe, sliding_window: int | None, seq_len: int, device: str) -> Recipe:
-    """`recipe` at a sequence length."""
-    return replace(recipe, window=window_of(recipe, sliding_window, seq_len, device))
-
-
-def window_of(recipe: Recipe, sliding_window: int | None, seq_len: int, device: str) -> str:
-    """`Recipe.window` at a sequence length: only one that is longer than the window takes a mask."""
-    if sliding_window is None or seq_len <= sliding_window:
-        return "none"
-    fused = device == "cuda" and recipe.attention in ("flash", "efficient")
-    return "padded" if fused and seq_len % MASK_ALIGNMENT else "whole"
-
-
 def account_at(recipe: Recipe, sizes: Mapping[str, int], device: str) -> Account:
-    """The account of the shape class that `sizes` are in."""
-    shapes, general = ShapeClass.at(recipe.family, sizes), ShapeClass.general(sizes)
-    return _account(recipe, shapes, general, device, int(executed_blocks(sizes["L"], recipe.checkpoint_every)))
+    """The account that holds at `sizes`, made at most once."""
+    return _known.at(recipe, sizes, device)
 
 
 _RESIDENT = {
@@ -178,7 +205,7 @@ _RESIDENT = {
 }
 
 
-def _forms(traced: Trace, layers: Size) -> tuple[Forms, dict[str, Forms]]:
+def _forms(traced: Trace) -> tuple[Forms, dict[str, Forms]]:
     """(the whole, by component): every sum is over the ledger's entries of a component."""
     entries: dict[tuple[str, str], list[tuple[int | None, Size]]] = {}
 
@@ -189,7 +216,8 @@ def _forms(traced: Trace, layers: Size) -> tuple[Forms, dict[str, Forms]]:
     for event in ledger.events:
         storage = event.storage
         if event.sign > 0 and storage.category in _RESIDENT:
-            enter(_RESIDENT[storage.category], storage.where, storage.nbytes)
+            for where, nbytes in ledger.gradients.get(storage, [(storage.where, storage.nbytes)]):
+                enter(_RESIDENT[storage.category], where, nbytes)
     for where, elements in ledger.parameters:
         enter("parameters", where, elements)
     for storage in ledger.saved:
@@ -203,8 +231,7 @@ def _forms(traced: Trace, layers: Size) -> tuple[Forms, dict[str, Forms]]:
         if kernel.where.phase is Phase.OPTIMIZER and (kernel.arithmetic or kernel.flops):
             enter("optimizer_flops", kernel.where, kernel.arithmetic + kernel.flops)
     parts = {
-        name: Forms(**{form: total(traced, entries.get((form, name), []), layers) for form in FORMS})
-        for name in COMPONENTS
+        name: Forms(**{form: traced.total(entries.get((form, name), [])) for form in FORMS}) for name in COMPONENTS
     }
     whole = Forms(**{form: sum((getattr(p, form) for p in parts.values()), ZERO) for form in FORMS})
     return whole, parts
@@ -215,15 +242,10 @@ def _restored(own: Forms, common: Forms, shapes: ShapeClass, to: Mapping[str, Si
 
     def choice(form: str) -> Size:
         general = getattr(common, form)
-        special = shapes.normal(general.compose([(LETTER[name], size) for name, size in to.items()]))
+        special = shapes.normal(substituted(general, to))
         return general if special == getattr(own, form) else getattr(own, form)
 
     return Forms(**{form: choice(form) for form in FORMS})
-
-
-def expression(polynomial: Size) -> sympy.Expr:
-    """A polynomial as a sympy expression in `estimator.eager.symbols.SYMBOLS`."""
-    return polynomial.as_expr(*(SYMBOLS[name] for name in NAMES))
 
 
 @dataclass(frozen=True, eq=False)
@@ -258,9 +280,11 @@ class Account:
     def peak_bytes(self) -> sympy.Expr:
         """The peak of live bytes: a Max of the undominated polynomials, exact in the shape class `shapes`.
 
-        A letter that is 1 in that class (`shapes.ones`) does not occur; `evaluate` and `lambdify` pick the class by
+        A letter that is 1 in that class (`shapes.numbers`) does not occur; `evaluate` and `lambdify` pick the class by
         themselves.
         """
+        import sympy  # noqa: PLC0415 - half a second that only formulas need
+
         return sympy.Max(*(expression(p.live) for p in self.pieces), evaluate=False)
 
     def by_module(self, form: str) -> dict[str, sympy.Expr]:
@@ -270,6 +294,8 @@ class Account:
 
     def latex(self, form: str = "peak_bytes") -> str:
         """LaTeX of a form."""
+        import sympy  # noqa: PLC0415 - likewise
+
         choose("form", form, (*FORMS, "peak_bytes"))
         return str(sympy.latex(getattr(self, form)))
 
@@ -283,7 +309,7 @@ class Account:
         Raises:
             ConfigError: `m` and `p` take another recipe than this account's.
         """
-        return self.for_sizes(m, p).values(sizes_for(m, p, self.device, threads))
+        return self.for_sizes(m, p).values(sizes_for(m, p, threads))
 
     def values(self, sizes: Mapping[str, int]) -> Values:
         """The figures at `sizes`, which must be in this account's shape class."""
@@ -295,9 +321,25 @@ class Account:
             **{form: value((form,), point) for form in FORMS},
             peak_bytes=value(("live", ruling), point),
             peak_categories={c.value: value((c, ruling), point) if c in piece.categories else 0 for c in Category},
-            peak_where=self.traced.named(piece.where, sizes["L"]),
+            peak_where=self.traced.named(piece.where, self.turns(sizes)),
             modules={name: Forms(**{form: value((form, name), point) for form in FORMS}) for name in self.modules},
         )
+
+    def turns(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """How many turns each group of alike blocks has at `sizes`."""
+        return self.recipe.layout(sizes["L"]).turns
+
+    @property
+    def fused_kernel(self) -> str:
+        """The kernel of attention: `recipe.attention`, or what takes its place where a mask is needed."""
+        masked = any(kernel.name == "masked_attention" for kernel in self.traced.ledger.kernels)
+        return fused_kernel(self.recipe.attention, self.device, masked=masked)
+
+    def symbols_at(self, sizes: Mapping[str, int]) -> dict[sympy.Symbol, int]:
+        """The numbers behind the symbols of the closed forms, for `sympy.Expr.subs`."""
+        values = as_sizes(sizes)
+        keys = self.compiled.written(list(self.compiled.keys))
+        return {SYMBOLS[LETTERS[i].name]: values.of(i) for i in keys}
 
     def ruling(self, sizes: Mapping[str, int]) -> int:
         """Which of `pieces` is the greatest at `sizes`, and so the peak."""
@@ -309,10 +351,10 @@ class Account:
     def lambdify(self) -> Callable[..., NDArray[np.int64]]:
         """A vectorised function `peak(B=..., T=..., ...)` of numbers or numpy arrays that broadcast: peak bytes.
 
-        Takes the letters of `GEOMETRY` as keywords and `n`, CPU threads. B and T must be given; any other that is left
-        out is derived as in `ModelConfig` (k = h, e = d / h, f = 4 d, C = T) or, if it cannot be, asked for by name.
-        Each point is computed in its own shape class, exactly, up to 2^53 bytes. `sliding_window` is the model's, if it
-        has one: points of no more than so many tokens take no mask.
+        Takes the letters of the model (`recipe.letters`) as keywords and `n`, CPU threads. B and T must be given; any
+        other that is left out is derived as in `ModelConfig` (k = h, e = d / h, f = 4 d, C = T) or, if it cannot be,
+        asked for by name. Each point is computed in its own shape class, exactly, up to 2^53 bytes. `sliding_window` is
+        the model's, if it has one: points of no more than so many tokens take no mask.
         """
         return vectorised_peak(self.recipe, self.device)
 
@@ -323,13 +365,12 @@ class Account:
         rows |= {(form, name): getattr(part, form) for name, part in self.modules.items() for form in FORMS}
         rows |= {("live", i): piece.live for i, piece in enumerate(self.pieces)}
         rows |= {(c, i): size for i, piece in enumerate(self.pieces) for c, size in piece.categories.items()}
-        return Polynomials(rows, denominator=self.recipe.checkpoint_every)
+        return Polynomials(rows)
 
 
 def vectorised_peak(recipe: Recipe, device: str) -> VectorisedPeak:
     """The peak of `recipe`'s steps on `device` as a function of arrays of sizes."""
+    return VectorisedPeak(recipe, device, account_at)
 
-    def at(sizes: Mapping[str, int], sliding_window: int | None) -> Account:
-        return account_at(windowed(recipe, sliding_window, sizes["T"], device), sizes, device)
 
-    return VectorisedPeak(recipe, device, at)
+_known = _Known(64)

@@ -2,37 +2,38 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from estimator.eager.sizes import NAMES, Size
+from estimator.eager.letters import LETTERS, Size, as_sizes, bases, spelled
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from numpy.typing import NDArray
 
 
 class Polynomials:
-    """Named polynomials over one table of monomials; their coefficients are multiples of 1 / `denominator`."""
+    """Named polynomials over one table of monomials, with whole coefficients over one denominator."""
 
-    def __init__(self, rows: Mapping[tuple[Any, ...], Size], denominator: int = 1) -> None:
+    def __init__(self, rows: Mapping[tuple[Any, ...], Size]) -> None:
         index: dict[tuple[int, ...], int] = {}
-        self._denominator = denominator
+        denominator = self._denominator = math.lcm(*{c.denominator for p in rows.values() for _, c in p.terms})
         self._rows = {
-            key: [(index.setdefault(x, len(index)), int(c * denominator)) for x, c in p.terms() if c]
+            key: [(index.setdefault(x, len(index)), int(c * denominator)) for x, c in p.terms]
             for key, p in rows.items()
         }
-        self._monomials = [[(n, e) for n, e in zip(NAMES, x, strict=True) if e] for x in index]
+        self._monomials = [[(i, x.count(i)) for i in dict.fromkeys(x)] for x in index]
 
     def at(self, sizes: Mapping[str, int]) -> list[int]:
         """The value of each monomial at one point."""
-        values = []
+        known, values = as_sizes(sizes), []
         for letters in self._monomials:
             value = 1
-            for name, exponent in letters:
-                value *= sizes[name] ** exponent
+            for letter, exponent in letters:
+                value *= known.of(letter) ** exponent
             values.append(value)
         return values
 
@@ -40,27 +41,38 @@ class Polynomials:
         """A polynomial's exact value, given `at` the point."""
         return sum(c * point[i] for i, c in self._rows[key]) // self._denominator
 
+    @property
+    def keys(self) -> Iterable[tuple[Any, ...]]:
+        """The names of the polynomials."""
+        return self._rows.keys()
+
+    def written(self, keys: Sequence[tuple[Any, ...]]) -> set[int]:
+        """The letters in whose symbols the polynomials `keys` are written."""
+        return set(spelled({letter for key in keys for i, _ in self._rows[key] for letter, _ in self._monomials[i]}))
+
     def letters(self, keys: Sequence[tuple[Any, ...]]) -> set[str]:
-        """The letters that occur in the polynomials `keys`."""
-        return {name for key in keys for i, _ in self._rows[key] for name, _ in self._monomials[i]}
+        """The letters that the polynomials `keys` follow from."""
+        used = (letter for key in keys for i, _ in self._rows[key] for letter, _ in self._monomials[i])
+        return {LETTERS[i].name for i in bases(set(used))}
 
     def greatest(self, keys: Sequence[tuple[Any, ...]], sizes: Mapping[str, int | NDArray[np.float64]]) -> Any:
         """The greatest of the polynomials `keys` where `sizes` are numbers or arrays of one length; exact below 2^53.
 
         Numbers go into the coefficients first, so that only the letters that vary cost anything a point.
         """
-        varying: dict[tuple[tuple[str, int], ...], int] = {}
+        known = as_sizes(sizes)
+        varying: dict[tuple[tuple[int, int], ...], int] = {}
         rows: list[dict[int, int]] = []
         for key in keys:
             row: dict[int, int] = {}
             for i, coefficient in self._rows[key]:
                 fixed, free = coefficient, []
-                for name, exponent in self._monomials[i]:
-                    size = sizes[name]
+                for letter, exponent in self._monomials[i]:
+                    size = known.of(letter)
                     if isinstance(size, int):
                         fixed *= size**exponent
                     else:
-                        free.append((name, exponent))
+                        free.append((letter, exponent))
                 column = varying.setdefault(tuple(free), len(varying))
                 row[column] = row.get(column, 0) + fixed
             rows.append(row)
@@ -69,8 +81,8 @@ class Polynomials:
             for column, coefficient in row.items():
                 matrix[r, column] = coefficient
         matrix = matrix[_undominated(matrix)]
-        arrays = {name: x for name, x in sizes.items() if not isinstance(x, int)}
-        points = len(next(iter(arrays.values()))) if arrays else 1
+        points = next((len(x) for x in sizes.values() if not isinstance(x, int)), 1)
+        arrays = {letter: known.of(letter) for letters in varying for letter, _ in letters}
         out = np.empty(points, dtype=np.int64)
         block = 4096  # points whose table of monomials stays in a core's cache
         table = np.ones((len(varying), block))
@@ -79,9 +91,9 @@ class Polynomials:
             for letters, column in varying.items():
                 monomial = table[column, : stop - start]
                 monomial.fill(1.0)
-                for name, exponent in letters:
+                for letter, exponent in letters:
                     for _ in range(exponent):
-                        monomial *= arrays[name][start:stop]
+                        monomial *= arrays[letter][start:stop]
             out[start:stop] = (matrix @ table[:, : stop - start]).max(0) / self._denominator
         return out
 

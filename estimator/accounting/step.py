@@ -10,14 +10,18 @@ from estimator.eager.ledger import Category, Phase
 from estimator.eager.losses import cross_entropy, torch_cross_entropy, torch_cross_entropy_fp32
 from estimator.eager.ops import div_number
 from estimator.eager.tensor import BFLOAT16, FLOAT32, INT64, Machine, Tensor
-from estimator.models import FAMILIES
+from estimator.models.decoder import Transformer
 from estimator.optim.masters import Masters
 from estimator.optim.optimizers import OPTIMIZERS
 from estimator.optim.scaling import GradScaler
 from estimator.parallel.data import REPLICAS
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from estimator.eager.ledger import Ledger
+    from estimator.eager.letters import Size
+    from estimator.eager.repetition import Stack
     from estimator.eager.sizes import ShapeClass
     from estimator.models.layers import Recipe
 
@@ -25,11 +29,14 @@ PARAMETERS = {"bf16": BFLOAT16, "bf16-master": BFLOAT16}  # their dtype, where i
 LOSSES = {"bundled": cross_entropy, "torch": torch_cross_entropy, "torch-fp32": torch_cross_entropy_fp32}
 
 
-def run_step(recipe: Recipe, shapes: ShapeClass, device: str, num_layers: int) -> Ledger:
-    """The ledger of a steady step of `num_layers` blocks: everything alive before it, then the step itself."""
-    machine = Machine(shapes, device, PARAMETERS.get(recipe.precision, FLOAT32))
+def run_step(recipe: Recipe, shapes: ShapeClass, device: str, stack: Stack, sizes: Mapping[str, int]) -> Ledger:
+    """The ledger of a steady step of the blocks of `stack`: everything alive before it, then the step itself.
+
+    `sizes` answer what the execution asks of them; the answers are in the ledger.
+    """
+    machine = Machine(shapes, device, stack, sizes, PARAMETERS.get(recipe.precision, FLOAT32))
     ledger = machine.ledger
-    model = FAMILIES[recipe.family](machine, recipe, num_layers)
+    model = Transformer(machine, recipe)
     replica = REPLICAS[recipe.parallel](model, recipe.micro_batches)
     size = shapes.letters
     with ledger.inside("inputs"):
@@ -85,5 +92,5 @@ def run_step(recipe: Recipe, shapes: ShapeClass, device: str, num_layers: int) -
     return ledger
 
 
-def _input(machine: Machine, *shape: object) -> Tensor:
+def _input(machine: Machine, *shape: Size) -> Tensor:
     return machine.empty(shape, INT64, category=Category.INPUT).hold()

@@ -7,19 +7,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from estimator.accounting.trace import executed_blocks
 from estimator.describe.checks import ConfigError, choose
-from estimator.eager.sizes import MASK_ALIGNMENT, cpu_threads, derived_letters, row_counts
+from estimator.eager.letters import Sizes
+from estimator.eager.sizes import COUNTS, cpu_threads
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from numpy.typing import ArrayLike, NDArray
 
     from estimator.accounting.accounts import Account
+    from estimator.eager.repetition import Stack
     from estimator.models.layers import Recipe
 
-GEOMETRY = tuple("BTLdhkefVC")  # the letters that a user gives
+FOLLOWING = ("g", "n", "D", "W", "A")  # letters that need not be given
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class VectorisedPeak:
 
     recipe: Recipe
     device: str
-    account_at: Callable[[Mapping[str, int], int | None], Account]  # at sizes, and a sliding window's tokens
+    account_at: Callable[[Recipe, Mapping[str, int], str], Account]
 
     def __call__(self, *, sliding_window: int | None = None, **letters: ArrayLike) -> NDArray[np.int64]:
         """Peak bytes at each point; the letters are positive integers or arrays of them, and broadcast.
@@ -40,28 +41,42 @@ class VectorisedPeak:
         Raises:
             ConfigError: a letter is unknown, missing or below 1, or the window of a recipe that has one is missing.
         """
-        if sliding_window is None and self.recipe.window != "none":
+        if sliding_window is None and any(layer.attention == "window" for layer in self.recipe.kinds):
             raise ConfigError("sliding_window is missing: this step's attention has one; give its tokens")
         sizes = self._complete(letters)
+        if sliding_window is not None:
+            sizes["W"] = np.asarray(sliding_window)
         shape = np.broadcast_shapes(*(x.shape for x in sizes.values()))
         fixed = {name: int(x.flat[0]) for name, x in sizes.items() if x.size == 1}
         varying = {name: np.broadcast_to(x, shape).ravel() for name, x in sizes.items() if x.size > 1}
-        codes = self._codes({**fixed, **varying}, sliding_window)
         out = np.empty(int(np.prod(shape)), dtype=np.int64)
-        for code in np.unique(codes):
-            here = np.flatnonzero(codes == code) if codes.size > 1 else slice(None)
-            points = {name: x[here] for name, x in varying.items()}
-            first = {name: int(x[0]) for name, x in points.items()}
-            account = self.account_at({**fixed, **first}, sliding_window)
+        for account, here in self.accounts({**fixed, **varying}):
             keys = [("live", i) for i in range(len(account.pieces))]
             used = account.compiled.letters(keys)
-            arrays = {name: x.astype(np.float64) for name, x in points.items() if name in used}
-            out[here] = account.compiled.greatest(keys, {**fixed, **arrays})
+            arrays = {name: x[here].astype(np.float64) for name, x in varying.items() if name in used}
+            out[here] = account.compiled.greatest(keys, Sizes({**fixed, **arrays}))
         return out.reshape(shape)
 
+    def accounts(self, sizes: Mapping[str, Any]) -> Iterator[tuple[Account, NDArray[np.intp]]]:
+        """The accounts that hold at the points of `sizes`, numbers or arrays of one length; each with its points."""
+        codes = self._codes(sizes)
+        count = max(np.size(x) for x in sizes.values())
+        for code in np.unique(codes):
+            here = np.flatnonzero(codes == code) if codes.size > 1 else np.arange(count)
+            while len(here):
+                points = {name: x[here] if np.ndim(x) else x for name, x in sizes.items()}
+                first = {name: int(x[0]) if np.ndim(x) else int(x) for name, x in points.items()}
+                account = self.account_at(self.recipe, Sizes(first), self.device)
+                holds, values = np.ones(len(here), dtype=bool), Sizes(points)
+                for fact, answer in account.traced.ledger.facts.items():
+                    holds &= np.asarray(fact.answer(values)) == answer
+                yield account, here[holds]
+                here = here[~holds]
+
     def _complete(self, letters: dict[str, ArrayLike]) -> dict[str, NDArray[np.int64]]:
+        needed = [name for name in self.recipe.letters if name not in FOLLOWING]
         for name in letters:
-            choose("letter", name, (*GEOMETRY, "n", "D"))
+            choose("letter", name, (*needed, "n", "D"))
         given = {name: np.asarray(x, dtype=np.int64) for name, x in letters.items()}
         for name, x in given.items():
             if x.size and x.min() < 1:
@@ -72,27 +87,32 @@ class VectorisedPeak:
             given.setdefault("k", given["h"])
         if "d" in given and "h" in given:
             given.setdefault("e", given["d"] // given["h"])
-        if "d" in given and self.recipe.family == "gpt2":
+        if "d" in given and not self.recipe.parts.mlp.gated:
             given.setdefault("f", 4 * given["d"])
         given.setdefault("n", np.asarray(cpu_threads()))
         if self.recipe.parallel.startswith("zero") and np.min(given.get("D", 1)) < 2:
             raise ConfigError(f"D: {self.recipe.parallel} is shared by accelerators; give how many, at least 2")
         given.setdefault("D", np.asarray(1))
-        for name in GEOMETRY:
+        for name in needed:
             if name not in given:
-                raise ConfigError(f"{name} is missing: give each of {', '.join(GEOMETRY)} that the others do not imply")
-        return given | derived_letters(self.recipe.family, given, self.device)
+                raise ConfigError(f"{name} is missing: give each of {', '.join(needed)} that the others do not imply")
+        given.setdefault("g", given["h"] // given["k"])
+        given.setdefault("W", given["C"])
+        given.setdefault("A", given["C"])
+        return given
 
-    def _codes(self, sizes: dict[str, Any], sliding_window: int | None) -> NDArray[np.int64]:
-        """A number for each point that tells its shape class (`ShapeClass.at`), layers and window from all others."""
-        facts = [sizes[name] == 1 for name in "BTdhkefVC"]
-        facts += [sizes["e"] == 2, sizes["k"] == sizes["h"], sizes["h"] * sizes["e"] == sizes["d"]]
-        facts += [rows % sizes["D"] != 0 for rows in row_counts(sizes).values()]
-        if sliding_window is not None:
-            facts += [sizes["T"] > sliding_window, sizes["T"] % MASK_ALIGNMENT != 0]
+    def _codes(self, sizes: Mapping[str, Any]) -> NDArray[np.int64]:
+        """A number for each point that tells its shape class (`ShapeClass.at`) and its stack from all others."""
+        halved = self.recipe.halved
+        facts = [sizes[name] < 4 if name in halved else sizes[name] == 1 for name in sizes if name not in COUNTS]
+        facts += [sizes[name] == 2 for name in sorted(halved)]
+        facts += [sizes["k"] == sizes["h"], sizes["h"] * sizes["e"] == sizes["d"]]
         code: Any = np.zeros(1, dtype=np.int64)
         for bit, fact in enumerate(facts):
             if np.any(fact):
                 code = code | (np.asarray(fact, dtype=np.int64) << bit)
-        code = code | (np.asarray(executed_blocks(sizes["L"], self.recipe.checkpoint_every)) << len(facts))
+        deep, which = np.unique(np.atleast_1d(sizes["L"]), return_inverse=True)
+        stacks: dict[Stack, int] = {}
+        different = [stacks.setdefault(self.recipe.layout(int(n)).stack, len(stacks)) for n in deep]
+        code = code | (np.asarray(different, dtype=np.int64)[which] << len(facts))
         return np.atleast_1d(np.asarray(code))

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import sympy
 
-from estimator.accounting.accounts import FORMS, account_at, expression
+from estimator.accounting.accounts import FORMS, account_at
 from estimator.describe.checks import ConfigError, choose
-from estimator.eager.symbols import SYMBOLS
+from estimator.eager.letters import SYMBOLS, as_sizes, expression, index_of
 from estimator.timing.speed import SECONDS_PER_HOUR
 
 if TYPE_CHECKING:
@@ -262,8 +262,11 @@ def headline(estimate: Estimate, count: int = 1) -> tuple[Derivation, ...]:
 
 
 def _sizes(estimate: Estimate, formula: sympy.Expr) -> dict[sympy.Symbol, float]:
-    sizes = estimate.memory.sizes
-    return {symbol: sizes[symbol.name] for symbol in sorted(formula.free_symbols, key=lambda s: str(s.name))}
+    sizes = as_sizes(estimate.memory.sizes)
+    return {
+        symbol: sizes.of(index_of(str(symbol.name)))
+        for symbol in sorted(formula.free_symbols, key=lambda s: str(s.name))
+    }
 
 
 def at_sizes(d: Derivation, changed: Mapping[str, float]) -> Derivation:

@@ -154,7 +154,7 @@ def estimate(
             "modelled; allowed are accelerators of the cuda and cpu backends"
         )
     check_kernel(p, device)
-    sizes = sizes_for(m, p, device.device, threads)
+    sizes = sizes_for(m, p, threads)
     a = account(m, p, device.device)
     values = a.values(sizes)
     sequences = p.batch_size * p.grad_accumulation * count
@@ -243,7 +243,7 @@ def max_batch_size(
 
     def fits(batch_size: int) -> bool:
         trial = p.replace(batch_size=batch_size)
-        sizes = sizes_for(m, trial, name)
+        sizes = sizes_for(m, trial)
         a = account(m, trial, name)
         values = a.values(sizes)
         if device is None:

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from estimator.accounting.accounts import account_at, recipe_of, vectorised_peak, window_of
-from estimator.accounting.trace import executed_blocks
+from estimator.accounting.accounts import recipe_of, sizes_for, vectorised_peak
+from estimator.accounting.vectorised import FOLLOWING
 from estimator.describe.checks import ConfigError, choose
-from estimator.eager.sizes import ShapeClass, derived_letters
 from estimator.hardware.accelerators import accelerator
 from estimator.pricing.money import JOULES_PER_KILOWATT_HOUR, SECONDS_PER_HOUR, cost
 from estimator.timing.speed import times
@@ -109,7 +108,7 @@ def sweep(
     letters = _letters(request, grid, r.plan.data_parallel)
     varying = {name: x for name, x in letters.items() if x.ndim}
     sizes: dict[str, Any] = {name: int(x) for name, x in letters.items() if not x.ndim} | varying
-    every = {**sizes, **derived_letters(request.model.family, sizes, r.account.device), "n": r.memory.sizes["n"]}
+    every = {**sizes, "n": r.memory.sizes["n"]}
     corner = {name: int(np.max(x)) for name, x in every.items()}
     for key in (("backward_flops",), *(("live", i) for i in range(len(r.account.pieces)))):
         if r.account.compiled.value(key, r.account.compiled.at(corner)) > LARGEST:
@@ -147,14 +146,12 @@ def _letters(request: Request, grid: Mapping[str, NDArray[np.int64]], count: int
     combined = np.stack(list(own.values()), axis=1) if own else np.zeros((1, 0), dtype=np.int64)
     different, which = np.unique(combined, axis=0, return_inverse=True)
     models = [request.model.replace(**dict(zip(own, map(int, row), strict=True))) for row in different]
-    rows = np.array(
-        [(m.num_layers, m.d_model, m.num_heads, m.kv_heads, m.e, m.f, m.vocab_size, m.context_length) for m in models],
-        dtype=np.int64,
-    )
-    letters = {}
-    for letter, column in zip("LdhkefVC", rows.T, strict=True):
-        letters[letter] = column[which.ravel()] if np.ptp(column) else column[0]
     p = request.plan
+    sizes = [sizes_for(m, p) for m in models]
+    letters = {}
+    for letter in sizes[0]:
+        column = np.array([of[letter] for of in sizes], dtype=np.int64)
+        letters[letter] = column[which.ravel()] if np.ptp(column) else column[0]
     return letters | {
         "B": grid.get("batch_size", np.int64(p.batch_size)),
         "T": grid.get("seq_len", np.int64(p.tokens(request.model))),
@@ -170,7 +167,11 @@ def _peak(request: Request, device: str, sizes: Mapping[str, Any], count: NDArra
         if len(here):
             plan = request.plan.replace(data_parallel=int(count[here[0]]))
             account = vectorised_peak(recipe_of(request.model, plan, device), device)
-            at = {name: x[here] if np.ndim(x) else x for name, x in sizes.items()}
+            at = {
+                name: x[here] if np.ndim(x) else x
+                for name, x in sizes.items()
+                if name not in FOLLOWING or name in ("n", "D")
+            }
             out[here] = account(sliding_window=request.model.sliding_window, **at)
     return out
 
@@ -182,20 +183,16 @@ def _seconds(
     p, device = request.plan, accelerator(request.gpu)
     every = {name: np.broadcast_to(x, len(sequences)) for name, x in sizes.items()}
     micro_batches = -(-sequences // (every["B"] * count))
-    at: dict[Any, list[int]] = {}
-    recipe = recipe_of(request.model, p, device.device)
-    for i in range(len(sequences)):
-        here = {name: int(x[i]) for name, x in every.items()}
-        window = window_of(recipe, request.model.sliding_window, here["T"], device.device)
-        alike = (ShapeClass.at(request.model.family, here), int(executed_blocks(here["L"], p.checkpoint_every)), window)
-        at.setdefault((int(micro_batches[i]), int(count[i]), alike), []).append(i)
+    kinds, which = np.unique(np.stack((micro_batches, count)), axis=1, return_inverse=True)
     out = np.empty(len(sequences))
-    for (turns, accelerators, _), points in at.items():
+    for at, (turns, accelerators) in enumerate(kinds.T.tolist()):
+        points = np.flatnonzero(which.ravel() == at)
         plan = p.replace(grad_accumulation=turns, data_parallel=accelerators)
-        first = {name: int(x[points[0]]) for name, x in every.items()}
-        recipe = recipe_of(request.model, plan.replace(seq_len=first["T"]), device.device)
-        form = account_at(recipe, first, device.device)
-        out[points] = sum(times(form, {name: x[points] for name, x in every.items()}, plan, device).values())
+        steps = vectorised_peak(recipe_of(request.model, plan, device.device), device.device)
+        here = {name: x[points] for name, x in every.items()}
+        for form, alike in steps.accounts(here):
+            some = {name: x[alike] for name, x in here.items()}
+            out[points[alike]] = sum(times(form, some, plan, device).values())
     return out
 
 

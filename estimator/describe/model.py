@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from estimator.describe.checks import ConfigError, choose, known_fields, positive_int
 from estimator.describe.parts import FAMILIES, Layer, Parts, Pattern, part_of, plain
@@ -13,46 +13,59 @@ from estimator.describe.parts import FAMILIES, Layer, Parts, Pattern, part_of, p
 class ModelConfig:
     """A decoder-only Transformer: sizes and parts. Sizes are counts, letters are those of `estimator.eager.letters`.
 
-    Attributes:
-        family: "gpt2" (LayerNorm with bias, learned positions, GELU, biases) or "llama" (RMSNorm, RoPE, SwiGLU); where
-            parts are given, any name.
-        num_layers: L, the number of blocks.
-        d_model: d, the width of the residual stream.
-        num_heads: h, query heads.
-        vocab_size: V, rows of the embedding.
-        context_length: C, positions that the model holds.
-        num_kv_heads: k, key/value heads; None means h (multi-head attention).
-        head_dim: e, the width of one head; None means d / h, or of latent attention nope_dim + rope_dim.
-        d_ff: f, the hidden width of the feed-forward; None means 4 d for gpt2, must be given for all others, and is
-            right where every layer has experts in its place.
-        tie_embeddings: the head shares the embedding's matrix; None means the family's habit (gpt2 yes, llama no).
-        qkv_bias: biases on the q, k and v projections of a llama (Qwen2 has them); gpt2 always has.
-        sliding_window: a token sees itself and the tokens before it, so many in all, in every block (4,096 in Mistral
-            7B v0.1) or in the window layers of the pattern; None means all before it, as does a window no shorter than
-            the context, which becomes None.
-        num_experts: E, experts of a sparse layer, without the shared one.
-        experts_per_token: K, how many of them a token goes through.
-        d_expert: the hidden width of one expert.
-        d_shared: the hidden width of the shared expert.
-        expert_groups: groups that the experts are in, where they are chosen by groups.
-        groups_per_token: how many of these groups a token's experts are chosen from.
-        query_rank: width of the vector that queries are made from, in latent attention.
-        kv_rank: width of the vector that keys and values are made from.
-        rope_dim: of a head of latent attention, the width that is rotated; its keys are one for all heads.
-        nope_dim: of a head of latent attention, the width of queries and keys that is not rotated.
-        value_dim: of a head of latent attention, the width of a value.
-        rotary_dim: of a head, the width that is rotated, from its start; None means all.
-        embedding_dim: the width of embedding and head, where projections lead from it to d_model and back (OPT 350M);
-            None means d_model.
-        attention_chunk: a token of a chunk layer sees those before it in its chunk of so many.
-        parts: what the blocks compute; None means the family's.
-        pattern: which layer is of which kind; None means all alike: a window in all where there is a sliding_window,
-            experts in all where the parts have experts.
+    `HELP` says of each field what it is: the command line and the page print it.
 
     Raises:
         ConfigError: a size is not a positive integer, heads do not divide, a rotary width is odd, a size that the
             parts need is missing or one that they do not have is given, ...
     """
+
+    HELP: ClassVar[dict[str, str]] = {
+        "family": (
+            '"gpt2" (LayerNorm with bias, learned positions, GELU, biases) or "llama" (RMSNorm, RoPE, SwiGLU); '
+            "where parts are given, any name."
+        ),
+        "num_layers": "L, the number of blocks.",
+        "d_model": "d, the width of the residual stream.",
+        "num_heads": "h, query heads.",
+        "vocab_size": "V, rows of the embedding.",
+        "context_length": "C, positions that the model holds.",
+        "num_kv_heads": "k, key/value heads; None means h (multi-head attention).",
+        "head_dim": "e, the width of one head; None means d / h, or of latent attention nope_dim + rope_dim.",
+        "d_ff": (
+            "f, the hidden width of the feed-forward; None means 4 d for gpt2, must be given for all others, and "
+            "is right where every layer has experts in its place."
+        ),
+        "tie_embeddings": "the head shares the embedding's matrix; None means the family's habit (gpt2 yes, llama no).",
+        "qkv_bias": "biases on the q, k and v projections of a llama (Qwen2 has them); gpt2 always has.",
+        "sliding_window": (
+            "a token sees itself and the tokens before it, so many in all, in every block (4,096 in Mistral 7B "
+            "v0.1) or in the window layers of the pattern; None means all before it, as does a window no shorter "
+            "than the context, which becomes None."
+        ),
+        "num_experts": "E, experts of a sparse layer, without the shared one.",
+        "experts_per_token": "K, how many of them a token goes through.",
+        "d_expert": "the hidden width of one expert.",
+        "d_shared": "the hidden width of the shared expert.",
+        "expert_groups": "groups that the experts are in, where they are chosen by groups.",
+        "groups_per_token": "how many of these groups a token's experts are chosen from.",
+        "query_rank": "width of the vector that queries are made from, in latent attention.",
+        "kv_rank": "width of the vector that keys and values are made from.",
+        "rope_dim": "of a head of latent attention, the width that is rotated; its keys are one for all heads.",
+        "nope_dim": "of a head of latent attention, the width of queries and keys that is not rotated.",
+        "value_dim": "of a head of latent attention, the width of a value.",
+        "rotary_dim": "of a head, the width that is rotated, from its start; None means all.",
+        "embedding_dim": (
+            "the width of embedding and head, where projections lead from it to d_model and back (OPT 350M); None"
+            " means d_model."
+        ),
+        "attention_chunk": "a token of a chunk layer sees those before it in its chunk of so many.",
+        "parts": "what the blocks compute; None means the family's.",
+        "pattern": (
+            "which layer is of which kind; None means all alike: a window in all where there is a sliding_window,"
+            " experts in all where the parts have experts."
+        ),
+    }
 
     family: str
     num_layers: int
@@ -263,6 +276,15 @@ class ModelConfig:
             return self.pattern
         attention = "full" if self.sliding_window is None else "window"
         return Pattern(cycle=(Layer(attention, sparse=self.made_of.experts is not None),))
+
+    @property
+    def rotating_pattern(self) -> Pattern:
+        """The pattern of the layers; none rotates where positions are not rotary."""
+        rotary, pattern = self.made_of.positions.kind == "rotary", self._pattern
+        first, cycle = (
+            tuple(replace(x, rotates=x.rotates and rotary) for x in kinds) for kinds in (pattern.first, pattern.cycle)
+        )
+        return Pattern(first, cycle)
 
     @property
     def layers(self) -> tuple[Layer, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from estimator.describe.checks import ConfigError, choose, known_fields, positive_int
 
@@ -36,44 +36,63 @@ OPTIMIZER_IMPLS = ("auto", "loop", "foreach", "fused", "bundled")
 class Plan:
     """How one optimizer step is run. The defaults are what a bare PyTorch script does.
 
-    Attributes:
-        batch_size: B, sequences in one micro-batch on one accelerator.
-        seq_len: T, tokens a sequence; None means the model's context length.
-        precision: "fp32"; "tf32" (fp32 whose matrix products run in TF32: faster, the same bytes); "bf16" (parameters,
-            gradients, states and activations in bfloat16); "bf16-mixed" (fp32 parameters, forward and loss under
-            `torch.autocast`); "fp16-mixed" (the same in float16, with `torch.amp.GradScaler`); "bf16-master" (bf16
-            parameters, gradients and activations; the optimizer moves an fp32 copy of the parameters).
-        fp32_gradients: of bf16-master, add the gradients of the micro-batches in fp32, in buffers that stay.
-        attention: "naive" (scores, mask, softmax and product as separate ops); "naive-fp32" (the same, the softmax in
-            float32); "sdpa" (`torch.nn.functional.scaled_dot_product_attention`, causal, by the kernel that PyTorch
-            picks); "sdpa-math", "sdpa-flash" or "sdpa-efficient" (by that one: `torch.nn.attention.SDPBackend`'s MATH,
-            which is not fused, FLASH_ATTENTION and EFFICIENT_ATTENTION).
-        dropout: the probability to drop an element, in training, of the embedding, of the attention's weights and of
-            what attention and feed-forward add to the residual stream, in both families (as GPT-2 does).
-        loss: "bundled" (the trainer's own cross entropy); "torch" (`torch.nn.functional.cross_entropy` of the logits
-            as they come); "torch-fp32" (of the logits in float32) or "chunked" (the trainer's own, with the head in
-            it: an eighth of the logits at a time, their gradients along with them).
-        checkpointing: "none"; "block": each block under `torch.utils.checkpoint`, non-reentrant; "attention": each
-            block's attention, its norm not included; "selective": each block, but what its linear layers and its fused
-            attention computed is kept (`create_selective_checkpoint_contexts` with torchtitan's list of operators;
-            torchtitan itself keeps every second product).
-        checkpoint_every: n, of the blocks only the n-th, the 2 n-th and so on are checkpointed.
-        optimizer: "adamw", "adam", "sgd" (no momentum), "sgd-momentum", "lion", "muon" (`torch.optim.Muon` for the
-            blocks' matrices, AdamW for all else), "adafactor" or "adamw-8bit" (a byte an element for each moment of a
-            matrix, in blocks of 256 with a scale).
-        optimizer_impl: "loop" (for-loop over parameters), "foreach", "fused": torch.optim's (of muon's AdamW);
-            "bundled": the trainer's own; "auto": what torch picks for the device (loop on CPU, foreach on CUDA), for
-            sgd and lion the bundled one.
-        grad_accumulation: micro-batches whose gradients are added before one optimizer step.
-        max_grad_norm: clip the gradients to this global norm before the step; None means no clipping.
-        compile: `torch.compile` fuses the elementwise kernels; time knows it, memory is eager's.
-        data_parallel: accelerators that each run this plan on their own sequences.
-        sharding: what they do not replicate: "none" (DDP), "zero1" (optimizer state), "zero2" (gradients too) or
-            "zero3" (parameters too; "fsdp" is the same).
+    `HELP` says of each field what it is: the command line and the page print it.
 
     Raises:
         ConfigError: a value is not among those allowed.
     """
+
+    HELP: ClassVar[dict[str, str]] = {
+        "batch_size": "B, sequences in one micro-batch on one accelerator.",
+        "seq_len": "T, tokens a sequence; None means the model's context length.",
+        "precision": (
+            '"fp32"; "tf32" (fp32 whose matrix products run in TF32: faster, the same bytes); "bf16" (parameters, '
+            'gradients, states and activations in bfloat16); "bf16-mixed" (fp32 parameters, forward and loss under '
+            '`torch.autocast`); "fp16-mixed" (the same in float16, with `torch.amp.GradScaler`); "bf16-master" (bf16 '
+            "parameters, gradients and activations; the optimizer moves an fp32 copy of the parameters)."
+        ),
+        "fp32_gradients": "of bf16-master, add the gradients of the micro-batches in fp32, in buffers that stay.",
+        "attention": (
+            '"naive" (scores, mask, softmax and product as separate ops); "naive-fp32" (the same, the softmax in '
+            'float32); "sdpa" (`torch.nn.functional.scaled_dot_product_attention`, causal, by the kernel that '
+            'PyTorch picks); "sdpa-math", "sdpa-flash" or "sdpa-efficient" (by that one: '
+            "`torch.nn.attention.SDPBackend`'s MATH, which is not fused, FLASH_ATTENTION and EFFICIENT_ATTENTION)."
+        ),
+        "dropout": (
+            "the probability to drop an element, in training, of the embedding, of the attention's weights and of "
+            "what attention and feed-forward add to the residual stream, in both families (as GPT-2 does)."
+        ),
+        "loss": (
+            '"bundled" (the trainer\'s own cross entropy); "torch" (`torch.nn.functional.cross_entropy` of the '
+            'logits as they come); "torch-fp32" (of the logits in float32) or "chunked" (the trainer\'s own, with '
+            "the head in it: an eighth of the logits at a time, their gradients along with them)."
+        ),
+        "checkpointing": (
+            '"none"; "block": each block under `torch.utils.checkpoint`, non-reentrant; "attention": each '
+            'block\'s attention, its norm not included; "selective": each block, but what its linear layers and its '
+            "fused attention computed is kept (`create_selective_checkpoint_contexts` with torchtitan's list of "
+            "operators; torchtitan itself keeps every second product)."
+        ),
+        "checkpoint_every": "n, of the blocks only the n-th, the 2 n-th and so on are checkpointed.",
+        "optimizer": (
+            '"adamw", "adam", "sgd" (no momentum), "sgd-momentum", "lion", "muon" (`torch.optim.Muon` for the '
+            'blocks\' matrices, AdamW for all else), "adafactor" or "adamw-8bit" (a byte an element for each '
+            "moment of a matrix, in blocks of 256 with a scale)."
+        ),
+        "optimizer_impl": (
+            '"loop" (for-loop over parameters), "foreach", "fused": torch.optim\'s (of muon\'s AdamW); '
+            '"bundled": the trainer\'s own; "auto": what torch picks for the device (loop on CPU, foreach on '
+            "CUDA), for sgd and lion the bundled one."
+        ),
+        "grad_accumulation": "micro-batches whose gradients are added before one optimizer step.",
+        "max_grad_norm": "clip the gradients to this global norm before the step; None means no clipping.",
+        "compile": "`torch.compile` fuses the elementwise kernels; time knows it, memory is eager's.",
+        "data_parallel": "accelerators that each run this plan on their own sequences.",
+        "sharding": (
+            'what they do not replicate: "none" (DDP), "zero1" (optimizer state), "zero2" (gradients too) or "zero3" '
+            '(parameters too; "fsdp" is the same).'
+        ),
+    }
 
     batch_size: int = 1
     seq_len: int | None = None

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 from estimator.eager.autocast import lower
 from estimator.eager.autograd import Context, attach, record
+from estimator.eager.letters import ONE
 from estimator.eager.linalg import matmul
 from estimator.eager.ops import added, additive_mask, cast, causal_mask, dropout, elementwise, with_number
-from estimator.eager.sizes import ONE
 from estimator.eager.tensor import BOOL, FLOAT32, Locals, Tensor, empty_like, op
 from estimator.eager.views import transpose
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from estimator.eager.checkpointing import Holder, pack
 from estimator.eager.ledger import Category
-from estimator.eager.sizes import ONE
+from estimator.eager.letters import ONE
 from estimator.eager.tensor import Locals, Machine, Tensor, converted
 
 if TYPE_CHECKING:
@@ -272,6 +272,9 @@ def _accumulate_grad(variable: Tensor, buffer: Buffer) -> None:
     else:
         variable.grad = machine.empty(variable.shape, variable.dtype, category=category).hold()
         machine.kernel("clone", (grad,), (variable.grad,))
+    # The first op that made a gradient of it may be elsewhere: the head's, where that shares the embedding's matrix.
+    held = variable.grad.storage
+    machine.ledger.gradients.setdefault(held, [(variable.storage.where, held.nbytes)])
     if variable.main_grad is not None:
         add_wider(variable.main_grad, variable.grad)
         variable.grad.drop()

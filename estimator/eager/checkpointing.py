@@ -12,7 +12,7 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from estimator.eager.ledger import Category, Phase
-from estimator.eager.sizes import ONE
+from estimator.eager.letters import ONE
 from estimator.eager.tensor import UINT8, Tensor, arguments
 
 if TYPE_CHECKING:

@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple
 
-from estimator.eager.sizes import ZERO, Size, times
+from estimator.eager.letters import ZERO, Size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from estimator.eager.sizes import Fact
 
 
 class Phase(StrEnum):
@@ -109,7 +111,9 @@ class Ledger:
     events: list[Event] = field(default_factory=list)
     kernels: list[Kernel] = field(default_factory=list)
     saved: list[Storage] = field(default_factory=list)
+    facts: dict[Fact, bool] = field(default_factory=dict)  # what the step asked of its sizes, and the answers
     parameters: list[tuple[Where, Size]] = field(default_factory=list)  # each one's place and number of elements
+    gradients: dict[Storage, list[tuple[Where, Size]]] = field(default_factory=dict)  # whose bytes are in a storage
     micro_batch: int = 0
     phase: Phase = Phase.SETUP
     module: str = ""
@@ -124,15 +128,15 @@ class Ledger:
 
     def allocate(self, elements: Size, itemsize: int, category: Category) -> Storage:
         """A new storage of so many elements."""
-        nbytes = times(itemsize, elements)
+        nbytes = itemsize * elements
         storage = Storage(nbytes, itemsize, category, self.here)
-        if nbytes != ZERO:
+        if nbytes is not ZERO:
             self.events.append(Event(1, storage, storage.where))
         return storage
 
     def free(self, storage: Storage) -> None:
         """The last owner of `storage` is gone."""
-        if storage.nbytes != ZERO:
+        if storage.nbytes is not ZERO:
             self.events.append(Event(-1, storage, self.here))
 
     def refill(self, storage: Storage) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from estimator.eager.autocast import lower
 from estimator.eager.autograd import Context, attach, record
 from estimator.eager.checkpointing import not_repeated
 from estimator.eager.ledger import Gemm
+from estimator.eager.letters import ONE, Function, rounded_up, smaller
+from estimator.eager.letters import n as threads
 from estimator.eager.ops import added, additive_mask
-from estimator.eager.sizes import LETTER, ONE
 from estimator.eager.tensor import FLOAT32, UINT64, Locals, Tensor, empty_like, op
 from estimator.eager.views import reshape, transpose, unsafe_view, view
 
@@ -17,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from estimator.eager.autograd import Backward
+    from estimator.eager.letters import Size
     from estimator.eager.ops import Gradients
     from estimator.eager.tensor import Machine, Shape
 
@@ -137,6 +142,61 @@ def _matmul(a: Tensor, b: Tensor) -> Tensor:
         left.drop()
 
 
+# The tiles of fused attention. On the CPU (aten/src/ATen/native/cpu/FlashAttentionKernel.cpp): 256, 64 or 32 query rows
+# from 768, from 192 and below, 512 key rows, never more than there are. On CUDA, elements of a head's dq in the
+# workspace of the memory-efficient kernel, in tiles with 4 words of locks: 64 x 64 for heads of up to 64, 128 x 128 (in
+# fp32 128 x 64) for those of up to 128 and 128 x 64 beyond, on devices whose shared memory holds them, as A100's and
+# H100's does (mem_eff_attention/kernel_backward.h, workspace_elements_gq, and generate_kernels.py). What 16-bit heads
+# wider than 128 keep of dk and dv is left out: a few tiles a head. Flash's dq has columns in multiples of 32, beyond
+# 128 of 64 (flash_api.cpp).
+MASK_ALIGNMENT = 8  # aten/src/ATen/native/transformers/attention.cpp, mem_eff_alignment
+
+
+def _tile_rows(t: Any) -> Any:
+    return np.minimum(np.where(t >= 768, 256, np.where(t >= 192, 64, 32)), t)
+
+
+def _tile_columns(width: Any) -> Any:
+    return np.where(width <= 128, -(-width // 32) * 32, -(-width // 64) * 64)
+
+
+def _dq_tiles(t: Any, width: Any, wide: int) -> Any:
+    rows = np.where(width <= 64, 64, 128)
+    columns = np.where((width <= 64) | (width > 128), 64, wide)
+    return -(-t // rows) * -(-width // columns) * (rows * columns + 4)
+
+
+tile_rows = Function(
+    _tile_rows, "tile_rows({0})", "query rows in one tile of the CPU's flash attention", symbol="s", usual=("T",)
+)
+tile_columns = Function(
+    _tile_columns,
+    "tile_columns({0})",
+    "head_dim rounded up to 32, above 128 to 64: columns in the scratch of CUDA's flash attention in backward",
+    symbol="e_32",
+    usual=("e",),
+)
+half_tiles = Function(
+    partial(_dq_tiles, wide=128),
+    "half_tiles({0}, {1})",
+    "elements of a head's dq in the backward of CUDA's memory-efficient attention in 16 bits, in whole tiles",
+    symbol="a_16",
+    usual=("T", "e"),
+)
+wide_tiles = Function(
+    partial(_dq_tiles, wide=64),
+    "wide_tiles({0}, {1})",
+    "elements of a head's dq in the backward of CUDA's memory-efficient attention in fp32, in whole tiles",
+    symbol="a_32",
+    usual=("T", "e"),
+)
+
+
+def tile_keys(t: Size) -> Size:
+    """Key rows in one tile of the CPU's flash attention."""
+    return smaller(512, t)
+
+
 @op
 def scaled_dot_product_attention(
     q: Tensor,
@@ -169,7 +229,7 @@ def scaled_dot_product_attention(
 @op
 def _padded(mask: Tensor) -> Tensor:
     """pad_bias: rows of T elements in a storage whose rows are a multiple of 8."""
-    out = mask.machine.empty((mask.shape[0], LETTER["T_8"]), mask.dtype)
+    out = mask.machine.empty((mask.shape[0], rounded_up(mask.shape[1], MASK_ALIGNMENT)), mask.dtype)
     mask.machine.kernel("constant_pad_nd", (mask,), (out,))
     return out
 
@@ -177,21 +237,23 @@ def _padded(mask: Tensor) -> Tensor:
 @op
 def _fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, drops: bool, efficient: bool) -> Tensor:
     machine = q.machine
-    b, h, t, _ = q.shape
+    b, h, t, width = q.shape
 
     def backward(c: Context, grad: Tensor) -> Gradients:
         c.dq, c.dk, c.dv = (_heads_inside(x) for x in c.saved[:3])
         if machine.device == "cpu":  # a tile of scores and one of their gradient for each thread, and one row of sums
-            c.scratch = machine.empty((2 * LETTER["n"], LETTER["s"], LETTER["w"]), FLOAT32)
+            rows, keys = tile_rows(t), tile_keys(t)
+            c.scratch = machine.empty((2 * threads, rows, keys), FLOAT32)
             if grad.dtype.itemsize < FLOAT32.itemsize:  # both tiles in the inputs' dtype
-                c.narrow = machine.empty((2 * LETTER["n"], LETTER["s"], LETTER["w"]), grad.dtype)
-            c.sums = machine.empty((LETTER["s"],), FLOAT32)
+                c.narrow = machine.empty((2 * threads, rows, keys), grad.dtype)
+            c.sums = machine.empty((rows,), FLOAT32)
         elif efficient:  # attention_backward.cu: delta, a number a row, and the tiles of dq with their locks
             c.delta = machine.empty((b, h, t), FLOAT32)
-            c.tiles = machine.empty((b, h, LETTER["a_32" if grad.dtype == FLOAT32 else "a_16"]), FLOAT32)
+            tiles = wide_tiles if grad.dtype == FLOAT32 else half_tiles
+            c.tiles = machine.empty((b, h, tiles(t, width)), FLOAT32)
         else:  # flash_api.cpp, mha_bwd: softmax_d and dq_accum, in whole tiles
-            c.sums = machine.empty((b, h, LETTER["T_128"]), FLOAT32)
-            c.accumulated = machine.empty((b, LETTER["T_128"], h, LETTER["e_32"]), FLOAT32)
+            c.sums = machine.empty((b, h, rounded_up(t, 128)), FLOAT32)
+            c.accumulated = machine.empty((b, rounded_up(t, 128), h, tile_columns(width)), FLOAT32)
         _attention_kernel(f"{name}_backward", (grad, *c.saved[:read]), (c.dq, c.dk, c.dv), products=5, again=1)
         return [c.take("dq"), c.take("dk"), c.take("dv")]
 
@@ -201,10 +263,10 @@ def _fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, dr
 
     def compute() -> tuple[Tensor, ...]:
         out = empty_like(q)
-        lse = machine.empty((b, LETTER["T_32"] if efficient else t, h), FLOAT32)
+        lse = machine.empty((b, rounded_up(t, 32) if efficient else t, h), FLOAT32)
         if machine.device == "cpu":  # a tile of scores, its rows' maximum and sum, and a tile of the output
-            n, s, w = LETTER["n"], LETTER["s"], LETTER["w"]
-            tile = machine.empty((n * s * w + 2 * n * s + machine.product((n, s, q.shape[-1])),), FLOAT32).hold()
+            n, s, w = threads, tile_rows(t), tile_keys(t)
+            tile = machine.empty((n * s * w + 2 * n * s + machine.product((n, s, width)),), FLOAT32).hold()
             if q.dtype.itemsize < FLOAT32.itemsize:  # the tile of scores in the inputs' dtype, to multiply with v
                 machine.empty((n, s, w), q.dtype).discard()
             tile.drop()

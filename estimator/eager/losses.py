@@ -7,14 +7,19 @@ from typing import TYPE_CHECKING
 from estimator.eager import autocast
 from estimator.eager.autograd import Context, add_wider, attach, record
 from estimator.eager.ledger import Gemm
+from estimator.eager.letters import ONE, ZERO, ceiling, smaller
 from estimator.eager.ops import cast, elementwise, in_place_with_number, log_softmax, mean, with_number
-from estimator.eager.sizes import LETTER, LOSS_CHUNKS, ONE, ZERO
 from estimator.eager.tensor import FLOAT32, INT64, Locals, Tensor, converted, op
 from estimator.eager.views import view
 
 if TYPE_CHECKING:
+    from estimator.eager.letters import Size
     from estimator.eager.ops import Gradients
-    from estimator.eager.sizes import Size
+
+
+# Of the bundled trainer: trainer.model.loss.CPU_TILE and CHUNKS (a test compares).
+LOSS_TILE = 2**21
+LOSS_CHUNKS = 8
 
 
 @op
@@ -27,7 +32,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     half = dtype.itemsize < FLOAT32.itemsize
     flat = (machine.product(logits.shape[:-1]), logits.shape[-1])
     rows = flat[:1]
-    scratch = (LETTER["c"],) if machine.device == "cpu" else flat
+    scratch = (smaller(LOSS_TILE, logits.numel),) if machine.device == "cpu" else flat
 
     def at_target() -> Tensor:
         at_target = machine.empty((*rows, ONE), dtype)
@@ -86,7 +91,8 @@ def chunked_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 @op
 def _chunked_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     machine, dtype, (V, d) = x.machine, x.dtype, weight.shape
-    N, r = machine.product(x.shape[:-1]), LETTER["r"]
+    N = machine.product(x.shape[:-1])
+    r = ceiling(N, LOSS_CHUNKS)
 
     def backward(c: Context, grad: Tensor) -> Gradients:
         c.scale = with_number("mul", grad)
@@ -122,7 +128,7 @@ def _add_product(total: Tensor, logits: Tensor, x: Tensor, rows: Size) -> None:
         machine.kernel("addmm", (logits, x), (total,), gemm=Gemm(ONE, V, d, rows))
         return
     with Locals() as v:
-        v.piece = machine.empty((LETTER["v"], d), x.dtype)
+        v.piece = machine.empty((ceiling(V, LOSS_CHUNKS), d), x.dtype)
         v.some = Tensor(machine, total.storage, v.piece.shape, v.piece.stride, total.dtype)
         for turn in range(LOSS_CHUNKS):  # all pieces are counted with the first, as the chunks are
             machine.kernel("mm", (logits, x), (v.piece,), gemm=Gemm(ONE, V if turn == 0 else ZERO, d, rows))

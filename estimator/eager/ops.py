@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from estimator.eager.autograd import Context, add_wider, attach, record
 from estimator.eager.ledger import Category
-from estimator.eager.sizes import LETTER, ONE
+from estimator.eager.letters import ONE
+from estimator.eager.letters import n as threads
 from estimator.eager.tensor import (
     BOOL,
     FLOAT16,
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from estimator.eager.autograd import Backward
-    from estimator.eager.sizes import Size
+    from estimator.eager.letters import Size
     from estimator.eager.tensor import Shape
 
 Gradients = list[Tensor | None]
@@ -386,29 +387,37 @@ def embedding(ids: Tensor, weight: Tensor) -> Tensor:
 
 
 @op
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """F.layer_norm over the last dimension: saves its input, and mean and 1 / std a row.
 
-    On the CPU its backward sums the gradients of weight and bias in a scratch of two rows a thread.
+    CUDA's autocast runs it in fp32. On the CPU its backward sums the gradients of weight and bias in a scratch of two
+    rows a thread.
     """
+    wide = FLOAT32 if x.machine.autocast_dtype is not None and x.machine.device == "cuda" else x.dtype
+    return _layer_norm(cast(x, wide), weight, bias)
 
+
+@op
+def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     def backward(c: Context, grad: Tensor) -> Gradients:
-        x, weight, _, _ = c.saved
+        x = c.saved[0]
         machine = grad.machine
         c.dx = machine.empty(x.shape, x.dtype)
-        c.dw = machine.empty(weight.shape, weight.dtype)
-        c.db = machine.empty(weight.shape, weight.dtype)
-        if machine.device == "cpu":
-            c.scratch = machine.empty((2 * LETTER["n"], *weight.shape), x.dtype)
-        machine.kernel("native_layer_norm_backward", (grad, x, weight), (c.dx, c.dw, c.db))
-        return [c.take("dx"), c.take("dw"), c.take("db")]
+        c.dw = machine.empty(weight.shape, weight.dtype) if weight is not None else None
+        c.db = machine.empty(bias.shape, bias.dtype) if bias is not None else None
+        if machine.device == "cpu" and weight is not None:
+            c.scratch = machine.empty((2 * threads, *weight.shape), x.dtype)
+        reads = (grad, x) if weight is None else (grad, x, weight)
+        machine.kernel("native_layer_norm_backward", reads, [t for t in (c.dx, c.dw, c.db) if t is not None])
+        return [c.take("dx"), c.take("dw") if weight is not None else None, c.take("db") if bias is not None else None]
 
     node = record("NativeLayerNormBackward0", (x, weight, bias), backward, (x, weight))
     machine = x.machine
     rows = (*x.shape[:-1], ONE)
     out = machine.empty(x.shape, x.dtype)
     mean, rstd = machine.empty(rows, x.dtype), machine.empty(rows, x.dtype)
-    machine.kernel("native_layer_norm", (x, weight, bias), (out, mean, rstd))
+    reads = [t for t in (x, weight, bias) if t is not None]
+    machine.kernel("native_layer_norm", reads, (out, mean, rstd))
     attach(node, out, mean, rstd, save=(mean, rstd))
     mean.discard()
     rstd.discard()

@@ -13,13 +13,15 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar, cast
 
 from estimator.eager.ledger import Category, Gemm, Kernel, Ledger, Operand, Storage
-from estimator.eager.sizes import ONE, ZERO, ShapeClass, Size, generic_value, times
+from estimator.eager.letters import ONE, ZERO, Size, as_sizes, constant
+from estimator.eager.sizes import Fact, ShapeClass
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from estimator.eager.autograd import Node
     from estimator.eager.checkpointing import Frame
+    from estimator.eager.repetition import Stack
 
 Shape = tuple[Size, ...]
 
@@ -48,9 +50,12 @@ class Machine:
     The differences between devices are these properties, each used in the one place that it speaks of.
     """
 
-    def __init__(self, shapes: ShapeClass, device: str, dtype: Dtype = FLOAT32) -> None:
-        self.shapes = shapes
+    def __init__(
+        self, shapes: ShapeClass, device: str, stack: Stack, sizes: Mapping[str, int], dtype: Dtype = FLOAT32
+    ) -> None:
+        self.shapes, self.stack = shapes, stack
         self.device = device
+        self.sizes = as_sizes(sizes)  # the numbers of this step, which answer what is asked of sizes
         self.dtype = dtype  # of parameters and buffers
         self.ledger = Ledger()
         self.grad_enabled = True
@@ -63,6 +68,7 @@ class Machine:
         self._sums: dict[Shape, Size] = {}
         self._products: dict[Shape, Size] = {}
         self._strides: dict[Shape, Shape] = {}
+        self._widths: dict[Size, int] = {}
 
     @property
     def wraps_scalars(self) -> bool:
@@ -78,6 +84,30 @@ class Machine:
     def dispatches_to_python(self) -> bool:
         """A TorchDispatchMode is on, as in a selective checkpoint: composite operators then leave in-place writes."""
         return bool(self.frames) and self.frames[-1].selective
+
+    def divides(self, a: Size, b: Size) -> bool:
+        """Whether a divides b in this step: a fact that its account depends on."""
+        return self._fact("divides", a, b)
+
+    def at_most(self, a: Size, b: Size | int) -> bool:
+        """Whether a is at most b in this step: a fact that its account depends on."""
+        return self._fact("at most", a, b if isinstance(b, Size) else constant(b))
+
+    def _fact(self, kind: str, a: Size, b: Size) -> bool:
+        fact = Fact(kind, a, b)
+        known = self.ledger.facts.get(fact)
+        if known is None:
+            known = bool(fact.answer(self.sizes))
+            if a.number is None or b.number is None:
+                self.ledger.facts[fact] = known
+        return known
+
+    def width(self, stride: Size) -> int:
+        """The number behind a stride, to put strides in order: in one shape class all sizes give the same order."""
+        found = self._widths.get(stride)
+        if found is None:
+            found = self._widths[stride] = int(self.sizes.value(stride))
+        return found
 
     def product(self, sizes: Shape) -> Size:
         """The number of elements of a shape, in normal form."""
@@ -115,16 +145,21 @@ class Machine:
         gemm: Gemm | None = None,
         arithmetic: Size = ZERO,
         repeated: Size = ZERO,
+        flops: Size | None = None,
     ) -> None:
-        """Record a launch; its bytes are those of its operands, once each; `repeated` of its FLOPs repeat forward's."""
+        """Record a launch; its bytes are those of its operands, once each; `repeated` of its FLOPs repeat forward's.
+
+        `flops` are those of its products, in place of what `gemm` comes to (groups of rows that are not alike).
+        """
         ledger = self.ledger
-        operands = [Operand(t.storage, times(t.dtype.itemsize, t.numel), written=False) for t in reads]
-        operands += [Operand(t.storage, times(t.dtype.itemsize, t.numel), written=True) for t in writes]
+        operands = [Operand(t.storage, t.dtype.itemsize * t.numel, written=False) for t in reads]
+        operands += [Operand(t.storage, t.dtype.itemsize * t.numel, written=True) for t in writes]
         moved = tuple(operand.nbytes for operand in operands)
         nbytes = self._sums.get(moved)
         if nbytes is None:
             nbytes = self._sums[moved] = sum(moved, ZERO)
-        flops = ZERO if gemm is None else 2 * self.product((gemm.b, gemm.m, gemm.n, gemm.k))
+        if flops is None:
+            flops = ZERO if gemm is None else 2 * self.product((gemm.b, gemm.m, gemm.n, gemm.k))
         here, recompute, turn = ledger.here, ledger.recompute, ledger.micro_batch
         repeated = flops if recompute else repeated
         ledger.kernels.append(
@@ -223,7 +258,7 @@ class Tensor:
         ATen's `infer_dense_strides`: an insertion sort that goes past a dimension of stride 0, which compares to none.
         """
         dims = [i for i, n in enumerate(self.shape) if n != ONE]
-        width = {i: generic_value(self.stride[i]) for i in dims}
+        width = {i: self.machine.width(self.stride[i]) for i in dims}
         narrow_first = dims[::-1]
         for end in range(1, len(dims)):
             at = end

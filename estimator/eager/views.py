@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from estimator.eager.autograd import Context, attach, record
-from estimator.eager.sizes import ONE
+from estimator.eager.letters import ONE, ZERO
 from estimator.eager.tensor import Locals, Tensor, op
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from estimator.eager.letters import Size
     from estimator.eager.ops import Gradients
-    from estimator.eager.sizes import Size
     from estimator.eager.tensor import Shape
 
 
@@ -89,35 +89,65 @@ def transpose(x: Tensor, a: int, b: int) -> Tensor:
 
 
 @op
-def split(x: Tensor, size: Size, pieces: int) -> tuple[Tensor, ...]:
-    """x.split(size, -1) or x.chunk(pieces, -1): views; backward concatenates their gradients."""
+def split(x: Tensor, sizes: Sequence[Size]) -> tuple[Tensor, ...]:
+    """x.split(sizes, -1) or x.chunk(n, -1): views; backward concatenates their gradients."""
 
     def backward(_: Context, *grads: Tensor) -> Gradients:
         return [concatenate(grads)]
 
     node = record("SplitBackward0", (x,), backward)
-    outs = tuple(x.view((*x.shape[:-1], size), x.stride) for _ in range(pieces))
+    outs = tuple(x.view((*x.shape[:-1], size), x.stride) for size in sizes)
     attach(node, *outs)
     return outs
 
 
 @op
 def concatenate(xs: Sequence[Tensor]) -> Tensor:
-    """torch.cat(xs, -1), of equal pieces; backward gives views of the gradient."""
-    size, machine = xs[0].shape[-1], xs[0].machine
+    """torch.cat(xs, -1); backward gives views of the gradient."""
+    sizes, machine = [x.shape[-1] for x in xs], xs[0].machine
 
     def backward(_: Context, grad: Tensor) -> Gradients:
-        return [grad.view((*grad.shape[:-1], size), grad.stride) for _ in xs]
+        return [grad.view((*grad.shape[:-1], size), grad.stride) for size in sizes]
 
     node = record("CatBackward0", tuple(xs), backward)
-    out = machine.empty((*xs[0].shape[:-1], len(xs) * size), xs[0].dtype)
+    dtype = max((x.dtype for x in xs), key=lambda dtype: dtype.itemsize)
+    out = machine.empty((*xs[0].shape[:-1], sum(sizes, ZERO)), dtype)
     machine.kernel("cat", xs, (out,))
     return attach(node, out)
 
 
 @op
+def stack_last(a: Tensor, b: Tensor) -> Tensor:
+    """torch.stack((a, b), -1).flatten(-2); backward gives strided views of the gradient."""
+    machine = a.machine
+    shape = (*a.shape, 2 * ONE)
+
+    def backward(_: Context, grad: Tensor) -> Gradients:
+        return [grad.view(shape[:-1], grad.stride[:-1]) for _ in range(2)]
+
+    node = record("StackBackward0", (a, b), backward)
+    out = machine.empty(shape, a.dtype)
+    machine.kernel("cat", (a, b), (out,))
+    return view(attach(node, out), (*a.shape[:-1], 2 * a.shape[-1]))
+
+
+@op
+def slice_last(x: Tensor, length: Size, step: int = 1) -> Tensor:
+    """x[..., start : end : step], of `length`: a view; backward is the gradient in a tensor of zeros."""
+    before = x.shape
+
+    def backward(_: Context, grad: Tensor) -> Gradients:
+        out = grad.machine.empty(before, grad.dtype)
+        grad.machine.kernel("slice_backward", (grad,), (out,))
+        return [out]
+
+    node = record("SliceBackward0", (x,), backward)
+    return attach(node, x.view((*x.shape[:-1], length), (*x.stride[:-1], step * x.stride[-1])))
+
+
+@op
 def narrow(x: Tensor, length: Size) -> Tensor:
-    """x.narrow(0, start, length): a view; backward is the gradient in a tensor of zeros."""
+    """x[start : start + length]: a view; backward is the gradient in a tensor of zeros."""
     before = x.shape
 
     def backward(_: Context, grad: Tensor) -> Gradients:
@@ -127,6 +157,15 @@ def narrow(x: Tensor, length: Size) -> Tensor:
 
     node = record("SliceBackward0", (x,), backward)
     return attach(node, x.view((length, *x.shape[1:]), x.stride))
+
+
+def contiguous(x: Tensor) -> Tensor:
+    """x.contiguous(), of which autograd knows nothing."""
+    if x.is_contiguous:
+        return x
+    out = x.machine.empty(x.shape, x.dtype)
+    x.machine.kernel("clone", (x,), (out,))
+    return out
 
 
 @op

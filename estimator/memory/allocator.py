@@ -132,7 +132,7 @@ def reserved_bytes(account: Account, sizes: Mapping[str, int], workspace: int, s
     """
     traced = account.traced
     nbytes = traced.class_bytes(sizes)
-    events = traced.expand(sizes["L"])
+    events = traced.expand(sizes)
     setup, step = events[events < traced.step], events[events >= traced.step]
     phases = np.array([e.where.phase is Phase.OPTIMIZER for e in traced.ledger.events])
     late = np.array([e.storage.category is Category.OPTIMIZER for e in traced.ledger.events])

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from estimator.describe.checks import ConfigError
-from estimator.eager.ledger import Category
-from estimator.eager.sizes import ONE, evaluate
+from estimator.eager.ledger import Category, Phase
+from estimator.eager.letters import ONE, evaluate
 from estimator.memory.allocator import GRANULE, reserved_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -39,7 +39,9 @@ class Timeline:
         live: live bytes.
         categories: live bytes by what they are for; they add up to `live`.
         delta: bytes that the event allocates (or, negative, frees).
-        event: index of the event in the ledger of three blocks.
+        event: index of the event in the ledger, in which a few turns of blocks stand for all.
+        turn: which repetition of its middle turn the event is in, 0 of those that happen once.
+        turns: how many turns each group of blocks has.
         peak: index of the first event at which `live` is greatest.
         start: live bytes before the first event, which are those after the last.
     """
@@ -51,7 +53,9 @@ class Timeline:
     peak: int
     start: int
     account: Account
-    num_layers: int
+    sizes: Mapping[str, int]
+    turn: NDArray[np.intp]
+    turns: Sequence[int]
 
     def __len__(self) -> int:
         return len(self.live)
@@ -59,21 +63,18 @@ class Timeline:
     @cached_property
     def blocks(self) -> NDArray[np.int64]:
         """The block that each event happens in, -1 outside of them."""
-        traced = self.account.traced
-        labels = np.array([-1 if e.where.block is None else e.where.block for e in traced.ledger.events])[self.event]
-        if not traced.repeats:
-            return labels
-        middle = np.isin(labels, traced.middle_blocks)
-        turn = np.zeros(len(self), dtype=np.int64)  # how many times this event of the middle unit has come before
-        seen: dict[int, int] = {}
-        phases = [traced.ledger.events[i].where.phase for i in self.event]
-        for at in np.flatnonzero(middle):
-            turn[at] = seen.get(int(self.event[at]), 0)
-            seen[int(self.event[at])] = int(turn[at]) + 1
-        backward = np.array([phase.value == "backward" for phase in phases])
-        turn = np.where(backward, traced.repetitions(self.num_layers) - 1 - turn, turn)
-        last = labels >= traced.middle_blocks.stop
-        return labels + np.where(middle, turn * traced.unit, np.where(last, self.num_layers - traced.executed, 0))
+        traced, stack = self.account.traced, self.account.traced.stack
+        labels = [e.where.block for e in traced.ledger.events]
+        counts = traced.repetitions(self.sizes)
+        backward = [e.where.phase is Phase.BACKWARD for e in traced.ledger.events]
+        found = np.full(len(self), -1, dtype=np.int64)
+        for at, (event, turn) in enumerate(zip(self.event.tolist(), self.turn.tolist(), strict=True)):
+            block = labels[event]
+            if block is not None:
+                group = stack.repeats(block)
+                real = turn if group is None or not backward[event] else counts[group] - 1 - turn
+                found[at] = stack.real_index(block, self.turns, real)
+        return found
 
     def where(self, index: int) -> Where:
         """Phase, module, block and operator of an event."""
@@ -94,7 +95,7 @@ def timeline(account: Account, sizes: Mapping[str, int], granule: int = 1) -> Ti
     """The step at `sizes`; storages are rounded up to `granule` bytes each."""
     traced = account.traced
     size = traced.class_bytes(sizes, granule)
-    index = traced.expand(sizes["L"])
+    index, turn = traced.repeated(sizes)
     delta = (size[traced.klass] * traced.sign)[index]
     live = delta.cumsum()
     first = int(np.flatnonzero(index >= traced.step)[0])
@@ -102,7 +103,16 @@ def timeline(account: Account, sizes: Mapping[str, int], granule: int = 1) -> Ti
     by = {c.value: np.where(category == i, delta, 0).cumsum()[first:] for i, c in enumerate(Category)}
     start = int(live[first - 1])
     return Timeline(
-        live[first:], by, delta[first:], index[first:], int(live[first:].argmax()), start, account, sizes["L"]
+        live=live[first:],
+        categories=by,
+        delta=delta[first:],
+        event=index[first:],
+        peak=int(live[first:].argmax()),
+        start=start,
+        account=account,
+        sizes=sizes,
+        turn=turn[first:],
+        turns=account.turns(sizes),
     )
 
 
@@ -166,7 +176,7 @@ class Memory:
         alike = a.shapes.product(letters[name] for name in "BTV")
         if alike == ONE:
             return 0
-        return int(a.pieces[a.ruling(self.sizes)].live.coeff(alike)) * evaluate(alike, self.sizes)
+        return int(a.pieces[a.ruling(self.sizes)].live.coefficient(alike)) * evaluate(alike, self.sizes)
 
     @cached_property
     def reserved(self) -> int:
@@ -221,6 +231,6 @@ def memory(account: Account, values: Values, sizes: Mapping[str, int], accelerat
 def rounded_peak(account: Account, sizes: Mapping[str, int], granule: int = GRANULE) -> int:
     """The peak if every storage takes a multiple of `granule` bytes, over all moments of the step, exactly."""
     traced = account.traced
-    constant, slope = traced.moment_counts
     size = traced.class_bytes(sizes, granule)
-    return int((constant @ size + traced.repetitions(sizes["L"]) * (slope @ size)).max())
+    times = np.array([1, *traced.repetitions(sizes)], dtype=np.int64)
+    return int(((traced.moment_counts @ size) @ times).max())

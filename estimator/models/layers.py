@@ -1,34 +1,43 @@
-"""What the families share: modules with a name and parameters, and `trainer.model.decoder`'s common layers."""
+"""What all parts are made of: modules with a name and parameters, the recipe of a step, and `trainer.model.layers`."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from estimator.eager import autocast, ops
-from estimator.eager.attention import attention_math
+from estimator.eager import ops
 from estimator.eager.checkpointing import checkpoint
-from estimator.eager.ledger import Category
-from estimator.eager.linalg import linear, matmul, scaled_dot_product_attention
-from estimator.eager.losses import chunked_cross_entropy
-from estimator.eager.tensor import FLOAT32, Locals, Machine, Tensor, arguments
-from estimator.eager.views import narrow, transpose
+from estimator.eager.linalg import linear
+from estimator.eager.repetition import layout
+from estimator.eager.tensor import Locals, Machine, Tensor, arguments
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from contextlib import AbstractContextManager
 
-    from estimator.eager.sizes import Size
+    from estimator.describe.parts import Layer, Parts, Pattern
+    from estimator.eager.letters import Size
+    from estimator.eager.repetition import Layout
     from estimator.parallel.data import Unit
+
+
+class BlockKind(NamedTuple):
+    """What sets one block apart from another."""
+
+    layer: Layer
+    checkpointed: bool
 
 
 @dataclass(frozen=True)
 class Recipe:
     """What of a model and a plan decides which statements a step executes; hashable, free of sizes."""
 
-    family: str
-    tie_embeddings: bool
-    qkv_bias: bool
+    parts: Parts
+    pattern: Pattern
+    letters: tuple[str, ...]  # the sizes that the model has
+    partial: bool  # only a part of each head is rotated
+    projects: bool  # the embedding has a width of its own
     precision: str
     fp32_gradients: bool
     attention: str  # the kernel: Plan.attention_kernel
@@ -41,17 +50,46 @@ class Recipe:
     clips: bool
     micro_batches: int
     parallel: str = "alone"
-    window: str = "none"  # the sliding window's mask: "none", "whole", or one that a CUDA kernel has "padded"
 
-    def fused(self, device: str) -> str:
-        """`attention`, but that on CUDA flash takes no mask, and the memory-efficient kernel comes next.
+    def layout(self, num_layers: int) -> Layout:
+        """The groups of alike blocks in a model of so many."""
+        return layout(self.first, self.cycle, num_layers)
 
-        `check_for_attn_mask` and `priority_order` in aten/src/ATen/native/transformers/cuda/sdp_utils.cpp, where cuDNN
-        does not come first (on Hopper and later, from cuDNN 9.15.1 on, unless TORCH_CUDNN_SDPA_DEPRIORITIZED is set).
-        """
-        return (
-            "efficient" if (device, self.attention) == ("cuda", "flash") and self.window != "none" else self.attention
-        )
+    @property
+    def first(self) -> tuple[BlockKind, ...]:
+        """The kinds of the first blocks, before those that repeat."""
+        return tuple(self._kind(i) for i in range(len(self.pattern.first)))
+
+    @property
+    def cycle(self) -> tuple[BlockKind, ...]:
+        """The kinds of the blocks that repeat."""
+        first, every = len(self.pattern.first), self.checkpoint_every if self.checkpointing != "none" else 1
+        return tuple(self._kind(first + i) for i in range(math.lcm(len(self.pattern.cycle), every)))
+
+    def _kind(self, index: int) -> BlockKind:
+        (layer,) = self.pattern.layers(index + 1)[index:]
+        checkpointed = self.checkpointing != "none" and (index + 1) % self.checkpoint_every == 0
+        return BlockKind(layer, checkpointed)
+
+    @property
+    def kinds(self) -> frozenset[Layer]:
+        """Every kind of layer that the pattern has."""
+        return frozenset(self.pattern.first + self.pattern.cycle)
+
+    @property
+    def rotates(self) -> bool:
+        """Positions are rotary in a layer."""
+        return self.parts.positions.kind == "rotary"
+
+    @property
+    def rotated(self) -> str:
+        """The letter of the width of a head that is rotated."""
+        return "e_r" if self.partial or self.parts.attention.latent != "none" else "e"
+
+    @property
+    def halved(self) -> frozenset[str]:
+        """The letters of which a half is a size of its own: the rotary one."""
+        return frozenset({self.rotated} if self.rotates else ())
 
 
 class Module:
@@ -71,8 +109,9 @@ class Module:
         return p
 
     def child(self, module: Any) -> Any:
-        """Register a sub-module, in PyTorch's order of registration."""
-        self.owned.append(module)
+        """Register a sub-module, in PyTorch's order of registration; None is none."""
+        if module is not None:
+            self.owned.append(module)
         return module
 
     def inside(self) -> AbstractContextManager[None]:
@@ -86,10 +125,10 @@ class Module:
             if isinstance(x, Module):
                 yield from x.parameters()
 
-    def __call__(self, *args: Any) -> Tensor:
+    def __call__(self, *args: Any) -> Any:
         return checkpoint(self.run, *args, selective=self.selective) if self.checkpointed else self.run(*args)
 
-    def run(self, *args: Any) -> Tensor:
+    def run(self, *args: Any) -> Any:
         """`forward` in its frame, between the hooks of the unit that shards this module."""
         unit = self.unit if not self.machine.ledger.recompute else None
         with self.inside(), arguments(args) as results:
@@ -102,7 +141,7 @@ class Module:
             results.append(inner[0])
         return results[0]
 
-    def forward(self, v: Locals, *args: Any) -> Tensor:
+    def forward(self, v: Locals, *args: Any) -> Any:
         """The module's statements; `v` are the names of its frame."""
         raise NotImplementedError
 
@@ -130,115 +169,6 @@ class Embedding(Module):
         return ops.embedding(ids, self.weight)
 
 
-class Positions(Module):
-    """Learned positions."""
-
-    def __init__(self, machine: Machine, name: str, rows: Size, width: Size) -> None:
-        super().__init__(machine, name)
-        self.weight = self.parameter(rows, width)
-
-    def forward(self, v: Locals, length: Size) -> Tensor:
-        return narrow(self.weight, length)
-
-
-class LayerNorm(Module):
-    """LayerNorm with weight and bias."""
-
-    def __init__(self, machine: Machine, name: str, width: Size) -> None:
-        super().__init__(machine, name)
-        self.weight = self.parameter(width)
-        self.bias = self.parameter(width)
-
-    def forward(self, v: Locals, x: Tensor) -> Tensor:
-        return ops.layer_norm(x, self.weight, self.bias)
-
-
-class RMSNorm(Module):
-    """RMSNorm in separate ops."""
-
-    def __init__(self, machine: Machine, name: str, width: Size) -> None:
-        super().__init__(machine, name)
-        self.weight = self.parameter(width)
-
-    def forward(self, v: Locals, x: Tensor) -> Tensor:
-        v.scale = ops.rsqrt(ops.add_number(ops.mean_last(ops.square(x))))
-        return ops.mul(self.weight, ops.mul(x, v.scale))
-
-
 def dropout(x: Tensor, recipe: Recipe) -> Tensor:
     """nn.Dropout: x itself where the recipe has none."""
     return ops.dropout(x) if recipe.dropout else x
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, recipe: Recipe) -> Tensor:
-    """`trainer.model.decoder.attend`."""
-    if recipe.attention == "math":
-        return attention_math(q, k, v, mask, drops=recipe.dropout)
-    if not recipe.attention.startswith("naive"):
-        efficient = recipe.fused(q.machine.device) == "efficient"
-        pads = efficient and recipe.window == "padded"
-        return scaled_dot_product_attention(q, k, v, mask, drops=recipe.dropout, efficient=efficient, pads=pads)
-    assert mask is not None
-    with arguments((q, k, v, mask)) as results, Locals() as names:
-        names.scores = matmul(q, transpose(k, -2, -1))
-        names.scores = ops.mul_number(names.scores)
-        names.scores = ops.masked_fill(names.scores, mask)
-        if recipe.attention == "naive-fp32":
-            names.weights = ops.cast(ops.softmax(names.scores, FLOAT32), q.dtype)
-        else:
-            names.weights = ops.softmax(names.scores, autocast.fp32(q.machine, "cuda"))
-        names.weights = dropout(names.weights, recipe)
-        results.append(matmul(names.weights, v))
-        return results[0]
-
-
-class Transformer(Module):
-    """ids (B, T) -> logits (B, T, V)."""
-
-    def __init__(self, machine: Machine, recipe: Recipe, num_layers: int) -> None:
-        super().__init__(machine, "")
-        self.recipe, self.num_layers = recipe, num_layers
-        self.buffers: list[Tensor] = []
-        size = machine.shapes.letters
-        self.embedding = self.child(Embedding(machine, "embedding", size["V"], size["d"]))
-        self.blocks: list[Any] = []
-        self.build()
-        every = recipe.checkpoint_every
-        for block in self.blocks[every - 1 :: every]:
-            part = {"none": None, "attention": block.attention}.get(recipe.checkpointing, block)
-            if part is not None:
-                part.checkpointed = True
-                part.selective = recipe.checkpointing == "selective"
-        self.head = self.child(Linear(machine, "head", size["d"], size["V"], bias=False)) if not self.tied else None
-
-    @property
-    def tied(self) -> bool:
-        """The head uses the embedding's matrix."""
-        return self.recipe.tie_embeddings
-
-    def build(self) -> None:
-        """Make the family's own modules."""
-        raise NotImplementedError
-
-    def mask(self, ids: Tensor) -> Tensor | None:
-        """(T, T), one for all blocks."""
-        naive = self.recipe.attention.startswith("naive")
-        if self.recipe.window != "none":
-            return ops.window_mask(ids, ids.shape[1], seen=not naive)
-        return ops.causal_mask(ids, ids.shape[1]) if naive else None
-
-    def logits_or_loss(self, x: Tensor, targets: Tensor | None) -> Tensor:
-        """The head, tied or not; with targets in its chunked cross entropy."""
-        if targets is not None:
-            with self.machine.ledger.inside("head"):
-                weight = self.embedding.weight if self.head is None else self.head.weight
-                return chunked_cross_entropy(x, weight, targets)
-        if self.head is not None:
-            return self.head(x)
-        with self.machine.ledger.inside("head"):
-            return linear(x, self.embedding.weight, None)
-
-    def buffer(self, *shape: Size) -> Tensor:
-        """A tensor that the model holds and does not train."""
-        self.buffers.append(self.machine.empty(shape, self.machine.dtype, category=Category.BUFFER).hold())
-        return self.buffers[-1]

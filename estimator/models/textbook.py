@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from estimator.describe.parts import Norm
 from estimator.eager import ops
 from estimator.eager.linalg import linear, matmul
 from estimator.eager.ops import log_softmax
 from estimator.eager.views import reshape, transpose, view
-from estimator.models.layers import Embedding, Linear, Module, RMSNorm
+from estimator.models.layers import Embedding, Linear, Module
+from estimator.models.norms import RMSNorm
 
 if TYPE_CHECKING:
-    from estimator.eager.sizes import Size
+    from estimator.eager.letters import Size
     from estimator.eager.tensor import Locals, Machine, Tensor
 
 
@@ -30,15 +32,15 @@ class Textbook(Module):
         self.outputs: list[Size] = []
         self.blocks = [
             {
-                "norm1": RMSNorm(machine, "norm", d),
+                "norm1": RMSNorm(machine, "norm", Norm(), d),
                 **{name: Linear(machine, name, d, d, bias=False) for name in "qkvo"},
-                "norm2": RMSNorm(machine, "norm", d),
+                "norm2": RMSNorm(machine, "norm", Norm(), d),
                 "w1": Linear(machine, "w1", d, hidden, bias=False),
                 "w2": Linear(machine, "w2", hidden, d, bias=False),
             }
             for _ in range(num_layers)
         ]
-        self.norm = RMSNorm(machine, "norm", d)
+        self.norm = RMSNorm(machine, "norm", Norm(), d)
         self.vocabulary = Embedding(machine, "vocabulary", size["V"], d)
 
     def counted(self, x: Tensor) -> Tensor:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from estimator.eager.ledger import Gemm
+from estimator.eager.letters import ONE, ceiling, larger, smaller
 from estimator.eager.linalg import product
 from estimator.eager.ops import cast, elementwise, in_place_with_number, mean
-from estimator.eager.sizes import LETTER, ONE
 from estimator.eager.tensor import BFLOAT16, FLOAT32, INT32, UINT8, Locals
 from estimator.optim.adam import (
     BundledAdamW,
@@ -23,7 +23,18 @@ from estimator.optim.updates import Optimizer, at_parameter, in_place
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from estimator.eager.letters import Size
     from estimator.eager.tensor import Shape, Tensor
+
+
+# Of the bundled trainer: trainer.optim.eight_bit.BLOCK, trainer.optim.optimizers.CPU_SLICE and CUDA_SLICE.
+STATE_BLOCK = 256
+SLICE = {"cpu": 2**20, "cuda": 2**26}
+
+
+def slice_of(parameters: Sequence[Tensor]) -> Size:
+    """Elements of a scratch that a parameter is updated through, slice by slice: no more than the largest has."""
+    return smaller(SLICE[parameters[0].machine.device], larger(*(p.numel for p in parameters)))
 
 
 class SGD(Optimizer):
@@ -76,7 +87,7 @@ class Lion(Optimizer):
 
     def step(self) -> None:
         with at_parameter(self.parameters[0], "Lion"):
-            scratch = self.machine.empty((LETTER["z"],), self.parameters[0].dtype).hold()
+            scratch = self.machine.empty((slice_of(self.parameters),), self.parameters[0].dtype).hold()
         for p, (m,) in zip(self.parameters, self.states, strict=True):
             assert p.grad is not None
             with at_parameter(p, "Lion"):
@@ -102,14 +113,14 @@ class AdamW8bit(Optimizer):
                 self.new_state(elements * ONE)
 
     def new_states(self, p: Tensor) -> list[Tensor]:
-        blocks = self.machine.shapes.blocks.get(p.numel)
-        count = ONE if blocks is None else LETTER[blocks]  # no letter where the matrix is one element
+        count = ceiling(p.numel, STATE_BLOCK)
         return [self.new_state(*shape, dtype=dtype) for shape, dtype in 2 * [(p.shape, UINT8), ((count,), FLOAT32)]]
 
     def step(self) -> None:
         with Locals() as v, at_parameter(self.parameters[0], "AdamW, 8-bit states"):
-            v.m, v.v, v.s = (self.machine.empty((LETTER["z"],)) for _ in range(3))
-            v.index = self.machine.empty((LETTER["z"],), INT32)
+            scratch = slice_of(self.parameters)
+            v.m, v.v, v.s = (self.machine.empty((scratch,)) for _ in range(3))
+            v.index = self.machine.empty((scratch,), INT32)
             for p, state in zip(self.parameters, self.states, strict=True):
                 assert p.grad is not None
                 with at_parameter(p, "AdamW, 8-bit states"):
@@ -203,7 +214,7 @@ class Muon(Optimizer):
     def _orthogonal(self, update: Tensor) -> Tensor:
         """`_zeropower_via_newtonschulz`."""
         machine, (rows, columns) = self.machine, update.shape
-        less = machine.shapes.smaller(rows, columns)
+        less = smaller(rows, columns)
         more = rows + columns - less
         with Locals() as v:
             v.ortho = cast(update, BFLOAT16)

@@ -6,14 +6,14 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from estimator.eager.ledger import Category
+from estimator.eager.letters import ZERO
 from estimator.eager.ops import python_number
-from estimator.eager.sizes import LETTER
 from estimator.eager.tensor import FLOAT32, Dtype, Locals, Tensor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from estimator.eager.sizes import Size
+    from estimator.eager.letters import Size
     from estimator.eager.tensor import Shape
 
 
@@ -118,6 +118,6 @@ def gradient_norms(parameters: Sequence[Tensor]) -> list[Tensor]:
 
 
 def number_of(parameters: Sequence[Tensor]) -> Size:
-    """How many parameters a model of any number of layers has: as many in each block as in the first."""
-    outside = sum(p.storage.where.block is None for p in parameters)
-    return outside + sum(p.storage.where.block == 0 for p in parameters) * LETTER["L"]
+    """How many parameters a model of any number of layers has."""
+    stack = parameters[0].machine.stack
+    return sum((stack.times(p.storage.where.block) for p in parameters), ZERO)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from estimator.eager.autograd import attach, record
 from estimator.eager.ledger import Category, Phase
+from estimator.eager.letters import ZERO, D, ceiling
 from estimator.eager.ops import python_number
-from estimator.eager.sizes import LETTER, ZERO
 from estimator.eager.tensor import FLOAT32, Tensor, op
 from estimator.optim.updates import at_parameter, clip_gradients, gradient_norms, in_place, number_of, zero_grad
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from estimator.eager.autograd import Context
-    from estimator.eager.sizes import Size
+    from estimator.eager.letters import Size
     from estimator.eager.tensor import Machine
 
 HELD = Category.COMMUNICATION
@@ -30,9 +30,12 @@ class Model(Protocol):
     """What is asked of a model here, `estimator.models`' Transformer: its parts, and a place for their units."""
 
     machine: Machine
-    buffers: list[Tensor]
-    blocks: list[Any]
+    blocks: Any
     unit: Unit | None
+
+    @property
+    def buffers(self) -> list[Tensor]:
+        """In PyTorch's order."""
 
     def parameters(self) -> Iterator[Tensor]:
         """In PyTorch's order."""
@@ -132,7 +135,7 @@ class ShardedUpdate(Buckets):
 
 def _rows(x: Tensor) -> Tensor:
     """The first accelerator's rows of x, a view."""
-    rows = x.machine.shapes.share(x.shape[0])
+    rows = ceiling(x.shape[0], D)
     return Tensor(x.machine, x.storage, (rows, *x.shape[1:]), x.stride, x.dtype).hold()
 
 
@@ -156,11 +159,11 @@ class Unit:
         """`FSDPParam._init_sharded_param`: the parameter's storage is emptied; full, it is as long as D shards."""
         machine, where = self.machine, p.storage.where
         with machine.ledger.at(where.module, where.block, "fully_shard"):
-            rows = machine.shapes.share(p.shape[0])
+            rows = ceiling(p.shape[0], D)
             shard = machine.empty((rows, *p.shape[1:]), p.dtype, category=Category.PARAMETER).hold()
             machine.ledger.free(p.storage)
         p.storage.category = HELD
-        p.storage.nbytes = LETTER["D"] * shard.storage.nbytes
+        p.storage.nbytes = D * shard.storage.nbytes
         return shard
 
     def gather(self) -> None:
@@ -168,10 +171,10 @@ class Unit:
         if self.whole or self.gathered is not None:
             return
         with self._doing("all_gather"):
-            self.gathered = self._buffer(LETTER["D"] * _elements(self.shards)).hold()
+            self.gathered = self._buffer(D * _elements(self.shards)).hold()
             self.machine.kernel("all_gather_copy_in", self.shards, self.shards)
             if self.fsdp.gloo:  # it receives into a buffer of its own
-                self._buffer(LETTER["D"] * _elements(self.shards)).discard()
+                self._buffer(D * _elements(self.shards)).discard()
 
     def copy_out(self) -> None:
         """`wait_for_unshard`: from the buffer into each parameter's storage.
@@ -238,7 +241,7 @@ class Unit:
         self.fsdp.reduced(None)
         with self._doing("reduce_scatter"):
             padded = [rows.numel for rows in self.shards]
-            source = self._buffer(LETTER["D"] * _elements(self.shards)).hold()
+            source = self._buffer(D * _elements(self.shards)).hold()
             self._copy_in()
             for p in self.parameters:
                 assert p.grad is not None
@@ -246,10 +249,10 @@ class Unit:
                 p.grad = None
             first = self.shards[0].grad is None
             rows = self.machine.empty(
-                (sum(padded),), self.shards[0].dtype, category=Category.GRADIENT if first else HELD
+                (sum(padded, ZERO),), self.shards[0].dtype, category=Category.GRADIENT if first else HELD
             ).hold()
             if self.fsdp.gloo:  # reduces all of it in a copy, and divides that
-                copy = self._buffer(LETTER["D"] * _elements(self.shards)).hold()
+                copy = self._buffer(D * _elements(self.shards)).hold()
                 with python_number(self.machine, FLOAT32):
                     pass
                 copy.drop()
@@ -257,6 +260,8 @@ class Unit:
                 if first:
                     stride = self.machine.contiguous(shard.shape)
                     shard.grad = Tensor(self.machine, rows.storage, shard.shape, stride, rows.dtype).hold()
+                    mine = shard.storage.where, shard.storage.nbytes
+                    self.machine.ledger.gradients.setdefault(rows.storage, []).append(mine)
                 else:
                     assert shard.grad is not None
                     self.machine.kernel("add_", (shard.grad,), (shard.grad,))
@@ -271,8 +276,8 @@ class Unit:
         machine.kernel("chunk_cat", gradients, gradients)
         padded = []
         for p, shard in zip(self.parameters, self.shards, strict=True):
-            if machine.device == "cpu" and machine.shapes.is_uneven(p.shape[0]):
-                padded.append(self._buffer(LETTER["D"] * shard.numel).hold())
+            if machine.device == "cpu" and not machine.divides(D, p.shape[0]):
+                padded.append(self._buffer(D * shard.numel).hold())
         for x in padded:
             x.drop()
 

@@ -53,34 +53,18 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def _add_fields(group: Any, cls: type, skip: Sequence[str] = ()) -> None:
-    helps = _attribute_helps(cls)
+def _add_fields(group: Any, cls: type[ModelConfig | Plan], skip: Sequence[str] = ()) -> None:
     for f in fields(cls):
         if f.name in skip:
             continue
         kind = str(f.type)
-        option: dict[str, Any] = {"dest": f.name, "default": None, "help": helps[f.name]}
+        option: dict[str, Any] = {"dest": f.name, "default": None, "help": cls.HELP[f.name].replace("%", "%%")}
         if "bool" in kind:
             option["action"] = argparse.BooleanOptionalAction
         else:
             option["metavar"] = "N" if "int" in kind else "X" if "float" in kind else "NAME"
             option["type"] = int if "int" in kind else float if "float" in kind else str
         group.add_argument(f"--{f.name.replace('_', '-')}", **option)
-
-
-def _attribute_helps(cls: type) -> dict[str, str]:
-    """The docstring's Attributes section: it is the one place where a field is explained."""
-    helps: dict[str, str] = {}
-    name = ""
-    section = (cls.__doc__ or "").split("Attributes:")[1].split("Raises:")[0]
-    for line in section.splitlines():
-        text = line.strip()
-        if line.startswith(" " * 8) and not line.startswith(" " * 9) and ": " in text:
-            name, _, text = text.partition(": ")
-            helps[name] = text
-        elif text and name:
-            helps[name] += f" {text}"
-    return {name: text.replace("%", "%%") for name, text in helps.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -156,17 +140,19 @@ def _run(args: argparse.Namespace) -> int:
 
 def _formulas(r: Estimate) -> None:
     from estimator.accounting.accounts import FORMS  # noqa: PLC0415 - only here
-    from estimator.eager.symbols import LEGEND  # noqa: PLC0415 - only here
+    from estimator.eager.letters import legend, written  # noqa: PLC0415 - only here
 
     write = sys.stdout.write
     for name in FORMS:
         write(f"{name} = {getattr(r.account, name)}\n  = {getattr(r.values, name):,}\n")
     write("peak_bytes = the greatest of\n")
     for piece in r.account.pieces:
-        where = r.account.traced.named(piece.where, r.model.num_layers)
-        write(f"  {where.phase}, {where.module or 'model'}, {where.op}:\n    {piece.live.as_expr()}\n")
+        where = r.account.traced.named(piece.where, r.account.turns(r.memory.sizes))
+        write(f"  {where.phase}, {where.module or 'model'}, {where.op}:\n    {written(piece.live)}\n")
     write(f"  = {r.values.peak_bytes:,}\n")
-    write("\n".join(f"{letter}: {text}" for letter, text in LEGEND.items()) + "\n")
+    symbols = r.account.symbols_at(r.memory.sizes)
+    meanings = legend(str(symbol) for symbol in symbols)
+    write("\n".join(f"{letter}: {text}" for letter, text in meanings.items()) + "\n")
 
 
 def gib(nbytes: float) -> str:

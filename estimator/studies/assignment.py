@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
-from estimator.accounting.accounts import expression
 from estimator.describe.checks import ConfigError
 from estimator.describe.presets import preset
 from estimator.eager.ledger import Category
-from estimator.eager.sizes import LETTER, ZERO, ShapeClass, Size, evaluate, sizes_of
+from estimator.eager.letters import ZERO, L, Size, evaluate, expression
+from estimator.eager.repetition import Stack
+from estimator.eager.sizes import ShapeClass, sizes_of
 from estimator.eager.tensor import INT64, Machine
 from estimator.models.textbook import Textbook
 
@@ -165,7 +166,7 @@ def seed_notes() -> tuple[Note, ...]:
 def _forms() -> dict[str, Size]:
     """Read off the ledgers of two and three blocks, of which the difference is one block."""
     two, three = _run(2), _run(3)
-    forms = {name: three[name] + (LETTER["L"] - 3) * (three[name] - two[name]) for name in three}
+    forms = {name: three[name] + (L - 3) * (three[name] - two[name]) for name in three}
     parameters = forms["parameters"]
     return {
         "parameters": parameters,
@@ -177,8 +178,8 @@ def _forms() -> dict[str, Size]:
 
 
 def _run(num_layers: int) -> dict[str, Size]:
-    shapes = ShapeClass(frozenset("B"), narrow=False, shared_width=True, grouped=False)
-    machine = Machine(shapes, "cuda")
+    shapes = ShapeClass(frozenset({("B", 1)}), shared_width=True, grouped=False)
+    machine = Machine(shapes, "cuda", Stack(()), sizes_of(preset("gpt2-xl"), 1, 1024))
     model = Textbook(machine, num_layers)
     size = shapes.letters
     ids, targets = (machine.empty((size["B"], size["T"]), INT64, category=Category.INPUT).hold() for _ in range(2))

@@ -256,7 +256,11 @@ def plot() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command: print the table and the worst rows, write them and the plot; 0 when done."""
-    parser = argparse.ArgumentParser(prog="validate-estimates --published", description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="validate-estimates --published",
+        description="How far the predicted time is from the training runs that others published.",
+        allow_abbrev=False,
+    )
     parser.add_argument("--out", type=Path, default=Path("validation"), metavar="DIR", help="default: %(default)s")
     parser.add_argument("--worst", type=int, default=10, metavar="N", help="rows to list (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every run's figures to FILE")

@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from estimator.eager.ledger import Category, Gemm, Phase
-from estimator.eager.sizes import NAMES, ONE, ZERO
+from estimator.eager.letters import ONE, ZERO, as_sizes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
     from estimator.accounting.accounts import Account
     from estimator.accounting.trace import Trace
     from estimator.eager.ledger import Kernel
-    from estimator.eager.sizes import Size
+    from estimator.eager.letters import Size
 
 KINDS = ("matmul", "attention", "elementwise", "optimizer")
 FLASH = ("flash_attention", "flash_attention_backward", "masked_attention", "masked_attention_backward")
@@ -65,17 +65,18 @@ TOTALS = ("parameters", "parameter_bytes", "gradient_bytes")
 @lru_cache(maxsize=64)
 def table(account: Account, variant: Variant = EAGER) -> Table:
     """The kernels of a step of `account`, run as `variant` says."""
-    counts: dict[Row, tuple[int, int]] = {}  # launches are constant + slope x repetitions
+    stack = account.traced.stack
+    counts: dict[Row, list[int]] = {}  # launches once, and for each repetition of each group of blocks
     recipe = account.recipe
     listed = account.device == "cuda" and recipe.optimizer_impl in ("foreach", "fused")
     for each, block in _rows(account.traced, variant):
         row = each if listed else each._replace(listed=ZERO)
-        constant, slope = account.traced.times(block)
-        before = counts.get(row, (0, 0))
-        counts[row] = before[0] + constant, before[1] + slope
+        at = stack.repeats(block)
+        launches = counts.setdefault(row, [0] * (1 + len(stack.repeated)))
+        launches[0 if at is None else 1 + at] += 1
     totals = {name: getattr(account.forms, name) for name in TOTALS}
     every = recipe.checkpoint_every if recipe.checkpointing != "none" else None
-    return Table(list(counts), list(counts.values()), totals, account.traced.repetitions, every)
+    return Table(list(counts), list(counts.values()), totals, stack.repetitions, every)
 
 
 def _rows(traced: Trace, variant: Variant) -> Iterator[tuple[Row, int | None]]:
@@ -161,9 +162,9 @@ class Table:
     def __init__(
         self,
         rows: Sequence[Row],
-        times: Sequence[tuple[int, int]],
+        times: Sequence[Sequence[int]],
         totals: Mapping[str, Size],
-        repetitions: Callable[[Any], Any],
+        repetitions: Sequence[Size],
         checkpoint_every: int | None,
     ) -> None:
         self.rows = tuple(rows)
@@ -186,10 +187,10 @@ class Table:
         terms = [
             (at, index.setdefault(x, len(index)), float(c))
             for at, size in enumerate(polynomials)
-            for x, c in size.terms()
-            if c
+            for x, c in size.terms
         ]
-        self._exponents = np.array(list(index), dtype=np.float64)
+        self._letters = sorted({i for x in index for i in x})
+        self._exponents = np.array([[x.count(i) for i in self._letters] for x in index], dtype=np.float64)
         self._coefficients = np.zeros((len(polynomials), len(index)))
         for at, monomial, coefficient in terms:
             self._coefficients[at, monomial] = coefficient
@@ -199,18 +200,20 @@ class Table:
 
         Through logarithms, so to some 13 digits: times need no more.
         """
-        arrays = [np.atleast_1d(np.asarray(sizes[name], dtype=np.float64)) for name in NAMES]
+        known = as_sizes(sizes)
+        arrays = [np.atleast_1d(np.asarray(known.of(i), dtype=np.float64)) for i in self._letters]
         logs = np.log(np.stack(np.broadcast_arrays(*arrays)))
         values = self._coefficients @ np.exp(self._exponents @ logs)
         count = len(self.rows)
         of_rows = {name: values[i * count : (i + 1) * count] for i, name in enumerate(COLUMNS)}
         return of_rows | dict(zip(self._totals, values[len(COLUMNS) * count :], strict=True))
 
-    def launches(self, layers: Any, micro_batches: Any) -> NDArray[np.float64]:
+    def launches(self, sizes: Mapping[str, Any], micro_batches: Any) -> NDArray[np.float64]:
         """(rows, points): how often each row is launched in an optimizer step."""
-        constant, slope = self._times.T
-        layers, micro_batches = (np.atleast_1d(np.asarray(x, dtype=np.float64)) for x in (layers, micro_batches))
-        times = constant[:, None] + slope[:, None] * self._repetitions(layers)
+        known = as_sizes(sizes)
+        turns = [np.ones(1), *(np.atleast_1d(known.value(count)) for count in self._repetitions)]
+        times = self._times @ np.stack(np.broadcast_arrays(*turns)).astype(np.float64)
+        micro_batches = np.atleast_1d(np.asarray(micro_batches, dtype=np.float64))
         return times * np.where(self._later[:, None], micro_batches - 1, 1.0)
 
     def slower(self, factors: Mapping[str, float]) -> NDArray[np.float64]:

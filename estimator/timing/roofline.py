@@ -170,7 +170,7 @@ class Busy:
 def busy(
     table: Table,
     shape: Mapping[str, Array],
-    layers: Any,
+    sizes: Mapping[str, Any],
     micro_batches: Any,
     accelerator: Accelerator,
     e: Efficiency,
@@ -184,7 +184,7 @@ def busy(
     Args:
         table: the kernels.
         shape: what `table.at` the sizes is.
-        layers: number of blocks, as in the sizes.
+        sizes: the sizes; of blocks as many as they say.
         micro_batches: how many forward and backward passes.
         accelerator: what they run on.
         e: what they reach there.
@@ -195,7 +195,7 @@ def busy(
     Raises:
         ConfigError: the accelerator has no peak for a dtype that the step multiplies in.
     """
-    launches = table.launches(layers, micro_batches)
+    launches = table.launches(sizes, micro_batches)
     bandwidth = accelerator.memory_bandwidth
     # A CPU's caches are faster than its memory; a GPU's memory is at its fastest when most is moved.
     streaming = np.maximum(shape["nbytes"] / moving_seconds(shape["nbytes"], bandwidth, e), bandwidth * e.memory[-1][1])
@@ -226,7 +226,9 @@ def busy(
         count = (launches[here] * np.where(lists > 0, lists / LISTED, 1)).sum(0)
         device = kernels + e.gap * count
         if table.checkpoint_every is not None and phase is Phase.BACKWARD:
-            device = device + e.checkpoint * (np.asarray(layers) // table.checkpoint_every) * np.asarray(micro_batches)
+            device = device + e.checkpoint * (np.asarray(sizes["L"]) // table.checkpoint_every) * np.asarray(
+                micro_batches
+            )
         host = e.host * count
         phases[phase] = np.maximum(device, host) if e.asynchronous else device + host
         launch = launch + phases[phase] - kernels

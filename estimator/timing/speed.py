@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from estimator.accounting.accounts import account, recipe_of, sizes_for
+from estimator.accounting.accounts import account, sizes_for
 from estimator.describe.catalogue import read_data
 from estimator.describe.checks import positive_int
 from estimator.hardware.accelerators import Accelerator, accelerator, cluster
@@ -145,7 +145,7 @@ def step_times(m: ModelConfig, p: Plan, on: Accelerator | str | Path, setup: Set
         ConfigError: the accelerator has no peak for a dtype, no figure for a link, or the nodes do not come out even.
     """
     a = accelerator(on)
-    sizes = sizes_for(m, p, a.device, threads=1)
+    sizes = sizes_for(m, p, threads=1)
     return times(account(m, p, a.device), sizes, p, a, setup)
 
 
@@ -175,9 +175,9 @@ def times(
     setup = setup or Setup(FUSED if p.compile else EAGER)
     kernels = table(form, setup.variant)
     shape = kernels.at(sizes)
-    fused = form.recipe.fused(form.device)
+    fused = form.fused_kernel
     work = busy(
-        kernels, shape, sizes["L"], turns, a, e,
+        kernels, shape, sizes, turns, a, e,
         half=setup.dtype or (p.product_dtype if p.product_dtype == "fp16" else "bf16"),
         single="tf32" if p.product_dtype == "tf32" else "fp32",
         kernel=setup.attention or (fused if fused in e.flash else None),
@@ -217,7 +217,7 @@ def predicted(
     peak = a.peak_flops(p.product_dtype)
     mfu = flops.model / (seconds * peak * count)
     origin = efficiency(a).origin
-    if recipe_of(m, p, a.device).fused(a.device) == "efficient" and "efficient" not in efficiency(a).flash:
+    if account(m, p, a.device).fused_kernel == "efficient" and "efficient" not in efficiency(a).flash:
         origin = f"{origin} Nobody has published measurements of the memory-efficient attention: flash's."
     return _time(m, p, flops, parameters, steps, count, seconds, mfu, peak, found, *spread(a), origin)
 

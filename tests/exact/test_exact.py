@@ -97,9 +97,12 @@ def test_real_widths(name):
 
 
 def test_the_scratch_of_the_trainer_is_what_the_ledger_says():
-    from estimator.eager.sizes import LION_SLICE, LOSS_CHUNKS, LOSS_TILE
+    from estimator.eager.losses import LOSS_CHUNKS, LOSS_TILE
+    from estimator.optim.optimizers import SLICE, STATE_BLOCK
     from trainer.model import loss
     from trainer.optim import optimizers as optim
+    from trainer.optim.eight_bit import BLOCK
 
     assert (loss.CPU_TILE, loss.CHUNKS) == (LOSS_TILE, LOSS_CHUNKS)
-    assert LION_SLICE == {"cpu": optim.CPU_SLICE, "cuda": optim.CUDA_SLICE}
+    assert STATE_BLOCK == BLOCK
+    assert SLICE == {"cpu": optim.CPU_SLICE, "cuda": optim.CUDA_SLICE}

@@ -159,7 +159,7 @@ def test_shards_add_up_to_the_whole_and_their_padding(step):
 def test_closed_form_timeline_and_vectorised_peak_agree(step, sharding):
     m, p, n, device = step
     p = p.replace(data_parallel=n, sharding=sharding)
-    a, sizes = account(m, p, device), sizes_for(m, p, device, threads=1)
+    a, sizes = account(m, p, device), sizes_for(m, p, threads=1)
     peak = a.values(sizes).peak_bytes
     line = timeline(a, sizes)
     assert peak == line.live.max() == rounded_peak(a, sizes, granule=1)

@@ -14,8 +14,8 @@ from estimator.describe.checks import ConfigError
 from estimator.describe.model import ModelConfig
 from estimator.describe.plan import Plan
 from estimator.eager.ledger import Category
+from estimator.eager.letters import SYMBOLS
 from estimator.eager.sizes import sizes_of
-from estimator.eager.symbols import SYMBOLS
 
 
 @st.composite
@@ -48,7 +48,7 @@ def plans(draw):
 def test_symbols_numbers_and_vectors_agree(m, p, device):
     a = est.account(m, p, device)
     v = a.evaluate(m, p, threads=2)
-    sizes = {SYMBOLS[name]: size for name, size in sizes_of(m, p.batch_size, p.tokens(m), device, threads=2).items()}
+    sizes = a.symbols_at(sizes_of(m, p.batch_size, p.tokens(m), threads=2))
     for form in (*FORMS, "peak_bytes"):
         assert getattr(a, form).xreplace(sizes) == getattr(v, form), form
     vector = a.lambdify()(
@@ -172,3 +172,57 @@ def test_a_window_is_followed_over_sequence_lengths_or_asked_for():
         assert list(found) == [account(m, q).evaluate(m, q).peak_bytes for q in (p.replace(seq_len=T) for T in lengths)]
     with pytest.raises(ConfigError, match="sliding_window is missing"):
         account(m, p).lambdify()(T=64, **sizes)
+
+
+def own_elements(m, count):
+    """What an accelerator has of each part's parameters: by hand, of every matrix and vector its rows, rounded up."""
+    d, f, q, kv = m.d_model, m.f, m.width_of_heads, m.kv_heads * m.e
+
+    def rows(n):
+        return -(-n // count)
+
+    L, table = m.num_layers, rows(m.vocab_size) * d
+    return {
+        "embedding": table,
+        "attention": L * (rows(q) * d + 2 * rows(kv) * d + rows(d) * q),
+        "feed-forward": L * (2 * rows(f) * d + rows(d) * f),
+        "norms": (2 * L + 1) * rows(d),
+        "head": 0 if m.tie_embeddings else table,
+    }
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("sharding", ["none", "zero1", "zero2", "zero3"])
+def test_every_part_shows_its_own_parameters_gradients_and_states(sharding, tied, device):
+    """By hand, for rows that do not divide: 4 bytes an element each, states twice; the parts add up to the whole."""
+    m = ModelConfig("llama", 5, 22, 6, 103, 40, 2, 6, 31, tie_embeddings=tied)
+    for precision, accumulation in (("fp32", 1), ("bf16-mixed", 2)):
+        p = Plan(
+            precision=precision,
+            grad_accumulation=accumulation,
+            sharding=sharding,
+            data_parallel=4,
+            optimizer_impl="bundled",
+        )
+        whole, shared = own_elements(m, 1), own_elements(m, 4)
+        v = est.account(m, p, device).evaluate(m, p)
+        held = shared if sharding in ("zero2", "zero3") else whole
+        for form, elements, width in (
+            ("parameters", whole, 1),
+            ("parameter_bytes", held, 4),
+            ("gradient_bytes", held, 4),
+            ("optimizer_bytes", whole if sharding == "none" else shared, 8),
+        ):
+            found = {name: getattr(part, form) for name, part in v.modules.items()}
+            assert found == {name: width * elements.get(name, 0) for name in COMPONENTS}, form
+            assert sum(found.values()) == getattr(v, form)
+
+
+def test_the_json_has_a_parts_gradients_under_zero3():
+    m, p = est.preset("gpt2"), Plan(sharding="zero3", data_parallel=8, grad_accumulation=2)
+    plain = est.estimate(m, p, "a100-80gb-sxm").to_dict()
+    parts = plain["modules"]
+    assert all(part["gradient_bytes"] == part["parameter_bytes"] for part in parts.values())
+    assert parts["attention"]["gradient_bytes"] > 0
+    assert parts["residual"]["gradient_bytes"] == parts["loss"]["gradient_bytes"] == 0

@@ -6,7 +6,7 @@ import pytest
 
 import estimator as est
 from estimator.describe.checks import ConfigError
-from estimator.eager.symbols import SYMBOLS
+from estimator.eager.letters import SYMBOLS
 
 
 def test_gpt2_xl_parts_a_to_d():

@@ -8,7 +8,8 @@ import torch
 from rich.console import Console
 
 import estimator as est
-from estimator.eager.sizes import evaluate, sizes_of
+from estimator.eager.letters import evaluate
+from estimator.eager.sizes import sizes_of
 from estimator.timing.roofline import efficiency
 from estimator.timing.speed import times
 from trainer.referee import validate
@@ -17,7 +18,7 @@ from trainer.referee import validate
 def allocations(m, plan):
     """(operator, bytes) of every allocation of the step on CUDA."""
     a = est.account(m, plan, "cuda")
-    nbytes = a.traced.class_bytes(sizes_of(m, plan.batch_size, plan.tokens(m), "cuda"))
+    nbytes = a.traced.class_bytes(sizes_of(m, plan.batch_size, plan.tokens(m)))
     events = zip(a.traced.ledger.events, a.traced.klass, strict=True)
     return [(e.where.phase.value, e.where.module, int(nbytes[k])) for e, k in events if e.sign > 0]
 
@@ -58,7 +59,7 @@ def test_fused_attention_saves_what_pytorchs_own_node_saves(kernel, precision, d
     kept = sorted(getattr(node, f"_saved_{name}").nbytes for name in names)
     plan = est.Plan(batch_size=2, precision=precision, attention=f"sdpa-{kernel}", dropout=dropout)
     a = est.account(M, plan, "cuda")
-    sizes = sizes_of(M, 2, 200, "cuda")
+    sizes = sizes_of(M, 2, 200)
     saved = [evaluate(x.nbytes, sizes) for x in a.traced.ledger.saved if x.where.module == "blocks.0.attention"]
     if dropout:
         saved.remove(2 * 200 * 120)  # the mask of what attention adds to the residual stream
@@ -156,7 +157,7 @@ def test_time_takes_the_kernels_own_figures_where_there_are_some_and_says_where_
     assert "memory-efficient" not in flash.origin
     assert "Nobody has published measurements of the memory-efficient attention" in other.origin
     on, form = est.accelerator("a100-80gb-sxm"), est.account(M, plan, "cuda")
-    sizes = sizes_of(M, 2, 200, "cuda")
+    sizes = sizes_of(M, 2, 200)
     half = dataclasses.replace(efficiency(on).flash["flash-2"], forward=(0.01, 0.01), backward=(0.01, 0.01))
     slow = dataclasses.replace(efficiency(on), flash={**efficiency(on).flash, "efficient": half})
     with pytest.MonkeyPatch.context() as patch:

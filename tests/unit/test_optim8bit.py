@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import estimator as est
-from estimator.eager.sizes import STATE_BLOCK
+from estimator.optim.optimizers import STATE_BLOCK
 from trainer.optim.eight_bit import BLOCK, AdamW8bit, dynamic_fractions
 from trainer.optim.optimizers import AdamW
 

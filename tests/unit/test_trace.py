@@ -7,12 +7,13 @@ from itertools import product
 import numpy as np
 import pytest
 
-from estimator.accounting.accounts import account, recipe_of
+from estimator.accounting.accounts import account, recipe_of, sizes_for
 from estimator.accounting.step import run_step
-from estimator.accounting.trace import Trace, trace
+from estimator.accounting.trace import Trace
 from estimator.describe.model import ModelConfig
 from estimator.describe.plan import Plan
 from estimator.eager.ledger import Phase
+from estimator.eager.repetition import Group, Stack
 from estimator.eager.sizes import ShapeClass, sizes_of
 from estimator.memory.device import rounded_peak, timeline
 
@@ -26,18 +27,37 @@ PLANS = [
 ]
 
 
-def events_of(trace, index):
-    return [(trace.classes[trace.klass[i]], int(trace.sign[i])) for i in index]
+def executed(m, p, device="cpu"):
+    """The trace of a step of which a few turns of blocks are executed."""
+    recipe, sizes = recipe_of(m, p, device), sizes_for(m, p)
+    stack = recipe.layout(m.num_layers).stack
+    return Trace(run_step(recipe, ShapeClass.at(sizes, recipe.halved), device, stack, sizes), stack)
+
+
+def executed_whole(m, p, device="cpu"):
+    """The trace of a step of which every block is executed."""
+    recipe, sizes = recipe_of(m, p, device), sizes_for(m, p)
+    layout = recipe.layout(m.num_layers)
+    kinds = [
+        kind for group, turns in zip(layout.stack.groups, layout.turns, strict=True) for kind in group.pattern * turns
+    ]
+    stack = Stack(tuple(Group((kind,), 1) for kind in kinds))
+    return Trace(run_step(recipe, ShapeClass.at(sizes, recipe.halved), device, stack, sizes), stack)
+
+
+def events_of(trace, sizes):
+    nbytes = trace.class_bytes(sizes)
+    return [
+        (int(nbytes[trace.klass[i]]), trace.classes[trace.klass[i]][1], int(trace.sign[i])) for i in trace.expand(sizes)
+    ]
 
 
 @pytest.mark.parametrize("m", [GPT2, LLAMA], ids=lambda m: m.family)
 def test_three_blocks_repeated_are_seven_blocks_event_by_event(m):
     for p in PLANS[::5]:
-        recipe = recipe_of(m, p, "cpu")
-        shapes = ShapeClass.at(m.family, sizes_of(m, 3, 9))
-        repeated = Trace(run_step(recipe, shapes, "cpu", 3), repeats=True)
-        whole = Trace(run_step(recipe, shapes, "cpu", 7), repeats=False)
-        assert events_of(repeated, repeated.expand(7)) == events_of(whole, whole.expand(7)), p
+        repeated, whole = executed(m, p), executed_whole(m, p)
+        sizes = sizes_of(m, 3, 9)
+        assert events_of(repeated, sizes) == events_of(whole, sizes), p
 
 
 @pytest.mark.parametrize("m", [GPT2, LLAMA], ids=lambda m: m.family)
@@ -46,11 +66,10 @@ def test_three_blocks_repeated_are_seven_blocks_event_by_event(m):
 def test_units_of_which_one_block_is_checkpointed_repeat_event_by_event(m, every, layers, checkpointing):
     m = m.replace(num_layers=layers)
     p = Plan(batch_size=3, seq_len=9, checkpointing=checkpointing, checkpoint_every=every, grad_accumulation=2)
-    recipe, shapes = recipe_of(m, p, "cpu"), ShapeClass.at(m.family, sizes_of(m, 3, 9))
-    repeated = trace(recipe, shapes, "cpu", 3 * every + layers % every)
-    whole = Trace(run_step(recipe, shapes, "cpu", layers), repeats=False)
-    assert events_of(repeated, repeated.expand(layers)) == events_of(whole, whole.expand(layers))
+    repeated, whole = executed(m, p), executed_whole(m, p)
+    assert len(repeated.stack.places) == 3 * every + layers % every
     sizes = sizes_of(m, 3, 9)
+    assert events_of(repeated, sizes) == events_of(whole, sizes)
     line, all_of_it = timeline(account(m, p, "cpu"), sizes), [e.where.block for e in whole.ledger.events[whole.step :]]
     assert list(line.blocks) == [-1 if block is None else block for block in all_of_it]
     assert {account(m, p, "cpu").values(sizes).peak_where.block} <= {None, *range(layers)}
@@ -61,7 +80,7 @@ def test_units_of_which_one_block_is_checkpointed_repeat_event_by_event(m, every
 def test_the_timeline_peaks_where_the_closed_form_says_and_ends_where_it_began(m, device):
     for p in PLANS[::9]:
         a = account(m, p, device)
-        sizes = sizes_of(m, p.batch_size, p.tokens(m), device)
+        sizes = sizes_of(m, p.batch_size, p.tokens(m))
         values, line = a.values(sizes), timeline(a, sizes)
         assert line.live.max() == values.peak_bytes
         assert line.live[-1] == line.start
@@ -84,9 +103,7 @@ def test_blocks_of_the_timeline_run_forward_and_backward():
 
 
 def test_the_setup_comes_before_the_step():
-    trace = Trace(
-        run_step(recipe_of(GPT2, PLANS[0], "cpu"), ShapeClass.at("gpt2", sizes_of(GPT2, 3, 9)), "cpu", 3), repeats=True
-    )
+    trace = executed(GPT2, PLANS[0])
     phases = [e.where.phase for e in trace.ledger.events]
     assert all(x is Phase.SETUP for x in phases[: trace.step])
     assert Phase.SETUP not in phases[trace.step :]

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch.nn import functional as F
 
-from estimator.accounting.accounts import account
+from estimator.accounting.accounts import account, sizes_for
 from estimator.describe.model import ModelConfig
 from estimator.describe.plan import Plan
 from estimator.timing.kernels import table
@@ -218,12 +218,12 @@ class Calibration:
         step = build_step(LAUNCH, p, self.device)
         self.step("launches of a training step")
         seconds = usual_seconds(step, self.device, 10 * self.budget)
-        return seconds / float(kernels.launches(LAUNCH.num_layers, 1).sum())
+        return seconds / float(kernels.launches(sizes_for(LAUNCH, p), 1).sum())
 
     def checkpoint(self, host: float) -> float:
         """Seconds to checkpoint a block and to prepare its recomputation, beside the kernels that it launches."""
         p = Plan(checkpointing="block")
-        launches = float(table(account(LAUNCH, p, self.device)).launches(LAUNCH.num_layers, 1).sum())
+        launches = float(table(account(LAUNCH, p, self.device)).launches(sizes_for(LAUNCH, p), 1).sum())
         step = build_step(LAUNCH, p, self.device)
         self.step("a checkpointed training step")
         seconds = usual_seconds(step, self.device, 10 * self.budget)
@@ -381,7 +381,11 @@ def write_profile(path: Path, profile: dict[str, Any]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; 0 if a profile was written, 2 for bad arguments."""
-    parser = argparse.ArgumentParser(prog="estimate calibrate", description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="estimate calibrate",
+        description="Measure what this machine's kernels reach, and write it down as an accelerator of its own.",
+        allow_abbrev=False,
+    )
     parser.add_argument("--out", type=Path, default=Path("my-machine.toml"), help="the profile (default: %(default)s)")
     parser.add_argument(
         "--device", default="cpu", choices=("cpu", "cuda"), help="what to measure (default: %(default)s)"

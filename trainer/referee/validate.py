@@ -68,7 +68,7 @@ def compare(m: ModelConfig, p: Plan, device: str = "cpu", case: int = 0) -> list
     """Estimate and measure one model and plan."""
     from trainer.referee.measure import measure  # noqa: PLC0415 - torch, which --published does without
 
-    form, sizes = account(m, p, device), sizes_for(m, p, device)
+    form, sizes = account(m, p, device), sizes_for(m, p)
     values = form.values(sizes)
     estimates = {q: getattr(values, {"saved_bytes": "activation_bytes"}.get(q, q)) for q in QUANTITIES}
     if device == "cuda":
@@ -222,7 +222,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         from trainer.referee import validate_time  # noqa: PLC0415 - which needs torch
 
         return validate_time.main([word for word in argv if word != "--time"])
-    parser = argparse.ArgumentParser(prog="validate-estimates", description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="validate-estimates",
+        description="Run real training steps and hold every estimate against what PyTorch did.",
+        allow_abbrev=False,
+    )
     parser.add_argument("--cases", type=int, default=20, help="configurations of each family (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the random shapes (default: %(default)s)")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where to run (default: %(default)s)")

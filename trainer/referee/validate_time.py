@@ -100,7 +100,11 @@ def to_json(rows: list[Timed], origin: str) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; 0 if the errors are within what is promised, 1 if not, 2 for bad arguments."""
-    parser = argparse.ArgumentParser(prog="validate-estimates --time", description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="validate-estimates --time",
+        description="Predicted against measured seconds of training steps that calibration has not seen.",
+        allow_abbrev=False,
+    )
     parser.add_argument("--profile", type=Path, help="what `estimate calibrate` wrote (default: it is measured now)")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where to run (default: %(default)s)")
     parser.add_argument("--budget", type=float, default=1.0, help="seconds for each case (default: %(default)s)")

@@ -1,0 +1,186 @@
+"""Operators that pick, sort and add rows by index: what a mixture of experts routes tokens with."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from estimator.eager.autograd import Context, attach, record
+from estimator.eager.ledger import Gemm
+from estimator.eager.letters import ONE, ceiling
+from estimator.eager.ops import cast, elementwise
+from estimator.eager.tensor import INT64, Locals, Tensor, empty_like, op
+from estimator.eager.views import contiguous
+
+if TYPE_CHECKING:
+    from estimator.eager.letters import Size
+    from estimator.eager.ops import Gradients
+    from estimator.eager.tensor import Shape
+
+
+@op
+def index_select(x: Tensor, index: Tensor) -> Tensor:
+    """x.index_select(0, index): backward adds the rows' gradients into zeros of x's shape."""
+    before = x.shape
+
+    def backward(c: Context, grad: Tensor) -> Gradients:
+        out = grad.machine.empty(before, grad.dtype)
+        grad.machine.kernel("index_add_", (grad, c.saved[0]), (out,))
+        return [out]
+
+    node = record("IndexSelectBackward0", (x,), backward, (index,))
+    out = x.machine.empty((*index.shape, *x.shape[1:]), x.dtype)
+    x.machine.kernel("index_select", (index, out), (out,))
+    return attach(node, out)
+
+
+@op
+def gather_last(x: Tensor, index: Tensor) -> Tensor:
+    """x.gather(-1, index): saves x and the index; backward adds into zeros of x's shape."""
+
+    def backward(c: Context, grad: Tensor) -> Gradients:
+        x, index = c.saved
+        out = grad.machine.empty(x.shape, grad.dtype)
+        grad.machine.kernel("scatter_add_", (grad, index), (out,))
+        return [out]
+
+    node = record("GatherBackward0", (x,), backward, (x, index))
+    out = x.machine.empty(index.shape, x.dtype)
+    x.machine.kernel("gather", (index, out), (out,))
+    return attach(node, out)
+
+
+@op
+def add_rows(rows: Tensor, index: Tensor, shape: Shape) -> Tensor:
+    """rows.new_zeros(shape).index_add_(0, index, rows): saves index and rows."""
+
+    def backward(c: Context, grad: Tensor) -> Gradients:
+        index, rows = c.saved
+        out = grad.machine.empty(rows.shape, grad.dtype)
+        grad.machine.kernel("index_select", (index, out), (out,))
+        return [out]
+
+    out = rows.machine.empty(shape, rows.dtype)
+    node = record("IndexAddBackward0", (rows,), backward, (index, rows))
+    rows.machine.kernel("index_add_", (index, rows), (out,))
+    return attach(node, out)
+
+
+def top_k(x: Tensor, count: Size) -> Tensor:
+    """x.topk(count, -1).indices, of which autograd knows nothing; the values are gone when it returns."""
+    machine, shape = x.machine, (*x.shape[:-1], count)
+    values, indices = machine.empty(shape, x.dtype).hold(), machine.empty(shape, INT64)
+    machine.kernel("topk", (x,), (values, indices))
+    values.drop()
+    return indices
+
+
+def top_k_values(x: Tensor, count: Size) -> Tensor:
+    """x.topk(count, -1).values; the indices are gone when it returns."""
+    machine, shape = x.machine, (*x.shape[:-1], count)
+    values, indices = machine.empty(shape, x.dtype), machine.empty(shape, INT64).hold()
+    machine.kernel("topk", (x,), (values, indices))
+    indices.drop()
+    return values
+
+
+def bincount(x: Tensor, bins: Size) -> Tensor:
+    """torch.bincount(x, minlength=bins): min and max are tensors of their own."""
+    machine = x.machine
+    for _ in range(2):
+        machine.empty((), INT64).discard()
+    out = machine.empty((bins,), INT64)
+    machine.kernel("bincount", (x,), (out,))
+    return out
+
+
+def argsort(x: Tensor) -> Tensor:
+    """x.argsort(stable=True): the sorted values are gone when it returns."""
+    values, order = empty_like(x).hold(), empty_like(x)
+    x.machine.kernel("sort", (x,), (values, order))
+    values.drop()
+    return order
+
+
+def whole_number_divided(x: Tensor) -> Tensor:
+    """x // number, of int64: the number is a tensor of eight bytes on the CPU."""
+    machine = x.machine
+    number = machine.empty((), INT64).hold() if machine.wraps_scalars else None
+    out = elementwise("floor_divide", x)
+    if number is not None:
+        number.drop()
+    return out
+
+
+@op
+def sum_last(x: Tensor) -> Tensor:
+    """x.sum(-1, keepdim=True): backward expands."""
+    shape = x.shape
+
+    def backward(_: Context, grad: Tensor) -> Gradients:
+        zero = 0 * ONE
+        sizes = zip(grad.shape, shape, grad.stride, strict=True)
+        stride = tuple(zero if n is ONE and m is not ONE else s for n, m, s in sizes)
+        return [grad.view(shape, stride)]
+
+    node = record("SumBackward1", (x,), backward)
+    out = x.machine.empty((*x.shape[:-1], ONE), x.dtype)
+    x.machine.kernel("sum", (x,), (out,))
+    return attach(node, out)
+
+
+@op
+def div(a: Tensor, b: Tensor) -> Tensor:
+    """a / b: the second operand's gradient, -grad * ((a / b) / b), comes first."""
+
+    def backward(c: Context, grad: Tensor) -> Gradients:
+        saved = iter(c.saved)
+        a = next(saved) if c.needs[1] else None
+        b = next(saved)
+        c.grad_b = None
+        if a is not None:
+            c.quotient = elementwise("div", a, b)
+            c.again = elementwise("div", c.quotient, b)
+            c.negative = elementwise("neg", grad)
+            c.grad_b = elementwise("mul", c.negative, c.again)
+            del c.quotient, c.again, c.negative
+        grad_a = elementwise("div", grad, b) if c.needs[0] else None
+        return [grad_a, c.take("grad_b") if a is not None else None]
+
+    node = record("DivBackward0", (a, b), backward, (a if b.requires_grad else None, b))
+    return attach(node, elementwise("div", a, b))
+
+
+@op
+def grouped_product(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """`trainer.model.grouped.grouped_product`: (S, d) rows by groups, (E, f, d) -> (S, f); both factors are saved.
+
+    One product a group, of as many rows as it has: together as many FLOPs whatever the counts are.
+    """
+    machine = x.machine
+    dtype = machine.autocast_dtype
+    with Locals() as v:
+        v.x = x if dtype is None else cast(x, dtype)
+        v.weight = weight if dtype is None else cast(weight, dtype)
+        return _grouped_product(v.x, v.weight, counts)
+
+
+@op
+def _grouped_product(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    machine = x.machine
+    (groups, wide, narrow), rows = weight.shape, x.shape[0]
+
+    def product(reads: tuple[Tensor, ...], out: Tensor, m: Size, n: Size, k: Size) -> None:
+        machine.kernel("mm", reads, (out,), gemm=Gemm(groups, m, n, k), flops=2 * machine.product((rows, wide, narrow)))
+
+    def backward(c: Context, grad: Tensor) -> Gradients:
+        x, weight = c.saved
+        c.grad = contiguous(grad)
+        c.grad_x, c.grad_weight = empty_like(x), empty_like(weight)
+        product((c.grad, weight), c.grad_x, ceiling(rows, groups), narrow, wide)
+        product((c.grad, x), c.grad_weight, wide, narrow, ceiling(rows, groups))
+        return [c.take("grad_x"), c.take("grad_weight")]
+
+    node = record("_GroupedProductBackward", (x, weight), backward, (x, weight))
+    out = machine.empty((rows, wide), x.dtype)
+    product((x, weight, counts), out, ceiling(rows, groups), wide, narrow)
+    return attach(node, out)

@@ -1,0 +1,87 @@
+"""A block; `trainer.model.block`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from estimator.eager import ops
+from estimator.models.attention import Attention
+from estimator.models.experts import SparseFeedForward
+from estimator.models.feed_forward import build_feed_forward
+from estimator.models.latent import LatentAttention
+from estimator.models.layers import Module
+from estimator.models.norms import build_norm
+
+if TYPE_CHECKING:
+    from estimator.eager.tensor import Locals, Machine, Tensor
+    from estimator.models.layers import BlockKind, Recipe
+
+# Of each order in `estimator.describe.parts.ORDERS`, the norms that a block has.
+NORMS = {
+    "pre": ("attention_norm", "ffn_norm"),
+    "post": ("attention_post_norm", "ffn_post_norm"),
+    "sandwich": ("attention_norm", "attention_post_norm", "ffn_norm", "ffn_post_norm"),
+    "post-sum": ("attention_post_norm", "ffn_post_norm"),
+    "parallel": ("attention_norm",),
+    "parallel-two": ("attention_norm", "ffn_norm"),
+}
+
+
+class Block(Module):
+    """One layer."""
+
+    def __init__(self, machine: Machine, index: int, recipe: Recipe, kind: BlockKind) -> None:
+        super().__init__(machine, f"blocks.{index}", index)
+        self.recipe, parts, size = recipe, recipe.parts, machine.shapes.letters
+        attention = Attention if parts.attention.latent == "none" else LatentAttention
+        with self.inside():
+            self.attention_norm = self.norm("attention_norm")
+            self.attention = self.child(attention(machine, recipe))
+            self.attention_post_norm = self.norm("attention_post_norm")
+            self.ffn_norm = self.norm("ffn_norm")
+            self.ffn = self.child(
+                SparseFeedForward(machine, recipe)
+                if kind.layer.sparse
+                else build_feed_forward(machine, parts.mlp, size["d"], size["f"], recipe)
+            )
+            self.ffn_post_norm = self.norm("ffn_post_norm")
+        if kind.checkpointed:
+            part = self.attention if recipe.checkpointing == "attention" else self
+            part.checkpointed = True
+            part.selective = recipe.checkpointing == "selective"
+
+    def norm(self, name: str) -> Any:
+        """The norm of this name, if blocks of this order have one."""
+        if name not in NORMS[self.recipe.parts.order]:
+            return None
+        return self.child(build_norm(self.machine, name, self.recipe.parts.norm, self.machine.shapes.letters["d"]))
+
+    def forward(self, v: Locals, x: Tensor, *where: Tensor | None) -> Tensor:
+        v.x = x
+        match self.recipe.parts.order:
+            case "pre":
+                v.x = ops.add(v.x, self.scaled(self.attention(self.attention_norm(v.x), *where)))
+                return ops.add(v.x, self.scaled(self.ffn(self.ffn_norm(v.x))))
+            case "post":
+                v.x = ops.add(v.x, self.scaled(self.attention_post_norm(self.attention(v.x, *where))))
+                return ops.add(v.x, self.scaled(self.ffn_post_norm(self.ffn(v.x))))
+            case "sandwich":
+                v.x = ops.add(
+                    v.x, self.scaled(self.attention_post_norm(self.attention(self.attention_norm(v.x), *where)))
+                )
+                return ops.add(v.x, self.scaled(self.ffn_post_norm(self.ffn(self.ffn_norm(v.x)))))
+            case "post-sum":
+                v.x = self.attention_post_norm(ops.add(v.x, self.scaled(self.attention(v.x, *where))))
+                found: Tensor = self.ffn_post_norm(ops.add(v.x, self.scaled(self.ffn(v.x))))
+                return found
+            case "parallel":
+                v.y = self.attention_norm(v.x)
+                v.sum = ops.add(v.x, self.scaled(self.attention(v.y, *where)))
+                return ops.add(v.take("sum"), self.scaled(self.ffn(v.y)))
+            case _:  # "parallel-two"
+                v.y = ops.add(v.x, self.scaled(self.attention(self.attention_norm(v.x), *where)))
+                return ops.add(v.y, self.scaled(self.ffn(self.ffn_norm(v.x))))
+
+    def scaled(self, x: Tensor) -> Tensor:
+        """What is added to the stream."""
+        return x if self.recipe.parts.residual_scale is None else ops.mul_number(x)

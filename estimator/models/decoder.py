@@ -1,0 +1,165 @@
+"""Every decoder in eager ops, statement by statement `trainer.model.decoder`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from estimator.eager import ops
+from estimator.eager.ledger import Category
+from estimator.eager.letters import ONE
+from estimator.eager.linalg import linear
+from estimator.eager.losses import chunked_cross_entropy
+from estimator.eager.pointwise import soft_cap
+from estimator.eager.tensor import Locals
+from estimator.models.block import Block
+from estimator.models.layers import BlockKind, Embedding, Linear, Module, dropout
+from estimator.models.masks import attention_kinds, build_mask
+from estimator.models.norms import build_norm
+from estimator.models.positions import Positions, Sinusoids, alibi_bias
+
+if TYPE_CHECKING:
+    from estimator.eager.letters import Size
+    from estimator.eager.tensor import Machine, Tensor
+    from estimator.models.layers import Recipe
+
+
+class Head(Module):
+    """The last projection; a tied one has the embedding's matrix."""
+
+    def __init__(self, machine: Machine, width: Size, vocabulary: Size, embedding: Embedding, recipe: Recipe) -> None:
+        super().__init__(machine, "head")
+        ends = recipe.parts.ends
+        self.weight = embedding.weight if ends.tied else self.parameter(vocabulary, width)
+        self.bias = self.parameter(vocabulary) if ends.head_bias else None
+
+    def forward(self, v: Locals, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+class Transformer(Module):
+    """ids (B, T) -> logits (B, T, V), or with targets (B, T) their loss."""
+
+    def __init__(self, machine: Machine, recipe: Recipe) -> None:
+        super().__init__(machine, "")
+        self.recipe, parts, size = recipe, recipe.parts, machine.shapes.letters
+        self.parts = parts
+        d, width = size["d"], size["d_e"] if recipe.projects else size["d"]
+        self.embedding = self.child(Embedding(machine, "embedding", size["V"], width))
+        projects = recipe.projects
+        self.project_in = self.child(Linear(machine, "project_in", width, d, bias=False) if projects else None)
+        self.positions: Positions | Sinusoids | None = None
+        if parts.positions.kind == "learned":
+            rows = size["C"] + parts.positions.extra_rows
+            self.positions = self.child(Positions(machine, "positions", rows, d))
+        elif parts.positions.kind == "sinusoidal":
+            self.positions = self.child(Sinusoids(machine, "positions", size["C"], d))
+        norm = parts.norm
+        self.embedding_norm = self.child(
+            build_norm(machine, "embedding_norm", norm, d) if parts.ends.embedding_norm else None
+        )
+        self.kinds: list[BlockKind] = []
+        self.blocks: list[Block] = []
+        for index, kind in enumerate(machine.stack.kinds):
+            assert isinstance(kind, BlockKind)
+            self.kinds.append(kind)
+            self.blocks.append(self.child(Block(machine, index, recipe, kind)))
+        self.final_norm = self.child(build_norm(machine, "final_norm", norm, d) if parts.ends.final_norm else None)
+        self.project_out = self.child(Linear(machine, "project_out", d, width, bias=False) if projects else None)
+        self.tables: list[Tensor] = []
+        if parts.positions.kind == "rotary":
+            self.tables = [self.buffer(size["C"], size[recipe.rotated] / 2) for _ in ("cos", "sin")]
+        elif parts.positions.kind == "alibi":
+            self.tables = [self.buffer(size["h"])]
+        self.head = self.child(Head(machine, width, size["V"], self.embedding, recipe))
+
+    def buffer(self, *shape: Size) -> Tensor:
+        """A tensor that the model holds and does not train."""
+        return self.machine.empty(shape, self.machine.dtype, category=Category.BUFFER).hold()
+
+    @property
+    def buffers(self) -> list[Tensor]:
+        """All buffers, in PyTorch's order: the model's own first."""
+        found = list(self.tables)
+        if isinstance(self.positions, Sinusoids):
+            found.append(self.positions.table)
+        routers = (getattr(block.ffn, "router", None) for block in self.blocks)
+        return found + [r.correction for r in routers if r is not None and r.correction is not None]
+
+    def forward(self, v: Locals, ids: Tensor, targets: Tensor | None = None) -> Tensor:
+        length = ids.shape[1]
+        v.x = dropout(self.embedded(ids), self.recipe)
+        masks = self.masks(v, length)
+        v.cos = v.sin = None
+        if self.recipe.rotates:
+            v.cos, v.sin = (
+                table.view((length, ONE, table.shape[1]), (table.stride[0], *table.stride)) for table in self.tables
+            )
+        for block, kind in zip(self.blocks, self.kinds, strict=True):
+            turn = (v.cos, v.sin) if kind.layer.rotates else (None, None)
+            v.x = block(v.x, masks[kind.layer.attention], v.bias, *turn)
+        return self.logits_or_loss(self.leave(v.x), targets)
+
+    def embedded(self, ids: Tensor) -> Tensor:
+        """What goes into the first block, before dropout."""
+        with Locals() as v:
+            v.x = self.embedding(ids)
+            if self.parts.ends.embedding_scale is not None:
+                v.x = ops.mul_number(v.x)
+            if self.project_in is not None:
+                v.x = self.project_in(v.x)
+            if self.positions is not None:
+                v.x = ops.add(v.x, self.positions(ids.shape[1]))
+            if self.embedding_norm is not None:
+                v.x = self.embedding_norm(v.x)
+            return v.take("x")
+
+    def masks(self, v: Locals, length: Size) -> dict[str, Tensor | None]:
+        """The mask of each kind of attention, held as names of the frame; ALiBi's bias is `v.bias`."""
+        machine, naive = self.machine, self.recipe.attention.startswith("naive")
+        alibi = self.parts.positions.kind == "alibi"
+        kinds = attention_kinds(machine, self.recipe, length)
+        made: dict[str, Tensor | None] = {}
+        for kind in dict.fromkeys(kinds.values()):
+            mask = build_mask(v.x, kind, length, naive=naive or alibi)
+            setattr(v, f"{kind}_mask", mask)
+            made[kind] = mask
+        v.bias = alibi_bias(self.tables[0], length, machine.autocast_dtype or v.x.dtype) if alibi else None
+        if alibi and not naive:
+            for kind, mask in made.items():
+                assert mask is not None
+                made[kind] = _added_to_scores(v.bias, mask)
+                setattr(v, f"{kind}_added", made[kind])
+            for kind in made:
+                delattr(v, f"{kind}_mask")
+            v.bias = None
+        return {attention: made[kind] for attention, kind in kinds.items()}
+
+    def leave(self, x: Tensor) -> Tensor:
+        """What the head takes."""
+        if self.final_norm is not None:
+            x = self.final_norm(x)
+        return self.project_out(x) if self.project_out is not None else x
+
+    def logits_or_loss(self, x: Tensor, targets: Tensor | None) -> Tensor:
+        """The head; with targets in its chunked cross entropy."""
+        ends = self.parts.ends
+        if targets is not None:
+            if ends.logits_scale is not None:
+                x = ops.mul_number(x)
+            with self.machine.ledger.inside("head"):
+                return chunked_cross_entropy(x, self.head.weight, targets)
+        logits = self.head(x)
+        with self.machine.ledger.inside("head"):
+            if ends.logits_scale is not None:
+                logits = ops.mul_number(logits)
+            if ends.logits_softcap is not None:
+                logits = soft_cap(logits)
+        return logits
+
+
+def _added_to_scores(bias: Tensor, mask: Tensor) -> Tensor:
+    """bias.masked_fill(mask, -inf), (h, T, T)."""
+    machine = bias.machine
+    out = machine.empty((bias.shape[0], *mask.shape), bias.dtype)
+    machine.kernel("masked_fill", (bias, mask), (out,))
+    return out

@@ -1,0 +1,178 @@
+"""A mixture of experts; `trainer.model.experts`. Memory and FLOPs are the same whichever experts are chosen."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from estimator.describe.parts import MLP
+from estimator.eager import ops
+from estimator.eager.indexing import (
+    add_rows,
+    argsort,
+    bincount,
+    div,
+    gather_last,
+    grouped_product,
+    index_select,
+    sum_last,
+    top_k,
+    top_k_values,
+    whole_number_divided,
+)
+from estimator.eager.ledger import Category
+from estimator.eager.letters import ONE, ceiling
+from estimator.eager.linalg import linear
+from estimator.eager.pointwise import sigmoid
+from estimator.eager.tensor import BOOL, FLOAT32, Locals, Tensor, empty_like
+from estimator.eager.views import reshape, split, unsqueeze, view
+from estimator.models.feed_forward import GatedFeedForward, gated
+from estimator.models.layers import Linear, Module, dropout
+
+if TYPE_CHECKING:
+    from estimator.eager.tensor import Machine
+    from estimator.models.layers import Recipe
+
+
+class Router(Module):
+    """(N, d) -> weights (N, K) in fp32 and experts (N, K)."""
+
+    def __init__(self, machine: Machine, recipe: Recipe) -> None:
+        super().__init__(machine, "router")
+        size, part = machine.shapes.letters, recipe.parts.experts
+        assert part is not None
+        self.part, self.E, self.K = part, size["E"], size["K"]
+        self.G, self.groups = (size["G"], size["G_K"]) if part.grouped else (ONE, ONE)
+        self.weight = self.parameter(self.E, size["d"])
+        self.bias = self.parameter(self.E) if part.router_bias else None
+        self.correction = None
+        if part.corrected:
+            with self.inside():
+                self.correction = machine.empty((self.E,), machine.dtype, category=Category.BUFFER).hold()
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """(N, E) in fp32."""
+        if self.part.score == "softmax":
+            return ops.softmax(logits, FLOAT32)
+        if self.part.score == "sigmoid":
+            return sigmoid(ops.cast(logits, FLOAT32))
+        return ops.cast(logits, FLOAT32)
+
+    def choose(self, scores: Tensor) -> Tensor:
+        """(N, K), without a gradient."""
+        with scores.machine.no_grad(), Locals() as v:
+            v.scores = scores
+            if self.correction is not None:
+                v.scores = ops.elementwise("add", scores, self.correction)
+            if self.part.grouped:
+                v.scores = self.in_best_groups(v.scores)
+            return top_k(v.scores, self.K)
+
+    def in_best_groups(self, scores: Tensor) -> Tensor:
+        """The scores, minus infinity but in the best groups."""
+        machine, n = scores.machine, scores.shape[0]
+        with Locals() as v:
+            inside = ceiling(self.E, self.G)
+            v.by_group = scores.view((n, self.G, inside), (self.E, inside, ONE))
+            best = 2 * ONE if self.part.score == "sigmoid" else ONE
+            values = top_k_values(v.by_group, best)
+            v.group = machine.empty((n, self.G), scores.dtype)
+            values.hold()
+            machine.kernel("sum", (values,), (v.group,))
+            values.drop()
+            v.kept = top_k(v.group, self.groups)
+            v.out = empty_like(v.group, BOOL)
+            machine.kernel("scatter_", (v.kept,), (v.out,))
+            masked = machine.empty(scores.shape, scores.dtype)
+            machine.kernel("masked_fill", (scores, v.out), (masked,))
+            return masked
+
+    def forward(self, v: Locals, x: Tensor) -> tuple[Tensor, Tensor]:
+        v.scores = self.scores(linear(x, self.weight, self.bias))
+        v.experts = self.choose(v.scores)
+        v.weights = gather_last(v.scores, v.experts)
+        if self.part.score == "logits":
+            v.weights = ops.softmax(v.weights)
+        elif self.part.score == "sigmoid-all":
+            v.weights = sigmoid(v.weights)
+        elif self.part.normalised:
+            v.weights = div(v.weights, sum_last(v.weights))
+        if self.part.scaling is not None:
+            v.weights = ops.mul_number(v.weights)
+        return v.weights, v.experts
+
+
+class Experts(Module):
+    """Rows (S, d), sorted by expert -> (S, d)."""
+
+    def __init__(self, machine: Machine, recipe: Recipe) -> None:
+        super().__init__(machine, "experts")
+        size, part = machine.shapes.letters, recipe.parts.experts
+        assert part is not None
+        self.activation, self.f = part.activation, size["f_e"]
+        E, d = size["E"], size["d"]
+        self.gate_up = self.parameter(E, 2 * self.f, d)
+        self.down = self.parameter(E, d, self.f)
+        self.gate_up_bias = self.parameter(E, 2 * self.f) if part.bias else None
+        self.down_bias = self.parameter(E, d) if part.bias else None
+
+    def forward(self, v: Locals, x: Tensor, count: Tensor, expert: Tensor | None) -> Tensor:
+        v.h = grouped_product(x, self.gate_up, count)
+        if self.gate_up_bias is not None and expert is not None:
+            v.h = ops.add(v.h, index_select(self.gate_up_bias, expert))
+        v.gate, v.up = split(v.h, (self.f, self.f))
+        v.h = gated(v.gate, v.up, self.activation)
+        v.y = grouped_product(v.h, self.down, count)
+        if self.down_bias is not None and expert is not None:
+            v.y = ops.add(v.y, index_select(self.down_bias, expert))
+        return v.y
+
+
+class SparseFeedForward(Module):
+    """Each token through K of E experts, and all through the shared one."""
+
+    def __init__(self, machine: Machine, recipe: Recipe) -> None:
+        super().__init__(machine, "ffn")
+        self.recipe, part, size = recipe, recipe.parts.experts, machine.shapes.letters
+        assert part is not None
+        self.weighs_inputs, self.K = part.score == "sigmoid-all", size["K"]
+        self.shared = self.shared_gate = None
+        with self.inside():
+            self.router = self.child(Router(machine, recipe))
+            self.experts = self.child(Experts(machine, recipe))
+            if part.shared != "none":
+                mlp = MLP(activation=part.activation)
+                shared = GatedFeedForward(machine, "shared", mlp, size["d"], size["f_s"], recipe, drops=False)
+                self.shared = self.child(shared)
+            if part.shared == "gated":
+                self.shared_gate = self.child(Linear(machine, "shared_gate", size["d"], ONE, bias=False))
+
+    def routed(self, x: Tensor) -> Tensor:
+        """What the chosen experts make of each token, weighed and added up."""
+        machine, E = x.machine, self.router.E
+        pairs = (machine.product((x.shape[0], self.K)),)
+        with Locals() as v:
+            v.weights, v.experts = self.router(x)
+            v.count = bincount(v.experts, E)
+            v.order = argsort(v.experts.view(pairs, (ONE,)))
+            v.expert = None
+            if self.experts.gate_up_bias is not None:
+                v.expert = index_select(v.experts.view(pairs, (ONE,)), v.order)
+            v.token = whole_number_divided(v.order)
+            v.rows = index_select(x, v.token)
+            v.weight = unsqueeze(index_select(view(v.weights, pairs), v.order), 1)
+            if self.weighs_inputs:
+                v.y = self.experts(ops.mul(v.rows, ops.cast(v.weight, v.rows.dtype)), v.count, v.expert)
+            else:
+                v.y = self.experts(v.rows, v.count, v.expert)
+                v.y = ops.mul(v.y, ops.cast(v.weight, v.y.dtype))
+            return add_rows(v.y, v.token, (x.shape[0], v.y.shape[1]))
+
+    def forward(self, v: Locals, x: Tensor) -> Tensor:
+        v.flat = reshape(x, (x.machine.product(x.shape[:-1]), x.shape[-1]))
+        v.y = self.routed(v.flat)
+        if self.shared is not None:
+            v.shared = self.shared(v.flat)
+            if self.shared_gate is not None:
+                v.shared = ops.mul(sigmoid(self.shared_gate(v.flat)), v.shared)
+            v.y = ops.add(v.y, v.shared)
+        return dropout(view(v.y, x.shape), self.recipe)

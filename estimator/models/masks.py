@@ -1,0 +1,50 @@
+"""Which earlier tokens a token sees; `trainer.model.masks`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from estimator.eager import ops
+from estimator.eager.letters import A, W
+from estimator.eager.tensor import BOOL, INT64, Locals
+
+if TYPE_CHECKING:
+    from estimator.eager.letters import Size
+    from estimator.eager.tensor import Machine, Tensor
+    from estimator.models.layers import Recipe
+
+
+def attention_kinds(machine: Machine, recipe: Recipe, length: Size) -> dict[str, str]:
+    """What each layer's attention comes down to: one that all tokens fit in is "full"."""
+    sizes = {"full": None, "window": W, "chunk": A}
+    present = {layer.attention for layer in recipe.kinds}
+    return {
+        kind: "full" if size is None or machine.at_most(length, size) else kind
+        for kind, size in sizes.items()
+        if kind in present
+    }
+
+
+def build_mask(ids: Tensor, kind: str, length: Size, *, naive: bool) -> Tensor | None:
+    """(T, T), or None where attention needs none."""
+    if kind == "full":
+        return ops.causal_mask(ids, length) if naive else None
+    if kind == "window":
+        return ops.window_mask(ids, length, seen=not naive)
+    machine = ids.machine
+    with Locals() as v:
+        seen = machine.empty((length, length), BOOL)
+        seen.hold()
+        machine.kernel("fill_", (), (seen,))
+        machine.kernel("tril_", (seen,), (seen,))
+        v.chunk = machine.empty((length,), INT64)
+        if machine.wraps_scalars:
+            machine.empty((), INT64).discard()
+        v.same = machine.empty((length, length), BOOL)
+        machine.kernel("eq", (v.chunk,), (v.same,))
+        machine.kernel("logical_and_", (seen, v.same), (seen,))
+        del v.same
+        if naive:
+            machine.kernel("logical_not_", (seen,), (seen,))
+        seen.owners -= 1
+        return seen
