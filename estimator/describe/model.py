@@ -326,6 +326,12 @@ class ModelConfig:
         return self.num_heads * self.e
 
     @property
+    def unfused(self) -> str | None:
+        """What attention has that no fused kernel has: "softcap" or "sinks"; None if nothing."""
+        a = self.made_of.attention
+        return "softcap" if a.softcap is not None else "sinks" if a.sinks else None
+
+    @property
     def embedding_width(self) -> int:
         """The width of embedding and head: d but where projections lead to it and back."""
         return self.embedding_dim or self.d_model

@@ -190,11 +190,7 @@ def build(m, attention="naive", seed=0, dtype=torch.float64):
 
 def kernels(m):
     """Those of `ON_CPU` that the model can have."""
-    return [name for name in ON_CPU if not (name.startswith("sdpa") and unfused(m))]
-
-
-def unfused(m):
-    return m.made_of.attention.sinks or m.made_of.attention.softcap is not None
+    return [name for name in ON_CPU if not (name.startswith("sdpa") and m.unfused)]
 
 
 @models
@@ -224,7 +220,7 @@ def test_no_token_sees_a_later_one(m):
 @models
 @pytest.mark.parametrize("attention", ["naive", "sdpa"])
 def test_cached_logits_equal_uncached_ones(m, attention):
-    if attention == "sdpa" and unfused(m):
+    if attention == "sdpa" and m.unfused:
         return
     model, ids = build(m, attention), torch.randint(V, (2, T))
     cache = model.new_cache(2)
@@ -279,7 +275,7 @@ def test_half_precision_trains(m, precision):
 
 def test_fused_kernels_have_no_soft_cap_and_no_sinks():
     for m in MODELS.values():
-        if unfused(m):
+        if m.unfused:
             for name in ("sdpa", "sdpa-math", "sdpa-flash", "sdpa-efficient"):
                 with pytest.raises(ConfigError, match=f"attention = '{name}': .*allowed are naive, naive-fp32"):
                     Plan(attention=name).attention_kernel("cuda", m)
