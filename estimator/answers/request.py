@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from estimator.describe.model import ModelConfig
 
 BASES = {"gpt2": "gpt2-xl", "llama": "llama-3.2-1b"}  # what a model of one's own starts from, by family
+# Fields that follow from others, unless they are given: parts hold what is said of ties and biases.
+FOLLOWING = ("num_kv_heads", "head_dim", "d_ff", "parts", "pattern")
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,13 +115,13 @@ def _differences(base: ModelConfig | Plan, other: ModelConfig | Plan) -> dict[st
     """
     if base.__class__ is Plan:
         return {f.name: getattr(other, f.name) for f in fields(base) if getattr(other, f.name) != getattr(base, f.name)}
-    plain = [f.name for f in fields(base) if f.name not in ("num_kv_heads", "head_dim", "d_ff")]
+    plain = [f.name for f in fields(base) if f.name not in FOLLOWING]
     changes = {name: getattr(other, name) for name in plain if getattr(other, name) != getattr(base, name)}
     try:
         following = base.replace(**changes)
     except ConfigError:  # only with the sizes that follow does it make a model
         following = base
-    for name in ("num_kv_heads", "head_dim", "d_ff"):
+    for name in FOLLOWING:
         if getattr(other, name) != getattr(following, name):
             changes[name] = getattr(other, name)
     return changes

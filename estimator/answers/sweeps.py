@@ -167,11 +167,8 @@ def _peak(request: Request, device: str, sizes: Mapping[str, Any], count: NDArra
         if len(here):
             plan = request.plan.replace(data_parallel=int(count[here[0]]))
             account = vectorised_peak(recipe_of(request.model, plan, device), device)
-            at = {
-                name: x[here] if np.ndim(x) else x
-                for name, x in sizes.items()
-                if name not in FOLLOWING or name in ("n", "D")
-            }
+            given = {name: x for name, x in sizes.items() if name not in FOLLOWING or name == "D"}
+            at = {name: x[here] if np.ndim(x) else x for name, x in given.items()}
             out[here] = account(sliding_window=request.model.sliding_window, **at)
     return out
 

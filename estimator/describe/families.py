@@ -25,6 +25,7 @@ from estimator.describe.rules import (
     falcon_heads,
     falcon_order,
     four_d,
+    gemma_activation,
     if_grouped,
     in_one_operator,
     last_of,
@@ -202,7 +203,9 @@ FAMILIES: dict[str, Family] = {
         mlp=BIASED,
         ends={"embedding_scale": lambda c: root_of_d(c) if c.flag("scale_embedding") else None},
     ),
-    "bitnet": Family(attention=all_four("attention_bias") | {"out_norm": True}, mlp={"down_norm": True}),
+    "bitnet": Family(
+        attention=all_four("attention_bias") | {"out_norm": True}, mlp={"down_norm": True}, free_heads=False
+    ),
     "bloom": Family(
         **OLD,
         attention=ALL_BIASED,
@@ -277,7 +280,7 @@ FAMILIES: dict[str, Family] = {
         mlp={"gated": False, "bias": yes("bias"), "activation": act("activation")},
         sizes={"num_kv_heads": falcon_heads, "d_ff": or_four_d("ffn_hidden_size")},
     ),
-    "gemma": Family(norm=RMS1, attention=all_four("attention_bias"), mlp={"activation": "gelu_tanh"}, ends=GEMMA),
+    "gemma": Family(norm=RMS1, attention=all_four("attention_bias"), mlp={"activation": gemma_activation}, ends=GEMMA),
     "gemma2": Family(
         norm=RMS1,
         order="sandwich",
@@ -412,7 +415,9 @@ FAMILIES: dict[str, Family] = {
         attention=all_four("attention_bias") | {"qk_norm": "width"},
         kinds=cycle("window", "window", "window", "full"),
     ),
-    "olmoe": Family(attention=CLIPPED | {"qk_norm": "width"}, experts={"normalised": yes("norm_topk_prob")}),
+    "olmoe": Family(
+        attention=CLIPPED | {"qk_norm": "width"}, experts={"normalised": yes("norm_topk_prob")}, free_heads=False
+    ),
     "openai-gpt": Family(
         **LEARNED,
         order="post-sum",

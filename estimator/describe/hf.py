@@ -94,13 +94,7 @@ def read_config(raw: Mapping[str, Any]) -> ModelConfig:
     if reason:
         raise ConfigError(reason)
     kind = raw["model_type"]
-    family, c = FAMILIES[kind], Fields.of(kind, raw)
-    try:
-        return _model(kind, family, c)
-    except ConfigError as error:
-        silent = list(dict.fromkeys(name for name in c.silent if c.knows(name)))
-        taken = f" (the file is silent on {', '.join(silent)}: {kind}'s own defaults)" if silent else ""
-        raise ConfigError(f"{error}{taken}") from None
+    return _model(kind, FAMILIES[kind], Fields.of(kind, raw))
 
 
 def _model(kind: str, family: Family, c: Fields) -> ModelConfig:
@@ -118,14 +112,19 @@ def _model(kind: str, family: Family, c: Fields) -> ModelConfig:
         raise ConfigError(f"head_dim = {c.raw['head_dim']!r}: {kind}'s class has heads of d / h; leave it out")
     alike = len(set(layers)) == 1 and layers[0].rotates and layers[0].attention != "chunk"
     named = _named(kind, parts)
-    return ModelConfig(
-        family=named or kind,
-        **sizes,
-        tie_embeddings=parts.ends.tied if named else None,
-        qkv_bias=parts.attention.bias if named else None,
-        parts=None if named else parts,
-        pattern=None if alike else Pattern.of(layers),
-    )
+    try:
+        return ModelConfig(
+            family=named or kind,
+            **sizes,
+            tie_embeddings=parts.ends.tied if named else None,
+            qkv_bias=parts.attention.bias if named else None,
+            parts=None if named else parts,
+            pattern=None if alike else Pattern.of(layers),
+        )
+    except ConfigError as error:  # sizes that do not go together: some may be the class's
+        silent = list(dict.fromkeys(name for name in c.silent if c.knows(name)))
+        taken = f" (the file is silent on {', '.join(silent)}: {kind}'s own defaults)" if silent else ""
+        raise ConfigError(f"{error}{taken}") from None
 
 
 def _refuse(raw: Mapping[str, Any], field: str, allowed: Any, why: str) -> None:

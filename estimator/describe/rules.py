@@ -197,6 +197,11 @@ def in_one_operator(c: Fields) -> str:
     return "gelu_tanh" if name == "gelu_new" else name
 
 
+def gemma_activation(c: Fields) -> str:
+    """Old files of Gemma say "gelu" and mean its tanh approximation."""
+    return "gelu_tanh" if c("hidden_act") == "gelu" else c.activation("hidden_act")
+
+
 def openai_activation(c: Fields) -> str:
     """The first GPT's "gelu" is the tanh approximation."""
     return "gelu_new" if c("afn") == "gelu" else c.activation("afn")

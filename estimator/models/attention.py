@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from estimator.describe.parts import Norm
 from estimator.eager import autocast, ops
 from estimator.eager.attention import attention_math
 from estimator.eager.letters import ONE, constant
@@ -100,6 +101,7 @@ class Attention(Module):
                     for name, shape in zip(("q_norm", "k_norm"), shapes, strict=True)
                 )
             self.out = self.child(Linear(machine, "out", wide, size["d"], bias=a.out_bias))
+            self.out_norm = self.child(build_norm(machine, "out_norm", Norm("rms"), wide) if a.out_norm else None)
         self.sinks = self.parameter(self.h) if a.sinks else None
 
     def project(self, v: Locals, x: Tensor) -> None:
@@ -132,7 +134,14 @@ class Attention(Module):
         b.drop()
 
     def forward(
-        self, v: Locals, x: Tensor, mask: Tensor | None, bias: Tensor | None, cos: Tensor | None, sin: Tensor | None
+        self,
+        v: Locals,
+        x: Tensor,
+        mask: Tensor | None,
+        bias: Tensor | None,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        query_scale: Tensor | None,
     ) -> Tensor:
         B, T, _ = x.shape
         self.project(v, x)
@@ -146,10 +155,13 @@ class Attention(Module):
             pairs = self.recipe.parts.positions.pairs
             v.q = rotate_part(v.q, cos, sin, pairs)
             v.k = rotate_part(v.k, cos, sin, pairs)
-        if by_head and self.part.qk_norm_late:
-            self.normed(v)
+            if by_head and self.part.qk_norm_late:
+                self.normed(v)
+        if query_scale is not None:
+            v.q = ops.mul(v.q, query_scale)
         v.q, v.k = transpose(v.q, 1, 2), transpose(v.k, 1, 2)
         v.k = repeat_heads(v.k, self.g)
         v.v = repeat_heads(v.v, self.g)
         v.y = attend(v.q, v.k, v.v, mask, self.recipe, bias, self.sinks)
-        return dropout(self.out(reshape(transpose(v.y, 1, 2), (B, T, self.widths[0]))), self.recipe)
+        y = reshape(transpose(v.y, 1, 2), (B, T, self.widths[0]))
+        return dropout(self.out(y if self.out_norm is None else self.out_norm(y)), self.recipe)

@@ -70,6 +70,7 @@ class Transformer(Module):
             self.tables = [self.buffer(size["C"], size[recipe.rotated] / 2) for _ in ("cos", "sin")]
         elif parts.positions.kind == "alibi":
             self.tables = [self.buffer(size["h"])]
+        self.query_scale = self.buffer(size["C"]) if parts.attention.query_scaling != "none" else None
         self.head = self.child(Head(machine, width, size["V"], self.embedding, recipe))
 
     def buffer(self, *shape: Size) -> Tensor:
@@ -79,7 +80,7 @@ class Transformer(Module):
     @property
     def buffers(self) -> list[Tensor]:
         """All buffers, in PyTorch's order: the model's own first."""
-        found = list(self.tables)
+        found = [*self.tables, *(() if self.query_scale is None else (self.query_scale,))]
         if isinstance(self.positions, Sinusoids):
             found.append(self.positions.table)
         routers = (getattr(block.ffn, "router", None) for block in self.blocks)
@@ -94,9 +95,14 @@ class Transformer(Module):
             v.cos, v.sin = (
                 table.view((length, ONE, table.shape[1]), (table.stride[0], *table.stride)) for table in self.tables
             )
+        v.scale = None
+        if self.query_scale is not None:
+            v.scale = self.query_scale.view((length, ONE, ONE), (self.query_scale.stride[0], ONE, ONE))
+        everywhere = self.parts.attention.query_scaling == "all"
         for block, kind in zip(self.blocks, self.kinds, strict=True):
             turn = (v.cos, v.sin) if kind.layer.rotates else (None, None)
-            v.x = block(v.x, masks[kind.layer.attention], v.bias, *turn)
+            stretch = v.scale if everywhere or not kind.layer.rotates else None
+            v.x = block(v.x, masks[kind.layer.attention], v.bias, *turn, stretch)
         return self.logits_or_loss(self.leave(v.x), targets)
 
     def embedded(self, ids: Tensor) -> Tensor:

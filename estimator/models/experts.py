@@ -145,6 +145,7 @@ class SparseFeedForward(Module):
                 self.shared = self.child(shared)
             if part.shared == "gated":
                 self.shared_gate = self.child(Linear(machine, "shared_gate", size["d"], ONE, bias=False))
+        self.out_bias = self.parameter(size["d"]) if part.out_bias else None
 
     def routed(self, x: Tensor) -> Tensor:
         """What the chosen experts make of each token, weighed and added up."""
@@ -154,10 +155,10 @@ class SparseFeedForward(Module):
             v.weights, v.experts = self.router(x)
             v.count = bincount(v.experts, E)
             v.order = argsort(v.experts.view(pairs, (ONE,)))
+            v.token = whole_number_divided(v.order)
             v.expert = None
             if self.experts.gate_up_bias is not None:
                 v.expert = index_select(v.experts.view(pairs, (ONE,)), v.order)
-            v.token = whole_number_divided(v.order)
             v.rows = index_select(x, v.token)
             v.weight = unsqueeze(index_select(view(v.weights, pairs), v.order), 1)
             if self.weighs_inputs:
@@ -165,7 +166,8 @@ class SparseFeedForward(Module):
             else:
                 v.y = self.experts(v.rows, v.count, v.expert)
                 v.y = ops.mul(v.y, ops.cast(v.weight, v.y.dtype))
-            return add_rows(v.y, v.token, (x.shape[0], v.y.shape[1]))
+            v.y = add_rows(v.y, v.token, (x.shape[0], v.y.shape[1]))
+            return v.take("y") if self.out_bias is None else ops.add(v.y, self.out_bias)
 
     def forward(self, v: Locals, x: Tensor) -> Tensor:
         v.flat = reshape(x, (x.machine.product(x.shape[:-1]), x.shape[-1]))

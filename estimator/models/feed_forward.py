@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from estimator.describe.parts import Norm
 from estimator.eager import ops
 from estimator.eager.pointwise import ACTIVATIONS, clamp, sigmoid
 from estimator.eager.tensor import Locals, arguments
 from estimator.eager.views import split
 from estimator.models.layers import Linear, Module, dropout
+from estimator.models.norms import build_norm
 
 if TYPE_CHECKING:
     from estimator.describe.parts import MLP
@@ -40,9 +42,11 @@ class PlainFeedForward(Module):
         with self.inside():
             self.up = self.child(Linear(machine, "up", d, f, bias=part.bias))
             self.down = self.child(Linear(machine, "down", f, d, bias=part.bias))
+            self.down_norm = self.child(build_norm(machine, "down_norm", Norm("rms"), f) if part.down_norm else None)
 
     def forward(self, v: Locals, x: Tensor) -> Tensor:
-        return dropout(self.down(self.activation(self.up(x))), self.recipe)
+        y = self.activation(self.up(x))
+        return dropout(self.down(y if self.down_norm is None else self.down_norm(y)), self.recipe)
 
 
 class GatedFeedForward(Module):
@@ -60,13 +64,20 @@ class GatedFeedForward(Module):
                 self.gate = self.child(Linear(machine, "gate", d, f, bias=part.bias))
                 self.up = self.child(Linear(machine, "up", d, f, bias=part.bias))
             self.down = self.child(Linear(machine, "down", f, d, bias=part.bias))
+            self.down_norm = self.child(build_norm(machine, "down_norm", Norm("rms"), f) if part.down_norm else None)
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """(..., d) -> (..., f)."""
+        activation = ACTIVATIONS[self.part.activation]
+        if not self.part.fused:
+            return ops.mul(activation(self.gate(x)), self.up(x))
+        with Locals() as v:
+            v.gate, v.up = split(self.gate_up(x), (self.f, self.f))
+            return ops.mul(activation(v.gate), v.up)
 
     def forward(self, v: Locals, x: Tensor) -> Tensor:
-        if self.part.fused:
-            v.gate, v.up = split(self.gate_up(x), (self.f, self.f))
-            y = self.down(gated(v.gate, v.up, self.part.activation))
-        else:
-            y = self.down(ops.mul(ACTIVATIONS[self.part.activation](self.gate(x)), self.up(x)))
+        y = self.hidden(x)
+        y = self.down(y if self.down_norm is None else self.down_norm(y))
         return dropout(y, self.recipe) if self.drops else y
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from estimator.describe.parts import Norm
+from estimator.eager import ops
 from estimator.eager.letters import ONE
 from estimator.eager.views import concatenate, expand, reshape, split, transpose, view
 from estimator.models.attention import attend
@@ -45,7 +46,14 @@ class LatentAttention(Module):
         return self.q(x) if self.latent == "keys" else self.q_up(self.q_norm(self.q_down(x)))
 
     def forward(
-        self, v: Locals, x: Tensor, mask: Tensor | None, bias: Tensor | None, cos: Tensor | None, sin: Tensor | None
+        self,
+        v: Locals,
+        x: Tensor,
+        mask: Tensor | None,
+        bias: Tensor | None,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        query_scale: Tensor | None,
     ) -> Tensor:
         B, T, _ = x.shape
         v.q = view(self.queries(x), (B, T, self.h, self.nope + self.rope))
@@ -58,7 +66,10 @@ class LatentAttention(Module):
             pairs = self.recipe.parts.positions.pairs
             v.q_rope = rotate(v.q_rope, cos, sin, pairs)
             v.k_rope = rotate(v.k_rope, cos, sin, pairs)
-        v.q = transpose(concatenate((v.q_nope, v.q_rope)), 1, 2)
+        v.q = concatenate((v.q_nope, v.q_rope))
+        if query_scale is not None:
+            v.q = ops.mul(v.q, query_scale)
+        v.q = transpose(v.q, 1, 2)
         v.k = transpose(concatenate((v.k_nope, expand(v.k_rope, (B, T, self.h, self.rope)))), 1, 2)
         v.v = transpose(v.v, 1, 2)
         v.y = attend(v.q, v.k, v.v, mask, self.recipe, bias)

@@ -98,10 +98,11 @@ def _calibrate(argv: Sequence[str]) -> int:
 
 
 def _list() -> int:
-    from estimator.describe.presets import presets  # noqa: PLC0415 - only for this
+    from estimator.describe.presets import preset_groups  # noqa: PLC0415 - only for this
     from estimator.hardware.accelerators import accelerators  # noqa: PLC0415 - only for this
 
-    sys.stdout.write("models:       " + ", ".join(presets()) + "\naccelerators: " + ", ".join(accelerators()) + "\n")
+    groups = "".join(f"  {group}: {', '.join(names)}\n" for group, names in preset_groups().items())
+    sys.stdout.write(f"models:\n{groups}accelerators:\n  {', '.join(accelerators())}\n")
     return 0
 
 
