@@ -108,8 +108,8 @@ def _answer(request: Request) -> Estimate:
     return estimate(request.model, request.plan, request.gpu, **request.run)
 
 
-def _differences(base: ModelConfig | Plan, other: ModelConfig | Plan) -> dict[str, Any]:
-    """Fields of `other` that are not as in `base`.
+def _differences(base: Any, other: Any) -> dict[str, Any]:
+    """Fields of `other` that are not as in `base`, both models or both plans.
 
     A size of `base` that follows from another one (d_ff from d_model) follows here too, unless it is given.
     """
@@ -120,7 +120,7 @@ def _differences(base: ModelConfig | Plan, other: ModelConfig | Plan) -> dict[st
     try:
         following = base.replace(**changes)
     except ConfigError:  # only with the sizes that follow does it make a model
-        following = base
+        following = base.replace(tie_embeddings=other.tie_embeddings, qkv_bias=other.qkv_bias)
     for name in FOLLOWING:
         if getattr(other, name) != getattr(following, name):
             changes[name] = getattr(other, name)
