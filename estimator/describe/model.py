@@ -6,7 +6,8 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 from estimator.describe.checks import ConfigError, choose, known_fields, positive_int
-from estimator.describe.parts import FAMILIES, Layer, Parts, Pattern, part_of, plain
+from estimator.describe.nested import part_of, plain
+from estimator.describe.parts import FAMILIES, Layer, Parts, Pattern
 
 
 @dataclass(frozen=True, slots=True)
