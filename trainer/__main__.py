@@ -106,7 +106,8 @@ def load_model(checkpoint: Path) -> tuple[Transformer, Path]:
     run = read_checkpoint(path / RUN_FILE if path.is_dir() else path).get("run", {})
     if "model" not in run:
         raise ConfigError(f"{path}: not written by `python -m trainer train`: it does not say which model it holds")
-    model = build_model(ModelConfig(**run["model"]), Plan(attention="sdpa"))
+    m = ModelConfig(**run["model"])
+    model = build_model(m, Plan(attention="sdpa" if m.unfused is None else "naive"))
     load_run(World("cpu"), path, Weights(model), None)
     return model.eval(), path.parent
 

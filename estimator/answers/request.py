@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from estimator.describe.model import ModelConfig
 
 BASES = {"gpt2": "gpt2-xl", "llama": "llama-3.2-1b"}  # what a model of one's own starts from, by family
+# Fields that follow from others, unless they are given: parts hold what is said of ties and biases.
+FOLLOWING = ("num_kv_heads", "head_dim", "d_ff", "parts", "pattern")
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,20 +108,20 @@ def _answer(request: Request) -> Estimate:
     return estimate(request.model, request.plan, request.gpu, **request.run)
 
 
-def _differences(base: ModelConfig | Plan, other: ModelConfig | Plan) -> dict[str, Any]:
-    """Fields of `other` that are not as in `base`.
+def _differences(base: Any, other: Any) -> dict[str, Any]:
+    """Fields of `other` that are not as in `base`, both models or both plans.
 
     A size of `base` that follows from another one (d_ff from d_model) follows here too, unless it is given.
     """
     if base.__class__ is Plan:
         return {f.name: getattr(other, f.name) for f in fields(base) if getattr(other, f.name) != getattr(base, f.name)}
-    plain = [f.name for f in fields(base) if f.name not in ("num_kv_heads", "head_dim", "d_ff")]
+    plain = [f.name for f in fields(base) if f.name not in FOLLOWING]
     changes = {name: getattr(other, name) for name in plain if getattr(other, name) != getattr(base, name)}
     try:
         following = base.replace(**changes)
     except ConfigError:  # only with the sizes that follow does it make a model
-        following = base
-    for name in ("num_kv_heads", "head_dim", "d_ff"):
+        following = base.replace(tie_embeddings=other.tie_embeddings, qkv_bias=other.qkv_bias)
+    for name in FOLLOWING:
         if getattr(other, name) != getattr(following, name):
             changes[name] = getattr(other, name)
     return changes

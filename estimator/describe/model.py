@@ -6,7 +6,8 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 from estimator.describe.checks import ConfigError, choose, known_fields, positive_int
-from estimator.describe.parts import FAMILIES, Layer, Parts, Pattern, part_of, plain
+from estimator.describe.nested import part_of, plain
+from estimator.describe.parts import FAMILIES, Layer, Parts, Pattern
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,6 +325,12 @@ class ModelConfig:
     def width_of_heads(self) -> int:
         """h e, the width of all query heads together; d in most models."""
         return self.num_heads * self.e
+
+    @property
+    def unfused(self) -> str | None:
+        """What attention has that no fused kernel has: "softcap" or "sinks"; None if nothing."""
+        a = self.made_of.attention
+        return "softcap" if a.softcap is not None else "sinks" if a.sinks else None
 
     @property
     def embedding_width(self) -> int:

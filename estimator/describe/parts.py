@@ -7,64 +7,14 @@ fields of the ModelConfig. `estimator.models` and `trainer.model` have one class
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
-from estimator.describe.checks import ConfigError, choose, known_fields
+from estimator.describe.checks import ConfigError
+from estimator.describe.nested import check, is_part, part_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-
-def _check(part: Any, **allowed: Sequence[str]) -> None:
-    """Raise ConfigError where a field of `part` has a value or a type that cannot be; whole numbers become floats.
-
-    A field that is itself a part may come as a mapping, as `to_dict` and a JSON file have it.
-    """
-    for f in fields(part):
-        value, name = getattr(part, f.name), f"{type(part).__name__}.{f.name}"
-        if _is_part(f.default):
-            object.__setattr__(part, f.name, part_of(type(f.default), value, name))
-        elif f.type == "Experts | None":
-            object.__setattr__(part, f.name, None if value is None else part_of(Experts, value, name))
-        elif f.name in allowed:
-            choose(name, value, allowed[f.name])
-        elif f.type == "bool" and not isinstance(value, bool):
-            raise ConfigError(f"{name} = {value!r}: must be true or false")
-        elif f.type == "int" and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-            raise ConfigError(f"{name} = {value!r}: must be an integer of at least 0")
-        elif f.type == "float | None" and value is not None:
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-                raise ConfigError(f"{name} = {value!r}: must be a finite number above 0, or none")
-            object.__setattr__(part, f.name, float(value))
-
-
-def _is_part(value: object) -> bool:
-    return is_dataclass(value)
-
-
-def part_of(cls: type, value: Any, name: str) -> Any:
-    """`value` if it is a part of this class, or one made of a mapping of its fields; ConfigError naming it if not."""
-    if isinstance(value, cls):
-        return value
-    if not isinstance(value, dict):
-        raise ConfigError(f"{name} = {value!r}: must be {cls.__name__}(...), or a mapping of its fields")
-    return cls(**known_fields(cls, value))
-
-
-def plain(value: Any, default: Any = None) -> Any:
-    """Parts as nested dicts and lists, ready for JSON; of each part what differs from its defaults."""
-    if isinstance(value, tuple):
-        return [plain(x) for x in value]
-    if not _is_part(value):
-        return value
-    standard = default if default is not None else type(value)()
-    return {
-        f.name: plain(getattr(value, f.name), getattr(standard, f.name))
-        for f in fields(value)
-        if getattr(value, f.name) != getattr(standard, f.name)
-    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +32,7 @@ class Norm:
     bias: bool = False
 
     def __post_init__(self) -> None:
-        _check(self, kind=("layer", "rms"), weight=("plain", "plus-one", "none"))
+        check(self, kind=("layer", "rms"), weight=("plain", "plus-one", "none"))
         if self.bias and (self.kind == "rms" or self.weight == "none"):
             raise ConfigError("Norm.bias = True: an rms norm, or one without a weight, has none; allowed is false")
 
@@ -142,7 +92,7 @@ class Attention:
     experts: bool = False
 
     def __post_init__(self) -> None:
-        _check(self, qk_norm=QK_NORMS, latent=LATENTS, query_scaling=("none", "all", "unrotated"))
+        check(self, qk_norm=QK_NORMS, latent=LATENTS, query_scaling=("none", "all", "unrotated"))
         if self.qk_norm_late and not self.qk_norm.startswith("head"):
             raise ConfigError(
                 "Attention.qk_norm_late = True: what is rotated are heads; allowed with qk_norm = 'head' or 'head-own'"
@@ -172,7 +122,7 @@ class Positions:
     extra_rows: int = 0
 
     def __post_init__(self) -> None:
-        _check(self, kind=("learned", "rotary", "alibi", "sinusoidal", "none"), pairs=("halves", "neighbours"))
+        check(self, kind=("learned", "rotary", "alibi", "sinusoidal", "none"), pairs=("halves", "neighbours"))
 
 
 # Activations, by the names that config.json files use.
@@ -206,7 +156,7 @@ class MLP:
     down_norm: bool = False
 
     def __post_init__(self) -> None:
-        _check(self, activation=tuple(ACTIVATIONS))
+        check(self, activation=tuple(ACTIVATIONS))
         if self.fused and not self.gated:
             raise ConfigError("MLP.fused = True: a plain feed-forward has one matrix up; allowed with gated = true")
 
@@ -251,7 +201,7 @@ class Experts:
     shared: str = "none"
 
     def __post_init__(self) -> None:
-        _check(
+        check(
             self,
             score=tuple(SCORES),
             activation=(*(name for name in ACTIVATIONS if name != "xielu"), "clamped-swiglu"),
@@ -281,6 +231,9 @@ class Ends:
     logits_scale: float | None = None
     logits_softcap: float | None = None
 
+    def __post_init__(self) -> None:
+        check(self)
+
 
 @dataclass(frozen=True, slots=True)
 class Parts:
@@ -304,7 +257,9 @@ class Parts:
     ends: Ends = Ends()
 
     def __post_init__(self) -> None:
-        _check(self, order=tuple(ORDERS))
+        check(self, order=tuple(ORDERS))
+        if self.experts is not None:
+            object.__setattr__(self, "experts", part_of(Experts, self.experts, "Parts.experts"))
         if self.attention.experts and self.experts is None:
             raise ConfigError(
                 "Attention.experts = True: they go through as many experts as the feed-forward; give some"
@@ -324,7 +279,7 @@ class Parts:
                 value = getattr(part, f.name)
                 if isinstance(value, float):
                     changes[f.name] = 1.0
-                elif _is_part(value):
+                elif is_part(value):
                     changes[f.name] = ones(value)
             return replace(part, **changes)
 
@@ -348,7 +303,7 @@ class Layer:
     sparse: bool = False
 
     def __post_init__(self) -> None:
-        _check(self, attention=("full", "window", "chunk"))
+        check(self, attention=("full", "window", "chunk"))
 
 
 @dataclass(frozen=True, slots=True)

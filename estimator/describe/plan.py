@@ -192,12 +192,11 @@ class Plan:
     def check_model(self, model: ModelConfig) -> None:
         """Raise ConfigError if the model's parts have something that the plan's attention or loss has not."""
         parts = model.made_of
-        for name, has in (("softcap", parts.attention.softcap is not None), ("sinks", parts.attention.sinks)):
-            if has and self.attention.startswith("sdpa"):
-                raise ConfigError(
-                    f"attention = {self.attention!r}: no fused kernel has the model's attention.{name}; allowed are "
-                    "naive, naive-fp32"
-                )
+        if model.unfused is not None and self.attention.startswith("sdpa"):
+            raise ConfigError(
+                f"attention = {self.attention!r}: no fused kernel has the model's attention.{model.unfused}; allowed "
+                "are naive, naive-fp32"
+            )
         for name, has in (
             ("logits_softcap", parts.ends.logits_softcap is not None),
             ("head_bias", parts.ends.head_bias),

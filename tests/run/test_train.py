@@ -447,6 +447,30 @@ def test_a_llama_gets_a_feed_forward_of_the_usual_size():
         ModelSection().config(None)
 
 
+def test_a_model_of_any_family_is_trained_from_its_configuration(corpus, tmp_path, capsys):
+    rows = (Path(__file__).parents[1] / "data/hf/tiny.jsonl").read_text().splitlines()
+    given = next(row["config"] for row in map(json.loads, rows) if row["family"] == "qwen3")
+    like = tmp_path / "qwen3.json"
+    like.write_text(json.dumps(given))
+    config = configure(corpus, tmp_path / "run", model=ModelSection(context_length=16, like=str(like)))
+    train(config)
+    validation = [x for *_, x in losses(config.out) if x is not None]
+    assert validation[-1] < validation[0]
+    train(dataclasses.replace(config, steps=10, resume=True))
+    assert {"blocks.0.attention.q_norm.weight", "blocks.3.ffn.down.weight"} <= load_file(
+        config.out / "model.safetensors"
+    ).keys()
+    main(["generate", str(config.out), "--prompt", "def", "--max-new-tokens", "4"])
+    assert "def" in capsys.readouterr().out
+
+
+def test_what_a_configuration_says_is_not_said_twice():
+    m = ModelSection(context_length=64, like="gpt2-xl").config(100)
+    assert (m.num_layers, m.context_length, m.vocab_size) == (48, 64, 100)
+    with pytest.raises(ConfigError, match=r"model.d_model = 32: model.like = 'gpt2-xl' says it already"):
+        ModelSection(d_model=32, like="gpt2-xl").config(100)
+
+
 def one_sentence(capsys):
     error = capsys.readouterr().err
     assert error.startswith("error: ")

@@ -116,17 +116,15 @@ class GatedFeedForward(nn.Module):
         self.down = Linear(f, d, bias=part.bias)
         self.dropout = nn.Dropout(dropout)
 
-    def hidden(self, x: Tensor) -> Tensor:
-        """(..., d) -> (..., f)."""
+    def forward(self, x: Tensor) -> Tensor:
         if self.fused:
             gate, up = self.gate_up(x).chunk(2, -1)
-            return self.activation(gate) * up
-        return self.activation(self.gate(x)) * self.up(x)
+            return self.dropout(self.down(self.normed(self.activation(gate) * up)))
+        return self.dropout(self.down(self.normed(self.activation(self.gate(x)) * self.up(x))))
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.down_norm is not None:
-            return self.dropout(self.down(self.down_norm(self.hidden(x))))
-        return self.dropout(self.down(self.hidden(x)))
+    def normed(self, h: Tensor) -> Tensor:
+        """What goes down."""
+        return h if self.down_norm is None else self.down_norm(h)
 
 
 def build_feed_forward(part: MLP, d: int, f: int, dropout: float) -> PlainFeedForward | GatedFeedForward:

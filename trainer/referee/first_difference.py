@@ -120,7 +120,8 @@ def compare(m: ModelConfig, p: Plan, seed: int = 0) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; 0 if all events are equal."""
-    parser = argparse.ArgumentParser(prog="first_difference", description=(__doc__ or "").split("\n\n")[0])
+    said = "The first event at which a step's ledger and a real step differ, with those around it."
+    parser = argparse.ArgumentParser(prog="first_difference", description=said)
     parser.add_argument("model", help="a preset or the path of a config.json")
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="sizes of the model")
     parser.add_argument("--plan", nargs="*", default=[], metavar="FIELD=VALUE", help="fields of the plan")

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import math
 import tomllib
-from dataclasses import asdict, dataclass, is_dataclass, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from estimator.describe.checks import ConfigError, choose, positive_int
+from estimator.describe.hf import from_hf
 from estimator.describe.model import ModelConfig
 from estimator.describe.plan import SHARDING_SPELLINGS, SHARDINGS, Plan
+from estimator.describe.presets import preset
 
 DEVICES = ("auto", "cpu", "cuda")
 CONFIGS = Path(__file__).parent / "configs"
@@ -39,6 +41,8 @@ class ModelSection:
         tie_embeddings: None means the family's habit.
         qkv_bias: None means the family's habit.
         sliding_window: tokens that one sees, itself included; None means all before it.
+        like: a preset's name or the path of a config.json: the model is that one, of any family, with this section's
+            context_length and vocab_size; nothing else may be given beside it.
     """
 
     family: str = "gpt2"
@@ -53,6 +57,7 @@ class ModelSection:
     tie_embeddings: bool | None = None
     qkv_bias: bool | None = None
     sliding_window: int | None = None
+    like: str | None = None
 
     def config(self, vocab_size: int | None) -> ModelConfig:
         """The model, with the tokenizer's vocabulary where none is given.
@@ -62,12 +67,29 @@ class ModelSection:
         """
         if self.vocab_size is None and vocab_size is None:
             raise ConfigError("model.vocab_size = None: the corpus has no manifest to take it from; give a number")
-        fields = asdict(self)
-        fields["vocab_size"] = self.vocab_size or vocab_size
+        size = self.vocab_size or vocab_size
+        if self.like is not None:
+            return self.named(self.like).replace(vocab_size=size, context_length=self.context_length)
+        values = asdict(self) | {"vocab_size": size}
+        del values["like"]
         if self.family == "llama" and self.d_ff is None:
             # Three matrices of width 8/3 d hold what two of 4 d do (Touvron et al. 2023, section 2.2).
-            fields["d_ff"] = 64 * math.ceil(8 * self.d_model / 3 / 64)
-        return ModelConfig(**fields)
+            values["d_ff"] = 64 * math.ceil(8 * self.d_model / 3 / 64)
+        return ModelConfig(**values)
+
+    def named(self, like: str) -> ModelConfig:
+        """The model that `like` names.
+
+        Raises:
+            ConfigError: there is none, or a field that it says itself is given too.
+        """
+        for f in fields(self):
+            if f.name not in ("like", "context_length", "vocab_size") and getattr(self, f.name) != f.default:
+                raise ConfigError(
+                    f"model.{f.name} = {getattr(self, f.name)!r}: model.like = {like!r} says it already; allowed "
+                    "beside it are context_length and vocab_size"
+                )
+        return from_hf(Path(like)) if like.endswith(".json") or Path(like).is_dir() else preset(like)
 
 
 @dataclass(frozen=True, slots=True)
