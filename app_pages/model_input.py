@@ -9,7 +9,7 @@ import streamlit as st
 
 from app_pages.labels import explained, label
 from estimator.answers.request import BASES
-from estimator.describe.checks import ConfigError
+from estimator.describe.checks import LIMITS, ConfigError
 from estimator.describe.hf import from_hf
 from estimator.describe.model import ModelConfig
 from estimator.describe.presets import preset, presets
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 # What the widgets take at most: beyond any model, and few enough events to draw the step.
-LIMITS = {"num_layers": 2000, "num_heads": 10_000, "num_kv_heads": 10_000, "head_dim": 100_000}
 LIMIT = 10_000_000
 # May be left empty: as published, or following d_model and the heads.
 FOLLOWING = ("num_kv_heads", "head_dim", "d_ff", "sliding_window")
@@ -104,7 +103,7 @@ def _sizes(name: str, published: ModelConfig) -> dict[str, Any]:
         value = columns[i % 2].number_input(
             label(field),
             min_value=1,
-            max_value=LIMITS.get(field, LIMIT),
+            max_value=min(LIMITS[field], LIMIT),
             value=None if field in FOLLOWING else own,
             placeholder="none" if shown is None else f"{shown:,}",
             key=f"{name}.{field}",

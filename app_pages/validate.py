@@ -115,7 +115,7 @@ def _lines(model: ModelConfig, plan: Plan) -> Iterator[dict[str, Any]]:
         assert child.stdout is not None
         try:
             with suppress(BrokenPipeError):  # it has ended before it could read: its exit status says so, below
-                child.stdin.write(json.dumps({"model": model.to_dict(), "plan": plan.to_dict()}))
+                child.stdin.write(json.dumps({"model": model.to_dict(), "plan": plan.to_dict()}, allow_nan=False))
                 child.stdin.close()
             last: dict[str, Any] = {}
             for text in child.stdout:

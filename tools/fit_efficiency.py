@@ -186,7 +186,7 @@ def intensity(name):
 def toml(value):
     """A value as TOML."""
     if isinstance(value, bool | str):
-        return json.dumps(value)
+        return json.dumps(value, allow_nan=False)
     if isinstance(value, dict):
         return "{ " + ", ".join(f'"{k}" = {toml(x)}' for k, x in value.items()) + " }" if value else "{}"
     if isinstance(value, Flash):

@@ -155,7 +155,7 @@ def run(command: str, arguments: Sequence[str]) -> int:
     match command:
         case "prepare":
             manifest = prepare(tyro.cli(PrepareConfig, args=arguments, prog=prog))
-            print(json.dumps(manifest, indent=2))  # noqa: T201  (the output)
+            print(json.dumps(manifest, indent=2, allow_nan=False))  # noqa: T201  (the output)
         case "train":
             keep_freed_memory()
             return train(parse_train(arguments))

@@ -13,11 +13,11 @@ from estimator.accounting.polynomials import Polynomials
 from estimator.accounting.step import run_step
 from estimator.accounting.trace import Trace
 from estimator.accounting.vectorised import VectorisedPeak
-from estimator.describe.checks import ConfigError, choose
+from estimator.describe.checks import BLOCKS, ConfigError, check_figure, choose
 from estimator.eager.ledger import Category, Phase
 from estimator.eager.letters import LETTERS, SYMBOLS, ZERO, Size, Sizes, as_sizes, expression, substituted
 from estimator.eager.repetition import TURNS
-from estimator.eager.sizes import ShapeClass, sizes_of
+from estimator.eager.sizes import GIVEN, ShapeClass, sizes_of
 from estimator.models.attention import fused_kernel
 from estimator.models.layers import Recipe
 
@@ -126,7 +126,8 @@ class _Known:
 def _account(recipe: Recipe, shapes: ShapeClass, device: str, stack: Stack, sizes: Sizes) -> Account:
     traced = Trace(run_step(recipe, shapes, device, stack, sizes), stack)
     whole, parts = _forms(traced)
-    general, longer = ShapeClass.general(sizes), recipe.layout(_longer(recipe, sizes["L"])).stack
+    general, enough = ShapeClass.general(sizes), _longer(recipe, sizes["L"])
+    longer = recipe.layout(enough).stack if recipe.executed(enough) <= BLOCKS else stack
     if shapes != general or stack != longer:
         common, common_parts = _forms(Trace(run_step(recipe, general, device, longer, general.large(sizes)), longer))
         to = {**shapes.letters, "L": stack.blocks}
@@ -137,7 +138,7 @@ def _account(recipe: Recipe, shapes: ShapeClass, device: str, stack: Stack, size
 
 def _longer(recipe: Recipe, num_layers: int) -> int:
     """As many blocks, with the same number left over, as it takes for the pattern of blocks to repeat."""
-    first, cycle = len(recipe.first), len(recipe.cycle)
+    first, cycle = len(recipe.pattern.first), recipe.period
     if num_layers <= first:
         return num_layers
     return max(num_layers, first + TURNS * cycle + (num_layers - first) % cycle)
@@ -312,14 +313,23 @@ class Account:
         return self.for_sizes(m, p).values(sizes_for(m, p, threads))
 
     def values(self, sizes: Mapping[str, int]) -> Values:
-        """The figures at `sizes`, which must be in this account's shape class."""
+        """The figures at `sizes`, which must be in this account's shape class.
+
+        Raises:
+            TooLargeError: one of them is beyond 64 bits.
+        """
         point = self.compiled.at(sizes)
         ruling = self._ruling(point)
         piece = self.pieces[ruling]
         value = self.compiled.value
+        whole = {form: value((form,), point) for form in FORMS}
+        peak = value(("live", ruling), point)
+        given = {field: sizes[letter] for letter, field in GIVEN.items() if letter in sizes}
+        for form, figure in (*whole.items(), ("peak_bytes", peak)):
+            check_figure(form, figure, given)
         return Values(
-            **{form: value((form,), point) for form in FORMS},
-            peak_bytes=value(("live", ruling), point),
+            **whole,
+            peak_bytes=peak,
             peak_categories={c.value: value((c, ruling), point) if c in piece.categories else 0 for c in Category},
             peak_where=self.traced.named(piece.where, self.turns(sizes)),
             modules={name: Forms(**{form: value((form, name), point) for form in FORMS}) for name in self.modules},

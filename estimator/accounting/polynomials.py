@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from estimator.describe.checks import FIGURE
 from estimator.eager.letters import LETTERS, Size, as_sizes, bases, spelled
 
 if TYPE_CHECKING:
@@ -59,6 +60,9 @@ class Polynomials:
         """The greatest of the polynomials `keys` where `sizes` are numbers or arrays of one length; exact below 2^53.
 
         Numbers go into the coefficients first, so that only the letters that vary cost anything a point.
+
+        Raises:
+            OverflowError: one is beyond 2^63 - 1.
         """
         known = as_sizes(sizes)
         varying: dict[tuple[tuple[int, int], ...], int] = {}
@@ -83,7 +87,7 @@ class Polynomials:
         matrix = matrix[_undominated(matrix)]
         points = next((len(x) for x in sizes.values() if not isinstance(x, int)), 1)
         arrays = {letter: known.of(letter) for letters in varying for letter, _ in letters}
-        out = np.empty(points, dtype=np.int64)
+        out = np.empty(points)
         block = 4096  # points whose table of monomials stays in a core's cache
         table = np.ones((len(varying), block))
         for start in range(0, points, block):
@@ -95,7 +99,9 @@ class Polynomials:
                     for _ in range(exponent):
                         monomial *= arrays[letter][start:stop]
             out[start:stop] = (matrix @ table[:, : stop - start]).max(0) / self._denominator
-        return out
+        if points and not out.max() < FIGURE:
+            raise OverflowError("a value is beyond 64 bits")
+        return out.astype(np.int64)
 
 
 def _undominated(matrix: NDArray[np.float64]) -> list[int]:

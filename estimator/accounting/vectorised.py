@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from estimator.describe.checks import ConfigError, choose
+from estimator.describe.checks import (
+    BLOCKS_OF_A_SWEEP,
+    FIGURE,
+    LIMITS,
+    POINTS_OF_PEAKS,
+    ConfigError,
+    check_figure,
+    choose,
+    shown,
+)
 from estimator.eager.letters import Sizes
-from estimator.eager.sizes import COUNTS, cpu_threads
+from estimator.eager.sizes import COUNTS, GIVEN, cpu_threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -54,12 +64,26 @@ class VectorisedPeak:
             keys = [("live", i) for i in range(len(account.pieces))]
             used = account.compiled.letters(keys)
             arrays = {name: x[here].astype(np.float64) for name, x in varying.items() if name in used}
-            out[here] = account.compiled.greatest(keys, Sizes({**fixed, **arrays}))
+            try:
+                out[here] = account.compiled.greatest(keys, Sizes({**fixed, **arrays}))
+            except OverflowError:
+                most = {field: int(np.max(sizes[letter])) for letter, field in GIVEN.items() if letter in sizes}
+                check_figure("peak_bytes", FIGURE + 1, most)
         return out.reshape(shape)
 
     def accounts(self, sizes: Mapping[str, Any]) -> Iterator[tuple[Account, NDArray[np.intp]]]:
-        """The accounts that hold at the points of `sizes`, numbers or arrays of one length; each with its points."""
-        codes = self._codes(sizes)
+        """The accounts that hold at the points of `sizes`, numbers or arrays of one length; each with its points.
+
+        Raises:
+            ConfigError: together they take more blocks to be run one by one than is reckoned with.
+        """
+        codes, blocks = self._codes(sizes)
+        if blocks > BLOCKS_OF_A_SWEEP:
+            raise ConfigError(
+                f"points: those of their own shape or number of layers take {blocks:,} blocks to be run one by one; "
+                f"allowed are {BLOCKS_OF_A_SWEEP:,}: take fewer of them, or a smaller checkpoint_every "
+                f"({self.recipe.checkpoint_every})"
+            )
         count = max(np.size(x) for x in sizes.values())
         for code in np.unique(codes):
             here = np.flatnonzero(codes == code) if codes.size > 1 else np.arange(count)
@@ -77,10 +101,13 @@ class VectorisedPeak:
         needed = [name for name in self.recipe.letters if name not in FOLLOWING]
         for name in letters:
             choose("letter", name, (*needed, "n", "D"))
-        given = {name: np.asarray(x, dtype=np.int64) for name, x in letters.items()}
-        for name, x in given.items():
-            if x.size and x.min() < 1:
-                raise ConfigError(f"{name} = {x.min()}: must be an integer of at least 1")
+        given = {name: whole_numbers(name, x, LIMITS.get(GIVEN.get(name, name))) for name, x in letters.items()}
+        try:
+            points = math.prod(np.broadcast_shapes(*(x.shape for x in given.values())))
+        except ValueError as error:
+            raise ConfigError(f"letters = {', '.join(given)}: their shapes do not broadcast ({error})") from None
+        if points > POINTS_OF_PEAKS:
+            raise ConfigError(f"points = {points}: must be at most {POINTS_OF_PEAKS:,}; take them in pieces")
         if "T" in given:
             given.setdefault("C", given["T"])
         if "h" in given:
@@ -101,8 +128,11 @@ class VectorisedPeak:
         given.setdefault("A", given["C"])
         return given
 
-    def _codes(self, sizes: Mapping[str, Any]) -> NDArray[np.int64]:
-        """A number for each point that tells its shape class (`ShapeClass.at`) and its stack from all others."""
+    def _codes(self, sizes: Mapping[str, Any]) -> tuple[NDArray[np.int64], int]:
+        """A number for each point that tells its shape class (`ShapeClass.at`) and its stack from all others.
+
+        And how many blocks it takes to run one of each.
+        """
         halved = self.recipe.halved
         facts = [sizes[name] < 4 if name in halved else sizes[name] == 1 for name in sizes if name not in COUNTS]
         facts += [sizes[name] == 2 for name in sorted(halved)]
@@ -115,4 +145,23 @@ class VectorisedPeak:
         stacks: dict[Stack, int] = {}
         different = [stacks.setdefault(self.recipe.layout(int(n)).stack, len(stacks)) for n in deep]
         code = code | (np.asarray(different, dtype=np.int64)[which] << len(facts))
-        return np.atleast_1d(np.asarray(code))
+        codes = np.atleast_1d(np.asarray(code))
+        executed = [len(stack.places) for stack in stacks]
+        return codes, sum(executed[i] for i in np.unique(codes) >> len(facts))
+
+
+def whole_numbers(name: str, values: ArrayLike, most: int | None = None) -> NDArray[np.int64]:
+    """`values` as 64-bit integers, at least 1 and at most `most`.
+
+    Raises:
+        ConfigError: they are not.
+    """
+    try:
+        found = np.asarray(values, dtype=np.int64)
+    except (OverflowError, TypeError, ValueError):
+        raise ConfigError(f"{name} = {shown(values)}: must be integers of at least 1, of 64 bits") from None
+    if found.size and found.min() < 1:
+        raise ConfigError(f"{name} = {found.min()}: must be an integer of at least 1")
+    if found.size and most is not None and found.max() > most:
+        raise ConfigError(f"{name} = {found.max()}: must be at most {most:,}")
+    return found

@@ -288,7 +288,7 @@ def to_json(d: Derivation) -> str:
     """A derivation as JSON."""
     plain = {"name": d.name, "title": d.title, "unit": d.unit, "result": d.result, "source": d.source}
     values = {str(symbol.name): value for symbol, value in d.values.items()}
-    return json.dumps(plain | {"python": d.python, "latex": d.latex, "values": values}, indent=1)
+    return json.dumps(plain | {"python": d.python, "latex": d.latex, "values": values}, indent=1, allow_nan=False)
 
 
 @dataclass(frozen=True)

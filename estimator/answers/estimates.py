@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from estimator.accounting.accounts import COMPONENTS, Account, Values, account, sizes_for
-from estimator.describe.checks import ConfigError, choose, positive_int
+from estimator.describe.catalogue import number
+from estimator.describe.checks import LIMITS, ConfigError, TooLargeError, choose, positive_int
 from estimator.describe.plan import Plan
 from estimator.describe.presets import preset
 from estimator.hardware.accelerators import Accelerator, accelerator
@@ -214,9 +215,7 @@ def replicated(plan: Plan, count: int | None) -> Plan:
 
 
 def _checked_mfu(mfu: float) -> float:
-    if not 0 < mfu <= 1:
-        raise ConfigError(f"mfu = {mfu!r}: must be above 0 and at most 1")
-    return float(mfu)
+    return number("mfu", mfu, 1e-6, 1)
 
 
 def max_batch_size(
@@ -233,8 +232,7 @@ def max_batch_size(
     m = preset(model) if isinstance(model, str) else model
     p = plan if plan is not None else Plan()
     if isinstance(on, (int, float)):
-        if not on > 0:
-            raise ConfigError(f"bytes = {on!r}: must be above 0")
+        number("bytes", on, 1)
         device, name = None, "cuda"
     else:
         device = accelerator(on)
@@ -242,10 +240,17 @@ def max_batch_size(
         check_kernel(p, device)
 
     def fits(batch_size: int) -> bool:
+        if batch_size > LIMITS["batch_size"]:
+            return False
         trial = p.replace(batch_size=batch_size)
         sizes = sizes_for(m, trial)
         a = account(m, trial, name)
-        values = a.values(sizes)
+        try:
+            values = a.values(sizes)
+        except TooLargeError:
+            if batch_size == 1:
+                raise
+            return False
         if device is None:
             return values.peak_bytes <= on  # type: ignore[operator]  # a number where there is no accelerator
         return memory(a, values, sizes, device).fits

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from estimator.accounting.accounts import recipe_of, sizes_for, vectorised_peak
-from estimator.accounting.vectorised import FOLLOWING
-from estimator.describe.checks import ConfigError, choose
+from estimator.accounting.vectorised import FOLLOWING, whole_numbers
+from estimator.describe.checks import LIMITS, POINTS, ConfigError, choose, shown
 from estimator.hardware.accelerators import accelerator
 from estimator.pricing.money import JOULES_PER_KILOWATT_HOUR, SECONDS_PER_HOUR, cost
 from estimator.timing.speed import times
@@ -38,9 +39,13 @@ def spaced(least: int, most: int, points: int, *, logarithmic: bool = False) -> 
         ConfigError: `least` is below 1 or above `most`, or there are fewer than two points.
     """
     if not 1 <= least <= most:
-        raise ConfigError(f"range = {least} to {most}: must start at 1 or more and not end before it starts")
-    if points < 2:
-        raise ConfigError(f"points = {points}: must be at least 2")
+        raise ConfigError(
+            f"range = {shown(least)} to {shown(most)}: must start at 1 or more and not end before it starts"
+        )
+    if most > LIMITS["steps"]:
+        raise ConfigError(f"range = {least} to {shown(most)}: must end at {LIMITS['steps']:,} at most")
+    if not 2 <= points <= POINTS:
+        raise ConfigError(f"points = {shown(points)}: must be at least 2 and at most {POINTS:,}")
     space = np.geomspace if logarithmic else np.linspace
     return np.unique(np.rint(space(least, most, points)).astype(np.int64))
 
@@ -68,7 +73,8 @@ def axis_values(
         wanted = np.unique(np.maximum(np.rint(wanted / step).astype(np.int64), 1) * step)
         found = wanted[(wanted >= least) & (wanted <= most)]
     else:
-        divisors = [x for x in range(least, min(most, m.d_model) + 1) if _can_be(m, {axis: x})]
+        most_heads = min(most, m.d_model, LIMITS["num_heads"])
+        divisors = [x for x in range(least, most_heads + 1) if _can_be(m, {axis: x})]
         found = np.asarray(divisors[:: max(1, -(-len(divisors) // points))], dtype=np.int64)
     if not len(found):
         raise ConfigError(f"{axis} = {least} to {most}: no value between them makes a model, all else the same")
@@ -97,7 +103,9 @@ def sweep(
         raise ConfigError(f"axes = {', '.join(axes) or 'none'}: must be one or two of {', '.join(AXES)}")
     for name in axes:
         choose("axis", name, AXES)
-    given = {name: np.asarray(values, dtype=np.int64) for name, values in axes.items()}
+    given = {name: whole_numbers(name, values, LIMITS[name]) for name, values in axes.items()}
+    if math.prod(map(len, given.values())) > POINTS:
+        raise ConfigError(f"points = {math.prod(map(len, given.values()))}: must be at most {POINTS:,}")
     shape = tuple(len(values) for values in given.values())
     grid = dict(zip(given, (x.ravel() for x in np.meshgrid(*given.values(), indexing="ij")), strict=True))
     if "seq_len" in given:

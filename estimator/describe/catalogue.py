@@ -11,7 +11,7 @@ from importlib import resources
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
-from estimator.describe.checks import ConfigError
+from estimator.describe.checks import ConfigError, shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -36,7 +36,7 @@ def unknown(field: str, name: str, spellings: Mapping[str, str], allowed: Iterab
     begun = [meant for spelling, meant in spellings.items() if len(wanted) > 1 and spelling.startswith(wanted)]
     near = list(dict.fromkeys([*close, *begun]))[:3]
     hint = f"did you mean {' or '.join(near)}? " if near else ""
-    return ConfigError(f"{field} = {name!r}: {hint}allowed are {', '.join(allowed)}")
+    return ConfigError(f"{field} = {shown(name)}: {hint}allowed are {', '.join(allowed)}")
 
 
 def number(field: str, value: object, least: float = 0, most: float = math.inf, *, above: bool = False) -> float:
@@ -52,4 +52,4 @@ def number(field: str, value: object, least: float = 0, most: float = math.inf, 
     if math.isfinite(x) and least <= x <= most and not (above and x == least):
         return x
     limits = f"{'above' if above else 'of at least'} {least:g}" + (f" and at most {most:g}" if most < math.inf else "")
-    raise ConfigError(f"{field} = {value!r}: must be a finite number {limits}")
+    raise ConfigError(f"{field} = {shown(value)}: must be a finite number {limits}")

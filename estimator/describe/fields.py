@@ -8,7 +8,7 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from estimator.describe.catalogue import number
-from estimator.describe.checks import ConfigError, choose, positive_int
+from estimator.describe.checks import LIMITS, ConfigError, choose, positive_int, shown
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,7 +25,6 @@ ACTIVATIONS = {
     "xielu": "xielu",
 }
 KINDS = {"full_attention": "full", "sliding_attention": "window", "chunked_attention": "chunk"}
-LAYERS_AT_MOST = 10_000  # a list of layers is made; no model is nearly as deep
 
 
 @cache
@@ -84,7 +83,7 @@ class Fields:
         for other in given[1:]:
             if self.raw[other] != first:
                 raise ConfigError(
-                    f"{other} = {self.raw[other]!r}: must be {given[0]}, which is {first!r}, or be left out"
+                    f"{other} = {shown(self.raw[other])}: must be {given[0]}, which is {shown(first)}, or be left out"
                 )
         return first
 
@@ -94,14 +93,14 @@ class Fields:
         if value is None:
             value = {}
         if not isinstance(value, dict):
-            raise ConfigError(f"{name} = {value!r}: must be an object")
+            raise ConfigError(f"{name} = {shown(value)}: must be an object")
         return Fields(value, {}, defaults)
 
     def flag(self, name: str) -> bool:
         """True or false; null is false."""
         value = self(name)
         if value is not None and not isinstance(value, bool):
-            raise ConfigError(f"{self.own(name)} = {value!r}: must be true or false")
+            raise ConfigError(f"{self.own(name)} = {shown(value)}: must be true or false")
         return bool(value)
 
     def as_size(self, name: str, value: Any) -> int:
@@ -122,7 +121,7 @@ class Fields:
         """An integer of at least 0."""
         value = self(name)
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise ConfigError(f"{self.own(name)} = {value!r}: must be an integer of at least 0")
+            raise ConfigError(f"{self.own(name)} = {shown(value)}: must be an integer of at least 0")
         return value
 
     def number(self, name: str) -> float:
@@ -141,8 +140,8 @@ class Fields:
     def layers(self) -> int:
         """The number of blocks."""
         name, count = self.own("num_hidden_layers"), self.size("num_hidden_layers")
-        if count > LAYERS_AT_MOST:
-            raise ConfigError(f"{name} = {count}: must be at most {LAYERS_AT_MOST:,}")
+        if count > LIMITS["num_layers"]:  # a list of them is made
+            raise ConfigError(f"{name} = {count}: must be at most {LIMITS['num_layers']:,}")
         return count
 
     def indices(self, name: str) -> set[int]:
@@ -151,7 +150,7 @@ class Fields:
         if value is None:
             return set()
         if not isinstance(value, list) or any(isinstance(i, bool) or not isinstance(i, int) for i in value):
-            raise ConfigError(f"{name} = {value!r}: must be a list of numbers of layers")
+            raise ConfigError(f"{name} = {shown(value)}: must be a list of numbers of layers")
         return set(value)
 
     def listed(self, name: str, allowed: tuple[Any, ...]) -> list[Any]:
@@ -161,7 +160,7 @@ class Fields:
             raise ConfigError(f"{name}: must be a list with one entry for each of the {self.layers} layers")
         for one in value:
             if one not in allowed:
-                raise ConfigError(f"{name}: {one!r} is none of {', '.join(map(str, allowed))}")
+                raise ConfigError(f"{name}: {shown(one)} is none of {', '.join(map(str, allowed))}")
         return value
 
     def layer_types(self) -> list[str] | None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from estimator.describe.checks import ConfigError
+from estimator.describe.checks import PATH_SHOWN, ConfigError, shown
 from estimator.describe.families import FAMILIES, Family
 from estimator.describe.fields import Fields
 from estimator.describe.model import ModelConfig
@@ -109,7 +109,7 @@ def _model(kind: str, family: Family, c: Fields) -> ModelConfig:
             sizes[name] = c.size(family.window)
     sizes |= _rotated(family, c, sizes, parts)
     if not family.free_heads and c.raw.get("head_dim") not in (None, sizes["d_model"] // sizes["num_heads"]):
-        raise ConfigError(f"head_dim = {c.raw['head_dim']!r}: {kind}'s class has heads of d / h; leave it out")
+        raise ConfigError(f"head_dim = {shown(c.raw['head_dim'])}: {kind}'s class has heads of d / h; leave it out")
     alike = len(set(layers)) == 1 and layers[0].rotates and layers[0].attention != "chunk"
     named = _named(kind, parts)
     try:
@@ -133,7 +133,7 @@ def _refuse(raw: Mapping[str, Any], field: str, allowed: Any, why: str) -> None:
     for name in field.split("."):
         value = value.get(name) if isinstance(value, dict) or value is raw else None
     if value not in (allowed, None):
-        raise ConfigError(f"{field} = {value!r}: {why}; allowed is {json.dumps(allowed)}")
+        raise ConfigError(f"{field} = {shown(value)}: {why}; allowed is {json.dumps(allowed)}")
 
 
 def _named(kind: str, parts: Parts) -> str | None:
@@ -208,9 +208,9 @@ def _read(source: str | Path | bytes | Mapping[str, Any]) -> tuple[str, Mapping[
     if isinstance(source, bytes):
         where, content = "config", source
     elif isinstance(source, (str, Path)):
-        where, content = f"config file {str(source)!r}", _content(Path(source))
+        where, content = f"config file {shown(str(source), PATH_SHOWN)}", _content(Path(source))
     else:
-        raise ConfigError(f"config = {source!r}: must be a path, the bytes of a file or a dict")
+        raise ConfigError(f"config = {shown(source)}: must be a path, the bytes of a file or a dict")
     if len(content) > SIZE_LIMIT:
         raise ConfigError(f"{where}: larger than {SIZE_LIMIT:,} bytes, so it is no config.json")
     try:
@@ -232,7 +232,7 @@ def _content(path: Path) -> bytes:
             with path.open("rb") as file:
                 return file.read(SIZE_LIMIT + 1)
     except OSError as error:
-        raise ConfigError(f"config file {str(path)!r}: cannot be read ({error.strerror})") from None
+        raise ConfigError(f"config file {shown(str(path), PATH_SHOWN)}: cannot be read ({error.strerror})") from None
     except ValueError as error:  # a null byte in the name
-        raise ConfigError(f"config file {str(path)!r}: cannot be read ({error})") from None
-    raise ConfigError(f"config file {str(path)!r}: must be a regular file")
+        raise ConfigError(f"config file {shown(str(path), PATH_SHOWN)}: cannot be read ({error})") from None
+    raise ConfigError(f"config file {shown(str(path), PATH_SHOWN)}: must be a regular file")

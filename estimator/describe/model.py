@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
-from estimator.describe.checks import ConfigError, choose, known_fields, positive_int
+from estimator.describe.checks import SHOWN, ConfigError, choose, known_fields, positive_int, shown
 from estimator.describe.nested import part_of, plain
 from estimator.describe.parts import FAMILIES, Layer, Parts, Pattern
 
@@ -120,10 +120,10 @@ class ModelConfig:
         else:
             parts = part_of(Parts, self.parts, "parts")
             if not isinstance(self.family, str) or not self.family:
-                raise ConfigError(f"family = {self.family!r}: must be a name")
+                raise ConfigError(f"family = {shown(self.family)}: must be a name")
         for name in ("tie_embeddings", "qkv_bias"):
             if not isinstance(getattr(self, name), (bool, type(None))):
-                raise ConfigError(f"{name} = {getattr(self, name)!r}: must be true or false")
+                raise ConfigError(f"{name} = {shown(getattr(self, name))}: must be true or false")
         if self.tie_embeddings is not None:
             parts = replace(parts, ends=replace(parts.ends, tied=self.tie_embeddings))
         if self.qkv_bias is not None:
@@ -176,16 +176,19 @@ class ModelConfig:
         for name, need in needed.items():
             value = getattr(self, name)
             if value is not None and not need:
-                raise ConfigError(f"{name} = {value!r}: nothing in the model's parts has this size; allowed is none")
+                why = "nothing in the model's parts has this size"
+                raise ConfigError(f"{name} = {shown(value)}: {why}; allowed is none")
             if value is not None:
                 self._put(name, positive_int(name, value))
             elif need and name == "d_ff" and self.family == "gpt2":
                 self._put(name, 4 * self.d_model)
             elif need:
-                why = f"a {self.family} has no default feed-forward width" if name == "d_ff" else "the parts need it"
+                why = "the parts need it"
+                if name == "d_ff":
+                    why = f"a {self.family[:SHOWN]} has no default feed-forward width"
                 raise ConfigError(f"{name} = None: {why}; give a positive integer")
         if self.rotary_dim is not None and (latent or not rotary):
-            raise ConfigError(f"rotary_dim = {self.rotary_dim!r}: {_NO_ROTARY}; allowed is none")
+            raise ConfigError(f"rotary_dim = {shown(self.rotary_dim)}: {_NO_ROTARY}; allowed is none")
 
     def _derive(self) -> None:
         """The sizes that follow from others."""

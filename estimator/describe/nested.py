@@ -6,7 +6,7 @@ import math
 from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
-from estimator.describe.checks import ConfigError, choose, known_fields
+from estimator.describe.checks import ConfigError, choose, known_fields, shown
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,12 +24,12 @@ def check(part: Any, **allowed: Sequence[str]) -> None:
         elif f.name in allowed:
             choose(name, value, allowed[f.name])
         elif f.type == "bool" and not isinstance(value, bool):
-            raise ConfigError(f"{name} = {value!r}: must be true or false")
+            raise ConfigError(f"{name} = {shown(value)}: must be true or false")
         elif f.type == "int" and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-            raise ConfigError(f"{name} = {value!r}: must be an integer of at least 0")
+            raise ConfigError(f"{name} = {shown(value)}: must be an integer of at least 0")
         elif f.type == "float | None" and value is not None:
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-                raise ConfigError(f"{name} = {value!r}: must be a finite number above 0, or none")
+                raise ConfigError(f"{name} = {shown(value)}: must be a finite number above 0, or none")
             object.__setattr__(part, f.name, float(value))
 
 
@@ -43,7 +43,7 @@ def part_of(cls: type, value: Any, name: str) -> Any:
     if isinstance(value, cls):
         return value
     if not isinstance(value, dict):
-        raise ConfigError(f"{name} = {value!r}: must be {cls.__name__}(...), or a mapping of its fields")
+        raise ConfigError(f"{name} = {shown(value)}: must be {cls.__name__}(...), or a mapping of its fields")
     return cls(**known_fields(cls, value))
 
 

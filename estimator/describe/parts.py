@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
-from estimator.describe.checks import ConfigError
+from estimator.describe.checks import ConfigError, shown
 from estimator.describe.nested import check, is_part, part_of
 
 if TYPE_CHECKING:
@@ -322,7 +322,7 @@ class Pattern:
         for name in ("first", "cycle"):
             layers = getattr(self, name)
             if not isinstance(layers, (tuple, list)):
-                raise ConfigError(f"Pattern.{name} = {layers!r}: must be a tuple of Layer(...)")
+                raise ConfigError(f"Pattern.{name} = {shown(layers)}: must be a tuple of Layer(...)")
             made = tuple(part_of(Layer, x, f"Pattern.{name}") for x in layers)
             object.__setattr__(self, name, made)
         if not self.cycle:

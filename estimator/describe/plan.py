@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from estimator.describe.checks import ConfigError, choose, known_fields, positive_int
+from estimator.describe.checks import NORM, ConfigError, choose, known_fields, positive_int, shown
 
 if TYPE_CHECKING:
     from estimator.describe.model import ModelConfig
@@ -120,7 +120,7 @@ class Plan:
         choose("sharding", self.sharding, SHARDINGS)
         for name in ("compile", "fp32_gradients"):
             if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} = {getattr(self, name)!r}: must be true or false")
+                raise ConfigError(f"{name} = {shown(getattr(self, name))}: must be true or false")
         if self.seq_len is not None:
             put(self, "seq_len", positive_int("seq_len", self.seq_len))
         choose("precision", self.precision, PRECISIONS)
@@ -138,7 +138,7 @@ class Plan:
         choose("loss", self.loss, LOSSES)
         rate = self.dropout
         if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate < 1:
-            raise ConfigError(f"dropout = {rate!r}: must be a number of at least 0 and below 1")
+            raise ConfigError(f"dropout = {shown(rate)}: must be a number of at least 0 and below 1")
         choose("checkpointing", self.checkpointing, CHECKPOINTINGS)
         put(self, "checkpoint_every", positive_int("checkpoint_every", self.checkpoint_every))
         if self.checkpointing == "none" and self.checkpoint_every > 1:
@@ -160,8 +160,11 @@ class Plan:
                 f"sharding = {self.sharding!r}: {self.optimizer} works on whole matrices; allowed is none (DDP)"
             )
         norm = self.max_grad_norm
-        if norm is not None and (isinstance(norm, bool) or not isinstance(norm, (int, float)) or not norm > 0):
-            raise ConfigError(f"max_grad_norm = {norm!r}: must be a number above 0, or None for no clipping")
+        if norm is not None and (isinstance(norm, bool) or not isinstance(norm, (int, float)) or not 0 < norm <= NORM):
+            raise ConfigError(
+                f"max_grad_norm = {shown(norm)}: must be a finite number above 0 and at most {NORM:g}, or None for no "
+                "clipping"
+            )
 
     def tokens(self, model: ModelConfig) -> int:
         """T, the sequence length that this plan gives to `model`.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from estimator.describe.catalogue import squash
+from estimator.describe.checks import shown
 from estimator.describe.fields import class_defaults
 
 if TYPE_CHECKING:
@@ -90,17 +91,18 @@ def refusal(raw: Mapping[str, Any], families: Sequence[str]) -> str | None:
     kind = raw.get("model_type")
     if not isinstance(kind, str) or not kind:
         return (
-            f"model_type = {kind!r}: a configuration of transformers names its family here; allowed are "
+            f"model_type = {shown(kind)}: a configuration of transformers names its family here; allowed are "
             f"{', '.join(families)}"
         )
-    name = f"model_type = {kind!r}"
+    name = f"model_type = {shown(kind)}"
     text = next((field for field in TEXT if isinstance(raw.get(field), dict)), None)
     parts = dict.fromkeys(what for field, what in BESIDE_TEXT.items() if raw.get(field))
     if text is not None:
         inner = raw[text].get("model_type")
         beside = f"{' and '.join(parts)} beside the text ({', '.join(f for f in BESIDE_TEXT if raw.get(f))})"
         around = beside if parts else f"{IS.get(kind, 'another model')} around its {text}"
-        hint = f"{AS_TEXT} {text} as the whole configuration" if inner in families else f"{text} is {inner!r}, not read"
+        taken = f"{AS_TEXT} {text} as the whole configuration"
+        hint = taken if inner in families else f"{text} is {shown(inner)}, not read"
         return f"{name}: {around}, which would be lost; {hint}"
     if parts:
         return f"{name}: {' and '.join(parts)} beside the text, which would be lost; {NEAREST} a decoder of text alone"

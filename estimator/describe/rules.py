@@ -7,7 +7,7 @@ from math import log, sqrt
 from typing import TYPE_CHECKING, Any
 
 from estimator.describe.catalogue import number as finite
-from estimator.describe.checks import ConfigError
+from estimator.describe.checks import ConfigError, shown
 
 if TYPE_CHECKING:
     from estimator.describe.fields import Fields
@@ -99,7 +99,7 @@ def blocks_of_kinds(c: Fields) -> list[str]:
         kinds = []
     if len(kinds) != c.layers:
         raise ConfigError(
-            f"attention_types = {given!r}: must be pairs of kinds (global, local) and how often they repeat, "
+            f"attention_types = {shown(given)}: must be pairs of kinds (global, local) and how often they repeat, "
             f"{c.layers} layers in all"
         )
     return kinds
@@ -162,7 +162,7 @@ def by_group_limit(c: Fields) -> bool:
     """DeepSeek-V2 chooses among all experts, or within the best groups."""
     method = c("topk_method")
     if method not in ("greedy", "group_limited_greedy"):
-        raise ConfigError(f"topk_method = {method!r}: allowed are greedy, group_limited_greedy")
+        raise ConfigError(f"topk_method = {shown(method)}: allowed are greedy, group_limited_greedy")
     return method == "group_limited_greedy"
 
 
@@ -175,7 +175,7 @@ def normalised_by_sum(c: Fields) -> bool:
     """DBRX divides the weights by their norm of any order; order 1 is their sum, null is not at all."""
     order = c.inside("ffn_config")("moe_normalize_expert_weights")
     if order not in (1, None):
-        raise ConfigError(f"moe_normalize_expert_weights = {order!r}: allowed are 1 (their sum) and null")
+        raise ConfigError(f"moe_normalize_expert_weights = {shown(order)}: allowed are 1 (their sum) and null")
     return order is not None
 
 

@@ -177,6 +177,12 @@ def runs(kinds: Sequence[Hashable]) -> list[Group]:
     return groups
 
 
+@lru_cache(maxsize=1024)
+def executed_of(kinds: tuple[Hashable, ...]) -> int:
+    """How many of these blocks, in a row, are executed."""
+    return len(executed(runs(kinds)).stack.places)
+
+
 def _ordinal(number: int) -> str:
     return {1: "first", 2: "second", 3: "third"}.get(number, f"{number}th")
 

@@ -57,6 +57,8 @@ FIELDS = {
     "e_v": "value_dim",
     "d_e": "embedding_dim",
 }
+# The same with those of a Plan: the field behind each letter that a user gives.
+GIVEN = {"B": "batch_size", "T": "seq_len", **FIELDS, "D": "data_parallel"}
 
 
 class Fact(NamedTuple):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from estimator.describe.catalogue import number, read_data, squash, unknown
-from estimator.describe.checks import ConfigError, choose, positive_int
+from estimator.describe.checks import PATH_SHOWN, ConfigError, choose, positive_int, shown
 
 DTYPES = ("fp64", "fp32", "tf32", "fp16", "bf16", "fp8", "int8", "fp4")
 DTYPE_SPELLINGS = {
@@ -25,6 +25,7 @@ DTYPE_SPELLINGS = {
     "float4": "fp4",
 }
 DEVICES = ("cuda", "cpu", "hpu", "mps", "xla")
+RATES = (1e-3, 1e30)  # (least, most) of what a second, a watt or a hertz is counted by: times stay finite
 PROFILE_LIMIT = 1_000_000  # bytes; a profile is a few hundred lines, so anything larger is another file
 # Words that people and drivers put around a name and that tell nothing apart.
 NOISE = {
@@ -113,15 +114,15 @@ class Accelerator:
         for name in ("memory_driver_bytes", "memory_marketed_bytes", "sm_count", "l2_bytes", "scale_up_size"):
             if getattr(self, name) is not None:
                 positive_int(name, getattr(self, name))
-        number("memory_bandwidth", self.memory_bandwidth, above=True)
+        number("memory_bandwidth", self.memory_bandwidth, *RATES)
         for name in ("boost_clock", "power", "scale_up_bandwidth", "pcie_bandwidth", "inter_node_bandwidth"):
             if getattr(self, name) is not None:
-                number(name, getattr(self, name), above=True)
+                number(name, getattr(self, name), *RATES)
         if not self.peaks:
             raise ConfigError("peaks = (): must have the peak of at least one dtype, in FLOP/s")
         for dtype, flops in (*self.peaks, *self.measured_peaks):
             choose("dtype of a peak", dtype, DTYPES)
-            number(f"peak.{dtype}", flops, above=True)
+            number(f"peak.{dtype}", flops, *RATES)
         for field in self.unverified:
             self._known(field)
 
@@ -139,7 +140,7 @@ class Accelerator:
         short = str(dtype).removeprefix("torch.")
         short = DTYPE_SPELLINGS.get(short, short)
         if short not in self.peak:
-            raise ConfigError(f"dtype = {str(dtype)!r}: {self.id} has a peak for {', '.join(self.peak)}")
+            raise ConfigError(f"dtype = {shown(str(dtype))}: {self.id} has a peak for {', '.join(self.peak)}")
         return self.peak[short]
 
     def is_verified(self, field: str) -> bool:
@@ -215,7 +216,7 @@ def accelerator(name: str | Path | Accelerator) -> Accelerator:
     if isinstance(name, Path) or (isinstance(name, str) and name.endswith(".toml")):
         return _profile(Path(name))
     if not isinstance(name, str):
-        raise ConfigError(f"accelerator = {name!r}: must be a name, or the path of a profile")
+        raise ConfigError(f"accelerator = {shown(name)}: must be a name, or the path of a profile")
     exact = _spellings()
     for spelling in (name, " ".join(_words(name))):
         if squash(spelling) in exact:
@@ -225,7 +226,7 @@ def accelerator(name: str | Path | Accelerator) -> Accelerator:
     if len(meant) == 1:
         return _entry(meant[0])
     if meant:
-        raise ConfigError(f"accelerator = {name!r}: could be any of {', '.join(meant)}; name one")
+        raise ConfigError(f"accelerator = {shown(name)}: could be any of {', '.join(meant)}; name one")
     raise unknown("accelerator", name, exact, accelerators())
 
 
@@ -263,7 +264,7 @@ def cluster(
         if needed and link is None:
             raise ConfigError(f"{field} = None: no figure is known for {a.id}; give the bytes/s of one accelerator")
         if link is not None:
-            number(field, link, above=True)
+            number(field, link, *RATES)
     return Cluster(a, nodes, per_node, within if per_node > 1 else None, between if nodes > 1 else None)
 
 
@@ -306,16 +307,16 @@ def _build(table: dict[str, Any]) -> Accelerator:
     for ours, theirs in (("peaks", "peak"), ("measured_peaks", "measured_peak")):
         peaks = plain.pop(theirs, {})
         if not isinstance(peaks, dict):
-            raise ConfigError(f"{theirs} = {peaks!r}: must be a table of dtype = FLOP/s")
+            raise ConfigError(f"{theirs} = {shown(peaks)}: must be a table of dtype = FLOP/s")
         plain[ours] = tuple(peaks.items())
     for name in ("aliases", "sources", "unverified"):
         values = plain.get(name, [])
         if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-            raise ConfigError(f"{name} = {values!r}: must be a list of strings")
+            raise ConfigError(f"{name} = {shown(values)}: must be a list of strings")
         plain[name] = tuple(values)
     for name in ("name", "vendor", "architecture", "form_factor", "scale_up_link", "notes"):
         if not isinstance(plain.get(name, ""), str):
-            raise ConfigError(f"{name} = {plain[name]!r}: must be a string")
+            raise ConfigError(f"{name} = {shown(plain[name])}: must be a string")
     return Accelerator(**plain)
 
 
@@ -325,19 +326,22 @@ def _profile(path: Path) -> Accelerator:
         with path.open("rb") as file:
             content = file.read(PROFILE_LIMIT + 1)
         if len(content) > PROFILE_LIMIT:
-            raise ConfigError(f"profile {str(path)!r}: larger than {PROFILE_LIMIT:,} bytes, so it is no profile")
+            raise ConfigError(
+                f"profile {shown(str(path), PATH_SHOWN)}: larger than {PROFILE_LIMIT:,} bytes, so it is no profile"
+            )
         table = tomllib.loads(content.decode())
     except OSError as error:
-        raise ConfigError(f"profile {str(path)!r}: cannot be read ({error.strerror})") from None
+        raise ConfigError(f"profile {shown(str(path), PATH_SHOWN)}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
-        raise ConfigError(f"profile {str(path)!r}: must be TOML in UTF-8") from None
+        raise ConfigError(f"profile {shown(str(path), PATH_SHOWN)}: must be TOML in UTF-8") from None
     except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise ConfigError(f"profile {str(path)!r}: is not TOML ({error})") from None
+        raise ConfigError(f"profile {shown(str(path), PATH_SHOWN)}: is not TOML ({error})") from None
     table.pop("calibration", None)
     missing = [field for field in ("memory_bytes", "memory_bandwidth", "peak") if field not in table]
     if missing:
         raise ConfigError(
-            f"profile {str(path)!r}: {missing[0]} is missing; needed are memory_bytes, memory_bandwidth, peak"
+            f"profile {shown(str(path), PATH_SHOWN)}: {missing[0]} is missing; needed are memory_bytes, "
+            "memory_bandwidth, peak"
         )
     allowed = {f.name for f in fields(Accelerator)} - {"peaks", "measured_peaks", "profile"} | {"peak", "measured_peak"}
     try:
@@ -345,4 +349,4 @@ def _profile(path: Path) -> Accelerator:
             choose("field", field, sorted(allowed))
         return _build({"id": path.stem, "name": path.stem, **table, "profile": str(path)})
     except ConfigError as error:
-        raise ConfigError(f"profile {str(path)!r}: {error}") from None
+        raise ConfigError(f"profile {shown(str(path), PATH_SHOWN)}: {error}") from None

@@ -6,10 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from estimator.describe.checks import BLOCKS, ConfigError
 from estimator.eager import ops
 from estimator.eager.checkpointing import checkpoint
 from estimator.eager.linalg import linear
-from estimator.eager.repetition import layout
+from estimator.eager.repetition import TURNS, executed_of, layout
 from estimator.eager.tensor import Locals, Machine, Tensor, arguments
 
 if TYPE_CHECKING:
@@ -52,19 +53,41 @@ class Recipe:
     parallel: str = "alone"
 
     def layout(self, num_layers: int) -> Layout:
-        """The groups of alike blocks in a model of so many."""
-        return layout(self.first, self.cycle, num_layers)
+        """The groups of alike blocks in a model of so many.
+
+        Raises:
+            ConfigError: more of them would be run one by one than is reckoned with; they are counted, not made.
+        """
+        blocks = self.executed(num_layers)
+        if blocks > BLOCKS:
+            every = f"checkpoint_every = {self.checkpoint_every}: " if self.checkpoint_every > 1 else "pattern: "
+            raise ConfigError(
+                f"{every}of {num_layers} layers {blocks} would be run one by one; allowed are at most {BLOCKS}, which "
+                f"blocks that are alike after {BLOCKS // (TURNS + 1)} or fewer never exceed"
+            )
+        return layout(self.first, self._cycle(num_layers), num_layers)
+
+    @property
+    def period(self) -> int:
+        """After how many blocks, those of `pattern.first` not counted, the kinds begin again."""
+        every = self.checkpoint_every if self.checkpointing != "none" else 1
+        return math.lcm(len(self.pattern.cycle), every)
+
+    def executed(self, num_layers: int) -> int:
+        """How many blocks of a model of so many are run one by one: of what repeats, three turns and what is over."""
+        first = self.first[:num_layers]
+        rest = num_layers - len(first)
+        return executed_of(first) + min(rest, TURNS * self.period + rest % self.period)
 
     @property
     def first(self) -> tuple[BlockKind, ...]:
         """The kinds of the first blocks, before those that repeat."""
         return tuple(self._kind(i) for i in range(len(self.pattern.first)))
 
-    @property
-    def cycle(self) -> tuple[BlockKind, ...]:
-        """The kinds of the blocks that repeat."""
-        first, every = len(self.pattern.first), self.checkpoint_every if self.checkpointing != "none" else 1
-        return tuple(self._kind(first + i) for i in range(math.lcm(len(self.pattern.cycle), every)))
+    def _cycle(self, num_layers: int) -> tuple[BlockKind, ...]:
+        """The kinds of the blocks that repeat; no more of them than the model has."""
+        first = len(self.pattern.first)
+        return tuple(self._kind(first + i) for i in range(min(self.period, max(num_layers - first, 1))))
 
     def _kind(self, index: int) -> BlockKind:
         (layer,) = self.pattern.layers(index + 1)[index:]

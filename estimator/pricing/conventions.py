@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from estimator.describe.checks import ConfigError, choose
+from estimator.describe.checks import ConfigError, choose, shown
 
 if TYPE_CHECKING:
     from estimator.describe.model import ModelConfig
@@ -69,7 +69,7 @@ def model_flops_utilisation(
         ConfigError: a peak that is not above 0.
     """
     if not peak_flops > 0:
-        raise ConfigError(f"peak_flops = {peak_flops!r}: must be above 0")
+        raise ConfigError(f"peak_flops = {shown(peak_flops)}: must be above 0")
     return {
         name: flops_per_token(m, seq_len, parameters, name) * tokens_per_second / peak_flops for name in CONVENTIONS
     }

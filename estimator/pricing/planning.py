@@ -13,7 +13,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from estimator.describe.catalogue import number, read_data
-from estimator.describe.checks import ConfigError, choose, positive_int
+from estimator.describe.checks import ConfigError, choose, positive_int, shown
 from estimator.describe.presets import presets, published_parameters, sparse
 from estimator.hardware import accelerators as hardware
 from estimator.pricing.money import SECONDS_PER_HOUR, Cost, cost
@@ -218,9 +218,9 @@ def budget(
     else:
         one_hour = cost(a, SECONDS_PER_HOUR, count, price=price)
         if one_hour.dollars is None:
-            raise ConfigError(f"price = {price!r}: {one_hour.missing[0]}")
+            raise ConfigError(f"price = {shown(price)}: {one_hour.missing[0]}")
         if one_hour.dollars.median == 0:
-            raise ConfigError(f"price = {price!r}: must be above 0 to turn dollars into hours")
+            raise ConfigError(f"price = {shown(price)}: must be above 0 to turn dollars into hours")
         seconds = amounts["dollars"] / one_hour.dollars.median * SECONDS_PER_HOUR
     total = amounts.get("flops", seconds * flops_per_second)
     spent = cost(a, seconds, count, price=price)

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import re
+import shutil
 import sys
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from estimator.describe.checks import ConfigError
+from estimator.describe.checks import SHOWN, ConfigError, shown
 from estimator.describe.model import ModelConfig
 from estimator.describe.plan import Plan
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from _typeshed import SupportsWrite
     from rich.console import Console
 
     from estimator.answers.estimates import Estimate
@@ -24,9 +29,35 @@ if TYPE_CHECKING:
 GIB = 2**30
 
 
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that repeats no more of a long word than an error of the library does."""
+
+    def print_help(self, file: SupportsWrite[str] | None = None) -> None:
+        """Print the help; argparse's own is silent where it cannot be written."""
+        (file or sys.stdout).write(self.format_help())
+
+    def error(self, message: str) -> NoReturn:
+        """Print usage and `message`, and exit with 2."""
+        super().error(re.sub(rf"\S{{{SHOWN + 1},}}", lambda word: f"{word[0][: SHOWN - 3]}...", message))
+
+
+def _integer(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:  # no number, or one of more digits than Python reads
+        raise argparse.ArgumentTypeError(f"{shown(text)}: must be an integer") from None
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{shown(text)}: must be a number") from None
+
+
 def parser() -> argparse.ArgumentParser:
     """Arguments: a model, each field of the plan, each size of the model, the accelerator, the run, the output."""
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="estimate",
         description="The bytes, FLOPs and hours of a training step, when its memory peaks, and by what formula.",
         epilog="`estimate --list` prints the names of all presets and accelerators; `estimate calibrate` measures this "
@@ -41,11 +72,11 @@ def parser() -> argparse.ArgumentParser:
     _add_fields(sizes, ModelConfig, skip=("family", "parts", "pattern"))
     run = p.add_argument_group("the run")
     run.add_argument(
-        "--mfu", type=float, help="MFU to reckon time with, in (0, 1] (default: predicted from the kernels)"
+        "--mfu", type=_number, help="MFU to reckon time with, in (0, 1] (default: predicted from the kernels)"
     )
-    run.add_argument("--steps", type=int, help="optimizer steps")
-    run.add_argument("--global-batch-size", type=int, help="sequences in an optimizer step of the whole job")
-    run.add_argument("--count", type=int, help="accelerators (default: the plan's data_parallel)")
+    run.add_argument("--steps", type=_integer, help="optimizer steps")
+    run.add_argument("--global-batch-size", type=_integer, help="sequences in an optimizer step of the whole job")
+    run.add_argument("--count", type=_integer, help="accelerators (default: the plan's data_parallel)")
     out = p.add_argument_group("the output")
     out.add_argument("--max-batch", action="store_true", help="print the largest micro-batch that fits, and stop")
     out.add_argument("--formulas", action="store_true", help="print the closed form of every figure, and stop")
@@ -63,13 +94,37 @@ def _add_fields(group: Any, cls: type[ModelConfig | Plan], skip: Sequence[str] =
             option["action"] = argparse.BooleanOptionalAction
         else:
             option["metavar"] = "N" if "int" in kind else "X" if "float" in kind else "NAME"
-            option["type"] = int if "int" in kind else float if "float" in kind else str
+            option["type"] = _integer if "int" in kind else _number if "float" in kind else str
         group.add_argument(f"--{f.name.replace('_', '-')}", **option)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; 0 if all is well, 2 for bad input."""
-    argv = sys.argv[1:] if argv is None else list(argv)
+    """The command; 0 if all is well, 2 for bad input, 1 where the output cannot be written."""
+    if sys.stdout is None:  # `estimate ... >&-`: nobody listens
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - it is open until the end
+    try:
+        try:
+            return _command(sys.argv[1:] if argv is None else list(argv))
+        finally:
+            sys.stdout.flush()  # here, where what goes wrong can still be said
+    except BrokenPipeError:  # `estimate ... | head` has read enough
+        _abandon_output()
+        return 0
+    except OSError as error:
+        if error.filename is not None:  # of a file that was to be read
+            raise
+        _abandon_output()
+        sys.stderr.write(f"estimate: error: the output cannot be written ({error.strerror})\n")
+        return 1
+
+
+def _abandon_output() -> None:
+    """What is left to be written goes nowhere: Python would try again at its end, and complain."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _command(argv: list[str]) -> int:
     if argv[:1] == ["--list"]:
         return _list()
     if argv[:1] == ["calibrate"]:
@@ -80,9 +135,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(args)
     except ConfigError as error:
         arguments.exit(2, f"estimate: error: {error}\n")
-    except BrokenPipeError:  # `estimate ... | head` has read enough
-        sys.stderr.close()
-        return 0
 
 
 def _calibrate(argv: Sequence[str]) -> int:
@@ -112,7 +164,7 @@ def _run(args: argparse.Namespace) -> int:
     from estimator.describe.presets import preset  # noqa: PLC0415 - only here
 
     named = (
-        from_hf(Path(args.model)) if args.model.endswith(".json") or Path(args.model).is_dir() else preset(args.model)
+        from_hf(Path(args.model)) if args.model.endswith(".json") or os.path.isdir(args.model) else preset(args.model)  # noqa: PTH112 - Path.is_dir raises where a name is too long to be a path
     )
     given = vars(args)
     model = named.replace(**{f.name: given[f.name] for f in fields(ModelConfig) if given.get(f.name) is not None})
@@ -130,7 +182,7 @@ def _run(args: argparse.Namespace) -> int:
         count=args.count,
     )
     if args.json:
-        json.dump(r.to_dict(), sys.stdout, indent=1)
+        json.dump(r.to_dict(), sys.stdout, indent=1, allow_nan=False)
         sys.stdout.write("\n")
     elif args.formulas:
         _formulas(r)
@@ -180,12 +232,22 @@ def verdict(r: Estimate, largest: int) -> str:
 def _tables(name: str, r: Estimate, largest: int) -> None:
     from rich.console import Console  # noqa: PLC0415 - --json does without
     from rich.table import Table  # noqa: PLC0415 - --json does without
+    from rich.text import Text  # noqa: PLC0415 - --json does without
 
-    console = Console()
+    class Output(Console):
+        """A console that leaves a closed pipe to `main`."""
+
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError
+
+    # rich takes COLUMNS as it is, 0 included; shutil's answer is a width that one can print in.
+    width = min(max(shutil.get_terminal_size().columns, 20), 1000)
+    console = Output(width=width, markup=False, emoji=False)
     p = r.plan
     blocks = f" (1 block in {p.checkpoint_every})" if p.checkpoint_every > 1 else ""
     console.print(
-        f"[bold]{name}[/] on {r.accelerator.name}: micro-batch {p.batch_size} x {p.tokens(r.model):,} tokens, "
+        Text(name.encode("utf-8", "backslashreplace").decode(), style="bold"),
+        f"on {r.accelerator.name}: micro-batch {p.batch_size} x {p.tokens(r.model):,} tokens, "
         f"{p.precision}, {p.attention} attention, checkpointing {p.checkpointing}{blocks}, "
         f"{p.optimizer} ({p.implementation(r.account.device)})",
         highlight=False,

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def to_json(request: Request, cost: Cost | None = None) -> str:
     """Everything as JSON: the estimate, what it costs, and how to ask again."""
     plain = request.estimate().to_dict() | {"cost": cost_dict(cost), "python": request.python()}
-    return json.dumps(plain | {"command": request.command()}, indent=1)
+    return json.dumps(plain | {"command": request.command()}, indent=1, allow_nan=False)
 
 
 def cost_dict(cost: Cost | None) -> dict[str, Any] | None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
-from estimator.describe.checks import ConfigError
+from estimator.describe.checks import ConfigError, shown
 from estimator.describe.presets import preset
 from estimator.eager.ledger import Category
 from estimator.eager.letters import ZERO, L, Size, evaluate, expression
@@ -87,9 +87,9 @@ class TextbookAccount:
             ConfigError: the MFU is not in (0, 1], or the peak is not positive.
         """
         if not 0 < mfu <= 1:
-            raise ConfigError(f"mfu = {mfu!r}: must be above 0 and at most 1")
+            raise ConfigError(f"mfu = {shown(mfu)}: must be above 0 and at most 1")
         if not peak_flops > 0:
-            raise ConfigError(f"peak_flops = {peak_flops!r}: must be above 0")
+            raise ConfigError(f"peak_flops = {shown(peak_flops)}: must be above 0")
         return steps * self.step_flops(batch_size) / (mfu * peak_flops) / SECONDS_PER_DAY
 
 

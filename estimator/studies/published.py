@@ -185,7 +185,7 @@ def residuals() -> str:
         low, high = (_quantile(ratios, np.array(weights), q) for q in (0.05, 0.95))
         files = Counter(f"{NAMES[j.run.source]} on {j.run.accelerator}" for j in members)
         said = "Errors on published runs: " + "; ".join(f"{n} of {what}" for what, n in files.items()) + "."
-        lines.append(f"\n[{name}]\nlow = {low:.3f}\nhigh = {high:.3f}\nrows = {json.dumps(said)}\n")
+        lines.append(f"\n[{name}]\nlow = {low:.3f}\nhigh = {high:.3f}\nrows = {json.dumps(said, allow_nan=False)}\n")
     return "".join(lines)
 
 
@@ -278,7 +278,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         (args.out / "published.md").write_text(text, encoding="utf-8")
         (args.out / "published.svg").write_text(plot(), encoding="utf-8")
         if args.json:
-            args.json.write_text(json.dumps(records(), indent=1) + "\n", encoding="utf-8")
+            args.json.write_text(json.dumps(records(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
     except OSError as error:
         parser.error(f"cannot write {error.filename!r}: {error.strerror}")
     return 0

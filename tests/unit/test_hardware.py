@@ -254,7 +254,10 @@ def test_to_dict_is_a_profile(id_):
         (b"memory_bandwidth = 1.0", "memory_bytes is missing"),
         (PROFILE.encode() + b"memory_bandwith = 3", "field = 'memory_bandwith': did you mean memory_bandwidth"),
         (PROFILE.replace("16_000_000_000", "16e9").encode(), "memory_bytes = 16000000000.0: must be an integer"),
-        (PROFILE.replace("40e9", "-1.0").encode(), "memory_bandwidth = -1.0: must be a finite number above 0"),
+        (
+            PROFILE.replace("40e9", "-1.0").encode(),
+            "memory_bandwidth = -1.0: must be a finite number of at least 0.001",
+        ),
         (PROFILE.replace("40e9", "nan").encode(), "memory_bandwidth = nan"),
         (PROFILE.replace("fp32", "fp33").encode(), "dtype of a peak = 'fp33': did you mean"),
         (PROFILE.replace("{ fp32 = 1.2e12 }", "3").encode(), "peak = 3: must be a table"),
@@ -309,7 +312,7 @@ def test_links_of_a_cluster():
         ({"name": "h100 sxm", "count": 12}, "count = 12: must fill whole nodes of 8"),
         ({"name": "h100 sxm", "count": 0}, "count = 0"),
         ({"name": "h100 sxm", "count": 8, "per_node": 2.5}, "per_node = 2.5"),
-        ({"name": "h100 sxm", "count": 8, "within": 0}, "within = 0: must be a finite number above 0"),
+        ({"name": "h100 sxm", "count": 8, "within": 0}, "within = 0: must be a finite number of at least 0.001"),
     ],
 )
 def test_a_cluster_that_cannot_be_is_refused(arguments, message):

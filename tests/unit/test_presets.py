@@ -10,7 +10,7 @@ from shapes_of_parts import parameters
 
 from estimator.describe import presets as presets_module
 from estimator.describe.catalogue import squash
-from estimator.describe.checks import ConfigError
+from estimator.describe.checks import ConfigError, shown
 from estimator.describe.model import ModelConfig
 from estimator.describe.presets import preset, preset_groups, presets, published_parameters
 
@@ -152,4 +152,4 @@ def model_or_error(read, source):
 @given(st.text())
 def test_any_text_is_a_preset_or_one_clear_error(text):
     result = model_or_error(preset, text)
-    assert isinstance(result, ModelConfig) or result.startswith(f"model = {text!r}: ")
+    assert isinstance(result, ModelConfig) or result.startswith(f"model = {shown(text)}: ")

@@ -111,7 +111,8 @@ def test_what_cannot_be_swept_is_refused():
         ({}, "one or two"),
         ({"seq_len": [2048]}, "1024 positions"),
         ({"d_model": [7]}, "divisible by num_heads"),
-        ({"d_ff": [10**9], "num_layers": [10**9]}, "beyond 2"),
+        ({"d_ff": [10**9]}, "d_ff = 1000000000: must be at most"),
+        ({"vocab_size": [10**9], "batch_size": [10**6]}, "beyond 2"),
     ):
         with pytest.raises(est.ConfigError, match=said):
             sweep(GPT2, axes)

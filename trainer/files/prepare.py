@@ -108,7 +108,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
         "valid_bytes": sizes["valid"],
         "unigram_loss": unigram_loss(counts["train"], counts["valid"]),
     }
-    write_whole(config.out / "manifest.json", (json.dumps(manifest, indent=2) + "\n").encode())
+    write_whole(config.out / "manifest.json", (json.dumps(manifest, indent=2, allow_nan=False) + "\n").encode())
     return manifest
 
 

@@ -365,7 +365,7 @@ def processor() -> str:
 def to_toml(table: dict[str, Any], prefix: str = "") -> str:
     """A nested dict as TOML: strings, numbers, booleans, lists of these, tables."""
     plain = {key: x for key, x in table.items() if not isinstance(x, dict)}
-    lines = [f"{json.dumps(key)} = {json.dumps(x)}" for key, x in plain.items()]
+    lines = [f"{json.dumps(key)} = {json.dumps(x, allow_nan=False)}" for key, x in plain.items()]
     parts = ["\n".join(lines)]
     for key, inner in table.items():
         if isinstance(inner, dict):

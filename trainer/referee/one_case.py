@@ -32,7 +32,7 @@ def main() -> int:
 
 
 def _say(**line: object) -> None:
-    sys.stdout.write(json.dumps(line) + "\n")
+    sys.stdout.write(json.dumps(line, allow_nan=False) + "\n")
     sys.stdout.flush()
 
 

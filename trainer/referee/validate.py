@@ -250,7 +250,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     wrong = report(chosen, rows, console)
     if args.json:
-        args.json.write_text(json.dumps(to_json(chosen, rows, args.device), indent=1) + "\n", encoding="utf-8")
+        args.json.write_text(
+            json.dumps(to_json(chosen, rows, args.device), indent=1, allow_nan=False) + "\n", encoding="utf-8"
+        )
     measured = sum(r.difference is not None and r.quantity in QUANTITIES for case in rows for r in case)
     console.print(f"{measured - wrong} of {measured} figures are equal to the last byte and FLOP")
     return 1 if wrong else 0

@@ -127,5 +127,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     within = report(rows, console)
     console.print(f"{origin} Load average now {os.getloadavg()[0]:.1f}.", highlight=False)
     if args.json:
-        args.json.write_text(json.dumps(to_json(rows, origin), indent=1) + "\n", encoding="utf-8")
+        args.json.write_text(json.dumps(to_json(rows, origin), indent=1, allow_nan=False) + "\n", encoding="utf-8")
     return 0 if within else 1

@@ -34,7 +34,8 @@ def curve(folder: Path) -> str:
         record = json.loads(line)
         seconds += record.get("seconds", 0.0)
         if "valid_loss" in record:
-            rows.append((f"{record['step']:>8}{seconds:>9.0f}", record["valid_loss"]))
+            loss = record["valid_loss"]  # null where it is not finite
+            rows.append((f"{record['step']:>8}{seconds:>9.0f}", math.nan if loss is None else loss))
     if not rows:
         raise ConfigError(f"{file}: no validation in it yet")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console
@@ -80,10 +81,11 @@ class Reporter:
         self.console.print(text, markup=False, soft_wrap=True)
 
     def record(self, **values: Any) -> None:
-        """Append one record, with its `step`, to the files."""
+        """Append one record, with its `step`, to the files; in JSON what is not finite is null."""
         if self.quiet:
             return
-        self.file.write(json.dumps(values) + "\n")
+        plain = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in values.items()}
+        self.file.write(json.dumps(plain, allow_nan=False) + "\n")
         self.file.flush()
         if self.board is not None:
             for name, value in values.items():

@@ -356,7 +356,7 @@ def load(
 
 def keep_inputs(config: TrainConfig) -> None:
     """Put beside the checkpoints what going on and generating need: configuration and tokenizer."""
-    write_whole(config.out / "config.json", (json.dumps(config.to_dict(), indent=2) + "\n").encode())
+    write_whole(config.out / "config.json", (json.dumps(config.to_dict(), indent=2, allow_nan=False) + "\n").encode())
     tokenizer = config.data / "tokenizer.json"
     if tokenizer.exists():
         write_whole(config.out / "tokenizer.json", tokenizer.read_bytes())
