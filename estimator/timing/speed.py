@@ -219,7 +219,7 @@ def predicted(
     origin = efficiency(a).origin
     if account(m, p, a.device).fused_kernel == "efficient" and "efficient" not in efficiency(a).flash:
         origin = f"{origin} Nobody has published measurements of the memory-efficient attention: flash's."
-    return _time(m, p, flops, parameters, steps, count, seconds, mfu, peak, found, *spread(a), origin)
+    return _time(m, p, flops, parameters, steps, count, seconds, mfu, peak, found, *spread(found), origin)
 
 
 def at_mfu(
@@ -251,16 +251,32 @@ def _time(
     )
 
 
+def regime(parts: Mapping[str, float]) -> str:
+    """What most of a step's time goes to: "compute-bound", "bandwidth-bound", "network-bound" or "launch-bound"."""
+    kinds = {
+        "compute-bound": parts["matmul"] + parts["attention"],
+        "bandwidth-bound": parts["elementwise"] + parts["optimizer"],
+        "network-bound": parts["communication"],
+        "launch-bound": parts["launch"],
+    }
+    return max(kinds, key=lambda name: kinds[name])
+
+
 @cache
 def _spreads() -> dict[str, tuple[tuple[float, float], str]]:
     data = read_data("residuals")
     return {name: ((entry["low"], entry["high"]), entry["rows"]) for name, entry in data.items()}
 
 
-def spread(a: Accelerator) -> tuple[tuple[float, float], str]:
-    """(low, high): factors on a predicted time between which nine published runs of ten lie; and which runs."""
+def spread(parts: Mapping[str, float]) -> tuple[tuple[float, float], str]:
+    """(low, high): factors on a predicted time between which nine published runs of ten lie; and which runs.
+
+    Args:
+        parts: seconds of a step by part; what most of them go to says which runs are alike.
+    """
     found = _spreads()
-    if a.architecture in found:
-        return found[a.architecture]
-    between, rows = found.get(a.vendor, found["all"])
-    return between, f"{rows} None, or too few, are on {a.name}'s architecture."
+    kind = regime(parts)
+    if kind in found:
+        return found[kind]
+    between, rows = found["all"]
+    return between, f"{rows} None, or too few, are {kind}."
