@@ -14,8 +14,9 @@ from dataclasses import replace
 import numpy as np
 
 from estimator.hardware.accelerators import accelerator, accelerators
+from estimator.studies.operators import plain_fraction, predicted_seconds, program, timed
 from estimator.studies.runs import rows
-from estimator.timing.roofline import Efficiency, Flash, flash_seconds, matmul_seconds
+from estimator.timing.roofline import Efficiency, Flash, efficiency, flash_seconds, matmul_seconds
 
 TILES = ((256, 128), (128, 256), (128, 128), (128, 64), (64, 128), (64, 64))  # CUTLASS's and cuBLAS's common tiles
 # Device-to-device copies over the datasheet's bandwidth (ml-engineering@744d01e18, accelerator benchmarks): A100 80GB
@@ -24,7 +25,6 @@ COPIES = {"ampere": 1581 / 2039, "hopper": 2525 / 3350, "blackwell": 5815 / 8000
 # H200's all-reduce without in-switch reduction, of 450 GB/s (ml-engineering@744d01e18, network): what the other
 # collectives reach too, which no switch helps.
 HOPPER_RING = 368 / 450
-GAP = 2.5e-6  # seconds between two kernels on the device: recalled as typical, in no source at hand
 # Seconds of the host for one kernel from eager PyTorch, forward and backward, and for one checkpointed block: steps of
 # a model too small to compute anything (6 blocks of width 32, 8 tokens) with PyTorch 2.13 on one core of an EPYC,
 # 2026-11. `estimate calibrate` measures both.
@@ -33,8 +33,6 @@ CONTENTION = 0.15  # Calculon's processor_usage of NVLink (github:calculon-ai/ca
 NIC = 0.73  # of 50 GB/s: 4 x 8 B200 over EFA at 4 GiB, a ring between nodes under one inside; the only one published
 COMMON = {
     "tiles": TILES,
-    "slower": {},
-    "gap": GAP,
     "host": HOST,
     "checkpoint": CHECKPOINT,
     "asynchronous": True,
@@ -51,23 +49,23 @@ default = "ampere"
 """
 
 
-def search(loss, start, most, seed=0):
+def search(loss, start, most, seed=0, turns=1600):
     """The point of least loss found from `start`; parameters stay above 0 and below `most`."""
     rng = np.random.default_rng(seed)
     best = np.array(start, float)
     least = loss(best)
     step = 0.4
-    for turn in range(1600):
+    for turn in range(turns):
         trial = np.minimum(best * np.exp(step * rng.normal(size=len(best)) * (rng.random(len(best)) < 0.5)), most)
         value = loss(trial)
         if value < least:
             best, least = trial, value
-        if turn % 200 == 199:
+        if turn % (turns // 8) == turns // 8 - 1:
             step /= 1.7
     return best
 
 
-def fit_matmul(gpu, name, memory):
+def fit_matmul(gpu, name, memory, gap):
     """(fields, how well) of the matrix products measured on `gpu`."""
     a = accelerator(name)
     data = [r for r in rows("gemm_efficiency") if r["gpu"] == gpu and r["op"] == "matmul"]
@@ -78,11 +76,21 @@ def fit_matmul(gpu, name, memory):
     shape["nbytes"] = b * (2 * m * k + 2 * k * n + np.where(fp32, 4, 2) * np.where(again, 2, 1) * m * n)
     peak = a.peak_flops("bf16")
     measured = 2 * b * m * n * k / (peak * np.array([float(r["efficiency"]) for r in data])[:, None])
-    blank = {"single": 1, "origin": "", "flash": {}, "attention": "", "memory": ((1, 1),), "within": 1, "latency": 1}
+    blank = {
+        "slower": {},
+        "gap": 0,
+        "single": 1,
+        "origin": "",
+        "flash": {},
+        "attention": "",
+        "memory": ((1, 1),),
+        "within": 1,
+        "latency": 1,
+    }
 
     def predicted(x):
         e = Efficiency(**COMMON, **blank, **dict(zip(PRODUCT, x, strict=True)))
-        return matmul_seconds(shape, peak * e.matmul, a.memory_bandwidth * memory, a.sm_count, e) + GAP
+        return matmul_seconds(shape, peak * e.matmul, a.memory_bandwidth * memory, a.sm_count, e) + gap
 
     found = search(lambda x: np.abs(predicted(x) / measured - 1).mean(), [0.8, 64, 2000, 0.5], [1, 1e3, 1e5, 1])
     error = np.abs(predicted(found) / measured - 1)
@@ -135,6 +143,46 @@ def fit_flash(gpu, kernel, ratio, *, by_width=True):
     found = search(lambda x: np.abs(predicted(x) / measured - 1).mean(), start, [*[1] * len(dims), 1e3, 256])
     error = np.abs(predicted(found) / measured - 1)
     return made(found), f"{len(data)} points of {kernel} on {gpu}: median error {np.median(error):.1%}"
+
+
+MOVING = ("_log_softmax", "_log_softmax_backward_data", "_softmax", "_softmax_backward_data", "embedding",
+          "embedding_dense_backward", "native_layer_norm", "native_layer_norm_backward")  # fmt: skip
+
+
+def fit_moving(name, walk=None):
+    """(fields, how well) of kernels that move bytes: the bandwidth's fraction, the gap, how elements are walked.
+
+    Of transformers' and torch's operators, each kernel by itself; each operator and direction weighs the same. What a
+    card's rows do not have comes from A100.
+    """
+    data = [r for r in timed() if (r.metric, r.gpu) == ("speed", name) and r.eager and "linear" not in r.operator]
+    data = [r for r in data if not r.operator.endswith("glu")]
+    here = {x for r in data for row in program(r).rows for x in (row.name, row.access)}
+    walked = [x for x in ("strided", "cast") if x in here and walk is None]
+    slower = [x for x in MOVING if x in here]
+    measured = np.array([r.value for r in data])
+    groups = [(r.operator, r.mode) for r in data]
+    weight = np.array([1 / groups.count(g) for g in groups])
+    base = efficiency(accelerator(name))
+
+    plain = plain_fraction(name)
+
+    def made(x):
+        found = dict(zip(walked, x[1:], strict=False))
+        if found:
+            found["cast-strided"] = min(found.values())
+        factors = dict(zip(slower, np.maximum(x[1 + len(walked) :], 1), strict=True))
+        return {"memory": ((1, plain),), "gap": x[0], "walk": walk or found, "slower": factors}
+
+    def errors(x):
+        e = replace(base, **made(x))
+        return np.array([predicted_seconds(r, e) for r in data]) / measured
+
+    start = [4e-6, *[1.5] * (len(walked) + len(slower))]
+    most = [1e-5, *[20] * (len(walked) + len(slower))]
+    found = search(lambda x: (np.abs(np.log(errors(x))) * weight).sum(), start, most, turns=800)
+    error = np.abs(errors(found) - 1)
+    return made(found), f"{len(data)} timings of single operators on {name}: median error {np.median(error):.1%}"
 
 
 def backward_over_forward(gpu):
@@ -198,8 +246,16 @@ def toml(value):
 
 def main():
     best = {r["accelerator"]: float(r["efficiency"].rstrip("%")) / 100 for r in rows("mamf") if r["dtype"] == "bf16"}
-    ampere, ampere_text = fit_matmul("A100 80GB PCIe", "a100-80gb-pcie", COPIES["ampere"])
-    blackwell, blackwell_text = fit_matmul("B200 SXM", "b200-180gb-sxm", COPIES["blackwell"])
+    moving, moving_text = fit_moving("a100-80gb-sxm")
+    hopper_moving, hopper_moving_text = fit_moving("h100-80gb-sxm", moving["walk"])
+    consumer, consumer_text = fit_moving("rtx-3090-24gb", moving["walk"])
+    moving["slower"] = {x: y for x, y in consumer["slower"].items() if "softmax" in x} | moving["slower"]
+    hopper_moving["slower"] = moving["slower"] | hopper_moving["slower"]
+    # Of B200 only copies are published: it loses of them what H100 does.
+    copies = COPIES["blackwell"] * hopper_moving["memory"][0][1] / COPIES["hopper"]
+    blackwell_moving = {**hopper_moving, "memory": ((1, copies),)}
+    ampere, ampere_text = fit_matmul("A100 80GB PCIe", "a100-80gb-pcie", COPIES["ampere"], moving["gap"])
+    blackwell, blackwell_text = fit_matmul("B200 SXM", "b200-180gb-sxm", COPIES["blackwell"], moving["gap"])
     # What power allows: the best product of one chip under two power limits, A100 PCIe's and SXM's, H100's and GH200's.
     pairs = (
         ("NVIDIA A100 PCIe", "a100-80gb-pcie", "NVIDIA A100 SXM", "a100-80gb-sxm"),
@@ -232,11 +288,11 @@ def main():
     older = "A100's efficiencies, unmeasured here, with its first fused attention: the second needs Ampere."
     fitted_to = {  # architecture: what its text says, matrix products, copies, links, kernels of attention
         "ampere": (
-            f"Fitted to {ampere_text}; {first_text}; {second_text}; {a100_text}.",
+            f"Fitted to {ampere_text}; {moving_text}; {first_text}; {second_text}; {a100_text}.",
             ampere, "ampere", a100_link, {"flash-1": first, "flash-2": second},
         ),
         "hopper": (
-            f"Fitted to {hopper_text}; {h200_text}, {hopper_rest}.",
+            f"Fitted to {hopper_text}; {hopper_moving_text}; {h200_text}, {hopper_rest}.",
             hopper, "hopper", {**h200_link, "within": HOPPER_RING}, {"flash-2": hopper_second},
         ),
         "blackwell": (
@@ -254,9 +310,9 @@ def main():
         "turing": (
             older, ampere, "ampere", a100_link, {"flash-1": first},
         ),
-        "ada": ("A100's efficiencies, unmeasured here.", ampere, "ampere", a100_link, {"flash-2": second}),
+        "ada": (f"A100's efficiencies; {consumer_text}.", ampere, "consumer", a100_link, {"flash-2": second}),
         "blackwell-consumer": (
-            "A100's efficiencies, unmeasured here.", ampere, "ampere", a100_link, {"flash-2": second},
+            f"A100's efficiencies; {consumer_text}.", ampere, "consumer", a100_link, {"flash-2": second},
         ),
     }  # fmt: skip
     # AMD's fused attention is a port of FA2 to another architecture, as it is on Hopper: what Hopper keeps of its best.
@@ -270,6 +326,8 @@ def main():
         text = f"Products and attention scaled from H100 to the best product timed on {on}; all else is A100's."
         fitted_to[name] = (text, reaching(ampere, sustained(on, id_)), "ampere", a100_link, {"flash-2": flash})
 
+    consumer_moving = {**moving, "memory": consumer["memory"]}
+    kernels = {"consumer": consumer_moving, "ampere": moving, "hopper": hopper_moving, "blackwell": blackwell_moving}
     print(HEADER)
     for name, (origin, fit, memory, link, flash) in fitted_to.items():
         attention = "flash-2" if "flash-2" in flash else "flash-1"
@@ -278,7 +336,7 @@ def main():
             "origin": origin,
             **fit,
             "single": single,
-            "memory": ((1, COPIES[memory]),),
+            **kernels[memory],
             **link,
             "attention": attention,
             **COMMON,

@@ -94,7 +94,8 @@ def _run(
 
 
 # MPT under Composer's FSDP: 16 bits everywhere but in the optimizer and the loss (low-precision LayerNorm, parameters
-# gathered in bf16, gradients summed in fp32 unless mixed_precision is PURE).
+# gathered in bf16, gradients summed in fp32 unless mixed_precision is PURE), and flash-attn's fused cross entropy,
+# which is MPT's default (llmfoundry/models/mpt/modeling_mpt.py: loss_fn = "fused_crossentropy").
 # attn_impl=flash is flash-attn 1.0.3, which that version of the repository asks for; the table's label "flash-attn 2"
 # is contradicted by that, and by its own long sequences, which run at half of the second generation's rate.
 def _llmfoundry(row: Mapping[str, str]) -> Run | str:
@@ -110,7 +111,12 @@ def _llmfoundry(row: Mapping[str, str]) -> Run | str:
     )
     pure = row["zero_or_sharding"].endswith("PURE")
     hopper = row["gpu"].startswith("h100")
-    setup = Setup(attention=None if hopper else "flash-1", parameter_width=2, gradient_width=2 if pure else 4)
+    setup = Setup(
+        Variant(frozenset({"loss"})),
+        attention=None if hopper else "flash-1",
+        parameter_width=2,
+        gradient_width=2 if pure else 4,
+    )
     source, card = ("llmfoundry_h100_80gb", "h100-80gb-sxm") if hopper else ("llmfoundry_a100_80gb", "a100-80gb-sxm")
     return _run(source, row, card, "gpt2", setup, "Composer FSDP", plan)
 

@@ -51,11 +51,13 @@ class Row(NamedTuple):
     width: int  # bytes of one element of a matrix product's factors
     nbytes: Size
     listed: Size  # elements, where one launch goes over a list of tensors; else zero
+    access: str = "plain"  # how it walks its operands (`estimator.eager.ledger.ACCESSES`)
+    elements: Size = ZERO  # that it goes over one at a time, where it walks them otherwise than plainly
 
 
 EAGER = Variant()
 FUSED = Variant(frozenset({"model", "loss"}))  # as `torch.compile` fuses
-COLUMNS = ("b", "m", "n", "k", "nbytes", "listed")
+COLUMNS = ("b", "m", "n", "k", "nbytes", "listed", "elements")
 # Elements of one launch over a list of tensors: 320 blocks of 65,536 (aten/src/ATen/native/cuda/MultiTensorApply.cuh,
 # depth_to_max_blocks and kChunkSize). What also ends a launch, 30 to 110 tensors, is left out: such tensors are small.
 LISTED = 320 * 65_536
@@ -145,7 +147,15 @@ def _row(kernel: Kernel, nbytes: Size) -> Row:
     width = kernel.operands[0].storage.itemsize if kernel.operands else 4
     on_a_list = kind == "optimizer" and kernel.gemm is None and kernel.operands
     listed = kernel.operands[0].nbytes / width if on_a_list else ZERO
-    return Row(kind, kernel.name, phase, turn, kernel.gemm, width, nbytes, listed)
+    access = kernel.access if kind == "elementwise" and kernel.name != "fused" else "plain"
+    elements = ZERO if access == "plain" else elements_of(kernel)
+    return Row(kind, kernel.name, phase, turn, kernel.gemm, width, nbytes, listed, access, elements)
+
+
+def elements_of(kernel: Kernel) -> Size:
+    """Elements that a kernel without a product goes over: of what it writes, of what it reduces where it is a sum."""
+    operand = kernel.operands[0] if kernel.name == "sum" else kernel.operands[-1]
+    return operand.nbytes / operand.storage.itemsize
 
 
 class Table:
@@ -182,7 +192,8 @@ class Table:
         self._totals = tuple(totals)
         shapes = [row.gemm or Gemm(ZERO, ZERO, ZERO, ZERO) for row in rows]
         columns = [getattr(shape, name) for name in COLUMNS[:4] for shape in shapes]
-        polynomials = [*columns, *(row.nbytes for row in rows), *(row.listed for row in rows), *totals.values()]
+        moved = [getattr(row, name) for name in COLUMNS[4:] for row in rows]
+        polynomials = [*columns, *moved, *totals.values()]
         index: dict[tuple[int, ...], int] = {}
         terms = [
             (at, index.setdefault(x, len(index)), float(c))
@@ -219,6 +230,10 @@ class Table:
     def slower(self, factors: Mapping[str, float]) -> NDArray[np.float64]:
         """(rows,): the factor of each row's kernel, 1 where there is none."""
         return np.array([factors.get(row.name, 1.0) for row in self.rows])
+
+    def walk(self, rates: Mapping[str, float]) -> NDArray[np.float64]:
+        """(rows,): elements a clock by how each row's kernel walks its operands, infinite where that limits nothing."""
+        return np.array([rates.get(row.access, np.inf) for row in self.rows])
 
     def pace(self, rates: Mapping[str, float]) -> NDArray[np.float64]:
         """(rows,): bytes/s of each row's kernel by its name and width ("gelu/2"), infinite where there is none."""

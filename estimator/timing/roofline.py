@@ -72,6 +72,8 @@ class Efficiency:
         slower: by name of kernel, its time over that of one that only moves the same bytes.
         pace: by name of kernel and bytes of an element ("gelu/2"), bytes/s at which its arithmetic is done, however
             fast they are moved: what a CPU's kernels wait for.
+        walk: by how a kernel walks its operands (`estimator.eager.ledger.ACCESSES`), elements that a multiprocessor
+            does in a clock: with an offset to compute or a dtype to convert for each, that limits it, not the bytes.
         gap: seconds of the device between one kernel and the next.
         host: seconds that the host takes to launch one from Python.
         checkpoint: seconds of the host to checkpoint a block and to prepare its recomputation. The device waits for
@@ -102,6 +104,7 @@ class Efficiency:
     latency: float
     contention: float
     pace: Mapping[str, float] = field(default_factory=dict)
+    walk: Mapping[str, float] = field(default_factory=dict)
 
 
 def matmul_seconds(shape: Mapping[str, Array], peak: Any, bandwidth: Any, processors: float, e: Efficiency) -> Array:
@@ -151,6 +154,42 @@ def moving_seconds(nbytes: Array, bandwidth: float, e: Efficiency) -> Array:
     return np.asarray(nbytes / (bandwidth * fraction))
 
 
+def kernel_seconds(
+    table: Table,
+    shape: Mapping[str, Array],
+    accelerator: Accelerator,
+    e: Efficiency,
+    *,
+    half: str = "bf16",
+    single: str = "fp32",
+    kernel: str | None = None,
+) -> Array:
+    """(rows, points): seconds of one launch of each row; arguments as for `busy`."""
+    bandwidth = accelerator.memory_bandwidth
+    # A CPU's caches are faster than its memory; a GPU's memory is at its fastest when most is moved.
+    streaming = np.maximum(shape["nbytes"] / moving_seconds(shape["nbytes"], bandwidth, e), bandwidth * e.memory[-1][1])
+    dtype = {width: half if width == 2 else single for width in set(table.width.tolist())}
+    peaks = {width: accelerator.peak_flops(name) for width, name in dtype.items()}
+    reached = {width: peaks[width] * (e.single if dtype[width] in ("fp32", "fp64") else e.matmul) for width in peaks}
+    peak, rate = (np.array([by[width] for width in table.width.tolist()])[:, None] for by in (peaks, reached))
+    seconds = moving_seconds(shape["nbytes"], bandwidth, e) * table.slower(e.slower)[:, None]
+    seconds = np.maximum(seconds, shape["nbytes"] / table.pace(e.pace)[:, None])
+    if e.walk:
+        clocks = (accelerator.sm_count or np.inf) * (accelerator.boost_clock or np.inf)
+        seconds = np.maximum(seconds, shape["elements"] / (table.walk(e.walk)[:, None] * clocks))
+    if table.gemm.any():
+        part = {name: shape[name][table.gemm] for name in COLUMNS}
+        seconds[table.gemm] = matmul_seconds(
+            part, rate[table.gemm], streaming[table.gemm], accelerator.sm_count or 1, e
+        )
+    if table.flash.any():
+        part = {name: shape[name][table.flash] for name in COLUMNS}
+        flash = e.flash[choose("attention kernel", kernel or e.attention, e.flash)]
+        backward, masked = (of[table.flash][:, None] for of in (table.backward, table.masked))
+        seconds[table.flash] = flash_seconds(part, backward, peak[table.flash], streaming[table.flash], flash, masked)
+    return seconds
+
+
 @dataclass(frozen=True, slots=True)
 class Busy:
     """What an accelerator and its host do in a step, at each point (one, or as many as the sizes have).
@@ -196,25 +235,7 @@ def busy(
         ConfigError: the accelerator has no peak for a dtype that the step multiplies in.
     """
     launches = table.launches(sizes, micro_batches)
-    bandwidth = accelerator.memory_bandwidth
-    # A CPU's caches are faster than its memory; a GPU's memory is at its fastest when most is moved.
-    streaming = np.maximum(shape["nbytes"] / moving_seconds(shape["nbytes"], bandwidth, e), bandwidth * e.memory[-1][1])
-    dtype = {width: half if width == 2 else single for width in set(table.width.tolist())}
-    peaks = {width: accelerator.peak_flops(name) for width, name in dtype.items()}
-    reached = {width: peaks[width] * (e.single if dtype[width] in ("fp32", "fp64") else e.matmul) for width in peaks}
-    peak, rate = (np.array([by[width] for width in table.width.tolist()])[:, None] for by in (peaks, reached))
-    seconds = moving_seconds(shape["nbytes"], bandwidth, e) * table.slower(e.slower)[:, None]
-    seconds = np.maximum(seconds, shape["nbytes"] / table.pace(e.pace)[:, None])
-    if table.gemm.any():
-        part = {name: shape[name][table.gemm] for name in COLUMNS}
-        seconds[table.gemm] = matmul_seconds(
-            part, rate[table.gemm], streaming[table.gemm], accelerator.sm_count or 1, e
-        )
-    if table.flash.any():
-        part = {name: shape[name][table.flash] for name in COLUMNS}
-        flash = e.flash[choose("attention kernel", kernel or e.attention, e.flash)]
-        backward, masked = (of[table.flash][:, None] for of in (table.backward, table.masked))
-        seconds[table.flash] = flash_seconds(part, backward, peak[table.flash], streaming[table.flash], flash, masked)
+    seconds = kernel_seconds(table, shape, accelerator, e, half=half, single=single, kernel=kernel)
     spent = seconds * launches
     kinds = {kind: spent[table.kind == kind].sum(0) for kind in KINDS}
     phases, launch = {}, np.zeros(1)
