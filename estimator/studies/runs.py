@@ -113,7 +113,7 @@ def _llmfoundry(row: Mapping[str, str]) -> Run | str:
     hopper = row["gpu"].startswith("h100")
     setup = Setup(
         Variant(frozenset({"loss"})),
-        attention=None if hopper else "flash-1",
+        attention="flash-1",
         parameter_width=2,
         gradient_width=2 if pure else 4,
     )
