@@ -17,14 +17,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from estimator.eager import ops
+from estimator.eager import letters, ops
 from estimator.eager.autograd import Context, attach, backward, record
 from estimator.eager.ledger import Category, Phase
+from estimator.eager.letters import ONE, ZERO, Size, evaluate
 from estimator.eager.linalg import linear
 from estimator.eager.losses import torch_cross_entropy
-from estimator.eager.sizes import LETTER, NAMES, ONE, ZERO, ShapeClass, Size, evaluate
+from estimator.eager.pointwise import power, relu
+from estimator.eager.repetition import Stack
+from estimator.eager.sizes import ShapeClass
 from estimator.eager.tensor import BFLOAT16, FLOAT32, INT64, Locals, Machine, Tensor, arguments, op
-from estimator.eager.views import concatenate, transpose, view
+from estimator.eager.views import cast, concatenate, transpose, view
 from estimator.hardware.accelerators import accelerator
 from estimator.studies.runs import rows
 from estimator.timing.kernels import Row, Table, elements_of
@@ -43,15 +46,18 @@ GPUS = {
     "NVIDIA GeForce RTX 3090": "rtx-3090-24gb",
 }
 FLUSH = 256e6  # bytes that triton.testing.do_bench writes before each turn, while the host runs ahead
-CLASS = ShapeClass(frozenset({"B"}), narrow=False, shared_width=False, grouped=True)
-T, H, KV, E, D, F, V = (LETTER[name] for name in "ThkedfV")
+CLASS = ShapeClass(frozenset({("B", 1)}), shared_width=False, grouped=True)
+T, H, KV, E, D, F, V = letters.T, letters.h, letters.k, letters.e, letters.d, letters.f, letters.V
+# Any sizes at which strides come in the same order as at those that were timed.
+SIZES = {"B": 1, "T": 4096, "L": 1, "d": 4000, "h": 32, "k": 8, "g": 4, "e": 128, "f": 11008, "V": 32000, "C": 4096,
+         "n": 1, "D": 1}  # fmt: skip
 
 
 class Bench:
     """A machine with the inputs of one operator."""
 
     def __init__(self, dtype: Dtype) -> None:
-        self.machine = Machine(CLASS, "cuda", dtype)
+        self.machine = Machine(CLASS, "cuda", Stack(()), SIZES, dtype)
         self.dtype = dtype
 
     def wanting(self, *shape: Size, dtype: Dtype | None = None) -> Tensor:
@@ -74,10 +80,10 @@ def rms_norm(b: Bench) -> tuple[Tensor, ...]:
 
 def _rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     with Locals() as v:
-        v.h = ops.cast(x, FLOAT32)
-        v.variance = ops.mean_last(ops.square(v.h))
+        v.h = cast(x, FLOAT32)
+        v.variance = ops.mean_last(power(v.h))
         v.h = ops.mul(v.h, ops.rsqrt(ops.add_number(v.variance)))
-        return ops.mul(weight, ops.cast(v.h, x.dtype))
+        return ops.mul(weight, cast(v.h, x.dtype))
 
 
 def fused_add_rms_norm(b: Bench) -> tuple[Tensor, ...]:
@@ -141,7 +147,7 @@ def softmax(b: Bench) -> tuple[Tensor, ...]:
 
 def relu_squared(b: Bench) -> tuple[Tensor, ...]:
     """F.relu(x).pow(2): relu saves its result."""
-    return (ops.square(ops.activation("relu", b.wanting(T, D))),)
+    return (power(relu(b.wanting(T, D))),)
 
 
 def embedding(b: Bench) -> tuple[Tensor, ...]:
@@ -226,7 +232,7 @@ def _sizes(row: Mapping[str, str]) -> dict[str, int]:
     given = {k: v for k, v in json.loads(row["extra_benchmark_config_str"]).items() if isinstance(v, int)}
     given[row["x_name"]] = int(float(row["x_value"]))
     name = row["kernel_name"]
-    sizes = dict.fromkeys(NAMES, 1)
+    sizes = dict.fromkeys(SIZES, 1)
     rows_ = given.get("B", given.get("bsz", 1)) * given.get("T", given.get("seq_len", 1))
     sizes["T"] = given.get("M", given.get("BT", rows_))
     sizes["d"] = given.get("hidden_size", given.get("D", given.get("H", given.get("N", 1))))
@@ -327,7 +333,7 @@ def _table(operator: str, dtype: Dtype, mode: str, *, eager: bool) -> Table:
     again = operator == "embedding"  # whose benchmark alone keeps its gradient from turn to turn
     kernels = [k for k in _ledger(operator, dtype, again=again).kernels if mode in ("full", k.where.phase.value)]
     found = [as_row(k) for k in kernels] if eager else list(_one_each_way(operator, dtype, mode))
-    return Table(found, [(1, 0)] * len(found), {}, lambda layers: layers, None)
+    return Table(found, [(1,)] * len(found), {}, (), None)
 
 
 def as_row(k: Kernel) -> Row:
