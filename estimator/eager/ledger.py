@@ -107,6 +107,7 @@ class Kernel(NamedTuple):
     repeated: Size  # of the FLOPs, those that repeat forward: all under a checkpoint, the scores in a flash backward
     operands: tuple[Operand, ...]  # what the bytes are of: fused, a kernel no longer moves what stays inside
     access: str = "plain"  # one of `ACCESSES`
+    leading: tuple[Size, ...] = ()  # of a product, elements from one row of a matrix to the next (BLAS's lda, ldb, ldc)
 
 
 @dataclass(slots=True)

@@ -167,6 +167,7 @@ class Machine:
             Kernel(
                 name, here, flops, arithmetic, nbytes, gemm, recompute, turn, repeated, tuple(operands),
                 "plain" if gemm is not None else _access(reads, writes),
+                _leading(reads[:2], writes[:1]) if gemm is not None else (),
             )
         )  # fmt: skip
 
@@ -286,6 +287,12 @@ class Tensor:
             self.machine.ledger.free(self.storage)
         if self.base is not None:
             self.base.drop()
+
+
+def _leading(reads: Sequence[Tensor], writes: Sequence[Tensor]) -> tuple[Size, ...]:
+    """The steps from row to row of a product's matrices: of its two inner strides the one that is not 1."""
+    inner = {t.stride[-2] if t.stride[-1] == ONE else t.stride[-1] for t in (*reads, *writes) if len(t.shape) > 1}
+    return tuple(sorted(inner, key=hash))
 
 
 def _access(reads: Sequence[Tensor], writes: Sequence[Tensor]) -> str:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from estimator.describe.checks import choose
 from estimator.describe.model import ModelConfig
 from estimator.describe.plan import Plan
-from estimator.timing.kernels import FUSED, Variant
+from estimator.timing.kernels import FUSED_BY_HAND, Variant
 from estimator.timing.speed import Setup
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ def _vtrain(row: Mapping[str, str]) -> Run | str:
         grad_accumulation=_count(row, "global_batch_seqs") // (gpus * micro_batch),
         data_parallel=gpus,
     )
-    setup = Setup(FUSED, dtype="fp16", parameter_width=2, gradient_width=2)
+    setup = Setup(FUSED_BY_HAND, dtype="fp16", parameter_width=2, gradient_width=2)
     weight = COMPOSED / _alike()[row["d_model"], row["micro_batch"]]
     return _run("vtrain_dp_a100", row, "a100-80gb-sxm", "gpt2", setup, "Megatron-DeepSpeed", plan, weight=weight)
 
@@ -164,7 +164,7 @@ def _internevo(row: Mapping[str, str]) -> Run | str:
         data_parallel=gpus,
         sharding="zero1",
     )
-    setup = Setup(FUSED, parameter_width=2, gradient_width=2)
+    setup = Setup(FUSED_BY_HAND, parameter_width=2, gradient_width=2)
     packed = "documents packed" if "into each" in row["notes"] else "documents apart"
     return _run("internevo_a100", row, "a100-80gb-sxm", "llama", setup, packed, plan)
 
@@ -185,7 +185,7 @@ def _megatron(row: Mapping[str, str]) -> Run | str:
         grad_accumulation=sequences // (gpus * micro_batch),
         data_parallel=gpus,
     )
-    setup = Setup(FUSED, dtype="fp16", parameter_width=2, gradient_width=2)
+    setup = Setup(FUSED_BY_HAND, dtype="fp16", parameter_width=2, gradient_width=2)
     measured = sequences * _count(row, "seq_len") / gpus / float(row["iteration_time_s"])
     return _run("megatron_layouts", row, "a100-80gb-sxm", "gpt2", setup, "Megatron-LM", plan, measured=measured)
 

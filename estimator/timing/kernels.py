@@ -35,9 +35,12 @@ class Variant:
 
     Attributes:
         fused: parts of the step ("model", "loss") whose elementwise kernels are fused, as `torch.compile` fuses them.
+        by_hand: a library has a kernel for each module, so that none spans two modules and the host still calls as many
+            operators as an eager step does; else compiled code launches them.
     """
 
     fused: frozenset[str] = frozenset()
+    by_hand: bool = False
 
 
 class Row(NamedTuple):
@@ -53,10 +56,14 @@ class Row(NamedTuple):
     listed: Size  # elements, where one launch goes over a list of tensors; else zero
     access: str = "plain"  # how it walks its operands (`estimator.eager.ledger.ACCESSES`)
     elements: Size = ZERO  # that it goes over one at a time, where it walks them otherwise than plainly
+    leading: tuple[Size, ...] = ()  # steps from row to row of a product's matrices
+    calls: int = 1  # of the host, for one launch
 
 
 EAGER = Variant()
 FUSED = Variant(frozenset({"model", "loss"}))  # as `torch.compile` fuses
+FUSED_BY_HAND = Variant(FUSED.fused, by_hand=True)  # as Megatron's and apex's kernels are
+ALIGNED = 8  # elements of 16 bits: the rows of every matrix must begin at 16 bytes for the fastest kernels
 COLUMNS = ("b", "m", "n", "k", "nbytes", "listed", "elements")
 # Elements of one launch over a list of tensors: 320 blocks of 65,536 (aten/src/ATen/native/cuda/MultiTensorApply.cuh,
 # depth_to_max_blocks and kChunkSize). What also ends a launch, 30 to 110 tensors, is left out: such tensors are small.
@@ -86,15 +93,15 @@ def _rows(traced: Trace, variant: Variant) -> Iterator[tuple[Row, int | None]]:
     last = _last_reads(traced)
     group: list[tuple[int, Kernel]] = []
     for at, kernel in enumerate(traced.ledger.kernels):
-        if group and not (_is_fused(kernel, variant) and _together(group[-1][1], kernel)):
-            yield _fused(group, last)
+        if group and not (_is_fused(kernel, variant) and _together(group[-1][1], kernel, variant)):
+            yield _fused(group, last, variant)
             group = []
         if _is_fused(kernel, variant):
             group.append((at, kernel))
         else:
             yield _row(kernel, kernel.nbytes), kernel.where.block
     if group:
-        yield _fused(group, last)
+        yield _fused(group, last, variant)
 
 
 def kind_of(kernel: Kernel) -> str:
@@ -111,7 +118,9 @@ def _is_fused(kernel: Kernel, variant: Variant) -> bool:
     return part in variant.fused and kind_of(kernel) == "elementwise"
 
 
-def _together(a: Kernel, b: Kernel) -> bool:
+def _together(a: Kernel, b: Kernel, variant: Variant) -> bool:
+    if variant.by_hand and a.where.module != b.where.module:
+        return False
     return (a.where.phase, a.micro_batch) == (b.where.phase, b.micro_batch)
 
 
@@ -125,7 +134,9 @@ def _last_reads(traced: Trace) -> dict[int, int]:
     return last
 
 
-def _fused(group: Sequence[tuple[int, Kernel]], last: Mapping[int, int]) -> tuple[Row, int | None]:
+def _fused(
+    group: Sequence[tuple[int, Kernel]], last: Mapping[int, int], variant: Variant
+) -> tuple[Row, int | None]:
     """One kernel for several: it reads once what comes from outside, and writes what is read afterwards."""
     end, final = group[-1]
     made: set[int] = set()
@@ -137,7 +148,8 @@ def _fused(group: Sequence[tuple[int, Kernel]], last: Mapping[int, int]) -> tupl
                 moved.setdefault((id(storage), written), nbytes)
             if written:
                 made.add(id(storage))
-    return _row(final._replace(name="fused"), sum(moved.values(), ZERO)), final.where.block
+    row = _row(final._replace(name="fused"), sum(moved.values(), ZERO))
+    return row._replace(calls=len(group) if variant.by_hand else 1), final.where.block
 
 
 def _row(kernel: Kernel, nbytes: Size) -> Row:
@@ -149,7 +161,8 @@ def _row(kernel: Kernel, nbytes: Size) -> Row:
     listed = kernel.operands[0].nbytes / width if on_a_list else ZERO
     access = kernel.access if kind == "elementwise" and kernel.name != "fused" else "plain"
     elements = ZERO if access == "plain" else elements_of(kernel)
-    return Row(kind, kernel.name, phase, turn, kernel.gemm, width, nbytes, listed, access, elements)
+    leading = kernel.leading if width == 2 and kernel.name not in FLASH else ()
+    return Row(kind, kernel.name, phase, turn, kernel.gemm, width, nbytes, listed, access, elements, leading)
 
 
 def elements_of(kernel: Kernel) -> Size:
@@ -187,7 +200,13 @@ class Table:
         self.backward = self.flash & np.array([row.name.endswith("_backward") for row in rows])
         self.masked = self.flash & np.array([row.name.startswith("masked") for row in rows])
         self.gemm = np.array([row.gemm is not None for row in rows]) & ~self.flash
+        self.calls = np.array([row.calls for row in rows])
         self._later = np.array([row.turn == "later" for row in rows])
+        steps = {step: at for at, step in enumerate(dict.fromkeys(x for row in rows for x in row.leading))}
+        self._steps = tuple(steps)
+        self._has = np.zeros((len(self.rows), len(steps)), dtype=np.int64)
+        for at, row in enumerate(rows):
+            self._has[at, [steps[step] for step in row.leading]] = 1
         self._times = np.array(times, dtype=np.float64)
         self._totals = tuple(totals)
         shapes = [row.gemm or Gemm(ZERO, ZERO, ZERO, ZERO) for row in rows]
@@ -219,13 +238,32 @@ class Table:
         of_rows = {name: values[i * count : (i + 1) * count] for i, name in enumerate(COLUMNS)}
         return of_rows | dict(zip(self._totals, values[len(COLUMNS) * count :], strict=True))
 
-    def launches(self, sizes: Mapping[str, Any], micro_batches: Any) -> NDArray[np.float64]:
-        """(rows, points): how often each row is launched in an optimizer step."""
+    def stretches(
+        self, sizes: Mapping[str, Any], micro_batches: Any
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+        """(times, turns, later): what is launched together, how often it comes, and in how many micro-batches.
+
+        A stretch is what is executed once (embedding, head, the outer blocks) or one repetition of a group of blocks.
+        times: (rows, stretches), launches of each row in one turn; turns: (stretches, points); later: (rows, points).
+        """
         known = as_sizes(sizes)
         turns = [np.ones(1), *(np.atleast_1d(known.value(count)) for count in self._repetitions)]
-        times = self._times @ np.stack(np.broadcast_arrays(*turns)).astype(np.float64)
         micro_batches = np.atleast_1d(np.asarray(micro_batches, dtype=np.float64))
-        return times * np.where(self._later[:, None], micro_batches - 1, 1.0)
+        later = np.where(self._later[:, None], micro_batches - 1, 1.0)
+        return self._times, np.stack(np.broadcast_arrays(*turns)).astype(np.float64), later
+
+    def launches(self, sizes: Mapping[str, Any], micro_batches: Any) -> NDArray[np.float64]:
+        """(rows, points): how often each row is launched in an optimizer step."""
+        times, turns, later = self.stretches(sizes, micro_batches)
+        return np.asarray((times @ turns) * later)
+
+    def unaligned(self, sizes: Mapping[str, Any]) -> NDArray[np.bool_]:
+        """(rows, points or 1): products of 16 bits with a matrix whose rows do not begin at multiples of 16 bytes."""
+        if not self._steps:
+            return np.zeros((len(self.rows), 1), dtype=bool)
+        known = as_sizes(sizes)
+        odd = [np.atleast_1d(np.asarray(known.value(step)) % ALIGNED != 0) for step in self._steps]
+        return np.asarray(self._has @ np.stack(np.broadcast_arrays(*odd)) > 0)
 
     def slower(self, factors: Mapping[str, float]) -> NDArray[np.float64]:
         """(rows,): the factor of each row's kernel, 1 where there is none."""
