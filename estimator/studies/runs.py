@@ -116,13 +116,15 @@ def _llmfoundry(row: Mapping[str, str]) -> Run | str:
         attention="flash-1",
         parameter_width=2,
         gradient_width=2 if pure else 4,
+        network=None if hopper else "mosaicml-a100",
     )
     source, card = ("llmfoundry_h100_80gb", "h100-80gb-sxm") if hopper else ("llmfoundry_a100_80gb", "a100-80gb-sxm")
     return _run(source, row, card, "gpt2", setup, "Composer FSDP", plan)
 
 
 # Megatron-DeepSpeed: fp16 everywhere but in the optimizer and the loss, its fused kernels (masked softmax, bias and
-# GELU, LayerNorm), apex's fused Adam, every block recomputed. Whether with dropout is not said: taken without.
+# GELU, LayerNorm), apex's fused Adam, every block recomputed, gradients summed when backward is over. Whether with
+# dropout is not said: taken without.
 # The rows were composed from timed parts, not timed run by run: within 6e-6 the iteration is linear in accumulation,
 # and what more accelerators add is the same at every size. So each model and micro-batch counts as three.
 COMPOSED = 3.0
@@ -144,7 +146,9 @@ def _vtrain(row: Mapping[str, str]) -> Run | str:
         grad_accumulation=_count(row, "global_batch_seqs") // (gpus * micro_batch),
         data_parallel=gpus,
     )
-    setup = Setup(FUSED_BY_HAND, dtype="fp16", parameter_width=2, gradient_width=2)
+    setup = Setup(
+        FUSED_BY_HAND, dtype="fp16", parameter_width=2, gradient_width=2, network="vtrain-a100", overlap=False
+    )
     weight = COMPOSED / _alike()[row["d_model"], row["micro_batch"]]
     return _run("vtrain_dp_a100", row, "a100-80gb-sxm", "gpt2", setup, "Megatron-DeepSpeed", plan, weight=weight)
 
@@ -164,7 +168,7 @@ def _internevo(row: Mapping[str, str]) -> Run | str:
         data_parallel=gpus,
         sharding="zero1",
     )
-    setup = Setup(FUSED_BY_HAND, parameter_width=2, gradient_width=2)
+    setup = Setup(FUSED_BY_HAND, parameter_width=2, gradient_width=2, network="internevo-a100")
     packed = "documents packed" if "into each" in row["notes"] else "documents apart"
     return _run("internevo_a100", row, "a100-80gb-sxm", "llama", setup, packed, plan)
 
@@ -185,7 +189,7 @@ def _megatron(row: Mapping[str, str]) -> Run | str:
         grad_accumulation=sequences // (gpus * micro_batch),
         data_parallel=gpus,
     )
-    setup = Setup(FUSED_BY_HAND, dtype="fp16", parameter_width=2, gradient_width=2)
+    setup = Setup(FUSED_BY_HAND, dtype="fp16", parameter_width=2, gradient_width=2, network="selene", overlap=False)
     measured = sequences * _count(row, "seq_len") / gpus / float(row["iteration_time_s"])
     return _run("megatron_layouts", row, "a100-80gb-sxm", "gpt2", setup, "Megatron-LM", plan, measured=measured)
 
@@ -247,9 +251,12 @@ def _torchtune(row: Mapping[str, str]) -> Run | str:
         data_parallel=gpus,
         sharding="zero3" if gpus > 1 else "none",
     )
-    setup = Setup(Variant(fused), parameter_width=2, gradient_width=4 if gpus > 1 else 2)
     plans = tuple(plan.replace(**change) for change in changes)
     trainer = "torchtune" if row["notes"] in TUNED else "torchtitan"
+    # Both normalize and rotate in fp32; torchtitan rotates complex numbers, which the compiler leaves to eager kernels.
+    whole = frozenset({"rotation"}) if trainer == "torchtitan" else frozenset[str]()
+    variant = Variant(fused, wide=frozenset({"norm", "rotation"}), whole=whole)
+    setup = Setup(variant, parameter_width=2, gradient_width=4 if gpus > 1 else 2)
     software = f"{trainer} {'compiled' if fused else 'eager'}"
     return _run("torchtune_torchao", row, TUNED_GPUS[row["gpu"]], "llama", setup, software, *plans)
 

@@ -37,10 +37,15 @@ class Variant:
         fused: parts of the step ("model", "loss") whose elementwise kernels are fused, as `torch.compile` fuses them.
         by_hand: a library has a kernel for each module, so that none spans two modules and the host still calls as many
             operators as an eager step does; else compiled code launches them.
+        wide: what runs in fp32 though the model has 16 bits ("norm", "rotation"), as in most libraries: twice the
+            bytes, a cast before and one after, and the same in backward.
+        whole: of these, what no compiler fuses (complex numbers).
     """
 
     fused: frozenset[str] = frozenset()
     by_hand: bool = False
+    wide: frozenset[str] = frozenset()
+    whole: frozenset[str] = frozenset()
 
 
 class Row(NamedTuple):
@@ -60,9 +65,11 @@ class Row(NamedTuple):
     calls: int = 1  # of the host, for one launch
 
 
+WIDE = ("norm", "rotation")
 EAGER = Variant()
 FUSED = Variant(frozenset({"model", "loss"}))  # as `torch.compile` fuses
 FUSED_BY_HAND = Variant(FUSED.fused, by_hand=True)  # as Megatron's and apex's kernels are
+HALF = 2  # bytes of 16 bits
 ALIGNED = 8  # elements of 16 bits: the rows of every matrix must begin at 16 bytes for the fastest kernels
 COLUMNS = ("b", "m", "n", "k", "nbytes", "listed", "elements")
 # Elements of one launch over a list of tensors: 320 blocks of 65,536 (aten/src/ATen/native/cuda/MultiTensorApply.cuh,
@@ -92,16 +99,53 @@ def _rows(traced: Trace, variant: Variant) -> Iterator[tuple[Row, int | None]]:
     """Every launch of the ledger as (row, block)."""
     last = _last_reads(traced)
     group: list[tuple[int, Kernel]] = []
+    before: tuple[str, Kernel] | None = None  # what ran in fp32 just now
     for at, kernel in enumerate(traced.ledger.kernels):
         if group and not (_is_fused(kernel, variant) and _together(group[-1][1], kernel, variant)):
             yield _fused(group, last, variant)
             group = []
         if _is_fused(kernel, variant):
             group.append((at, kernel))
-        else:
-            yield _row(kernel, kernel.nbytes), kernel.where.block
+            continue
+        part = _wide_part(kernel, variant)
+        if before is not None and before[0] != part:
+            yield _cast_row(before[1]), before[1].where.block
+        if part and (before is None or before[0] != part):
+            yield _cast_row(kernel), kernel.where.block
+        before = (part, kernel) if part else None
+        yield _row(kernel, _wide_bytes(kernel) if part else kernel.nbytes), kernel.where.block
     if group:
         yield _fused(group, last, variant)
+
+
+ROTATING = ("mul", "sub", "add", "add_", "neg", "cat")
+
+
+def _wide_part(kernel: Kernel, variant: Variant) -> str:
+    """Which of `Variant.wide` a kernel of 16 bits belongs to; nothing where to none."""
+    if not variant.wide or kernel.gemm is not None or kernel.where.phase is Phase.OPTIMIZER or not kernel.operands:
+        return ""
+    if kernel.operands[-1].storage.itemsize != HALF:
+        return ""
+    module = kernel.where.module.rpartition(".")[2]
+    part = "norm" if module.endswith("norm") else "rotation" if _rotates(kernel, module) else ""
+    return part if part in variant.wide else ""
+
+
+def _rotates(kernel: Kernel, module: str) -> bool:
+    return module == "attention" and kernel.name in ROTATING
+
+
+def _wide_bytes(kernel: Kernel) -> Size:
+    """Its bytes with operands of 16 bits in 32."""
+    return sum((x.nbytes * (2 if x.storage.itemsize == HALF else 1) for x in kernel.operands), ZERO)
+
+
+def _cast_row(kernel: Kernel) -> Row:
+    """A cast of what a kernel writes between 16 and 32 bits."""
+    out = kernel.operands[-1]
+    cast = kernel._replace(name="_to_copy", access="cast", operands=(out, out))
+    return _row(cast, 3 * out.nbytes)
 
 
 def kind_of(kernel: Kernel) -> str:
@@ -115,7 +159,9 @@ def kind_of(kernel: Kernel) -> str:
 
 def _is_fused(kernel: Kernel, variant: Variant) -> bool:
     part = "loss" if kernel.where.module.startswith("loss") else "model"
-    return part in variant.fused and kind_of(kernel) == "elementwise"
+    if part not in variant.fused or kind_of(kernel) != "elementwise":
+        return False
+    return not variant.whole or _wide_part(kernel, variant) not in variant.whole
 
 
 def _together(a: Kernel, b: Kernel, variant: Variant) -> bool:
@@ -134,9 +180,7 @@ def _last_reads(traced: Trace) -> dict[int, int]:
     return last
 
 
-def _fused(
-    group: Sequence[tuple[int, Kernel]], last: Mapping[int, int], variant: Variant
-) -> tuple[Row, int | None]:
+def _fused(group: Sequence[tuple[int, Kernel]], last: Mapping[int, int], variant: Variant) -> tuple[Row, int | None]:
     """One kernel for several: it reads once what comes from outside, and writes what is read afterwards."""
     end, final = group[-1]
     made: set[int] = set()

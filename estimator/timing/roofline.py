@@ -278,13 +278,18 @@ def efficiency(a: Accelerator) -> Efficiency:
     """
     if a.profile is not None:
         return _profiled(a.profile, Path(a.profile).stat().st_mtime_ns)
+    return _catalogued(a.id, a.architecture)
+
+
+@lru_cache(maxsize=256)
+def _catalogued(id_: str, architecture: str) -> Efficiency:
     data = read_data("efficiency")
-    entry = data["architecture"].get(a.architecture)
+    entry = data["architecture"].get(architecture)
     if entry is None:
         entry = data["architecture"][data["default"]]
-        origin = f"Nobody has published measurements of {a.architecture or a.id}: {data['default']}'s efficiencies."
+        origin = f"Nobody has published measurements of {architecture or id_}: {data['default']}'s efficiencies."
         return built({**entry, "origin": origin})
-    return built({**entry, **data["accelerator"].get(a.id, {})})
+    return built({**entry, **data["accelerator"].get(id_, {})})
 
 
 @lru_cache(maxsize=8)
