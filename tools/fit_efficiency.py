@@ -32,6 +32,10 @@ HOST, CHECKPOINT = 1.5e-5, 1.5e-3
 # Hz at which H100 SXM runs where nothing throttles it; its peak is for 1830 MHz
 # (github:smallscientist1/cutlass-kernels, src/fmha-pipeline/myrun.md: "clock freq: 1980 MHz").
 HOPPER_CLOCK = 1980e6
+# GeForce cards run faster than their datasheet's clock: TFLOP/s of products of 8192 in fp32 and in bf16, with fp32
+# accumulation, sustained for two minutes with cuBLASLt (README of a public repository gpu-bench, results/4090.json and
+# results/5090d.json). What fp32 reaches of its peak is the clock; what bf16 reaches of its own at that clock, the rest.
+GEFORCE = {"rtx-4090-24gb": (89.9, 175.1), "rtx-5090-32gb": (116.3, 234.8)}
 CONTENTION = 0.15  # Calculon's processor_usage of NVLink (github:calculon-ai/calculon, systems/a100_80g.json)
 # The rate of a product whose rows are not aligned to 8 elements over that of the same one padded, timed by itself on
 # H100: 36.96 of 130.56 us (github:m87-labs/kestrel#143, 9477 x 588 x 1152 in bf16), for all cards.
@@ -429,10 +433,18 @@ def main():
         fraction = min(largest(fit) * (intensity(id_) / intensity(like)) ** exponent, unlimited)
         if a.architecture == "hopper":
             fraction = hopper_sustained("NVIDIA GH200 SXM" if id_ == "gh200-144gb" else "NVIDIA H100 SXM", id_)
+        clock = 1.0
+        if id_ in GEFORCE:
+            single, half = (1e12 * x for x in GEFORCE[id_])
+            clock = single / a.peak_flops("fp32")
+            fraction = min(half / (clock * a.peak_flops("bf16")), 1)
         said = f"products at {fraction:.0%} of the peak for its {intensity(id_):.2g} W a TFLOP/s, "
         said += f"where {accelerator(like).name} has {intensity(like):.2g}"
         print(f"[accelerator.{id_}]")
-        print(f"matmul = {toml(reaching(fit, fraction)['matmul'])}")
+        print(f"matmul = {toml(min(reaching(fit, fraction)['matmul'], 1))}")
+        if id_ in GEFORCE:
+            said = f"its own clock and products of 8192 timed for two minutes, {clock:.2f} of the datasheet's clock"
+            print(f"clock = {toml(clock)}")
         print(f"origin = {toml(f'{origin[:-1]}; {said}.')}\n")
 
 

@@ -75,6 +75,7 @@ class Efficiency:
             fast they are moved: what a CPU's kernels wait for.
         walk: by how a kernel walks its operands (`estimator.eager.ledger.ACCESSES`), elements that a multiprocessor
             does in a clock: with an offset to compute or a dtype to convert for each, that limits it, not the bytes.
+        clock: the clock that the card runs at over the datasheet's, for which its peaks are given.
         gap: seconds of the device between one kernel and the next.
         host: seconds that the host takes to launch one from Python.
         checkpoint: seconds of the host to checkpoint a block and to prepare its recomputation.
@@ -106,6 +107,7 @@ class Efficiency:
     pace: Mapping[str, float] = field(default_factory=dict)
     walk: Mapping[str, float] = field(default_factory=dict)
     unaligned: float = 1.0
+    clock: float = 1.0
 
 
 def matmul_seconds(shape: Mapping[str, Array], peak: Any, bandwidth: Any, processors: float, e: Efficiency) -> Array:
@@ -171,13 +173,13 @@ def kernel_seconds(
     # A CPU's caches are faster than its memory; a GPU's memory is at its fastest when most is moved.
     streaming = np.maximum(shape["nbytes"] / moving_seconds(shape["nbytes"], bandwidth, e), bandwidth * e.memory[-1][1])
     dtype = {width: half if width == 2 else single for width in set(table.width.tolist())}
-    peaks = {width: accelerator.peak_flops(name) for width, name in dtype.items()}
+    peaks = {width: e.clock * accelerator.peak_flops(name) for width, name in dtype.items()}
     reached = {width: peaks[width] * (e.single if dtype[width] in ("fp32", "fp64") else e.matmul) for width in peaks}
     peak, rate = (np.array([by[width] for width in table.width.tolist()])[:, None] for by in (peaks, reached))
     seconds = moving_seconds(shape["nbytes"], bandwidth, e) * table.slower(e.slower)[:, None]
     seconds = np.maximum(seconds, shape["nbytes"] / table.pace(e.pace)[:, None])
     if e.walk:
-        clocks = (accelerator.sm_count or np.inf) * (accelerator.boost_clock or np.inf)
+        clocks = (accelerator.sm_count or np.inf) * (accelerator.boost_clock or np.inf) * e.clock
         seconds = np.maximum(seconds, shape["elements"] / (table.walk(e.walk)[:, None] * clocks))
     if table.gemm.any():
         part = {name: shape[name][table.gemm] for name in COLUMNS}
@@ -318,6 +320,7 @@ def built(table: Mapping[str, Any]) -> Efficiency:
         number(name, plain.get(name, 1), above=True, most=1)
     for name in ("depth", "tile_cost", "quantised", "gap", "host", "checkpoint", "latency", "contention"):
         number(name, plain[name])
+    number("clock", plain.get("clock", 1), above=True)
     flash: dict[str, Flash] = {}
     for name, kernel in plain.pop("flash").items():
         fields: dict[str, Any] = {key: tuple(x) if isinstance(x, list) else x for key, x in kernel.items()}
