@@ -14,7 +14,7 @@ import argparse
 import json
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+SIX = 6  # rows of a stack, of which three calibrate the rest
 ENOUGH = 20  # runs on an architecture whose 5th and 95th percentile mean something
 HEADER = "| stack | runs | count as | median error | 90th percentile | bias |\n|---|---:|---:|---:|---:|---:|\n"
 COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e45756", "#72b7b2", "#9d755d", "#bab0ac")
@@ -116,6 +117,38 @@ def table() -> str:
     )
 
 
+def calibrated() -> dict[str, tuple[Summary, list[float]]]:
+    """Of each stack of six rows or more: the errors of the rest once three of its rows have given its factor.
+
+    The three are its rows at a quarter, a half and three quarters of the order in which they were published, and the
+    factor is the middle of what they take over what was predicted. With the summary come measured over predicted times.
+    """
+    found = {}
+    for stack, members in grouped(lambda j: j.run.stack).items():
+        if len(members) < SIX:
+            continue
+        at = {len(members) * q // 4 for q in (1, 2, 3)}
+        factor = float(np.median([1 + members[i].error for i in at]))
+        rest = [
+            replace(j, predicted=j.predicted / factor) for i, j in enumerate(members) if i not in at
+        ]  # a time that many times as long
+        found[stack] = summary(rest, stack), [1 + j.error for j in rest]
+    return found
+
+
+def calibrated_table() -> str:
+    """Those errors as a Markdown table, beside what they were."""
+    before = {s.group: s for s in stacks()}
+    lines = [
+        "| stack | rows | median error before | after three rows of it | 90th percentile |\n|---|---:|---:|---:|---:|\n"
+    ]
+    lines += [
+        f"| {stack} | {s.count} | {before[stack].median:.1%} | {s.median:.1%} | {s.percentile_90:.1%} |\n"
+        for stack, (s, _) in calibrated().items()
+    ]
+    return "".join(lines)
+
+
 def missing() -> str:
     """The published rows that no plan describes, as a Markdown table."""
     lines = ["| source | rows left out | why |\n|---|---:|---|\n"]
@@ -148,7 +181,8 @@ def report(count: int = 10) -> str:
     return (
         f"Predicted tokens per second against {len(judged())} published training runs of {len(stacks())} stacks; no "
         f"efficiency was fitted to them. Each stack weighs the same.\n\n{table()}\nThe worst rows:\n\n"
-        f"{worst_rows(count)}\nPublished rows that no plan describes:\n\n{missing()}"
+        f"{worst_rows(count)}\nWith a factor from three rows of each stack of six or more (`estimate calibrate --log`):"
+        f"\n\n{calibrated_table()}\nPublished rows that no plan describes:\n\n{missing()}"
     )
 
 
@@ -193,6 +227,12 @@ def residuals() -> str:
         kind = "" if name == "all" else f" {name}"
         said = f"Errors on {len(members)}{kind} published runs of {len(files)} stacks: {'; '.join(sorted(files))}."
         lines.append(f"\n[{name}]\nlow = {min(low, 1):.3f}\nhigh = {max(high, 1):.3f}\nrows = {json.dumps(said)}\n")
+    kept = calibrated()
+    ratios = np.array([x for _, of in kept.values() for x in of])
+    weights = np.array([1 / len(of) for _, of in kept.values() for _ in of])
+    low, high = (_quantile(ratios, weights, q) for q in (0.05, 0.95))
+    said = f"{len(ratios)} published runs of {len(kept)} stacks, once three others of the stack gave its factor."
+    lines.append(f"\n[calibrated]\nlow = {min(low, 1):.3f}\nhigh = {max(high, 1):.3f}\nrows = {json.dumps(said)}\n")
     return "".join(lines)
 
 
