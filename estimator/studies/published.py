@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from estimator.timing.roofline import Efficiency
+
 SIX = 6  # rows of a stack, of which three calibrate the rest
 ENOUGH = 20  # runs on an architecture whose 5th and 95th percentile mean something
 HEADER = "| stack | runs | count as | median error | 90th percentile | bias |\n|---|---:|---:|---:|---:|---:|\n"
@@ -65,9 +67,9 @@ class Summary:
     bias: float
 
 
-def predict(run: Run) -> Judged:
-    """The run with its prediction."""
-    each = [step_times(run.model, p, run.accelerator, run.setup) for p in run.plans]
+def predict(run: Run, e: Efficiency | None = None) -> Judged:
+    """The run with its prediction; `e` in place of what its accelerator's kernels reach."""
+    each = [step_times(run.model, p, run.accelerator, run.setup, e) for p in run.plans]
     parts = {name: sum(float(of[name][0]) for of in each) for name in each[0]}
     tokens = run.plan.batch_size * run.plan.tokens(run.model) * run.plan.grad_accumulation
     return Judged(run, tokens * len(each) / sum(parts.values()), regime(parts))
@@ -95,16 +97,24 @@ def grouped(by: Callable[[Judged], str]) -> dict[str, list[Judged]]:
     return groups
 
 
+def overall_of(judged: Iterable[Judged]) -> tuple[Summary, list[Summary]]:
+    """(the means over the stacks, each stack) of some runs: a stack weighs the same, however many runs it has."""
+    groups: dict[str, list[Judged]] = {}
+    for j in judged:
+        groups.setdefault(j.run.stack, []).append(j)
+    found = [summary(members, group) for group, members in groups.items()]
+    mean = {name: float(np.mean([getattr(s, name) for s in found])) for name in ("median", "percentile_90", "bias")}
+    return Summary("mean over stacks", sum(s.count for s in found), sum(s.independent for s in found), **mean), found
+
+
 def stacks() -> list[Summary]:
     """The errors of each stack."""
-    return [summary(members, group) for group, members in grouped(lambda j: j.run.stack).items()]
+    return overall_of(judged())[1]
 
 
 def overall() -> Summary:
-    """The means over the stacks of what each has: a stack weighs the same, however many runs it has."""
-    found = stacks()
-    mean = {name: float(np.mean([getattr(s, name) for s in found])) for name in ("median", "percentile_90", "bias")}
-    return Summary("mean over stacks", sum(s.count for s in found), sum(s.independent for s in found), **mean)
+    """The means over the stacks of what each has."""
+    return overall_of(judged())[0]
 
 
 def table() -> str:

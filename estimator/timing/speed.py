@@ -67,6 +67,7 @@ class Setup:
         network: between nodes: a name of `estimator.hardware.networks.networks()`, or bytes/s of one accelerator; None
             for what is assumed.
         latency: seconds of a hop between nodes; None for the same as inside one.
+        straggling: the part that each doubling of the nodes costs; None for the catalogue's.
         overlap: gradients are summed while backward goes on, as DDP does; else after it.
         stack_factor: what the user's own log says of his stack (`estimate calibrate --log`).
     """
@@ -78,6 +79,7 @@ class Setup:
     gradient_width: int | None = None
     network: str | float | None = None
     latency: float | None = None
+    straggling: float | None = None
     overlap: bool = True
     stack_factor: StackFactor | None = None
 
@@ -232,7 +234,8 @@ def times(
     compute = {phase.value: s for phase, s in work.phases.items()}
     waited = exposed(sent, group, e, compute, turns, overlap=setup.overlap, latency=setup.latency)
     if group.nodes > 1:  # the slowest node is waited for
-        waited = waited + straggling() * np.log2(group.nodes) * (waited + sum(compute.values()))
+        part = straggling() if setup.straggling is None else setup.straggling
+        waited = waited + part * np.log2(group.nodes) * (waited + sum(compute.values()))
     found = parts(work, waited)
     if setup.stack_factor is not None:
         found = {name: setup.stack_factor.factor * x for name, x in found.items()}
