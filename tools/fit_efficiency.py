@@ -14,8 +14,9 @@ from dataclasses import replace
 import numpy as np
 
 from estimator.hardware.accelerators import accelerator, accelerators
+from estimator.studies.operators import plain_fraction, predicted_seconds, program, timed
 from estimator.studies.runs import rows
-from estimator.timing.roofline import Efficiency, Flash, flash_seconds, matmul_seconds
+from estimator.timing.roofline import Efficiency, Flash, efficiency, flash_seconds, matmul_seconds
 
 TILES = ((256, 128), (128, 256), (128, 128), (128, 64), (64, 128), (64, 64))  # CUTLASS's and cuBLAS's common tiles
 # Device-to-device copies over the datasheet's bandwidth (ml-engineering@744d01e18, accelerator benchmarks): A100 80GB
@@ -24,20 +25,28 @@ COPIES = {"ampere": 1581 / 2039, "hopper": 2525 / 3350, "blackwell": 5815 / 8000
 # H200's all-reduce without in-switch reduction, of 450 GB/s (ml-engineering@744d01e18, network): what the other
 # collectives reach too, which no switch helps.
 HOPPER_RING = 368 / 450
-GAP = 2.5e-6  # seconds between two kernels on the device: recalled as typical, in no source at hand
 # Seconds of the host for one kernel from eager PyTorch, forward and backward, and for one checkpointed block: steps of
 # a model too small to compute anything (6 blocks of width 32, 8 tokens) with PyTorch 2.13 on one core of an EPYC,
 # 2026-11. `estimate calibrate` measures both.
 HOST, CHECKPOINT = 1.5e-5, 1.5e-3
+# Hz at which H100 SXM runs where nothing throttles it; its peak is for 1830 MHz
+# (github:smallscientist1/cutlass-kernels, src/fmha-pipeline/myrun.md: "clock freq: 1980 MHz").
+HOPPER_CLOCK = 1980e6
+# GeForce cards run faster than their datasheet's clock: TFLOP/s of products of 8192 in fp32 and in bf16, with fp32
+# accumulation, sustained for two minutes with cuBLASLt (README of a public repository gpu-bench, results/4090.json and
+# results/5090d.json). What fp32 reaches of its peak is the clock; what bf16 reaches of its own at that clock, the rest.
+GEFORCE = {"rtx-4090-24gb": (89.9, 175.1), "rtx-5090-32gb": (116.3, 234.8)}
 CONTENTION = 0.15  # Calculon's processor_usage of NVLink (github:calculon-ai/calculon, systems/a100_80g.json)
+# The rate of a product whose rows are not aligned to 8 elements over that of the same one padded, timed by itself on
+# H100: 36.96 of 130.56 us (github:m87-labs/kestrel#143, 9477 x 588 x 1152 in bf16), for all cards.
+UNALIGNED = 36.96 / 130.56
 NIC = 0.73  # of 50 GB/s: 4 x 8 B200 over EFA at 4 GiB, a ring between nodes under one inside; the only one published
 COMMON = {
     "tiles": TILES,
-    "slower": {},
-    "gap": GAP,
     "host": HOST,
     "checkpoint": CHECKPOINT,
     "asynchronous": True,
+    "unaligned": UNALIGNED,
     "contention": CONTENTION,
     "between": NIC,
 }
@@ -51,24 +60,24 @@ default = "ampere"
 """
 
 
-def search(loss, start, most, seed=0):
+def search(loss, start, most, seed=0, turns=1600):
     """The point of least loss found from `start`; parameters stay above 0 and below `most`."""
     rng = np.random.default_rng(seed)
     best = np.array(start, float)
     least = loss(best)
     step = 0.4
-    for turn in range(1600):
+    for turn in range(turns):
         trial = np.minimum(best * np.exp(step * rng.normal(size=len(best)) * (rng.random(len(best)) < 0.5)), most)
         value = loss(trial)
         if value < least:
             best, least = trial, value
-        if turn % 200 == 199:
+        if turn % (turns // 8) == turns // 8 - 1:
             step /= 1.7
     return best
 
 
-def fit_matmul(gpu, name, memory):
-    """(fields, how well) of the matrix products measured on `gpu`."""
+def fit_matmul(gpu, name, memory, gap=None):
+    """(fields, how well) of the matrix products measured on `gpu`; `gap` None: what starting one took is fitted too."""
     a = accelerator(name)
     data = [r for r in rows("gemm_efficiency") if r["gpu"] == gpu and r["op"] == "matmul"]
     shape = {x: np.array([float(r[x]) for r in data])[:, None] for x in "bmnk"}
@@ -78,16 +87,30 @@ def fit_matmul(gpu, name, memory):
     shape["nbytes"] = b * (2 * m * k + 2 * k * n + np.where(fp32, 4, 2) * np.where(again, 2, 1) * m * n)
     peak = a.peak_flops("bf16")
     measured = 2 * b * m * n * k / (peak * np.array([float(r["efficiency"]) for r in data])[:, None])
-    blank = {"single": 1, "origin": "", "flash": {}, "attention": "", "memory": ((1, 1),), "within": 1, "latency": 1}
+    blank = {
+        "slower": {},
+        "gap": 0,
+        "single": 1,
+        "origin": "",
+        "flash": {},
+        "attention": "",
+        "memory": ((1, 1),),
+        "within": 1,
+        "latency": 1,
+    }
 
     def predicted(x):
-        e = Efficiency(**COMMON, **blank, **dict(zip(PRODUCT, x, strict=True)))
-        return matmul_seconds(shape, peak * e.matmul, a.memory_bandwidth * memory, a.sm_count, e) + GAP
+        e = Efficiency(**COMMON, **blank, **dict(zip(PRODUCT, x, strict=False)))
+        start = x[len(PRODUCT)] if gap is None else gap
+        return matmul_seconds(shape, peak * e.matmul, a.memory_bandwidth * memory, a.sm_count, e) + start
 
-    found = search(lambda x: np.abs(predicted(x) / measured - 1).mean(), [0.8, 64, 2000, 0.5], [1, 1e3, 1e5, 1])
+    start, most = [0.8, 64, 2000, 0.5], [1, 1e3, 1e5, 1]
+    if gap is None:
+        start, most = [*start, 5e-6], [*most, 1e-5]
+    found = search(lambda x: np.abs(predicted(x) / measured - 1).mean(), start, most)
     error = np.abs(predicted(found) / measured - 1)
     text = f"{len(data)} products on {gpu}: median error {np.median(error):.1%}, mean {error.mean():.1%}"
-    return dict(zip(PRODUCT, found, strict=True)), text
+    return dict(zip(PRODUCT, found, strict=False)), text
 
 
 def largest(fit):
@@ -137,6 +160,46 @@ def fit_flash(gpu, kernel, ratio, *, by_width=True):
     return made(found), f"{len(data)} points of {kernel} on {gpu}: median error {np.median(error):.1%}"
 
 
+MOVING = ("_log_softmax", "_log_softmax_backward_data", "_softmax", "_softmax_backward_data", "embedding",
+          "embedding_dense_backward", "native_layer_norm", "native_layer_norm_backward")  # fmt: skip
+
+
+def fit_moving(name, walk=None):
+    """(fields, how well) of kernels that move bytes: the bandwidth's fraction, the gap, how elements are walked.
+
+    Of transformers' and torch's operators, each kernel by itself; each operator and direction weighs the same. What a
+    card's rows do not have comes from A100.
+    """
+    data = [r for r in timed() if (r.metric, r.gpu) == ("speed", name) and r.eager and "linear" not in r.operator]
+    data = [r for r in data if not r.operator.endswith("glu")]
+    here = {x for r in data for row in program(r).rows for x in (row.name, row.access)}
+    walked = [x for x in ("strided", "cast") if x in here and walk is None]
+    slower = [x for x in MOVING if x in here]
+    measured = np.array([r.value for r in data])
+    groups = [(r.operator, r.mode) for r in data]
+    weight = np.array([1 / groups.count(g) for g in groups])
+    base = efficiency(accelerator(name))
+
+    plain = plain_fraction(name)
+
+    def made(x):
+        found = dict(zip(walked, x[1:], strict=False))
+        if found:
+            found["cast-strided"] = min(found.values())
+        factors = dict(zip(slower, np.maximum(x[1 + len(walked) :], 1), strict=True))
+        return {"memory": ((1, plain),), "gap": x[0], "walk": walk or found, "slower": factors}
+
+    def errors(x):
+        e = replace(base, **made(x))
+        return np.array([predicted_seconds(r, e) for r in data]) / measured
+
+    start = [4e-6, *[1.5] * (len(walked) + len(slower))]
+    most = [1e-5, *[20] * (len(walked) + len(slower))]
+    found = search(lambda x: (np.abs(np.log(errors(x))) * weight).sum(), start, most, turns=800)
+    error = np.abs(errors(found) - 1)
+    return made(found), f"{len(data)} timings of single operators on {name}: median error {np.median(error):.1%}"
+
+
 def backward_over_forward(gpu):
     """Backward's rate over forward's, from kernels timed apart."""
     rate = {
@@ -144,6 +207,45 @@ def backward_over_forward(gpu):
         for op in ("sdp_fwd", "sdp_bwd")
     }
     return float(np.median(rate["sdp_bwd"] / rate["sdp_fwd"]))
+
+
+def fit_forward(gpu, kernel, backward):
+    """(kernel, how well) of one timed forward alone; `backward` is its rate over forward's."""
+    data = [r for r in rows("attention_efficiency") if (r["gpu"], r["kernel"], r["passes"]) == (gpu, kernel, "fwd")]
+    dims = sorted({float(r["head_dim"]) for r in data})
+    e, T, rate = (np.array([float(r[x]) for r in data])[:, None] for x in ("head_dim", "seq_len", "efficiency"))
+    causal = np.array([r["causal"] == "1" for r in data])[:, None]
+
+    def predicted(x):
+        flash = Flash(tuple(dims), tuple(x[:-2]), tuple(x[:-2]), x[-2], x[-1])
+        n = np.where(causal, T, 2 * T - flash.diagonal)
+        shape = {"b": np.ones_like(T), "m": T, "n": n, "k": 2 * e, "nbytes": np.zeros_like(T)}
+        seconds = flash_seconds(shape, np.zeros(T.shape, bool), 1.0, np.inf, flash)
+        return 2 * T * T * 2 * e * np.where(causal, 0.5, 1) / seconds
+
+    start = [*[0.5] * len(dims), 150, 100]
+    found = search(lambda x: np.abs(predicted(x) / rate - 1).mean(), start, [*[1] * len(dims), 1e3, 256])
+    error = np.abs(predicted(found) / rate - 1)
+    made = Flash(tuple(dims), tuple(found[:-2]), tuple(backward * found[:-2]), found[-2], found[-1])
+    return made, f"{len(data)} points of {kernel} on {gpu}: median error {np.median(error):.1%}"
+
+
+def long_ratio(gpu, kernel):
+    """Backward's rate over forward's on the longest sequence timed in both directions by one kernel."""
+    rate = {}
+    for r in rows("attention_efficiency"):
+        if (r["gpu"], r["kernel"], r["head_dim"], r["causal"]) == (gpu, kernel, "128", "0"):
+            rate[r["passes"], int(r["seq_len"])] = float(r["efficiency"])
+    return rate["bwd", 16384] / rate["fwd", 16384]
+
+
+def scaled(kernel, factor):
+    """The same kernel with another rate."""
+    return replace(
+        kernel,
+        forward=tuple(factor * x for x in kernel.forward),
+        backward=tuple(factor * x for x in kernel.backward),
+    )
 
 
 def blackwell_flash(like):
@@ -198,8 +300,16 @@ def toml(value):
 
 def main():
     best = {r["accelerator"]: float(r["efficiency"].rstrip("%")) / 100 for r in rows("mamf") if r["dtype"] == "bf16"}
-    ampere, ampere_text = fit_matmul("A100 80GB PCIe", "a100-80gb-pcie", COPIES["ampere"])
-    blackwell, blackwell_text = fit_matmul("B200 SXM", "b200-180gb-sxm", COPIES["blackwell"])
+    moving, moving_text = fit_moving("a100-80gb-sxm")
+    hopper_moving, hopper_moving_text = fit_moving("h100-80gb-sxm", moving["walk"])
+    consumer, consumer_text = fit_moving("rtx-3090-24gb", moving["walk"])
+    moving["slower"] = {x: y for x, y in consumer["slower"].items() if "softmax" in x} | moving["slower"]
+    hopper_moving["slower"] = moving["slower"] | hopper_moving["slower"]
+    # Of B200 only copies are published: it loses of them what H100 does.
+    copies = COPIES["blackwell"] * hopper_moving["memory"][0][1] / COPIES["hopper"]
+    blackwell_moving = {**hopper_moving, "memory": ((1, copies),)}
+    ampere, ampere_text = fit_matmul("A100 80GB PCIe", "a100-80gb-pcie", COPIES["ampere"], moving["gap"])
+    blackwell, blackwell_text = fit_matmul("B200 SXM", "b200-180gb-sxm", COPIES["blackwell"], moving["gap"])
     # What power allows: the best product of one chip under two power limits, A100 PCIe's and SXM's, H100's and GH200's.
     pairs = (
         ("NVIDIA A100 PCIe", "a100-80gb-pcie", "NVIDIA A100 SXM", "a100-80gb-sxm"),
@@ -212,40 +322,62 @@ def main():
     # which has half of the power for a FLOP. Nobody published a sweep on the others of that kind, Hopper and AMD's:
     # they sustain what B200 does, by their power.
     of_best = largest(blackwell) / best["NVIDIA B200 SXM"]
+    of_best_ampere = largest(ampere) / best["NVIDIA A100 PCIe"]
 
     def sustained(on, id_):
         return best[on] * of_best * (intensity(id_) / intensity("b200-180gb-sxm")) ** exponent
 
-    hopper = reaching(ampere, sustained("NVIDIA H100 SXM", "h100-80gb-sxm"))
+    # Hopper's power for a FLOP lies between those two: what it sustains of its best is between theirs, in logarithms.
+    def hopper_sustained(on, id_):
+        swept = [intensity("b200-180gb-sxm"), intensity("a100-80gb-pcie")]
+        part = np.interp(np.log(intensity(id_)), np.log(swept), np.log([of_best, of_best_ampere]))
+        return best[on] * float(np.exp(part))
+
+    burst, burst_text = fit_matmul("H100 (sm_90)", "h100-80gb-sxm", COPIES["hopper"])
+    hopper = reaching(burst, hopper_sustained("NVIDIA H100 SXM", "h100-80gb-sxm"))
     first, first_text = fit_flash("A100 80GB SXM", "FA1", backward_over_forward("A100 80GB PCIe"), by_width=False)
     second, second_text = fit_flash("A100 80GB SXM", "FA2", backward_over_forward("A100 80GB PCIe"))
     hopper_second, hopper_text = fit_flash("H100 SXM", "FA2", backward_over_forward("B200 SXM"))
+    third, third_text = fit_forward("H100 SXM", "FA3 fp16", long_ratio("H100 SXM", "FA3 fp16"))
+    cudnn, cudnn_text = fit_forward("H100 SXM", "cuDNN", long_ratio("H100 SXM", "cuDNN"))
+    # The first generation was timed on A100 alone. It uses nothing that Hopper has new, and waits for no tensor core or
+    # memory: A100's FLOP/s, by multiprocessors and clocks.
+    a100 = accelerator("a100-80gb-sxm")
+    more = 132 * HOPPER_CLOCK / (a100.sm_count * a100.boost_clock)
+    hopper_first = scaled(first, more * a100.peak_flops("bf16") / accelerator("h100-80gb-sxm").peak_flops("bf16"))
     newest, newest_text = blackwell_flash(hopper_second)
+    # The second generation on Blackwell is unmeasured: Hopper's FLOP/s, by multiprocessors and clocks.
+    h100, b200 = accelerator("h100-80gb-sxm"), accelerator("b200-180gb-sxm")
+    clocks = [x.sm_count * x.boost_clock * x.peak_flops("bf16") ** -1 for x in (h100, b200)]
+    blackwell_second = scaled(hopper_second, clocks[1] / clocks[0])
     a100_link, a100_text = fit_link("8x A100 SXM NVLink3 single node", 300e9)
     v100_link, v100_text = fit_link("V100 node (NVLink)", 150e9)
     b200_link, b200_text = fit_link("1 node(s) x 8 B200 (P6-B200: NVLink5 + 8x50GB/s EFA)", 900e9)
     h200_link, h200_text = fit_link("8x H200 NVLink4 single node (NVLS on)", 450e9)
 
+    newer = f"{third_text}; {cudnn_text}; FA1 by A100's, multiprocessors and clocks"
     hopper_rest = (
-        "without in-switch reduction 368 of 450 GB/s; products at what B200 sustains of the best timed, by power"
+        f"without in-switch reduction 368 of 450 GB/s; tiles and waves of products by {burst_text}, their level by "
+        "what A100 and B200 sustain of the best timed, between them by power"
     )
     older = "A100's efficiencies, unmeasured here, with its first fused attention: the second needs Ampere."
     fitted_to = {  # architecture: what its text says, matrix products, copies, links, kernels of attention
         "ampere": (
-            f"Fitted to {ampere_text}; {first_text}; {second_text}; {a100_text}.",
+            f"Fitted to {ampere_text}; {moving_text}; {first_text}; {second_text}; {a100_text}.",
             ampere, "ampere", a100_link, {"flash-1": first, "flash-2": second},
         ),
         "hopper": (
-            f"Fitted to {hopper_text}; {h200_text}, {hopper_rest}.",
-            hopper, "hopper", {**h200_link, "within": HOPPER_RING}, {"flash-2": hopper_second},
+            f"Fitted to {hopper_text}; {newer}; {hopper_moving_text}; {h200_text}, {hopper_rest}.",
+            hopper, "hopper", {**h200_link, "within": HOPPER_RING},
+            {"flash-1": hopper_first, "flash-2": hopper_second, "flash-3": third, "cudnn": cudnn},
         ),
         "blackwell": (
             f"Fitted to {blackwell_text}; {newest_text}; {b200_text}.",
-            blackwell, "blackwell", b200_link, {"flash-2": newest},
+            blackwell, "blackwell", b200_link, {"cudnn": newest, "flash-2": blackwell_second},
         ),
         "blackwell-ultra": (
             f"B200's, this one is unmeasured: fitted to {blackwell_text}; {newest_text}; {b200_text}.",
-            blackwell, "blackwell", b200_link, {"flash-2": newest},
+            blackwell, "blackwell", b200_link, {"cudnn": newest, "flash-2": blackwell_second},
         ),
         "volta": (
             f"{older} Links fitted to {v100_text}.",
@@ -254,31 +386,35 @@ def main():
         "turing": (
             older, ampere, "ampere", a100_link, {"flash-1": first},
         ),
-        "ada": ("A100's efficiencies, unmeasured here.", ampere, "ampere", a100_link, {"flash-2": second}),
+        "ada": (
+            f"A100's efficiencies; {consumer_text}.", ampere, "consumer", a100_link,
+            {"flash-1": first, "flash-2": second},
+        ),
         "blackwell-consumer": (
-            "A100's efficiencies, unmeasured here.", ampere, "ampere", a100_link, {"flash-2": second},
+            f"A100's efficiencies; {consumer_text}.", ampere, "consumer", a100_link, {"flash-2": second},
         ),
     }  # fmt: skip
     # AMD's fused attention is a port of FA2 to another architecture, as it is on Hopper: what Hopper keeps of its best.
     for name, on, id_ in (("cdna3", "AMD MI300X", "mi300x-192gb"), ("cdna4", "AMD MI355X", "mi355x-288gb")):
         part = best[on] / best["NVIDIA H100 SXM"]
-        flash = replace(
-            hopper_second,
-            forward=tuple(part * x for x in hopper_second.forward),
-            backward=tuple(part * x for x in hopper_second.backward),
-        )
+        flash = scaled(hopper_second, part)
         text = f"Products and attention scaled from H100 to the best product timed on {on}; all else is A100's."
         fitted_to[name] = (text, reaching(ampere, sustained(on, id_)), "ampere", a100_link, {"flash-2": flash})
 
+    consumer_moving = {**moving, "memory": consumer["memory"]}
+    kernels = {"consumer": consumer_moving, "ampere": moving, "hopper": hopper_moving, "blackwell": blackwell_moving}
     print(HEADER)
     for name, (origin, fit, memory, link, flash) in fitted_to.items():
-        attention = "flash-2" if "flash-2" in flash else "flash-1"
-        single = reaching(fit, unlimited)["matmul"]
+        # What PyTorch picks: cuDNN's comes first on datacentre Blackwell, the second generation elsewhere, and where
+        # that does not run, the memory-efficient kernel, for which the first generation stands.
+        attention = "cudnn" if name.startswith("blackwell") and "cudnn" in flash else "flash-2"
+        attention = attention if attention in flash else "flash-1"
+        single = min(reaching(fit, unlimited)["matmul"], 1)
         fields = {
             "origin": origin,
             **fit,
             "single": single,
-            "memory": ((1, COPIES[memory]),),
+            **kernels[memory],
             **link,
             "attention": attention,
             **COMMON,
@@ -295,10 +431,20 @@ def main():
             continue
         origin, fit, *_ = fitted_to[a.architecture]
         fraction = min(largest(fit) * (intensity(id_) / intensity(like)) ** exponent, unlimited)
+        if a.architecture == "hopper":
+            fraction = hopper_sustained("NVIDIA GH200 SXM" if id_ == "gh200-144gb" else "NVIDIA H100 SXM", id_)
+        clock = 1.0
+        if id_ in GEFORCE:
+            single, half = (1e12 * x for x in GEFORCE[id_])
+            clock = single / a.peak_flops("fp32")
+            fraction = min(half / (clock * a.peak_flops("bf16")), 1)
         said = f"products at {fraction:.0%} of the peak for its {intensity(id_):.2g} W a TFLOP/s, "
         said += f"where {accelerator(like).name} has {intensity(like):.2g}"
         print(f"[accelerator.{id_}]")
-        print(f"matmul = {toml(reaching(fit, fraction)['matmul'])}")
+        print(f"matmul = {toml(min(reaching(fit, fraction)['matmul'], 1))}")
+        if id_ in GEFORCE:
+            said = f"its own clock and products of 8192 timed for two minutes, {clock:.2f} of the datasheet's clock"
+            print(f"clock = {toml(clock)}")
         print(f"origin = {toml(f'{origin[:-1]}; {said}.')}\n")
 
 

@@ -11,10 +11,14 @@ from estimator.describe.checks import LIMITS, ConfigError, TooLargeError, choose
 from estimator.describe.plan import Plan
 from estimator.describe.presets import preset
 from estimator.hardware.accelerators import Accelerator, accelerator
+from estimator.hardware.networks import LATENCY_LIMIT
+from estimator.hardware.networks import network as network_of
 from estimator.memory.device import Memory, memory
-from estimator.timing.speed import Time, at_mfu, predicted
+from estimator.timing.kernels import WIDE, Variant
+from estimator.timing.speed import Setup, StackFactor, Time, at_mfu, predicted
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
     from pathlib import Path
 
     import pandas as pd
@@ -127,6 +131,12 @@ def estimate(
     global_batch_size: int | None = None,
     count: int | None = None,
     threads: int | None = None,
+    network: str | float | None = None,
+    network_latency: float | None = None,
+    attention_kernel: str | None = None,
+    overlap: bool = True,
+    wide: Collection[str] = (),
+    stack_factor: StackFactor | None = None,
 ) -> Estimate:
     """Everything about training `model` as `plan` says on an accelerator.
 
@@ -141,6 +151,15 @@ def estimate(
             accumulation times `count`. Memory is always that of the plan.
         count: accelerators of the job, by default the plan's data_parallel; each runs the plan on its own sequences.
         threads: CPU threads, for a profile of a CPU.
+        network: between nodes: bytes/s of one accelerator in one direction, or the name of a well-known cluster
+            (`estimator.hardware.networks.networks()`); by default 12.5 GB/s, or the accelerator's own if less.
+        network_latency: seconds of one hop between nodes; by default that of a hop inside one.
+        attention_kernel: the fused attention: "flash-1", "flash-2", "flash-3" or "cudnn" as far as timings of it are
+            published for the architecture; by default what PyTorch picks.
+        overlap: gradients are summed over the accelerators while backward goes on; else when it is over.
+        wide: what the software computes in fp32 in a model of 16 bits, "norm" and "rotation" (transformers, torchtune
+            and torchtitan do both); by default nothing, as the trainer here.
+        stack_factor: what `estimate calibrate --log` found on the user's own stack.
 
     Raises:
         ConfigError: a name is unknown, a figure out of its range, the accelerator has no peak for the precision.
@@ -179,6 +198,12 @@ def estimate(
         sequences,
         p.batch_size,
     )
+    if network is not None:
+        network_of(network)  # refused by name here, as it would only be a note below
+    for part in wide:
+        choose("wide", part, WIDE)
+    if network_latency is not None:
+        number("network_latency", network_latency, most=LATENCY_LIMIT)
     time = None
     if mfu is not None:
         peak = device.peak_flops(p.product_dtype)
@@ -186,7 +211,15 @@ def estimate(
     else:
         steps = positive_int("steps", steps) if steps is not None else None
         try:
-            time = predicted(m, p, device, flops, values.parameters, steps, count)
+            setup = Setup(
+                Variant(wide=frozenset(wide)),
+                attention=attention_kernel,
+                network=network,
+                latency=network_latency,
+                overlap=overlap,
+                stack_factor=stack_factor,
+            )
+            time = predicted(m, p, device, flops, values.parameters, steps, count, setup)
         except ConfigError as error:  # no peak, no link, no calibration: marked, never guessed
             notes.append(f"No time is predicted: {error}.")
     return Estimate(m, p, device, a, values, memory(a, values, sizes, device), flops, time, tuple(notes))

@@ -133,7 +133,7 @@ def _refuse(raw: Mapping[str, Any], field: str, allowed: Any, why: str) -> None:
     for name in field.split("."):
         value = value.get(name) if isinstance(value, dict) or value is raw else None
     if value not in (allowed, None):
-        raise ConfigError(f"{field} = {shown(value)}: {why}; allowed is {json.dumps(allowed)}")
+        raise ConfigError(f"{field} = {shown(value)}: {why}; allowed is {json.dumps(allowed, allow_nan=False)}")
 
 
 def _named(kind: str, parts: Parts) -> str | None:

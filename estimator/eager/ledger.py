@@ -89,6 +89,10 @@ class Operand(NamedTuple):
     written: bool
 
 
+# How a kernel walks its operands: all alike; some in another layout or broadcast; some in another floating dtype; both.
+ACCESSES = ("plain", "strided", "cast", "cast-strided")
+
+
 class Kernel(NamedTuple):
     """One launch: its matrix FLOPs (2 a multiply-add), other arithmetic, bytes moved, its shape, its turn."""
 
@@ -102,6 +106,8 @@ class Kernel(NamedTuple):
     micro_batch: int
     repeated: Size  # of the FLOPs, those that repeat forward: all under a checkpoint, the scores in a flash backward
     operands: tuple[Operand, ...]  # what the bytes are of: fused, a kernel no longer moves what stays inside
+    access: str = "plain"  # one of `ACCESSES`
+    leading: tuple[Size, ...] = ()  # of a product, elements from one row of a matrix to the next (BLAS's lda, ldb, ldc)
 
 
 @dataclass(slots=True)

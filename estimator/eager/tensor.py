@@ -164,8 +164,12 @@ class Machine:
         here, recompute, turn = ledger.here, ledger.recompute, ledger.micro_batch
         repeated = flops if recompute else repeated
         ledger.kernels.append(
-            Kernel(name, here, flops, arithmetic, nbytes, gemm, recompute, turn, repeated, tuple(operands))
-        )
+            Kernel(
+                name, here, flops, arithmetic, nbytes, gemm, recompute, turn, repeated, tuple(operands),
+                "plain" if gemm is not None else _access(reads, writes),
+                _leading(reads[:2], writes[:1]) if gemm is not None else (),
+            )
+        )  # fmt: skip
 
     @contextmanager
     def no_grad(self) -> Iterator[None]:
@@ -283,6 +287,28 @@ class Tensor:
             self.machine.ledger.free(self.storage)
         if self.base is not None:
             self.base.drop()
+
+
+def _leading(reads: Sequence[Tensor], writes: Sequence[Tensor]) -> tuple[Size, ...]:
+    """The steps from row to row of a product's matrices: of its two inner strides the one that is not 1."""
+    inner = {t.stride[-2] if t.stride[-1] == ONE else t.stride[-1] for t in (*reads, *writes) if len(t.shape) > 1}
+    return tuple(sorted(inner, key=hash))
+
+
+def _access(reads: Sequence[Tensor], writes: Sequence[Tensor]) -> str:
+    """How an elementwise kernel walks its operands (`ACCESSES`).
+
+    aten/src/ATen/native/cuda/CUDALoops.cuh, `gpu_kernel_impl_nocast` and `gpu_kernel_impl`: several elements at a time
+    where all operands are dense and alike, through an offset calculator where not, one at a time where a dtype has to
+    be converted.
+    """
+    if not writes:
+        return "plain"
+    out = writes[0]
+    strided = any(t.shape != out.shape or t.stride != out.stride for t in reads)
+    floating = {t.dtype for t in (*reads, out) if t.dtype.name.startswith(("float", "bfloat"))}
+    cast = "cast" if len(floating) > 1 else ""
+    return "-".join(word for word in (cast, "strided" if strided else "") if word) or "plain"
 
 
 def empty_like(x: Tensor, dtype: Dtype | None = None) -> Tensor:

@@ -77,6 +77,18 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--steps", type=_integer, help="optimizer steps")
     run.add_argument("--global-batch-size", type=_integer, help="sequences in an optimizer step of the whole job")
     run.add_argument("--count", type=_integer, help="accelerators (default: the plan's data_parallel)")
+    run.add_argument(
+        "--network", metavar="NAME|X", help="between nodes: a well-known cluster's, or bytes/s of one accelerator"
+    )
+    run.add_argument("--network-latency", type=_number, metavar="X", help="seconds of one hop between nodes")
+    run.add_argument("--attention-kernel", metavar="NAME", help="flash-1, flash-2, flash-3 or cudnn, where timed")
+    run.add_argument(
+        "--no-overlap", dest="overlap", action="store_false", help="gradients are summed when backward is over"
+    )
+    run.add_argument(
+        "--wide", nargs="*", default=(), metavar="NAME", help="computed in fp32 in 16-bit models: norm rotation"
+    )
+    run.add_argument("--stack-factor", metavar="FILE", help="what `estimate calibrate --log` wrote of your own stack")
     out = p.add_argument_group("the output")
     out.add_argument("--max-batch", action="store_true", help="print the largest micro-batch that fits, and stop")
     out.add_argument("--formulas", action="store_true", help="print the closed form of every figure, and stop")
@@ -127,12 +139,17 @@ def _abandon_output() -> None:
 def _command(argv: list[str]) -> int:
     if argv[:1] == ["--list"]:
         return _list()
-    if argv[:1] == ["calibrate"]:
+    from_log = argv[:1] == ["calibrate"] and any(word.split("=")[0] == "--log" for word in argv)
+    if argv[:1] == ["calibrate"] and not from_log:
         return _calibrate(argv[1:])
     arguments = parser()
-    args = arguments.parse_args(argv)
+    if from_log:
+        arguments.prog = "estimate calibrate"
+        arguments.add_argument("--log", required=True, metavar="FILE", help="a log of three or more steps of this run")
+        arguments.add_argument("--out", metavar="FILE", help="write the factor there, for --stack-factor")
+    args = arguments.parse_args(argv[1:] if from_log else argv)
     try:
-        return _run(args)
+        return _calibrate_by_log(args) if from_log else _run(args)
     except ConfigError as error:
         arguments.exit(2, f"estimate: error: {error}\n")
 
@@ -158,8 +175,35 @@ def _list() -> int:
     return 0
 
 
-def _run(args: argparse.Namespace) -> int:
-    from estimator.answers.estimates import estimate, max_batch_size, replicated  # noqa: PLC0415 - sympy, which --help does without
+def _calibrate_by_log(args: argparse.Namespace) -> int:
+    """`estimate calibrate --log FILE MODEL ...`: measured steps over predicted ones."""
+    from estimator.answers.logs import explanation, read_log, save, stack_factor  # noqa: PLC0415 - only for this
+
+    log = read_log(args.log)
+    r = _asked(args)
+    if r.time is None or not r.time.predicted:
+        raise ConfigError(f"log = {args.log!r}: no time is predicted for this run: {' '.join(r.notes)}")
+    tokens = r.time.tokens_per_second * r.time.seconds_per_step
+    found = stack_factor(log, r.time, tokens, f"{args.log} ({log.format})")
+    sys.stdout.write(explanation(found, r.time) + "\n")
+    if args.out:
+        save(found, args.out)
+        sys.stdout.write(f"Written to {args.out}: give it as --stack-factor {args.out}\n")
+    return 0
+
+
+def _network(word: str | None) -> str | float | None:
+    """A number of bytes/s, or a name."""
+    if word is None:
+        return None
+    try:
+        return float(word)
+    except ValueError:
+        return word
+
+
+def _described(args: argparse.Namespace) -> tuple[ModelConfig, Plan]:
+    """The model and the plan that the arguments describe."""
     from estimator.describe.hf import from_hf  # noqa: PLC0415 - only here
     from estimator.describe.presets import preset  # noqa: PLC0415 - only here
 
@@ -168,11 +212,16 @@ def _run(args: argparse.Namespace) -> int:
     )
     given = vars(args)
     model = named.replace(**{f.name: given[f.name] for f in fields(ModelConfig) if given.get(f.name) is not None})
-    plan = Plan(**{f.name: given[f.name] for f in fields(Plan) if given[f.name] is not None})
-    if args.max_batch:
-        sys.stdout.write(f"{max_batch_size(model, replicated(plan, args.count), args.gpu)}\n")
-        return 0
-    r = estimate(
+    return model, Plan(**{f.name: given[f.name] for f in fields(Plan) if given[f.name] is not None})
+
+
+def _asked(args: argparse.Namespace) -> Estimate:
+    """The estimate that the arguments ask for."""
+    from estimator.answers.estimates import estimate  # noqa: PLC0415 - sympy, which --help does without
+    from estimator.answers.logs import load  # noqa: PLC0415 - likewise
+
+    model, plan = _described(args)
+    return estimate(
         model,
         plan,
         args.gpu,
@@ -180,14 +229,30 @@ def _run(args: argparse.Namespace) -> int:
         steps=args.steps,
         global_batch_size=args.global_batch_size,
         count=args.count,
+        network=_network(args.network),
+        network_latency=args.network_latency,
+        attention_kernel=args.attention_kernel,
+        overlap=args.overlap,
+        wide=args.wide,
+        stack_factor=load(args.stack_factor) if args.stack_factor else None,
     )
+
+
+def _run(args: argparse.Namespace) -> int:
+    from estimator.answers.estimates import max_batch_size, replicated  # noqa: PLC0415 - sympy, which --help does without
+
+    if args.max_batch:
+        model, plan = _described(args)
+        sys.stdout.write(f"{max_batch_size(model, replicated(plan, args.count), args.gpu)}\n")
+        return 0
+    r = _asked(args)
     if args.json:
         json.dump(r.to_dict(), sys.stdout, indent=1, allow_nan=False)
         sys.stdout.write("\n")
     elif args.formulas:
         _formulas(r)
     else:
-        _tables(args.model, r, max_batch_size(model, r.plan, args.gpu))
+        _tables(args.model, r, max_batch_size(r.model, r.plan, args.gpu))
     return 0
 
 

@@ -1,4 +1,7 @@
-"""How far the predicted time is from the training runs that others published: tables, the worst rows, a plot.
+"""How far the predicted time is from the training runs that others published: by stack, the worst rows, a plot.
+
+A stack is a source, a card and the software: its runs share what nobody wrote down, so that many runs of one stack say
+little more than a few. Each stack weighs the same, however many runs it has.
 
     validate-estimates --published     (or python -m estimator.studies.published)
 
@@ -11,7 +14,7 @@ import argparse
 import json
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,30 +22,29 @@ from xml.sax.saxutils import escape
 
 import numpy as np
 
-from estimator.hardware.accelerators import accelerator
-from estimator.studies.runs import Run, runs
-from estimator.timing.speed import step_times
+from estimator.studies.runs import NAMES, SOURCES, Run, left_out, runs
+from estimator.timing.speed import regime, step_times
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from numpy.typing import NDArray
 
+    from estimator.timing.roofline import Efficiency
+
+SIX = 6  # rows of a stack, of which three calibrate the rest
 ENOUGH = 20  # runs on an architecture whose 5th and 95th percentile mean something
-NAMES = {
-    "llmfoundry_a100_80gb": "llm-foundry, MPT, FSDP",
-    "vtrain_dp_a100": "vTrain, GPT, data parallel",
-    "torchtune_torchao": "torchtune and torchtitan, Llama",
-}
-HEADER = "| by | group | runs | median error | 90th percentile | bias |\n|---|---|---:|---:|---:|---:|\n"
+HEADER = "| stack | runs | count as | median error | 90th percentile | bias |\n|---|---:|---:|---:|---:|---:|\n"
+COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e45756", "#72b7b2", "#9d755d", "#bab0ac")
 
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """A run beside its prediction, tokens per second of one accelerator."""
+    """A run beside its prediction, tokens per second of one accelerator, and what most of its time goes to."""
 
     run: Run
     predicted: float
+    regime: str
 
     @property
     def error(self) -> float:
@@ -52,34 +54,39 @@ class Judged:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """Errors of a group of runs: absolute ones at the median and the 90th percentile, and the signed median."""
+    """Errors of a group of runs: absolute ones at the median and the 90th percentile, and the signed median.
+
+    `independent`: as how many independent measurements the runs count.
+    """
 
     group: str
     count: int
+    independent: float
     median: float
     percentile_90: float
     bias: float
 
 
-def predict(run: Run) -> float:
-    """Tokens per second of one accelerator."""
-    each = [sum(float(x[0]) for x in step_times(run.model, p, run.accelerator, run.setup).values()) for p in run.plans]
+def predict(run: Run, e: Efficiency | None = None) -> Judged:
+    """The run with its prediction; `e` in place of what its accelerator's kernels reach."""
+    each = [step_times(run.model, p, run.accelerator, run.setup, e) for p in run.plans]
+    parts = {name: sum(float(of[name][0]) for of in each) for name in each[0]}
     tokens = run.plan.batch_size * run.plan.tokens(run.model) * run.plan.grad_accumulation
-    return tokens * len(each) / sum(each)
+    return Judged(run, tokens * len(each) / sum(parts.values()), regime(parts))
 
 
 @cache
 def judged() -> tuple[Judged, ...]:
     """Every published run with its prediction."""
-    return tuple(Judged(run, predict(run)) for run in runs())
+    return tuple(predict(run) for run in runs())
 
 
 def summary(of: Iterable[Judged], group: str) -> Summary:
     """The errors of some runs together; there must be at least one."""
-    errors = np.array([j.error for j in of])
-    absolute = np.abs(errors)
-    percentile = float(np.quantile(absolute, 0.9))
-    return Summary(group, len(errors), float(np.median(absolute)), percentile, float(np.median(errors)))
+    members = list(of)
+    errors, weights = np.array([j.error for j in members]), np.array([j.run.weight for j in members])
+    median, most = (_quantile(np.abs(errors), weights, q) for q in (0.5, 0.9))
+    return Summary(group, len(members), float(weights.sum()), median, most, _quantile(errors, weights, 0.5))
 
 
 def grouped(by: Callable[[Judged], str]) -> dict[str, list[Judged]]:
@@ -90,32 +97,74 @@ def grouped(by: Callable[[Judged], str]) -> dict[str, list[Judged]]:
     return groups
 
 
-def size_of(j: Judged) -> str:
-    """The class of a run's model by the parameters of its matrices."""
-    m = j.run.model
-    block = m.d_model * (2 * m.width_of_heads + 2 * m.kv_heads * m.e + (2 + (m.family == "llama")) * m.f)
-    billions = (m.num_layers * block + m.vocab_size * m.d_model * (1 if m.tie_embeddings else 2)) / 1e9
-    classes = ((0.5, "under 0.5 B"), (2, "0.5 to 2 B"), (10, "2 to 10 B"), (np.inf, "10 B and more"))
-    return next(name for below, name in classes if billions < below)
+def overall_of(judged: Iterable[Judged]) -> tuple[Summary, list[Summary]]:
+    """(the means over the stacks, each stack) of some runs: a stack weighs the same, however many runs it has."""
+    groups: dict[str, list[Judged]] = {}
+    for j in judged:
+        groups.setdefault(j.run.stack, []).append(j)
+    found = [summary(members, group) for group, members in groups.items()]
+    mean = {name: float(np.mean([getattr(s, name) for s in found])) for name in ("median", "percentile_90", "bias")}
+    return Summary("mean over stacks", sum(s.count for s in found), sum(s.independent for s in found), **mean), found
 
 
-BY: dict[str, Callable[[Judged], str]] = {
-    "source": lambda j: NAMES[j.run.source],
-    "accelerator": lambda j: j.run.accelerator,
-    "model size": size_of,
-}
+def stacks() -> list[Summary]:
+    """The errors of each stack."""
+    return overall_of(judged())[1]
+
+
+def overall() -> Summary:
+    """The means over the stacks of what each has."""
+    return overall_of(judged())[0]
 
 
 def table() -> str:
-    """The errors as a Markdown table."""
-    lines = []
-    for name, by in BY.items():
-        found = [summary(members, group) for group, members in grouped(by).items()]
-        lines += [
-            f"| {name} | {s.group} | {s.count} | {s.median:.1%} | {s.percentile_90:.1%} | {s.bias:+.1%} |\n"
-            for s in found
-        ]
-    return HEADER + "".join(lines)
+    """The errors as a Markdown table: by stack, their mean, and by what most of the time goes to."""
+    regimes = grouped(lambda j: j.regime)
+    found = [*stacks(), overall(), *(summary(regimes[name], f"all that are {name}") for name in sorted(regimes))]
+    return HEADER + "".join(
+        f"| {s.group} | {s.count} | {s.independent:.0f} | {s.median:.1%} | {s.percentile_90:.1%} | {s.bias:+.1%} |\n"
+        for s in found
+    )
+
+
+def calibrated() -> dict[str, tuple[Summary, list[float]]]:
+    """Of each stack of six rows or more: the errors of the rest once three of its rows have given its factor.
+
+    The three are its rows at a quarter, a half and three quarters of the order in which they were published, and the
+    factor is the middle of what they take over what was predicted. With the summary come measured over predicted times.
+    """
+    found = {}
+    for stack, members in grouped(lambda j: j.run.stack).items():
+        if len(members) < SIX:
+            continue
+        at = {len(members) * q // 4 for q in (1, 2, 3)}
+        factor = float(np.median([1 + members[i].error for i in at]))
+        rest = [
+            replace(j, predicted=j.predicted / factor) for i, j in enumerate(members) if i not in at
+        ]  # a time that many times as long
+        found[stack] = summary(rest, stack), [1 + j.error for j in rest]
+    return found
+
+
+def calibrated_table() -> str:
+    """Those errors as a Markdown table, beside what they were."""
+    before = {s.group: s for s in stacks()}
+    lines = [
+        "| stack | rows | median error before | after three rows of it | 90th percentile |\n|---|---:|---:|---:|---:|\n"
+    ]
+    lines += [
+        f"| {stack} | {s.count} | {before[stack].median:.1%} | {s.median:.1%} | {s.percentile_90:.1%} |\n"
+        for stack, (s, _) in calibrated().items()
+    ]
+    return "".join(lines)
+
+
+def missing() -> str:
+    """The published rows that no plan describes, as a Markdown table."""
+    lines = ["| source | rows left out | why |\n|---|---:|---|\n"]
+    for source, reasons in left_out().items():
+        lines += [f"| {source} | {count} | {reason} |\n" for reason, count in reasons.items()]
+    return "".join(lines)
 
 
 def worst(count: int = 10) -> tuple[Judged, ...]:
@@ -125,14 +174,14 @@ def worst(count: int = 10) -> tuple[Judged, ...]:
 
 def worst_rows(count: int = 10) -> str:
     """Those runs as a Markdown table."""
-    lines = ["| source | model | T | B | accelerators | tokens/s measured | predicted | error |\n"]
+    lines = ["| stack | model | T | B | accelerators | tokens/s measured | predicted | error |\n"]
     lines.append("|---|---|---:|---:|---|---:|---:|---:|\n")
     for j in worst(count):
         r = j.run
         sizes = f"{r.row['model']} {r.model.num_layers} x {r.model.d_model}"
         lines.append(
-            f"| {NAMES[r.source]} | {sizes} | {r.plan.tokens(r.model):,} | {r.plan.batch_size} "
-            f"| {r.plan.data_parallel} x {r.accelerator} | {r.measured:,.0f} | {j.predicted:,.0f} | {j.error:+.1%} |\n"
+            f"| {r.stack} | {sizes} | {r.plan.tokens(r.model):,} | {r.plan.batch_size} "
+            f"| {r.plan.data_parallel} | {r.measured:,.0f} | {j.predicted:,.0f} | {j.error:+.1%} |\n"
         )
     return "".join(lines)
 
@@ -140,8 +189,10 @@ def worst_rows(count: int = 10) -> str:
 def report(count: int = 10) -> str:
     """Everything that the command prints and writes, in Markdown."""
     return (
-        f"Predicted tokens per second against {len(judged())} published training runs; no efficiency was fitted to "
-        f"them.\n\n{table()}\nThe worst rows:\n\n{worst_rows(count)}"
+        f"Predicted tokens per second against {len(judged())} published training runs of {len(stacks())} stacks; no "
+        f"efficiency was fitted to them. Each stack weighs the same.\n\n{table()}\nThe worst rows:\n\n"
+        f"{worst_rows(count)}\nWith a factor from three rows of each stack of six or more (`estimate calibrate --log`):"
+        f"\n\n{calibrated_table()}\nPublished rows that no plan describes:\n\n{missing()}"
     )
 
 
@@ -150,6 +201,7 @@ def records() -> list[dict[str, Any]]:
     return [
         {
             "source": j.run.row["source"],
+            "stack": j.run.stack,
             "model": j.run.row["model"],
             "accelerator": j.run.accelerator,
             "accelerators": j.run.plan.data_parallel,
@@ -157,6 +209,7 @@ def records() -> list[dict[str, Any]]:
             "batch_size": j.run.plan.batch_size,
             "measured": j.run.measured,
             "predicted": j.predicted,
+            "regime": j.regime,
             "error": j.error,
         }
         for j in judged()
@@ -166,37 +219,43 @@ def records() -> list[dict[str, Any]]:
 def residuals() -> str:
     """`data/residuals.toml`: between which factors on the predicted time nine published runs of ten lie.
 
-    By architecture where there are enough runs on it, by vendor, and over all. Where a group has several architectures
-    each weighs the same, so that the many runs on one do not speak for the others.
+    By regime where there are enough runs in it, and over all. Each stack weighs the same, so that the many runs of one
+    do not speak for the others.
     """
-    by_architecture = grouped(lambda j: accelerator(j.run.accelerator).architecture)
-    groups = {name: [members] for name, members in by_architecture.items() if len(members) >= ENOUGH}
-    for members in by_architecture.values():
-        groups.setdefault(accelerator(members[0].run.accelerator).vendor, []).append(members)
-    groups["all"] = list(by_architecture.values())
+    groups = {name: members for name, members in grouped(lambda j: j.regime).items() if len(members) >= ENOUGH}
+    groups["all"] = list(judged())
     how = "`python -m estimator.studies.published --residuals`"
     lines = [f"# Measured time over predicted, 5th and 95th percentile: {how}.\n"]
-    for name, architectures in groups.items():
-        members = [j for of in architectures for j in of]
-        if len(members) < ENOUGH:
-            continue
-        weights = [1 / len(of) / len(architectures) for of in architectures for _ in of]
+    for name, members in groups.items():
+        shares = Counter[str]()
+        for j in members:
+            shares[j.run.stack] += j.run.weight  # type: ignore[assignment]
         ratios = np.array([1 + j.error for j in members])  # of times, the inverse of that of tokens per second
-        low, high = (_quantile(ratios, np.array(weights), q) for q in (0.05, 0.95))
-        files = Counter(f"{NAMES[j.run.source]} on {j.run.accelerator}" for j in members)
-        said = "Errors on published runs: " + "; ".join(f"{n} of {what}" for what, n in files.items()) + "."
-        lines.append(f"\n[{name}]\nlow = {low:.3f}\nhigh = {high:.3f}\nrows = {json.dumps(said, allow_nan=False)}\n")
+        weights = np.array([j.run.weight / shares[j.run.stack] for j in members])
+        low, high = (_quantile(ratios, weights, q) for q in (0.05, 0.95))
+        files = Counter(j.run.stack for j in members)
+        kind = "" if name == "all" else f" {name}"
+        said = f"Errors on {len(members)}{kind} published runs of {len(files)} stacks: {'; '.join(sorted(files))}."
+        rows = json.dumps(said, allow_nan=False)
+        lines.append(f"\n[{name}]\nlow = {min(low, 1):.3f}\nhigh = {max(high, 1):.3f}\nrows = {rows}\n")
+    kept = calibrated()
+    ratios = np.array([x for _, of in kept.values() for x in of])
+    weights = np.array([1 / len(of) for _, of in kept.values() for _ in of])
+    low, high = (_quantile(ratios, weights, q) for q in (0.05, 0.95))
+    said = f"{len(ratios)} published runs of {len(kept)} stacks, once three others of the stack gave its factor."
+    rows = json.dumps(said, allow_nan=False)
+    lines.append(f"\n[calibrated]\nlow = {min(low, 1):.3f}\nhigh = {max(high, 1):.3f}\nrows = {rows}\n")
     return "".join(lines)
 
 
 def _quantile(values: NDArray[np.float64], weights: NDArray[np.float64], q: float) -> float:
     """The value below which a part `q` of the weights lies, half of a value's own included."""
     order = np.argsort(values)
-    below = np.cumsum(weights[order]) - weights[order] / 2
+    shares = weights[order] / weights.sum()
+    below = np.cumsum(shares) - shares / 2
     return float(np.interp(q, below, values[order]))
 
 
-COLOURS = ("#4c78a8", "#f58518", "#54a24b")
 WIDTH, HEIGHT, LEFT, BOTTOM, MARGIN = 660, 480, 84, 48, 36
 
 
@@ -232,7 +291,7 @@ def plot() -> str:
         ends = (max(least, least / factor), min(most, most / factor))
         dashed = 'stroke="#888888" stroke-dasharray="4 4"'
         parts.append(line(x(ends[0]), y(ends[0] * factor), x(ends[1]), y(ends[1] * factor), dashed))
-    colour = dict(zip(NAMES, COLOURS, strict=True))
+    colour = dict(zip(SOURCES, COLOURS, strict=False))
     for j in found:
         text = f"{j.run.row['model']} on {j.run.accelerator}: {j.run.measured:,.0f}, predicted {j.predicted:,.0f}"
         parts.append(

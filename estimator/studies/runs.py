@@ -7,6 +7,7 @@ plain eager step is its recipe (`SOURCES`), the same for all of its rows.
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from estimator.describe.checks import choose
 from estimator.describe.model import ModelConfig
 from estimator.describe.plan import Plan
-from estimator.timing.kernels import FUSED, Variant
+from estimator.timing.kernels import FUSED_BY_HAND, Variant
 from estimator.timing.speed import Setup
 
 if TYPE_CHECKING:
@@ -39,8 +40,10 @@ class Run:
         model: what was trained.
         plans: how; of two, each takes half of the time (torchtitan's selective checkpoints).
         setup: what of the source's recipe a plan does not say.
+        software: what ran it, as far as the source says.
         measured: tokens per second of one accelerator.
         row: the row as published.
+        weight: how many independent measurements the row counts for.
     """
 
     source: str
@@ -48,13 +51,20 @@ class Run:
     model: ModelConfig
     plans: tuple[Plan, ...]
     setup: Setup
+    software: str
     measured: float
     row: Mapping[str, str]
+    weight: float = 1.0
 
     @property
     def plan(self) -> Plan:
         """The first of the plans; the others train on the same tokens."""
         return self.plans[0]
+
+    @property
+    def stack(self) -> str:
+        """Source, card and software: runs that share what nobody wrote down."""
+        return f"{NAMES[self.source]}, {self.software}, {self.accelerator}"
 
 
 def _count(row: Mapping[str, str], name: str) -> int:
@@ -75,15 +85,20 @@ def _model(row: Mapping[str, str], family: str) -> ModelConfig:
     )
 
 
-def _run(source: str, row: Mapping[str, str], gpu: str, family: str, setup: Setup, *plans: Plan) -> Run:
-    return Run(source, gpu, _model(row, family), plans, setup, float(row["tokens_per_s_per_gpu"]), row)
+def _run(
+    source: str, row: Mapping[str, str], gpu: str, family: str, setup: Setup, software: str, *plans: Plan,
+    measured: float | None = None, weight: float = 1.0,
+) -> Run:  # fmt: skip
+    rate = float(row["tokens_per_s_per_gpu"]) if measured is None else measured
+    return Run(source, gpu, _model(row, family), plans, setup, software, rate, row, weight)
 
 
 # MPT under Composer's FSDP: 16 bits everywhere but in the optimizer and the loss (low-precision LayerNorm, parameters
-# gathered in bf16, gradients summed in fp32 unless mixed_precision is PURE).
+# gathered in bf16, gradients summed in fp32 unless mixed_precision is PURE), and flash-attn's fused cross entropy,
+# which is MPT's default (llmfoundry/models/mpt/modeling_mpt.py: loss_fn = "fused_crossentropy").
 # attn_impl=flash is flash-attn 1.0.3, which that version of the repository asks for; the table's label "flash-attn 2"
 # is contradicted by that, and by its own long sequences, which run at half of the second generation's rate.
-def _llmfoundry(row: Mapping[str, str]) -> Run | None:
+def _llmfoundry(row: Mapping[str, str]) -> Run | str:
     plan = Plan(
         batch_size=_count(row, "micro_batch"),
         precision="bf16-master",
@@ -95,13 +110,32 @@ def _llmfoundry(row: Mapping[str, str]) -> Run | None:
         sharding="zero3",
     )
     pure = row["zero_or_sharding"].endswith("PURE")
-    setup = Setup(attention="flash-1", parameter_width=2, gradient_width=2 if pure else 4)
-    return _run("llmfoundry_a100_80gb", row, "a100-80gb-sxm", "gpt2", setup, plan)
+    hopper = row["gpu"].startswith("h100")
+    setup = Setup(
+        Variant(frozenset({"loss"})),
+        attention="flash-1",
+        parameter_width=2,
+        gradient_width=2 if pure else 4,
+        network=None if hopper else "mosaicml-a100",
+    )
+    source, card = ("llmfoundry_h100_80gb", "h100-80gb-sxm") if hopper else ("llmfoundry_a100_80gb", "a100-80gb-sxm")
+    return _run(source, row, card, "gpt2", setup, "Composer FSDP", plan)
 
 
 # Megatron-DeepSpeed: fp16 everywhere but in the optimizer and the loss, its fused kernels (masked softmax, bias and
-# GELU, LayerNorm), apex's fused Adam, every block recomputed. Whether with dropout is not said: taken without.
-def _vtrain(row: Mapping[str, str]) -> Run | None:
+# GELU, LayerNorm), apex's fused Adam, every block recomputed, gradients summed when backward is over. Whether with
+# dropout is not said: taken without.
+# The rows were composed from timed parts, not timed run by run: within 6e-6 the iteration is linear in accumulation,
+# and what more accelerators add is the same at every size. So each model and micro-batch counts as three.
+COMPOSED = 3.0
+
+
+@cache
+def _alike() -> Mapping[tuple[str, ...], int]:
+    return Counter((row["d_model"], row["micro_batch"]) for row in rows("vtrain_dp_a100"))
+
+
+def _vtrain(row: Mapping[str, str]) -> Run | str:
     gpus, micro_batch = _count(row, "gpus"), _count(row, "micro_batch")
     plan = Plan(
         batch_size=micro_batch,
@@ -112,8 +146,52 @@ def _vtrain(row: Mapping[str, str]) -> Run | None:
         grad_accumulation=_count(row, "global_batch_seqs") // (gpus * micro_batch),
         data_parallel=gpus,
     )
-    setup = Setup(FUSED, dtype="fp16", parameter_width=2, gradient_width=2)
-    return _run("vtrain_dp_a100", row, "a100-80gb-sxm", "gpt2", setup, plan)
+    setup = Setup(
+        FUSED_BY_HAND, dtype="fp16", parameter_width=2, gradient_width=2, network="vtrain-a100", overlap=False
+    )
+    weight = COMPOSED / _alike()[row["d_model"], row["micro_batch"]]
+    return _run("vtrain_dp_a100", row, "a100-80gb-sxm", "gpt2", setup, "Megatron-DeepSpeed", plan, weight=weight)
+
+
+# InternEvo: 16 bits with fp32 masters, flash attention, apex's and flash-attn's fused norms, rotary embedding and loss;
+# ZeRO-1 over a node (all-reduce of gradients over all, parameters gathered in the node) or over all.
+def _internevo(row: Mapping[str, str]) -> Run | str:
+    gpus = _count(row, "gpus")
+    plan = Plan(
+        batch_size=_count(row, "micro_batch"),
+        precision="bf16-master",
+        attention="sdpa",
+        loss="torch-fp32",
+        checkpointing="block" if row["checkpointing"] == "full" else "none",
+        optimizer_impl="fused",
+        grad_accumulation=_count(row, "grad_accum"),
+        data_parallel=gpus,
+        sharding="zero1",
+    )
+    setup = Setup(FUSED_BY_HAND, parameter_width=2, gradient_width=2, network="internevo-a100")
+    packed = "documents packed" if "into each" in row["notes"] else "documents apart"
+    return _run("internevo_a100", row, "a100-80gb-sxm", "llama", setup, packed, plan)
+
+
+# Megatron-LM without tensor and pipeline parallelism: as vTrain's. The others wait for layouts.
+def _megatron(row: Mapping[str, str]) -> Run | str:
+    if not row["parallelism"].startswith("TP1xPP1x"):
+        return "tensor and pipeline parallelism"
+    if not row["micro_batch"]:
+        return "no micro-batch is stated"
+    gpus, micro_batch, sequences = (_count(row, name) for name in ("gpus", "micro_batch", "global_batch_seqs"))
+    plan = Plan(
+        batch_size=micro_batch,
+        precision="bf16-master",
+        loss="torch-fp32",
+        checkpointing="block",
+        optimizer_impl="fused",
+        grad_accumulation=sequences // (gpus * micro_batch),
+        data_parallel=gpus,
+    )
+    setup = Setup(FUSED_BY_HAND, dtype="fp16", parameter_width=2, gradient_width=2, network="selene", overlap=False)
+    measured = sequences * _count(row, "seq_len") / gpus / float(row["iteration_time_s"])
+    return _run("megatron_layouts", row, "a100-80gb-sxm", "gpt2", setup, "Megatron-LM", plan, measured=measured)
 
 
 # torchtune and torchtitan: SDPA, and the techniques of the row; torchtune trains in bf16, torchtitan under FSDP's mixed
@@ -143,9 +221,11 @@ TUNED_GPUS = {
 }
 
 
-def _torchtune(row: Mapping[str, str]) -> Run | None:
-    if row["gpu"] not in TUNED_GPUS or not row["seq_len"]:
-        return None
+def _torchtune(row: Mapping[str, str]) -> Run | str:
+    if row["gpu"] not in TUNED_GPUS:
+        return f"{row['gpu']}: an offloading or quantised recipe, or an unstated limit of power"
+    if not row["seq_len"]:
+        return "no sequence length is stated"
     checkpoints = row["checkpointing"]
     precision = "bf16-master"
     changes: tuple[dict[str, Any], ...]
@@ -158,7 +238,8 @@ def _torchtune(row: Mapping[str, str]) -> Run | None:
     elif row["dtype"] == "bf16 eager" and checkpoints in TITAN:
         fused, changes = frozenset(), (TITAN[checkpoints],)
     else:
-        return None
+        eight_bit = "fp8" in row["dtype"]
+        return "products in 8 bits" if eight_bit else row["notes"].removeprefix("cumulative technique ").lstrip("+")
     gpus = _count(row, "gpus")
     plan = Plan(
         # Where none is stated, the memory that is printed is that of one sequence.
@@ -170,16 +251,38 @@ def _torchtune(row: Mapping[str, str]) -> Run | None:
         data_parallel=gpus,
         sharding="zero3" if gpus > 1 else "none",
     )
-    setup = Setup(Variant(fused), parameter_width=2, gradient_width=4 if gpus > 1 else 2)
     plans = tuple(plan.replace(**change) for change in changes)
-    return _run("torchtune_torchao", row, TUNED_GPUS[row["gpu"]], "llama", setup, *plans)
+    trainer = "torchtune" if row["notes"] in TUNED else "torchtitan"
+    # Both normalize and rotate in fp32; torchtitan rotates complex numbers, which the compiler leaves to eager kernels.
+    whole = frozenset({"rotation"}) if trainer == "torchtitan" else frozenset[str]()
+    variant = Variant(fused, wide=frozenset({"norm", "rotation"}), whole=whole)
+    setup = Setup(variant, parameter_width=2, gradient_width=4 if gpus > 1 else 2)
+    software = f"{trainer} {'compiled' if fused else 'eager'}"
+    return _run("torchtune_torchao", row, TUNED_GPUS[row["gpu"]], "llama", setup, software, *plans)
 
 
-SOURCES: dict[str, Callable[[Mapping[str, str]], Run | None]] = {
+SOURCES: dict[str, Callable[[Mapping[str, str]], Run | str]] = {
     "llmfoundry_a100_80gb": _llmfoundry,
+    "llmfoundry_h100_80gb": _llmfoundry,
     "vtrain_dp_a100": _vtrain,
     "torchtune_torchao": _torchtune,
+    "internevo_a100": _internevo,
+    "megatron_layouts": _megatron,
 }
+NAMES = {
+    "llmfoundry_a100_80gb": "llm-foundry",
+    "llmfoundry_h100_80gb": "llm-foundry",
+    "vtrain_dp_a100": "vTrain",
+    "torchtune_torchao": "pytorch",
+    "internevo_a100": "InternEvo",
+    "megatron_layouts": "Megatron-LM",
+}
+
+
+@cache
+def _read() -> tuple[tuple[str, Mapping[str, str], Run | str], ...]:
+    """(source, row, the run or why there is none) of every row."""
+    return tuple((name, row, make(row)) for name, make in SOURCES.items() for row in rows(name))
 
 
 def runs(source: str | None = None) -> tuple[Run, ...]:
@@ -188,5 +291,14 @@ def runs(source: str | None = None) -> tuple[Run, ...]:
     Raises:
         ConfigError: unknown source.
     """
-    names = list(SOURCES) if source is None else [choose("source", source, SOURCES)]
-    return tuple(run for name in names for row in rows(name) if (run := SOURCES[name](row)) is not None)
+    names = SOURCES if source is None else (choose("source", source, SOURCES),)
+    return tuple(run for name, _, run in _read() if name in names and isinstance(run, Run))
+
+
+def left_out() -> dict[str, Counter[str]]:
+    """Rows that no plan can describe: by source, how many for each reason."""
+    found: dict[str, Counter[str]] = {}
+    for name, _, run in _read():
+        if isinstance(run, str):
+            found.setdefault(NAMES[name], Counter())[run] += 1
+    return found

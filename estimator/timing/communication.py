@@ -1,22 +1,11 @@
-"""Data parallelism: what each accelerator holds, which messages a step sends, and how long they keep it waiting."""
+"""Data parallelism: which messages a step sends. How long they take is `estimator.timing.waiting`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from estimator.hardware.accelerators import Cluster
-    from estimator.timing.roofline import Efficiency
-
-    Array = NDArray[np.float64]
-
-# Steps of a ring: an all-gather and a reduce-scatter each pass (n - 1) / n of the tensor, an all-reduce does both.
-RINGS = {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 2}
+COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce")
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +13,7 @@ class Message:
     """A collective of a step over all data-parallel accelerators.
 
     Attributes:
-        collective: one of `RINGS`.
+        collective: one of `COLLECTIVES`.
         phase: "forward", "backward" (hidden behind that phase's kernels) or "optimizer" (waited for).
         nbytes: bytes of the whole tensor, all of its messages in the phase together.
         pieces: into how many messages they are cut; the first has nothing to hide behind, nor has the last.
@@ -62,43 +51,3 @@ def messages(
     phases = ("forward", "backward") if sharding == "zero3" else ("forward",)
     gathers = (Message("all-gather", phase, parameter_bytes * micro_batches, pieces) for phase in phases)
     return (*gathers, Message("reduce-scatter", "backward", gradient_bytes * micro_batches, pieces))
-
-
-def seconds(message: Message, cluster: Cluster, e: Efficiency) -> Array:
-    """Seconds of a message on an idle cluster.
-
-    A ring inside each node and one between nodes run at the same time, each as fast as its link: measured on 4 nodes of
-        8
-    B200, an all-reduce of 4 GiB takes 22 ms, between 16 (fully overlapped at the nominal rate) and 26 (one after the
-    other), which is what the fraction `between` of the network's rate is fitted to.
-    """
-    n, g, k = cluster.count, cluster.per_node, cluster.nodes
-    if n == 1:
-        return np.zeros(np.broadcast_shapes(np.shape(message.nbytes), np.shape(message.pieces)))
-    rings = RINGS[message.collective]
-    inside = (g - 1) / g * message.nbytes / (cluster.within * e.within) if cluster.within is not None else 0.0
-    # All g accelerators of a node send at once, each its share through its own part of the network.
-    outside = (k - 1) / k * message.nbytes / g / (cluster.between * e.between) if cluster.between is not None else 0.0
-    hops = (g - 1) + (k - 1)
-    return np.asarray(rings * (np.maximum(inside, outside) + message.pieces * hops * e.latency))
-
-
-def exposed(sent: tuple[Message, ...], cluster: Cluster, e: Efficiency, compute: dict[str, Array]) -> Array:
-    """Seconds of a step that its messages cost, `compute` being the seconds of kernels in each phase.
-
-    Of what runs beside kernels, the first piece has no kernel to run beside, and no more can hide than there are; what
-    hides takes a part of the device from what hides it (`Efficiency.contention`).
-    """
-    cost: Any = 0.0
-    for phase, behind in compute.items():
-        those = [m for m in sent if m.phase == phase]
-        if not those or cluster.count == 1:
-            continue
-        total = sum(seconds(m, cluster, e) for m in those)
-        if phase == "optimizer":
-            cost = cost + total
-            continue
-        first = sum(seconds(m, cluster, e) / m.pieces for m in those[-1:])
-        hidden = np.minimum(total - first, behind)
-        cost = cost + (total - hidden) + e.contention * hidden
-    return np.atleast_1d(np.asarray(cost, dtype=np.float64))

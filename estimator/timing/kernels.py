@@ -35,9 +35,17 @@ class Variant:
 
     Attributes:
         fused: parts of the step ("model", "loss") whose elementwise kernels are fused, as `torch.compile` fuses them.
+        by_hand: a library has a kernel for each module, so that none spans two modules and the host still calls as many
+            operators as an eager step does; else compiled code launches them.
+        wide: what runs in fp32 though the model has 16 bits ("norm", "rotation"), as in most libraries: twice the
+            bytes, a cast before and one after, and the same in backward.
+        whole: of these, what no compiler fuses (complex numbers).
     """
 
     fused: frozenset[str] = frozenset()
+    by_hand: bool = False
+    wide: frozenset[str] = frozenset()
+    whole: frozenset[str] = frozenset()
 
 
 class Row(NamedTuple):
@@ -51,11 +59,19 @@ class Row(NamedTuple):
     width: int  # bytes of one element of a matrix product's factors
     nbytes: Size
     listed: Size  # elements, where one launch goes over a list of tensors; else zero
+    access: str = "plain"  # how it walks its operands (`estimator.eager.ledger.ACCESSES`)
+    elements: Size = ZERO  # that it goes over one at a time, where it walks them otherwise than plainly
+    leading: tuple[Size, ...] = ()  # steps from row to row of a product's matrices
+    calls: int = 1  # of the host, for one launch
 
 
+WIDE = ("norm", "rotation")
 EAGER = Variant()
 FUSED = Variant(frozenset({"model", "loss"}))  # as `torch.compile` fuses
-COLUMNS = ("b", "m", "n", "k", "nbytes", "listed")
+FUSED_BY_HAND = Variant(FUSED.fused, by_hand=True)  # as Megatron's and apex's kernels are
+HALF = 2  # bytes of 16 bits
+ALIGNED = 8  # elements of 16 bits: the rows of every matrix must begin at 16 bytes for the fastest kernels
+COLUMNS = ("b", "m", "n", "k", "nbytes", "listed", "elements")
 # Elements of one launch over a list of tensors: 320 blocks of 65,536 (aten/src/ATen/native/cuda/MultiTensorApply.cuh,
 # depth_to_max_blocks and kChunkSize). What also ends a launch, 30 to 110 tensors, is left out: such tensors are small.
 LISTED = 320 * 65_536
@@ -83,16 +99,53 @@ def _rows(traced: Trace, variant: Variant) -> Iterator[tuple[Row, int | None]]:
     """Every launch of the ledger as (row, block)."""
     last = _last_reads(traced)
     group: list[tuple[int, Kernel]] = []
+    before: tuple[str, Kernel] | None = None  # what ran in fp32 just now
     for at, kernel in enumerate(traced.ledger.kernels):
-        if group and not (_is_fused(kernel, variant) and _together(group[-1][1], kernel)):
-            yield _fused(group, last)
+        if group and not (_is_fused(kernel, variant) and _together(group[-1][1], kernel, variant)):
+            yield _fused(group, last, variant)
             group = []
         if _is_fused(kernel, variant):
             group.append((at, kernel))
-        else:
-            yield _row(kernel, kernel.nbytes), kernel.where.block
+            continue
+        part = _wide_part(kernel, variant)
+        if before is not None and before[0] != part:
+            yield _cast_row(before[1]), before[1].where.block
+        if part and (before is None or before[0] != part):
+            yield _cast_row(kernel), kernel.where.block
+        before = (part, kernel) if part else None
+        yield _row(kernel, _wide_bytes(kernel) if part else kernel.nbytes), kernel.where.block
     if group:
-        yield _fused(group, last)
+        yield _fused(group, last, variant)
+
+
+ROTATING = ("mul", "sub", "add", "add_", "neg", "cat")
+
+
+def _wide_part(kernel: Kernel, variant: Variant) -> str:
+    """Which of `Variant.wide` a kernel of 16 bits belongs to; nothing where to none."""
+    if not variant.wide or kernel.gemm is not None or kernel.where.phase is Phase.OPTIMIZER or not kernel.operands:
+        return ""
+    if kernel.operands[-1].storage.itemsize != HALF:
+        return ""
+    module = kernel.where.module.rpartition(".")[2]
+    part = "norm" if module.endswith("norm") else "rotation" if _rotates(kernel, module) else ""
+    return part if part in variant.wide else ""
+
+
+def _rotates(kernel: Kernel, module: str) -> bool:
+    return module == "attention" and kernel.name in ROTATING
+
+
+def _wide_bytes(kernel: Kernel) -> Size:
+    """Its bytes with operands of 16 bits in 32."""
+    return sum((x.nbytes * (2 if x.storage.itemsize == HALF else 1) for x in kernel.operands), ZERO)
+
+
+def _cast_row(kernel: Kernel) -> Row:
+    """A cast of what a kernel writes between 16 and 32 bits."""
+    out = kernel.operands[-1]
+    cast = kernel._replace(name="_to_copy", access="cast", operands=(out, out))
+    return _row(cast, 3 * out.nbytes)
 
 
 def kind_of(kernel: Kernel) -> str:
@@ -106,10 +159,14 @@ def kind_of(kernel: Kernel) -> str:
 
 def _is_fused(kernel: Kernel, variant: Variant) -> bool:
     part = "loss" if kernel.where.module.startswith("loss") else "model"
-    return part in variant.fused and kind_of(kernel) == "elementwise"
+    if part not in variant.fused or kind_of(kernel) != "elementwise":
+        return False
+    return not variant.whole or _wide_part(kernel, variant) not in variant.whole
 
 
-def _together(a: Kernel, b: Kernel) -> bool:
+def _together(a: Kernel, b: Kernel, variant: Variant) -> bool:
+    if variant.by_hand and a.where.module != b.where.module:
+        return False
     return (a.where.phase, a.micro_batch) == (b.where.phase, b.micro_batch)
 
 
@@ -123,7 +180,7 @@ def _last_reads(traced: Trace) -> dict[int, int]:
     return last
 
 
-def _fused(group: Sequence[tuple[int, Kernel]], last: Mapping[int, int]) -> tuple[Row, int | None]:
+def _fused(group: Sequence[tuple[int, Kernel]], last: Mapping[int, int], variant: Variant) -> tuple[Row, int | None]:
     """One kernel for several: it reads once what comes from outside, and writes what is read afterwards."""
     end, final = group[-1]
     made: set[int] = set()
@@ -135,7 +192,8 @@ def _fused(group: Sequence[tuple[int, Kernel]], last: Mapping[int, int]) -> tupl
                 moved.setdefault((id(storage), written), nbytes)
             if written:
                 made.add(id(storage))
-    return _row(final._replace(name="fused"), sum(moved.values(), ZERO)), final.where.block
+    row = _row(final._replace(name="fused"), sum(moved.values(), ZERO))
+    return row._replace(calls=len(group) if variant.by_hand else 1), final.where.block
 
 
 def _row(kernel: Kernel, nbytes: Size) -> Row:
@@ -145,7 +203,16 @@ def _row(kernel: Kernel, nbytes: Size) -> Row:
     width = kernel.operands[0].storage.itemsize if kernel.operands else 4
     on_a_list = kind == "optimizer" and kernel.gemm is None and kernel.operands
     listed = kernel.operands[0].nbytes / width if on_a_list else ZERO
-    return Row(kind, kernel.name, phase, turn, kernel.gemm, width, nbytes, listed)
+    access = kernel.access if kind == "elementwise" and kernel.name != "fused" else "plain"
+    elements = ZERO if access == "plain" else elements_of(kernel)
+    leading = kernel.leading if width == 2 and kernel.name not in FLASH else ()
+    return Row(kind, kernel.name, phase, turn, kernel.gemm, width, nbytes, listed, access, elements, leading)
+
+
+def elements_of(kernel: Kernel) -> Size:
+    """Elements that a kernel without a product goes over: of what it writes, of what it reduces where it is a sum."""
+    operand = kernel.operands[0] if kernel.name == "sum" else kernel.operands[-1]
+    return operand.nbytes / operand.storage.itemsize
 
 
 class Table:
@@ -177,12 +244,19 @@ class Table:
         self.backward = self.flash & np.array([row.name.endswith("_backward") for row in rows])
         self.masked = self.flash & np.array([row.name.startswith("masked") for row in rows])
         self.gemm = np.array([row.gemm is not None for row in rows]) & ~self.flash
+        self.calls = np.array([row.calls for row in rows])
         self._later = np.array([row.turn == "later" for row in rows])
+        steps = {step: at for at, step in enumerate(dict.fromkeys(x for row in rows for x in row.leading))}
+        self._steps = tuple(steps)
+        self._has = np.zeros((len(self.rows), len(steps)), dtype=np.int64)
+        for at, row in enumerate(rows):
+            self._has[at, [steps[step] for step in row.leading]] = 1
         self._times = np.array(times, dtype=np.float64)
         self._totals = tuple(totals)
         shapes = [row.gemm or Gemm(ZERO, ZERO, ZERO, ZERO) for row in rows]
         columns = [getattr(shape, name) for name in COLUMNS[:4] for shape in shapes]
-        polynomials = [*columns, *(row.nbytes for row in rows), *(row.listed for row in rows), *totals.values()]
+        moved = [getattr(row, name) for name in COLUMNS[4:] for row in rows]
+        polynomials = [*columns, *moved, *totals.values()]
         index: dict[tuple[int, ...], int] = {}
         terms = [
             (at, index.setdefault(x, len(index)), float(c))
@@ -208,17 +282,40 @@ class Table:
         of_rows = {name: values[i * count : (i + 1) * count] for i, name in enumerate(COLUMNS)}
         return of_rows | dict(zip(self._totals, values[len(COLUMNS) * count :], strict=True))
 
-    def launches(self, sizes: Mapping[str, Any], micro_batches: Any) -> NDArray[np.float64]:
-        """(rows, points): how often each row is launched in an optimizer step."""
+    def stretches(
+        self, sizes: Mapping[str, Any], micro_batches: Any
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+        """(times, turns, later): what is launched together, how often it comes, and in how many micro-batches.
+
+        A stretch is what is executed once (embedding, head, the outer blocks) or one repetition of a group of blocks.
+        times: (rows, stretches), launches of each row in one turn; turns: (stretches, points); later: (rows, points).
+        """
         known = as_sizes(sizes)
         turns = [np.ones(1), *(np.atleast_1d(known.value(count)) for count in self._repetitions)]
-        times = self._times @ np.stack(np.broadcast_arrays(*turns)).astype(np.float64)
         micro_batches = np.atleast_1d(np.asarray(micro_batches, dtype=np.float64))
-        return times * np.where(self._later[:, None], micro_batches - 1, 1.0)
+        later = np.where(self._later[:, None], micro_batches - 1, 1.0)
+        return self._times, np.stack(np.broadcast_arrays(*turns)).astype(np.float64), later
+
+    def launches(self, sizes: Mapping[str, Any], micro_batches: Any) -> NDArray[np.float64]:
+        """(rows, points): how often each row is launched in an optimizer step."""
+        times, turns, later = self.stretches(sizes, micro_batches)
+        return np.asarray((times @ turns) * later)
+
+    def unaligned(self, sizes: Mapping[str, Any]) -> NDArray[np.bool_]:
+        """(rows, points or 1): products of 16 bits with a matrix whose rows do not begin at multiples of 16 bytes."""
+        if not self._steps:
+            return np.zeros((len(self.rows), 1), dtype=bool)
+        known = as_sizes(sizes)
+        odd = [np.atleast_1d(np.asarray(known.value(step)) % ALIGNED != 0) for step in self._steps]
+        return np.asarray(self._has @ np.stack(np.broadcast_arrays(*odd)) > 0)
 
     def slower(self, factors: Mapping[str, float]) -> NDArray[np.float64]:
         """(rows,): the factor of each row's kernel, 1 where there is none."""
         return np.array([factors.get(row.name, 1.0) for row in self.rows])
+
+    def walk(self, rates: Mapping[str, float]) -> NDArray[np.float64]:
+        """(rows,): elements a clock by how each row's kernel walks its operands, infinite where that limits nothing."""
+        return np.array([rates.get(row.access, np.inf) for row in self.rows])
 
     def pace(self, rates: Mapping[str, float]) -> NDArray[np.float64]:
         """(rows,): bytes/s of each row's kernel by its name and width ("gelu/2"), infinite where there is none."""

@@ -64,6 +64,7 @@ class Efficiency:
         tiles: (m, n) of the tiles that a library chooses from.
         tile_cost: a tile of s elements runs at s / (s + tile_cost) of that fraction: small ones load more for each
             FLOP.
+        unaligned: fraction of that rate of a 16-bit product with a matrix whose rows begin at odd places.
         quantised: how much of a last, partly filled wave of tiles is paid for: 1 all of it, 0 its share.
         flash: the fused attention kernels by name.
         attention: the one that `scaled_dot_product_attention` takes.
@@ -72,10 +73,12 @@ class Efficiency:
         slower: by name of kernel, its time over that of one that only moves the same bytes.
         pace: by name of kernel and bytes of an element ("gelu/2"), bytes/s at which its arithmetic is done, however
             fast they are moved: what a CPU's kernels wait for.
+        walk: by how a kernel walks its operands (`estimator.eager.ledger.ACCESSES`), elements that a multiprocessor
+            does in a clock: with an offset to compute or a dtype to convert for each, that limits it, not the bytes.
+        clock: the clock that the card runs at over the datasheet's, for which its peaks are given.
         gap: seconds of the device between one kernel and the next.
         host: seconds that the host takes to launch one from Python.
-        checkpoint: seconds of the host to checkpoint a block and to prepare its recomputation. The device waits for
-            them: in vTrain's runs each micro-batch has a constant of that size, at any width.
+        checkpoint: seconds of the host to checkpoint a block and to prepare its recomputation.
         asynchronous: the host runs ahead of the device (CUDA), so that only the slower of both is waited for.
         within, between: fraction of the link inside a node and between nodes that a large collective reaches.
         latency: seconds of one hop of a collective.
@@ -102,6 +105,9 @@ class Efficiency:
     latency: float
     contention: float
     pace: Mapping[str, float] = field(default_factory=dict)
+    walk: Mapping[str, float] = field(default_factory=dict)
+    unaligned: float = 1.0
+    clock: float = 1.0
 
 
 def matmul_seconds(shape: Mapping[str, Array], peak: Any, bandwidth: Any, processors: float, e: Efficiency) -> Array:
@@ -151,6 +157,44 @@ def moving_seconds(nbytes: Array, bandwidth: float, e: Efficiency) -> Array:
     return np.asarray(nbytes / (bandwidth * fraction))
 
 
+def kernel_seconds(
+    table: Table,
+    shape: Mapping[str, Array],
+    accelerator: Accelerator,
+    e: Efficiency,
+    *,
+    sizes: Mapping[str, Any] | None = None,
+    half: str = "bf16",
+    single: str = "fp32",
+    kernel: str | None = None,
+) -> Array:
+    """(rows, points): seconds of one launch of each row; arguments as for `busy`."""
+    bandwidth = accelerator.memory_bandwidth
+    # A CPU's caches are faster than its memory; a GPU's memory is at its fastest when most is moved.
+    streaming = np.maximum(shape["nbytes"] / moving_seconds(shape["nbytes"], bandwidth, e), bandwidth * e.memory[-1][1])
+    dtype = {width: half if width == 2 else single for width in set(table.width.tolist())}
+    peaks = {width: e.clock * accelerator.peak_flops(name) for width, name in dtype.items()}
+    reached = {width: peaks[width] * (e.single if dtype[width] in ("fp32", "fp64") else e.matmul) for width in peaks}
+    peak, rate = (np.array([by[width] for width in table.width.tolist()])[:, None] for by in (peaks, reached))
+    seconds = moving_seconds(shape["nbytes"], bandwidth, e) * table.slower(e.slower)[:, None]
+    seconds = np.maximum(seconds, shape["nbytes"] / table.pace(e.pace)[:, None])
+    if e.walk:
+        clocks = (accelerator.sm_count or np.inf) * (accelerator.boost_clock or np.inf) * e.clock
+        seconds = np.maximum(seconds, shape["elements"] / (table.walk(e.walk)[:, None] * clocks))
+    if table.gemm.any():
+        part = {name: shape[name][table.gemm] for name in COLUMNS}
+        reach = rate[table.gemm]
+        if sizes is not None and e.unaligned < 1:
+            reach = reach * np.where(table.unaligned(sizes)[table.gemm], e.unaligned, 1.0)
+        seconds[table.gemm] = matmul_seconds(part, reach, streaming[table.gemm], accelerator.sm_count or 1, e)
+    if table.flash.any():
+        part = {name: shape[name][table.flash] for name in COLUMNS}
+        flash = e.flash[choose("attention kernel", kernel or e.attention, e.flash)]
+        backward, masked = (of[table.flash][:, None] for of in (table.backward, table.masked))
+        seconds[table.flash] = flash_seconds(part, backward, peak[table.flash], streaming[table.flash], flash, masked)
+    return seconds
+
+
 @dataclass(frozen=True, slots=True)
 class Busy:
     """What an accelerator and its host do in a step, at each point (one, or as many as the sizes have).
@@ -195,43 +239,31 @@ def busy(
     Raises:
         ConfigError: the accelerator has no peak for a dtype that the step multiplies in.
     """
-    launches = table.launches(sizes, micro_batches)
-    bandwidth = accelerator.memory_bandwidth
-    # A CPU's caches are faster than its memory; a GPU's memory is at its fastest when most is moved.
-    streaming = np.maximum(shape["nbytes"] / moving_seconds(shape["nbytes"], bandwidth, e), bandwidth * e.memory[-1][1])
-    dtype = {width: half if width == 2 else single for width in set(table.width.tolist())}
-    peaks = {width: accelerator.peak_flops(name) for width, name in dtype.items()}
-    reached = {width: peaks[width] * (e.single if dtype[width] in ("fp32", "fp64") else e.matmul) for width in peaks}
-    peak, rate = (np.array([by[width] for width in table.width.tolist()])[:, None] for by in (peaks, reached))
-    seconds = moving_seconds(shape["nbytes"], bandwidth, e) * table.slower(e.slower)[:, None]
-    seconds = np.maximum(seconds, shape["nbytes"] / table.pace(e.pace)[:, None])
-    if table.gemm.any():
-        part = {name: shape[name][table.gemm] for name in COLUMNS}
-        seconds[table.gemm] = matmul_seconds(
-            part, rate[table.gemm], streaming[table.gemm], accelerator.sm_count or 1, e
-        )
-    if table.flash.any():
-        part = {name: shape[name][table.flash] for name in COLUMNS}
-        flash = e.flash[choose("attention kernel", kernel or e.attention, e.flash)]
-        backward, masked = (of[table.flash][:, None] for of in (table.backward, table.masked))
-        seconds[table.flash] = flash_seconds(part, backward, peak[table.flash], streaming[table.flash], flash, masked)
-    spent = seconds * launches
+    seconds = kernel_seconds(table, shape, accelerator, e, sizes=sizes, half=half, single=single, kernel=kernel)
+    times, turns, later = table.stretches(sizes, micro_batches)
+    each = seconds * later
+    spent = (times @ turns) * each
     kinds = {kind: spent[table.kind == kind].sum(0) for kind in KINDS}
+    lists = shape["listed"]
+    count = later * np.where(lists > 0, lists / LISTED, 1)
+    checkpointed: Any = 0.0
+    if table.checkpoint_every is not None:
+        checkpointed = (np.asarray(sizes["L"]) // table.checkpoint_every) * np.asarray(micro_batches)
     phases, launch = {}, np.zeros(1)
     working: tuple[Phase, ...] = (Phase.FORWARD, Phase.BACKWARD, Phase.OPTIMIZER)
     for phase in working:
         here = table.phase == phase
-        kernels = spent[here].sum(0)
-        lists = shape["listed"][here]
-        count = (launches[here] * np.where(lists > 0, lists / LISTED, 1)).sum(0)
-        device = kernels + e.gap * count
-        if table.checkpoint_every is not None and phase is Phase.BACKWARD:
-            device = device + e.checkpoint * (np.asarray(sizes["L"]) // table.checkpoint_every) * np.asarray(
-                micro_batches
-            )
-        host = e.host * count
-        phases[phase] = np.maximum(device, host) if e.asynchronous else device + host
-        launch = launch + phases[phase] - kernels
+        there = times[here].T
+        kernels = there @ each[here]  # (stretches, points)
+        device = kernels + e.gap * (there @ count[here])
+        calls = there @ (count[here] * table.calls[here][:, None])
+        host = e.host * calls
+        if phase is Phase.BACKWARD:
+            # Each checkpointed block costs the host as much; stretches have them as they have operators.
+            host = host + e.checkpoint * checkpointed * calls / np.maximum((calls * turns).sum(0), 1)
+        # Where the device runs by itself, each stretch takes what is slower of it and of the host that launches it.
+        phases[phase] = ((np.maximum(device, host) if e.asynchronous else device + host) * turns).sum(0)
+        launch = launch + phases[phase] - (kernels * turns).sum(0)
     return Busy(kinds, phases, launch)
 
 
@@ -248,13 +280,18 @@ def efficiency(a: Accelerator) -> Efficiency:
     """
     if a.profile is not None:
         return _profiled(a.profile, Path(a.profile).stat().st_mtime_ns)
+    return _catalogued(a.id, a.architecture)
+
+
+@lru_cache(maxsize=256)
+def _catalogued(id_: str, architecture: str) -> Efficiency:
     data = read_data("efficiency")
-    entry = data["architecture"].get(a.architecture)
+    entry = data["architecture"].get(architecture)
     if entry is None:
         entry = data["architecture"][data["default"]]
-        origin = f"Nobody has published measurements of {a.architecture or a.id}: {data['default']}'s efficiencies."
+        origin = f"Nobody has published measurements of {architecture or id_}: {data['default']}'s efficiencies."
         return built({**entry, "origin": origin})
-    return built({**entry, **data["accelerator"].get(a.id, {})})
+    return built({**entry, **data["accelerator"].get(id_, {})})
 
 
 @lru_cache(maxsize=8)
@@ -279,10 +316,11 @@ def built(table: Mapping[str, Any]) -> Efficiency:
         KeyError, TypeError, ValueError: the table has other fields.
     """
     plain = dict(table)
-    for name in ("matmul", "single", "within", "between"):
-        number(name, plain[name], above=True, most=1)
+    for name in ("matmul", "single", "within", "between", "unaligned"):
+        number(name, plain.get(name, 1), above=True, most=1)
     for name in ("depth", "tile_cost", "quantised", "gap", "host", "checkpoint", "latency", "contention"):
         number(name, plain[name])
+    number("clock", plain.get("clock", 1), above=True)
     flash: dict[str, Flash] = {}
     for name, kernel in plain.pop("flash").items():
         fields: dict[str, Any] = {key: tuple(x) if isinstance(x, list) else x for key, x in kernel.items()}

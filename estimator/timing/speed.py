@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +12,12 @@ from estimator.accounting.accounts import account, sizes_for
 from estimator.describe.catalogue import read_data
 from estimator.describe.checks import positive_int
 from estimator.hardware.accelerators import Accelerator, accelerator, cluster
+from estimator.hardware.networks import network, straggling
 from estimator.pricing.conventions import model_flops_utilisation
-from estimator.timing.communication import exposed, messages
+from estimator.timing.communication import messages
 from estimator.timing.kernels import EAGER, FUSED, Variant, table
 from estimator.timing.roofline import busy, efficiency, parts
+from estimator.timing.waiting import exposed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -26,11 +28,31 @@ if TYPE_CHECKING:
     from estimator.accounting.accounts import Account
     from estimator.describe.model import ModelConfig
     from estimator.describe.plan import Plan
+    from estimator.timing.roofline import Efficiency
 
     Array = NDArray[np.float64]
 
 SECONDS_PER_HOUR = 3600
+FUSED_ATTENTION = ("flash", "efficient")
 SECONDS_PER_DAY = 86400
+
+
+@dataclass(frozen=True, slots=True)
+class StackFactor:
+    """Measured time over predicted, of steps of one run: what later predictions on the same stack are multiplied with.
+
+    Attributes:
+        factor: the median.
+        low, high: between which nine steps of ten are expected.
+        steps: how many were measured.
+        source: which log.
+    """
+
+    factor: float
+    low: float
+    high: float
+    steps: int
+    source: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +64,12 @@ class Setup:
         attention: the fused attention kernel, if not the accelerator's own.
         dtype: of products whose factors have 16 bits, if not the plan's.
         parameter_width, gradient_width: bytes of one parameter and of one gradient in a message; None for the ledger's.
+        network: between nodes: a name of `estimator.hardware.networks.networks()`, or bytes/s of one accelerator; None
+            for what is assumed.
+        latency: seconds of a hop between nodes; None for the same as inside one.
+        straggling: the part that each doubling of the nodes costs; None for the catalogue's.
+        overlap: gradients are summed while backward goes on, as DDP does; else after it.
+        stack_factor: what the user's own log says of his stack (`estimate calibrate --log`).
     """
 
     variant: Variant = EAGER
@@ -49,6 +77,11 @@ class Setup:
     dtype: str | None = None
     parameter_width: int | None = None
     gradient_width: int | None = None
+    network: str | float | None = None
+    latency: float | None = None
+    straggling: float | None = None
+    overlap: bool = True
+    stack_factor: StackFactor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +112,7 @@ class Time:
         spread: factors on the time between which nine published runs of ten lie; None where an MFU was given.
         rows: which published runs those are, a sentence.
         origin: where the efficiencies behind the prediction come from, a sentence; or that the MFU was given.
+        assumptions: what carries the prediction beside the plan, each with whether it was given or assumed.
     """
 
     seconds_per_step: float
@@ -93,6 +127,7 @@ class Time:
     spread: tuple[float, float] | None
     rows: str
     origin: str
+    assumptions: Mapping[str, str]
 
     @property
     def seconds(self) -> float:
@@ -138,7 +173,13 @@ class Time:
         }
 
 
-def step_times(m: ModelConfig, p: Plan, on: Accelerator | str | Path, setup: Setup | None = None) -> dict[str, Array]:
+def step_times(
+    m: ModelConfig,
+    p: Plan,
+    on: Accelerator | str | Path,
+    setup: Setup | None = None,
+    e: Efficiency | None = None,
+) -> dict[str, Array]:
     """Seconds of one optimizer step by part (`PARTS`), each an array of one, on `p.data_parallel` accelerators.
 
     Raises:
@@ -146,7 +187,7 @@ def step_times(m: ModelConfig, p: Plan, on: Accelerator | str | Path, setup: Set
     """
     a = accelerator(on)
     sizes = sizes_for(m, p, threads=1)
-    return times(account(m, p, a.device), sizes, p, a, setup)
+    return times(account(m, p, a.device), sizes, p, a, setup, e=e)
 
 
 def times(
@@ -156,6 +197,7 @@ def times(
     a: Accelerator,
     setup: Setup | None = None,
     micro_batches: Any = None,
+    e: Efficiency | None = None,
 ) -> dict[str, Array]:
     """Seconds of one optimizer step by part at `sizes`, numbers or arrays of one length.
 
@@ -166,12 +208,13 @@ def times(
         a: the accelerator, of which p.data_parallel share the batch.
         setup: what of a run the plan does not say.
         micro_batches: of each point, in place of the plan's grad_accumulation; above 1 only where the plan's is.
+        e: what kernels reach, if not the accelerator's own.
 
     Raises:
         ConfigError: as for `step_times`.
     """
     turns = p.grad_accumulation if micro_batches is None else micro_batches
-    e = efficiency(a)
+    e = e or efficiency(a)
     setup = setup or Setup(FUSED if p.compile else EAGER)
     kernels = table(form, setup.variant)
     shape = kernels.at(sizes)
@@ -182,18 +225,37 @@ def times(
         single="tf32" if p.product_dtype == "tf32" else "fp32",
         kernel=setup.attention or (fused if fused in e.flash else None),
     )  # fmt: skip
-    group = cluster(a, p.data_parallel)
+    group = cluster(a, p.data_parallel, between=between(a, setup.network))
     count = shape["parameters"]
     holders = p.shards if p.sharding in ("zero2", "zero3") else 1  # of the parameters and gradients, as they are sent
     parameters = holders * shape["parameter_bytes"] if setup.parameter_width is None else count * setup.parameter_width
     gradients = holders * shape["gradient_bytes"] if setup.gradient_width is None else count * setup.gradient_width
     sent = messages(p.sharding, parameters, gradients, np.asarray(sizes["L"]) + 1, turns)
-    return parts(work, exposed(sent, group, e, {phase.value: s for phase, s in work.phases.items()}))
+    compute = {phase.value: s for phase, s in work.phases.items()}
+    waited = exposed(sent, group, e, compute, turns, overlap=setup.overlap, latency=setup.latency)
+    if group.nodes > 1:  # the slowest node is waited for
+        part = straggling() if setup.straggling is None else setup.straggling
+        waited = waited + part * np.log2(group.nodes) * (waited + sum(compute.values()))
+    found = parts(work, waited)
+    if setup.stack_factor is not None:
+        found = {name: setup.stack_factor.factor * x for name, x in found.items()}
+    return found
+
+
+def between(a: Accelerator, given: str | float | None = None) -> float | None:
+    """Bytes/s of one accelerator to another node: as given, else what is assumed, or its own typical network's if less.
+
+    None where the catalogue has no network for it and none is given.
+    """
+    if given is None and a.inter_node_bandwidth is not None:
+        return min(network().bandwidth, a.inter_node_bandwidth)
+    return None if given is None else network(given).bandwidth
 
 
 def predicted(
-    m: ModelConfig, p: Plan, a: Accelerator, flops: Any, parameters: int, steps: int | None, count: int
-) -> Time:
+    m: ModelConfig, p: Plan, a: Accelerator, flops: Any, parameters: int, steps: int | None, count: int,
+    setup: Setup | None = None,
+) -> Time:  # fmt: skip
     """The time of a run of `flops.sequences` sequences a step on `count` accelerators.
 
     Each accelerator runs as many micro-batches a step as its share of the sequences takes, the last one full too.
@@ -206,12 +268,16 @@ def predicted(
         parameters: N.
         steps: optimizer steps, None if it was not said how many.
         count: accelerators.
+        setup: what of a run a plan does not say.
 
     Raises:
         ConfigError: as for `step_times`.
     """
+    setup = setup or Setup()
+    if p.compile:
+        setup = replace(setup, variant=replace(setup.variant, fused=FUSED.fused))
     micro_batches = -(-flops.sequences // (p.batch_size * count))
-    spent = step_times(m, p.replace(grad_accumulation=micro_batches, data_parallel=count), a)
+    spent = step_times(m, p.replace(grad_accumulation=micro_batches, data_parallel=count), a, setup)
     found = {name: float(x[0]) for name, x in spent.items()}
     seconds = sum(found.values())
     peak = a.peak_flops(p.product_dtype)
@@ -219,7 +285,42 @@ def predicted(
     origin = efficiency(a).origin
     if account(m, p, a.device).fused_kernel == "efficient" and "efficient" not in efficiency(a).flash:
         origin = f"{origin} Nobody has published measurements of the memory-efficient attention: flash's."
-    return _time(m, p, flops, parameters, steps, count, seconds, mfu, peak, found, *spread(a), origin)
+    within, rows = spread(found)
+    if setup.stack_factor is not None:
+        own = setup.stack_factor
+        within = (own.low / own.factor, own.high / own.factor)
+        rows = f"{own.steps} steps of {own.source}, by which the prediction is multiplied ({own.factor:.3f})."
+    return _time(
+        m, p, flops, parameters, steps, count, seconds, mfu, peak, found, within, rows, origin,
+        assumptions(m, p.replace(data_parallel=count), a, setup),
+    )  # fmt: skip
+
+
+def assumptions(m: ModelConfig, p: Plan, a: Accelerator, setup: Setup) -> Mapping[str, str]:
+    """What carries the prediction and was not said by the plan, each with whether it was given or assumed."""
+    e = efficiency(a)
+    found = {}
+    fused = account(m, p, a.device).fused_kernel
+    if fused in FUSED_ATTENTION:
+        kernel = setup.attention or (fused if fused in e.flash else e.attention)
+        said = "given" if setup.attention else "as PyTorch picks"
+        found["attention kernel"] = f"{kernel}, {said}; timed here: {', '.join(e.flash)}"
+    found["elementwise kernels"] = "fused by torch.compile" if p.compile else "eager, one launch each"
+    if setup.variant.wide:
+        found["in fp32"] = f"{' and '.join(sorted(setup.variant.wide))}, given"
+    group = cluster(a, p.data_parallel, between=between(a, setup.network))
+    if group.nodes > 1:
+        assert group.between is not None
+        said = network(setup.network).source if setup.network is not None else "assumed: say network= for your own"
+        found["network"] = f"{group.between / 1e9:g} GB/s an accelerator between nodes, {said}"
+        found["slowest node"] = f"{straggling():.0%} for each doubling of the nodes beyond one"
+    if p.data_parallel > 1:
+        found["gradients"] = "summed while backward goes on" if setup.overlap else "summed when backward is over"
+    if a.boost_clock is not None:
+        found["clock"] = f"{a.boost_clock / 1e6:,.0f} MHz, the datasheet's"
+    if setup.stack_factor is not None:
+        found["stack factor"] = f"{setup.stack_factor.factor:.3f} from {setup.stack_factor.source}"
+    return found
 
 
 def at_mfu(
@@ -233,6 +334,7 @@ def at_mfu(
 def _time(
     m: ModelConfig, p: Plan, flops: Any, parameters: int, steps: int | None, count: int, seconds: float, mfu: float,
     peak: float, found: Mapping[str, float], between: tuple[float, float] | None, rows: str, origin: str,
+    assumed: Mapping[str, str] | None = None,
 ) -> Time:  # fmt: skip
     rate = flops.sequences * p.tokens(m) / seconds
     return Time(
@@ -248,7 +350,19 @@ def _time(
         spread=between,
         rows=rows,
         origin=origin,
+        assumptions=assumed or {},
     )
+
+
+def regime(parts: Mapping[str, float]) -> str:
+    """What most of a step's time goes to: "compute-bound", "bandwidth-bound", "network-bound" or "launch-bound"."""
+    kinds = {
+        "compute-bound": parts["matmul"] + parts["attention"],
+        "bandwidth-bound": parts["elementwise"] + parts["optimizer"],
+        "network-bound": parts["communication"],
+        "launch-bound": parts["launch"],
+    }
+    return max(kinds, key=lambda name: kinds[name])
 
 
 @cache
@@ -257,10 +371,15 @@ def _spreads() -> dict[str, tuple[tuple[float, float], str]]:
     return {name: ((entry["low"], entry["high"]), entry["rows"]) for name, entry in data.items()}
 
 
-def spread(a: Accelerator) -> tuple[tuple[float, float], str]:
-    """(low, high): factors on a predicted time between which nine published runs of ten lie; and which runs."""
+def spread(parts: Mapping[str, float]) -> tuple[tuple[float, float], str]:
+    """(low, high): factors on a predicted time between which nine published runs of ten lie; and which runs.
+
+    Args:
+        parts: seconds of a step by part; what most of them go to says which runs are alike.
+    """
     found = _spreads()
-    if a.architecture in found:
-        return found[a.architecture]
-    between, rows = found.get(a.vendor, found["all"])
-    return between, f"{rows} None, or too few, are on {a.name}'s architecture."
+    kind = regime(parts)
+    if kind in found:
+        return found[kind]
+    between, rows = found["all"]
+    return between, f"{rows} None, or too few, are {kind}."

@@ -28,7 +28,7 @@ from estimator.describe.model import ModelConfig
 from estimator.describe.plan import CHECKPOINTINGS, LOSSES, PRECISIONS, Plan
 from estimator.hardware.accelerators import accelerator
 from estimator.memory.device import memory
-from estimator.studies import published
+from estimator.studies import device, published
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -218,6 +218,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     if "--published" in argv:
         return published.main([word for word in argv if word != "--published"])
+    if "--import" in argv:
+        return device.main([word for word in argv if word != "--import"])
     if "--time" in argv:
         from trainer.referee import validate_time  # noqa: PLC0415 - which needs torch
 
@@ -232,6 +234,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where to run (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure to FILE")
     parser.add_argument("--published", action="store_true", help="predicted time against published runs (no torch)")
+    parser.add_argument(
+        "--import", action="store_true", dest="imported", help="a file of tools/device_check.py beside its predictions"
+    )
     parser.add_argument("--time", action="store_true", help="predicted against measured seconds, after `calibrate`")
     args = parser.parse_args(argv)
     console = Console()
