@@ -243,7 +243,11 @@ def _work(s: Setup, r: Estimate) -> None:
             spent = {name: {"": seconds} for name, seconds in parts.items()}
             charts.draw(charts.icicle("one step", spent, duration, "Time of a step, by part"))
     if r.time is not None and r.time.predicted:
-        st.caption(f"Kernel efficiencies of the time: {r.time.origin} Its interval: {r.time.rows}")
+        with st.expander("How sure is the time?"):
+            rests = [(x.name, x.value, x.origin, "; ".join(x.changes())) for x in r.assumptions]
+            names = ("It rests on", "taken here", "from", "another choice, and what a step's time would be")
+            st.dataframe(pd.DataFrame(rests, columns=list(names)), hide_index=True, width="stretch")
+            st.caption(f"What kernels reach: {r.time.origin} The interval: {r.time.rows}")
     frame = r.to_frame().astype(float)  # Arrow's integers end at 2^63
     columns: dict[str, Any] = {"_index": st.column_config.TextColumn("module", pinned=True)}
     for name in map(str, frame):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from estimator.accounting.accounts import COMPONENTS, Account, Values, account, sizes_for
+from estimator.answers.assumptions import Assumption, assumptions
 from estimator.describe.catalogue import number
 from estimator.describe.checks import LIMITS, ConfigError, TooLargeError, choose, positive_int
 from estimator.describe.plan import Plan
@@ -77,6 +79,7 @@ class Estimate:
         time: how long it takes, predicted from the kernels or reckoned with a given MFU; None where neither can be, and
             a note says why.
         notes: what the reader should know of how the figures came about.
+        setup: what of the run the plan does not say.
     """
 
     model: ModelConfig
@@ -88,6 +91,15 @@ class Estimate:
     flops: Flops
     time: Time | None
     notes: tuple[str, ...]
+    setup: Setup
+
+    @cached_property
+    def assumptions(self) -> tuple[Assumption, ...]:
+        """What a predicted time rests on beside the plan, with what other choices would change; else nothing."""
+        if self.time is None or not self.time.predicted:
+            return ()
+        micro_batches = -(-self.flops.sequences // (self.plan.batch_size * self.plan.data_parallel))
+        return assumptions(self.model, self.plan.replace(grad_accumulation=micro_batches), self.accelerator, self.setup)
 
     @property
     def fits(self) -> bool:
@@ -107,6 +119,7 @@ class Estimate:
             "activation_bytes": self.values.activation_bytes,
             "flops": asdict(self.flops) | {"model": self.flops.model, "step": self.flops.step},
             "time": self.time.to_dict() if self.time is not None else None,
+            "assumptions": [x.to_dict() for x in self.assumptions],
             "modules": modules,
             "notes": list(self.notes),
         }
@@ -204,6 +217,14 @@ def estimate(
         choose("wide", part, WIDE)
     if network_latency is not None:
         number("network_latency", network_latency, most=LATENCY_LIMIT)
+    setup = Setup(
+        Variant(wide=frozenset(wide)),
+        attention=attention_kernel,
+        network=network,
+        latency=network_latency,
+        overlap=overlap,
+        stack_factor=stack_factor,
+    )
     time = None
     if mfu is not None:
         peak = device.peak_flops(p.product_dtype)
@@ -211,18 +232,10 @@ def estimate(
     else:
         steps = positive_int("steps", steps) if steps is not None else None
         try:
-            setup = Setup(
-                Variant(wide=frozenset(wide)),
-                attention=attention_kernel,
-                network=network,
-                latency=network_latency,
-                overlap=overlap,
-                stack_factor=stack_factor,
-            )
             time = predicted(m, p, device, flops, values.parameters, steps, count, setup)
         except ConfigError as error:  # no peak, no link, no calibration: marked, never guessed
             notes.append(f"No time is predicted: {error}.")
-    return Estimate(m, p, device, a, values, memory(a, values, sizes, device), flops, time, tuple(notes))
+    return Estimate(m, p, device, a, values, memory(a, values, sizes, device), flops, time, tuple(notes), setup)
 
 
 def check_kernel(p: Plan, a: Accelerator) -> None:

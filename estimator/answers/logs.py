@@ -23,6 +23,7 @@ from estimator.timing.speed import StackFactor, regime
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
+    from estimator.answers.estimates import Estimate
     from estimator.timing.speed import Time
 
 LEAST = 3  # steps that a median needs
@@ -193,8 +194,10 @@ def stack_factor(log: Log, time: Time, tokens: float, source: str) -> StackFacto
     return StackFactor(middle, low, high, len(ratios), source)
 
 
-def explanation(found: StackFactor, time: Time) -> str:
+def explanation(found: StackFactor, r: Estimate) -> str:
     """Where a factor can come from: what each part would have to take for the prediction to be right."""
+    time = r.time
+    assert time is not None
     said = [
         (
             f"Measured steps take {found.factor:.3f} of the predicted {time.seconds_per_step:.4g} s "
@@ -213,7 +216,7 @@ def explanation(found: StackFactor, time: Time) -> str:
                 f"{name}, {share:.0%} of the prediction: alone it would have to take {wanted / seconds:.2f} of it."
             )
     said.append(f"The step is {regime(time.parts)}.")
-    said += [f"Assumed: {name}: {value}." for name, value in time.assumptions.items() if "given" not in value]
+    said += [f"{assumption}." for assumption in r.assumptions if assumption.origin != "given"]
     return "\n".join(said)
 
 

@@ -185,7 +185,7 @@ def _calibrate_by_log(args: argparse.Namespace) -> int:
         raise ConfigError(f"log = {args.log!r}: no time is predicted for this run: {' '.join(r.notes)}")
     tokens = r.time.tokens_per_second * r.time.seconds_per_step
     found = stack_factor(log, r.time, tokens, f"{args.log} ({log.format})")
-    sys.stdout.write(explanation(found, r.time) + "\n")
+    sys.stdout.write(explanation(found, r) + "\n")
     if args.out:
         save(found, args.out)
         sys.stdout.write(f"Written to {args.out}: give it as --stack-factor {args.out}\n")
@@ -349,6 +349,8 @@ def _tables(name: str, r: Estimate, largest: int) -> None:
     )
     if r.time is not None:
         _time(r.time, console)
+        for assumption in r.assumptions:
+            console.print(f"  {assumption}", highlight=False)
     for note in r.notes:
         console.print(note, highlight=False)
 

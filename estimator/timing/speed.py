@@ -112,7 +112,6 @@ class Time:
         spread: factors on the time between which nine published runs of ten lie; None where an MFU was given.
         rows: which published runs those are, a sentence.
         origin: where the efficiencies behind the prediction come from, a sentence; or that the MFU was given.
-        assumptions: what carries the prediction beside the plan, each with whether it was given or assumed.
     """
 
     seconds_per_step: float
@@ -127,7 +126,6 @@ class Time:
     spread: tuple[float, float] | None
     rows: str
     origin: str
-    assumptions: Mapping[str, str]
 
     @property
     def seconds(self) -> float:
@@ -290,37 +288,7 @@ def predicted(
         own = setup.stack_factor
         within = (own.low / own.factor, own.high / own.factor)
         rows = f"{own.steps} steps of {own.source}, by which the prediction is multiplied ({own.factor:.3f})."
-    return _time(
-        m, p, flops, parameters, steps, count, seconds, mfu, peak, found, within, rows, origin,
-        assumptions(m, p.replace(data_parallel=count), a, setup),
-    )  # fmt: skip
-
-
-def assumptions(m: ModelConfig, p: Plan, a: Accelerator, setup: Setup) -> Mapping[str, str]:
-    """What carries the prediction and was not said by the plan, each with whether it was given or assumed."""
-    e = efficiency(a)
-    found = {}
-    fused = account(m, p, a.device).fused_kernel
-    if fused in FUSED_ATTENTION:
-        kernel = setup.attention or (fused if fused in e.flash else e.attention)
-        said = "given" if setup.attention else "as PyTorch picks"
-        found["attention kernel"] = f"{kernel}, {said}; timed here: {', '.join(e.flash)}"
-    found["elementwise kernels"] = "fused by torch.compile" if p.compile else "eager, one launch each"
-    if setup.variant.wide:
-        found["in fp32"] = f"{' and '.join(sorted(setup.variant.wide))}, given"
-    group = cluster(a, p.data_parallel, between=between(a, setup.network))
-    if group.nodes > 1:
-        assert group.between is not None
-        said = network(setup.network).source if setup.network is not None else "assumed: say network= for your own"
-        found["network"] = f"{group.between / 1e9:g} GB/s an accelerator between nodes, {said}"
-        found["slowest node"] = f"{straggling():.0%} for each doubling of the nodes beyond one"
-    if p.data_parallel > 1:
-        found["gradients"] = "summed while backward goes on" if setup.overlap else "summed when backward is over"
-    if a.boost_clock is not None:
-        found["clock"] = f"{a.boost_clock / 1e6:,.0f} MHz, the datasheet's"
-    if setup.stack_factor is not None:
-        found["stack factor"] = f"{setup.stack_factor.factor:.3f} from {setup.stack_factor.source}"
-    return found
+    return _time(m, p, flops, parameters, steps, count, seconds, mfu, peak, found, within, rows, origin)
 
 
 def at_mfu(
@@ -334,7 +302,6 @@ def at_mfu(
 def _time(
     m: ModelConfig, p: Plan, flops: Any, parameters: int, steps: int | None, count: int, seconds: float, mfu: float,
     peak: float, found: Mapping[str, float], between: tuple[float, float] | None, rows: str, origin: str,
-    assumed: Mapping[str, str] | None = None,
 ) -> Time:  # fmt: skip
     rate = flops.sequences * p.tokens(m) / seconds
     return Time(
@@ -350,7 +317,6 @@ def _time(
         spread=between,
         rows=rows,
         origin=origin,
-        assumptions=assumed or {},
     )
 
 

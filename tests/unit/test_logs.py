@@ -97,7 +97,8 @@ def test_a_first_step_that_warms_up_is_left_out(tmp_path):
 
 def test_the_factor_is_carried_into_the_prediction_and_its_interval(tmp_path):
     p = est.Plan(batch_size=8, precision="bf16", attention="sdpa")
-    plain = est.estimate("gpt2", p, "a100-80gb-sxm").time
+    asked = est.estimate("gpt2", p, "a100-80gb-sxm")
+    plain = asked.time
     log = read_log(written(tmp_path, "\n".join(str(x * plain.seconds_per_step) for x in (1.19, 1.2, 1.25))))
     found = stack_factor(log, plain, plain.tokens_per_second * plain.seconds_per_step, "mine")
     assert found.factor == pytest.approx(1.2)
@@ -105,13 +106,14 @@ def test_the_factor_is_carried_into_the_prediction_and_its_interval(tmp_path):
     assert found.high >= 1.25
     save(found, tmp_path / "stack.toml")
     assert load(tmp_path / "stack.toml") == found
-    again = est.estimate("gpt2", p, "a100-80gb-sxm", stack_factor=found).time
+    calibrated = est.estimate("gpt2", p, "a100-80gb-sxm", stack_factor=found)
+    again = calibrated.time
     assert again.seconds == pytest.approx(1.2 * plain.seconds)
     assert again.interval.low == pytest.approx(found.low * plain.seconds)
     assert again.interval.high == pytest.approx(found.high * plain.seconds)
     assert sum(again.parts.values()) == pytest.approx(again.seconds)
-    assert "1.200 from mine" in again.assumptions["stack factor"]
-    assert "matmul" in explanation(found, plain)
+    assert str(calibrated.assumptions[-1]) == "factor of your stack: 1.200 (mine)"
+    assert "matmul" in explanation(found, asked)
     (tmp_path / "bad.toml").write_text("factor = 1\n")
     with pytest.raises(ConfigError, match="calibrate --log"):
         load(tmp_path / "bad.toml")

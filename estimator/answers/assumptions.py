@@ -1,0 +1,131 @@
+"""What a predicted time rests on beside the plan, each with what another choice would change."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from estimator.accounting.accounts import account
+from estimator.hardware.accelerators import cluster
+from estimator.hardware.networks import network, straggling
+from estimator.timing.kernels import FUSED, WIDE
+from estimator.timing.roofline import efficiency
+from estimator.timing.speed import FUSED_ATTENTION, Setup, between, step_times
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from estimator.describe.model import ModelConfig
+    from estimator.describe.plan import Plan
+    from estimator.hardware.accelerators import Accelerator
+
+
+@dataclass(frozen=True, slots=True)
+class Assumption:
+    """One of the things that a predicted time rests on.
+
+    Attributes:
+        name: what it is about.
+        value: what was taken.
+        origin: who said so: "given", "assumed", or where it comes from.
+        others: other values, each with the change of a step's time that it would bring, as a part of it: -0.09 is a
+            step that is 9 % shorter.
+    """
+
+    name: str
+    value: str
+    origin: str
+    others: Mapping[str, float]
+
+    def __str__(self) -> str:
+        """Return a line: network between nodes: 12.5 GB/s (assumed; 9 % less with 25 GB/s)."""
+        others = [f"{changed} with {value}" for changed, value in self._changed()]
+        return f"{self.name}: {self.value} ({'; '.join((self.origin, *others))})"
+
+    def changes(self) -> list[str]:
+        """Each other value with what it would change: 25 GB/s: 9 % less."""
+        return [f"{value}: {changed}" for changed, value in self._changed()]
+
+    def _changed(self) -> list[tuple[str, str]]:
+        found = []
+        for value, change in self.others.items():
+            percent = round(abs(change) * 100)
+            found.append((f"{percent} % {'more' if change > 0 else 'less'}" if percent else "the same", value))
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain, JSON-ready."""
+        return asdict(self) | {"others": dict(self.others)}
+
+
+def assumptions(m: ModelConfig, p: Plan, a: Accelerator, setup: Setup) -> tuple[Assumption, ...]:
+    """What carries the predicted time of a step and is not in the plan.
+
+    Args:
+        m: what is trained.
+        p: how, on `p.data_parallel` accelerators.
+        a: the accelerator.
+        setup: what was said beside the plan.
+
+    Raises:
+        ConfigError: as for `estimator.timing.speed.step_times`.
+    """
+    if p.compile:
+        setup = replace(setup, variant=replace(setup.variant, fused=FUSED.fused))
+
+    def seconds(changed: Setup) -> float:
+        return sum(float(x[0]) for x in step_times(m, p, a, changed).values())
+
+    now = seconds(setup)
+
+    def others(changed: Mapping[str, Setup]) -> dict[str, float]:
+        return {value: seconds(other) / now - 1 for value, other in changed.items()}
+
+    found = []
+    e = efficiency(a)
+    fused = account(m, p, a.device).fused_kernel
+    if fused in FUSED_ATTENTION:
+        kernel = setup.attention or (fused if fused in e.flash else e.attention)
+        timed = {name: replace(setup, attention=name) for name in e.flash if name != kernel}
+        origin = "given" if setup.attention else "as PyTorch picks"
+        found.append(Assumption("attention kernel", kernel, origin, others(timed)))
+    plain, merged = "eager, one launch each", "fused by torch.compile"
+    if p.compile:
+        found.append(Assumption("elementwise kernels", merged, "given", {}))
+    else:
+        compiled = replace(setup, variant=replace(setup.variant, fused=FUSED.fused))
+        found.append(Assumption("elementwise kernels", plain, "given", others({merged: compiled})))
+    if p.product_dtype in ("bf16", "fp16"):
+        wide = " and ".join(sorted(setup.variant.wide)) or "nothing"
+        more = {} if setup.variant.wide else {" and ".join(WIDE): frozenset(WIDE)}
+        changed = {name: replace(setup, variant=replace(setup.variant, wide=parts)) for name, parts in more.items()}
+        origin = "given" if setup.variant.wide else "assumed, as the trainer here"
+        found.append(Assumption("computed in fp32", wide, origin, others(changed)))
+    group = cluster(a, p.data_parallel, between=between(a, setup.network))
+    if group.nodes > 1:
+        assert group.between is not None
+        rates = {f"{x * group.between / 1e9:g} GB/s": replace(setup, network=x * group.between) for x in (0.5, 2)}
+        origin = network(setup.network).source if setup.network is not None else "assumed"
+        value = f"{group.between / 1e9:g} GB/s an accelerator"
+        found.append(Assumption("network between nodes", value, origin, others(rates)))
+        part = straggling() if setup.straggling is None else setup.straggling
+        found.append(
+            Assumption(
+                "waiting for the slowest node",
+                f"{part:.0%} for each doubling of the nodes",
+                "assumed",
+                others({"none": replace(setup, straggling=0.0)}),
+            )
+        )
+    if p.data_parallel > 1:
+        while_, after = "while backward goes on", "when backward is over"
+        value, other = (while_, after) if setup.overlap else (after, while_)
+        origin = "as DDP does" if setup.overlap else "given"
+        change = others({other: replace(setup, overlap=not setup.overlap)})
+        found.append(Assumption("gradients are summed", value, origin, change))
+    if a.boost_clock is not None:
+        found.append(Assumption("clock", f"{a.boost_clock / 1e6:,.0f} MHz", "the datasheet's", {}))
+    if setup.stack_factor is not None:
+        own = setup.stack_factor
+        found.append(Assumption("factor of your stack", f"{own.factor:.3f}", own.source, {}))
+    return tuple(found)
