@@ -45,6 +45,7 @@ COMMANDS = (
         "estimate", "memory, time and cost of training a model; what `estimate MODEL` means", "estimator.show.cli:run"
     ),
     Command("calibrate", "measure this machine, or the factor of your own log", "estimator.show.cli:calibrate"),
+    Command("app", "the page, in a browser", "estimator.show.app:run"),
     Command("list", "the names of all models, accelerators and networks", "estimator.show.listing:run"),
 )
 
