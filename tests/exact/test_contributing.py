@@ -81,5 +81,7 @@ def test_queries_and_keys_with_norms_are_exact_in_every_recipe(recipe):
     p = Plan(batch_size=2, **recipe)
     without, rows = account(LLAMA, p, "cpu").evaluate(LLAMA, p), compare(m, p)
     (parameters,) = [row for row in rows if row.quantity == "parameters"]
-    assert parameters.estimate == without.parameters + 3 * 2 * 4  # in 3 blocks a weight of head_dim 4 for each of the two
+    assert (
+        parameters.estimate == without.parameters + 3 * 2 * 4
+    )  # in 3 blocks a weight of head_dim 4 for each of the two
     assert [row for row in rows if row.difference] == []
