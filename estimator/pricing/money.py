@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING
 
 from estimator.describe.catalogue import number, read_data
 from estimator.describe.checks import choose, positive_int
+from estimator.describe.units import JOULES_PER_KILOWATT_HOUR, SECONDS_PER_HOUR
 from estimator.hardware.accelerators import Accelerator, accelerator
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 KINDS = ("on-demand", "spot", "capacity-block", "marketplace", "rule-of-thumb")
-SECONDS_PER_HOUR = 3600
-JOULES_PER_KILOWATT_HOUR = 3.6e6  # 1,000 W x 3,600 s
 
 
 @dataclass(frozen=True, slots=True)

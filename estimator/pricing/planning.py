@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 from estimator.describe.catalogue import number, read_data
 from estimator.describe.checks import ConfigError, choose, positive_int, shown
 from estimator.describe.presets import presets, published_parameters, sparse
+from estimator.describe.units import SECONDS_PER_HOUR
 from estimator.hardware import accelerators as hardware
-from estimator.pricing.money import SECONDS_PER_HOUR, Cost, cost
+from estimator.pricing.money import Cost, cost
 
 if TYPE_CHECKING:
     from pathlib import Path

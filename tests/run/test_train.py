@@ -316,7 +316,9 @@ def test_a_diverging_run_stops_before_its_weights_are_lost(corpus, tmp_path):
 def test_a_full_disk_ends_the_run_with_the_older_checkpoint_intact(corpus, tmp_path, capsys):
     train(configure(corpus, tmp_path, steps=3))
     before = checkpoints(tmp_path)[0].read_bytes()
-    (tmp_path / "c.json").write_text(json.dumps(configure(corpus, tmp_path, steps=6, resume=True, changed=True).to_dict()))
+    (tmp_path / "c.json").write_text(
+        json.dumps(configure(corpus, tmp_path, steps=6, resume=True, changed=True).to_dict())
+    )
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
     try:
