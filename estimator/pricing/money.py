@@ -196,18 +196,6 @@ def cost(
     )
 
 
-def checkpoint_storage(parameter_bytes: int, optimizer_bytes: int = 0, kept: int = 1) -> int:
-    """Bytes on disk of `kept` checkpoints. To resume a run takes the optimizer's state too; to use the model does not.
-
-    Raises:
-        ConfigError: a size that is not an integer, or none kept.
-    """
-    one = positive_int("parameter_bytes", parameter_bytes)
-    if optimizer_bytes:
-        one += positive_int("optimizer_bytes", optimizer_bytes)
-    return one * positive_int("kept", kept)
-
-
 @cache
 def _all_prices() -> tuple[Price, ...]:
     data = read_data("prices")
