@@ -21,10 +21,9 @@ views = {
     "Validate": validate.show,
     "Course": course.show,
 }
-pages = {
-    title: st.Page(partial(view, setup), title=title, url_path=title.lower(), default=title == "Estimate")
+pages = [
+    st.Page(partial(view, setup), title=title, url_path=title.lower(), default=title == "Estimate")
     for title, view in views.items()
-}
-st.session_state["pages"] = pages  # for those that lead to another
-st.navigation(list(pages.values()), position="top").run()
+]
+st.navigation(pages, position="top").run()
 keep.show(setup)

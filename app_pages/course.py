@@ -29,8 +29,7 @@ def show(_: Setup) -> None:
             column.markdown(f"**{title[0].upper()}{title[1:]}**")
             column.markdown("\n".join(f"{i}. {_plain(line)}" for i, line in enumerate(lines, 1)))
     name = next(name for name in scenarios.SCENARIOS if "course" in name)
-    if st.button("Estimate it", key="open course", on_click=scenarios.choose, args=(name,), help=name):
-        st.switch_page(st.session_state["pages"]["Estimate"])
+    scenarios.link(st, scenarios.SCENARIOS[name], name)
 
 
 def _plain(line: str) -> str:

@@ -109,15 +109,15 @@ def _inputs() -> dict[str, Any]:
 
 def _rows(s: Setup, found: Plans) -> None:
     st.subheader(f"{len(found.options):,} ways to do it")
-    for i, o in enumerate(found.options[:SHOWN]):
-        _row(s, i, o)
+    for o in found.options[:SHOWN]:
+        _row(s, o)
     if found.options[SHOWN:]:
         with st.expander(f"{len(found.options) - SHOWN:,} more"):
             st.dataframe(found.to_frame(), hide_index=True)
     st.download_button("CSV of all", found.to_frame().to_csv(index=False), "plan.csv", "text/csv", on_click="ignore")
 
 
-def _row(s: Setup, i: int, o: Option) -> None:
+def _row(s: Setup, o: Option) -> None:
     money = "no price" if o.dollars is None else dollars(o.dollars).replace("$", "\\$")
     star = ":orange[:material/star:] " if o.best else ""
     how = f"{STRATEGIES[o.plan.sharding]}, " if o.count > 1 else ""
@@ -131,8 +131,7 @@ def _row(s: Setup, i: int, o: Option) -> None:
     said.append(f"{how}micro-batch {o.plan.batch_size}{recomputed}, {size(o.needed, s.unit)}, MFU {o.mfu:.0%}")
     left, right = st.columns([6, 1], vertical_alignment="center")
     left.markdown(f"{star}**{o.count} x {o.accelerator}: {duration(o.hours * 3600)}, {money}**  \n{'; '.join(said)}")
-    if right.button("Estimate it", key=f"open {i}", on_click=scenarios.put, args=(inputs_of(o),), help=sentence(o)):
-        st.switch_page(st.session_state["pages"]["Estimate"])
+    scenarios.link(right, inputs_of(o), sentence(o))
 
 
 def inputs_of(o: Option) -> Mapping[str, Any]:

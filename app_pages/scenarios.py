@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from html import escape
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlencode
 
 import streamlit as st
 
@@ -14,6 +16,9 @@ from estimator.describe.presets import preset
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from types import ModuleType
+
+    from streamlit.delta_generator import DeltaGenerator
 
 # What people run: autocast to bf16, fused attention and optimizer, PyTorch's own loss, clipped gradients.
 USUAL: dict[str, Any] = {
@@ -90,3 +95,12 @@ def buttons() -> None:
     with st.container(horizontal=True, gap="small", key="scenarios"):
         for name in SCENARIOS:
             st.button(name, key=f"scenario {name}", on_click=choose, args=(name,))
+
+
+def link(at: DeltaGenerator | ModuleType, inputs: Mapping[str, Any], said: str) -> None:
+    """A link to the Estimate page with these inputs, in the same tab; `said` is read out.
+
+    No button with `st.switch_page`: it refuses to leave a page whose inputs are in the link.
+    """
+    query = urlencode({name: str(x).lower() if isinstance(x, bool) else x for name, x in inputs.items()})
+    at.html(f'<a href="./?{escape(query)}" target="_self" aria-label="Estimate it: {escape(said)}">Estimate it</a>')

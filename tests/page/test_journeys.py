@@ -1,0 +1,116 @@
+"""What people come for, in a real browser, each with the number of clicks that it takes."""
+
+import pytest
+
+pytest.importorskip("streamlit", reason="the page needs the app extra: pip install -e '.[app]'")
+from test_browser import CHROMIUM, FLAGS, SHOTS, drawn, metric, shoot, visitor
+
+import estimator as est
+from estimator.show.formatting import size
+
+pytestmark = pytest.mark.skipif(not CHROMIUM.exists(), reason="no /usr/bin/chromium: apt-get install chromium")
+
+
+@pytest.fixture(scope="module")
+def address():
+    from page_server import page_server
+
+    with page_server() as (url, _):
+        yield url
+
+
+@pytest.fixture(scope="module")
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install -e '.[dev]'")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=FLAGS)
+        yield browser
+        browser.close()
+
+
+class Clicks:
+    """Clicks, counted; typing into a box that has the focus is none."""
+
+    def __init__(self):
+        self.number = 0
+
+    def on(self, locator):
+        locator.click()
+        self.number += 1
+
+
+def fill(clicks, page, label, text):
+    clicks.on(page.get_by_label(label, exact=True).first)
+    page.keyboard.type(text)
+    page.keyboard.press("Enter")
+
+
+def test_what_can_be_trained_for_so_much_money(address, browser):
+    """From the first screen to a whole configuration that fits, in three clicks."""
+    clicks = Clicks()
+    with visitor(browser, f"{address}/?model=gpt2&batch_size=8") as page:
+        clicks.on(page.get_by_test_id("stTopNavLink").filter(has_text="Plan"))
+        fill(clicks, page, "Budget, $", "300")
+        page.get_by_text("Largest: ").wait_for(timeout=120_000)
+        drawn(page)
+        SHOTS.mkdir(exist_ok=True)
+        shoot(page, "plan")
+        first = est.plan(dollars=300, price="on-demand").options[0]
+        clicks.on(page.get_by_role("link", name="Estimate it").first)
+        page.get_by_text("Fits: a step needs").first.wait_for(timeout=120_000)
+        drawn(page)
+        assert metric(page, "Memory needed") == size(first.needed)
+        assert f"gpu={first.accelerator}" in page.url
+        assert f"steps={first.steps}" in page.url
+        with visitor(browser, page.url) as other:
+            assert metric(other, "Memory needed") == size(first.needed)
+    assert clicks.number == 3
+
+
+def test_the_cheapest_card_for_tokens_in_so_many_days_is_a_link(address, browser):
+    with visitor(browser, f"{address}/plan?plan.tokens=26&plan.days=3") as page:
+        page.get_by_text("Cheapest: 1.29B parameters on 26.0B tokens").wait_for(timeout=120_000)
+        first = est.plan(tokens=26e9, days=3, price="on-demand").options[0]
+        assert page.get_by_text(f"{first.count} x {first.accelerator}: ").first.is_visible()
+        assert page.get_by_text(f"{first.price.provider}, {first.price.date}").first.is_visible()
+
+
+def test_from_out_of_memory_to_a_set_that_fits_is_a_click(address, browser):
+    clicks = Clicks()
+    with visitor(browser, f"{address}/?model=gpt2-xl&batch_size=8") as page:
+        assert "Does not fit" in page.get_by_test_id("stAlert").first.inner_text()
+        assert page.get_by_test_id("stMetric").filter(has_text="Training time").get_by_text("if it fitted").is_visible()
+        shoot(page, "does-not-fit")
+        clicks.on(page.get_by_role("button", name="Apply").first)
+        page.get_by_text("Fits: a step needs").first.wait_for(timeout=60_000)
+    assert clicks.number == 1
+
+
+def test_sharding_is_offered_where_replicas_do_not_fit(address, browser):
+    clicks = Clicks()
+    with visitor(browser, f"{address}/?model=gpt2-xl&gpu=rtx-4090-24gb&count=8&attention=sdpa&seq_len=256") as page:
+        assert "Does not fit" in page.get_by_test_id("stAlert").first.inner_text()
+        row = page.get_by_test_id("stHorizontalBlock").filter(has_text="FSDP").last
+        clicks.on(row.get_by_role("button", name="Apply"))
+        page.get_by_text("Fits: a step needs").first.wait_for(timeout=60_000)
+        drawn(page)
+        assert "sharding=zero3" in page.url
+    assert clicks.number == 1
+
+
+def test_the_course_is_on_the_first_screen_and_its_derivation_a_link(address, browser):
+    clicks = Clicks()
+    with visitor(browser, address) as page:
+        assert "model=gpt2" in page.url  # the first screen has a link of its own
+        shoot(page, "first-screen")
+        clicks.on(page.get_by_role("button", name="GPT-2 XL on an A100 (the course)"))
+        page.get_by_role("heading", name="gpt2-xl on A100").wait_for()
+        drawn(page)
+        assert metric(page, "Max micro-batch") == "5"
+        assert "model" not in page.url.replace("?model=gpt2-xl", "")
+    assert clicks.number == 1
+    with visitor(browser, f"{address}/course#batch") as page:
+        assert page.get_by_text("(80 - 24.88) / 15.52 = 3.55").is_visible()
+        assert page.get_by_text("122,765 hours = 14.0 years").is_visible()
+        assert page.get_by_role("link", name="Estimate it").get_attribute("href").endswith("gpu=a100-80gb-sxm")
+        shoot(page, "course")
