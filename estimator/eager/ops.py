@@ -28,7 +28,7 @@ from estimator.eager.tensor import (
     empty_like,
     op,
 )
-from estimator.eager.views import cast
+from estimator.eager.views import cast, contiguous
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -366,9 +366,10 @@ def embedding(ids: Tensor, weight: Tensor) -> Tensor:
 
 @op
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """F.layer_norm over the last dimension: saves its input, and mean and 1 / std a row.
+    """F.layer_norm over the last dimension: saves its input, and mean and 1 / std a row; works on a contiguous copy.
 
-    CUDA's autocast runs it in fp32. On the CPU its backward sums the gradients of weight and bias in a scratch of two
+    CUDA's autocast runs it in fp32, and CUDA's mean and 1 / std are in fp32 whatever x is; the CPU's are in fp32 where
+    the weight is (`is_mixed_type`, `toAccumulateType`). On the CPU its backward sums the gradients of weight and bias in a scratch of two
     rows a thread.
     """
     wide = FLOAT32 if x.machine.autocast_dtype is not None and x.machine.device == "cuda" else x.dtype
@@ -378,7 +379,7 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
 @op
 def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     def backward(c: Context, grad: Tensor) -> Gradients:
-        x = c.saved[0]
+        x = c.x = contiguous(c.saved[0])
         machine = grad.machine
         c.dx = machine.empty(x.shape, x.dtype)
         c.dw = machine.empty(weight.shape, weight.dtype) if weight is not None else None
@@ -392,10 +393,13 @@ def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor
     node = record("NativeLayerNormBackward0", (x, weight, bias), backward, (x, weight))
     machine = x.machine
     rows = (*x.shape[:-1], ONE)
+    x = contiguous(x).hold()
     out = machine.empty(x.shape, x.dtype)
-    mean, rstd = machine.empty(rows, x.dtype), machine.empty(rows, x.dtype)
+    statistics = FLOAT32 if machine.device == "cuda" else x.dtype if weight is None else weight.dtype
+    mean, rstd = machine.empty(rows, statistics), machine.empty(rows, statistics)
     reads = [t for t in (x, weight, bias) if t is not None]
     machine.kernel("native_layer_norm", reads, (out, mean, rstd))
+    x.drop()
     attach(node, out, mean, rstd, save=(mean, rstd))
     mean.discard()
     rstd.discard()
