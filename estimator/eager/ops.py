@@ -91,6 +91,15 @@ def cast_number(machine: Machine, dtype: Dtype) -> Iterator[None]:
 
 
 @contextmanager
+def dispatched_number(machine: Machine) -> Iterator[None]:
+    """A mode that dispatches to Python is handed the number that an expression has, and its call wraps it again."""
+    again = wrapped_number(machine) if machine.dispatches_to_python else None
+    yield
+    if again is not None:
+        again.drop()
+
+
+@contextmanager
 def python_number(machine: Machine, dtype: Dtype) -> Iterator[None]:
     """Inside, a kernel works with a Python number that nothing saves."""
     number = wrapped_number(machine)
@@ -180,7 +189,8 @@ def mul(a: Tensor, b: Tensor) -> Tensor:
 def add_number(a: Tensor) -> Tensor:
     """A + number."""
     node = record("AddBackward0", (a,), lambda _, grad: [grad])
-    return attach(node, with_number("add", a))
+    with dispatched_number(a.machine):
+        return attach(node, with_number("add", a))
 
 
 @op
@@ -197,7 +207,7 @@ def mul_number(a: Tensor) -> Tensor:
 def _with_saved_number(node_name: str, name: str, a: Tensor, backward: Backward) -> Tensor:
     number = wrapped_number(a.machine)
     node = record(node_name, (a,), backward, (number,))
-    with cast_number(a.machine, a.dtype):
+    with dispatched_number(a.machine), cast_number(a.machine, a.dtype):
         out = elementwise(name, a)
     if number is not None:
         number.drop()
@@ -384,9 +394,10 @@ def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor
         c.dx = machine.empty(x.shape, x.dtype)
         c.dw = machine.empty(weight.shape, weight.dtype) if weight is not None else None
         c.db = machine.empty(bias.shape, bias.dtype) if bias is not None else None
+        c.dy = contiguous(grad)
         if machine.device == "cpu" and weight is not None:
             c.scratch = machine.empty((2 * threads, *weight.shape), x.dtype)
-        reads = (grad, x) if weight is None else (grad, x, weight)
+        reads = (c.dy, x) if weight is None else (c.dy, x, weight)
         machine.kernel("native_layer_norm_backward", reads, [t for t in (c.dx, c.dw, c.db) if t is not None])
         return [c.take("dx"), c.take("dw") if weight is not None else None, c.take("db") if bias is not None else None]
 

@@ -98,16 +98,12 @@ class GatedFeedForward(Module):
             self.down_norm = self.child(build_norm(machine, "down_norm", Norm("rms"), f) if part.down_norm else None)
             self.down = self.child(Linear(machine, "down", f, d, bias=part.bias))
 
-    def hidden(self, x: Tensor) -> Tensor:
-        """(..., d) -> (..., f)."""
-        if not self.part.fused:
-            return ops.mul(self.activation(self.gate(x)), self.up(x))
-        with Locals() as v:
-            v.gate, v.up = split(self.gate_up(x), (self.f, self.f))
-            return ops.mul(self.activation(v.gate), v.up)
-
     def forward(self, v: Locals, x: Tensor) -> Tensor:
-        y = self.hidden(x)
+        if self.part.fused:
+            v.gate, v.up = split(self.gate_up(x), (self.f, self.f))
+            y = ops.mul(self.activation(v.gate), v.up)
+        else:
+            y = ops.mul(self.activation(self.gate(x)), self.up(x))
         y = self.down(y if self.down_norm is None else self.down_norm(y))
         return dropout(y, self.recipe) if self.drops else y
 
