@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import streamlit as st
 
+from app_pages import targets
 from app_pages.labels import explained, label
 from app_pages.model_input import LIMIT, model_input
 from estimator.accounting.accounts import DEVICES
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from estimator.describe.model import ModelConfig
 
 FIRST = ("batch_size", "seq_len", "precision", "attention", "checkpointing", "optimizer")  # the rest is under "More"
-HIDDEN = ("data_parallel",)  # `count` is what the machine has
+HIDDEN = ("data_parallel", "grad_accumulation")  # they follow from the count and the global batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,7 @@ def sidebar() -> Setup:
         st.subheader("Machine and run")
         gpu, count = _machine()
         mfu, steps, sequences, price = _run(gpu, plan)
+        targets.draw(plan.tokens(model), steps, sequences)
         unit = st.segmented_control(
             "Units of memory",
             ("GiB", "GB"),
