@@ -56,7 +56,7 @@ def gather_last(x: Tensor, index: Tensor) -> Tensor:
 def scatter_last(x: Tensor, index: Tensor) -> Tensor:
     """x.scatter(-1, index, number): saves the index; backward puts zeros there."""
 
-    def backward(c: Context, grad: Tensor) -> Gradients:
+    def backward(_: Context, grad: Tensor) -> Gradients:
         return [elementwise("scatter", grad)]
 
     node = record("ScatterBackward1", (x,), backward, (index,))

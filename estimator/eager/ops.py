@@ -379,8 +379,8 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """F.layer_norm over the last dimension: saves its input, and mean and 1 / std a row; works on a contiguous copy.
 
     CUDA's autocast runs it in fp32, and CUDA's mean and 1 / std are in fp32 whatever x is; the CPU's are in fp32 where
-    the weight is (`is_mixed_type`, `toAccumulateType`). On the CPU its backward sums the gradients of weight and bias in a scratch of two
-    rows a thread.
+    the weight is (`is_mixed_type`, `toAccumulateType`). The CPU's backward sums the gradients of weight and bias in a
+    scratch of two rows a thread.
     """
     wide = FLOAT32 if x.machine.autocast_dtype is not None and x.machine.device == "cuda" else x.dtype
     return _layer_norm(cast(x, wide), weight, bias)

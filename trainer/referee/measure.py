@@ -64,7 +64,7 @@ class Step:
         self.updated = list(model.parameters() if masters is None else masters.named.values())
         # With the usual 2^16 the first gradients of random weights could overflow, and a step be left out.
         self.scaler = loss_scaler(p.precision, inputs[0].device.type, init_scale=2.0**8)
-        self.scaler._maybe_opt_step = _step_anyway  # type: ignore[method-assign]  # noqa: SLF001 - what it has in place of a switch
+        self.scaler._maybe_opt_step = _step_anyway  # type: ignore[method-assign, assignment]  # noqa: SLF001 - what it has in place of a switch
 
     def __call__(self) -> None:
         """Run it."""
@@ -116,7 +116,7 @@ class Step:
 
 
 def _step_anyway(optimizer: torch.optim.Optimizer, state: dict[str, Any], *args: Any, **more: Any) -> Any:
-    """`GradScaler._maybe_opt_step`, but for the decision: random weights may overflow, and it is the step we measure."""
+    """`GradScaler._maybe_opt_step`, but for the decision: random weights may overflow, and the step is measured."""
     sum(found.item() for found in state["found_inf_per_device"].values())
     return optimizer.step(*args, **more)
 
