@@ -19,7 +19,7 @@ from estimator.eager.letters import LETTERS, SYMBOLS, ZERO, Size, Sizes, as_size
 from estimator.eager.repetition import TURNS
 from estimator.eager.sizes import GIVEN, ShapeClass, sizes_of
 from estimator.models.attention import fused_kernel
-from estimator.models.layers import Recipe
+from estimator.models.layers import Blocks, Recipe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -160,7 +160,9 @@ def account(m: ModelConfig, p: Plan, device: str = "cuda") -> Account:
 
 def sizes_for(m: ModelConfig, p: Plan, threads: int | None = None) -> Sizes:
     """The number behind each letter of the legend for `m` run as `p`."""
-    return sizes_of(m, p.batch_size, p.tokens(m), threads, p.shards)
+    sizes = sizes_of(m, p.batch_size, p.tokens(m), threads, p.shards)
+    sizes.update(Blocks(m.rotating_pattern, p.checkpointing, p.checkpoint_every).layout(m.num_layers).values)
+    return sizes
 
 
 def recipe_of(m: ModelConfig, p: Plan, device: str) -> Recipe:
@@ -169,7 +171,7 @@ def recipe_of(m: ModelConfig, p: Plan, device: str) -> Recipe:
     recipe = Recipe(
         parts=m.made_of.statements(),
         pattern=m.rotating_pattern,
-        letters=tuple(sizes_for(m, p, threads=1)),
+        letters=tuple(sizes_of(m, p.batch_size, tokens, 1, p.shards)),
         partial=m.rotary_dim is not None,
         projects=m.embedding_dim is not None,
         precision=p.precision,

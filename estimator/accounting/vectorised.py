@@ -126,6 +126,10 @@ class VectorisedPeak:
         given.setdefault("g", given["h"] // given["k"])
         given.setdefault("W", given["C"])
         given.setdefault("A", given["C"])
+        deep, which = np.unique(given["L"], return_inverse=True)
+        turns = [self.recipe.layout(int(n)).values for n in deep]
+        for name in dict.fromkeys(name for values in turns for name in values):  # of a model without, no form has it
+            given[name] = np.array([values.get(name, 1) for values in turns])[which].reshape(given["L"].shape)
         return given
 
     def _codes(self, sizes: Mapping[str, Any]) -> tuple[NDArray[np.int64], int]:

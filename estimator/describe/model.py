@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from estimator.describe.checks import SHOWN, ConfigError, choose, known_fields, positive_int, shown
 from estimator.describe.nested import part_of, plain
-from estimator.describe.parts import FAMILIES, Layer, Parts, Pattern
+from estimator.describe.parts import FAMILIES, PICKS, Layer, Parts, Pattern
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,6 +224,19 @@ class ModelConfig:
                     f"head_dim = {self.head_dim}: a head of latent attention is nope_dim + rope_dim wide; allowed is "
                     f"{self.nope_dim + self.rope_dim}"
                 )
+        a = self.made_of.attention
+        if a.qk_norm_late and a.qk_norm_kind.weight != "none" and not all(x.rotates for x in self.kinds):
+            raise ConfigError(
+                "Attention.qk_norm_late = True: layers that do not rotate would have norms that nothing goes through; "
+                "allowed are norms without a weight, or layers that all rotate"
+            )
+        if a.experts:
+            assert self.experts_per_token is not None
+            if self.num_heads != self.kv_heads * self.experts_per_token:
+                raise ConfigError(
+                    f"num_heads = {self.num_heads}: experts of attention have num_kv_heads heads each; allowed is "
+                    f"num_kv_heads x experts_per_token ({self.kv_heads * self.experts_per_token})"
+                )
         if self.rotary_dim is not None and self.rotary_dim > self.e:
             raise ConfigError(f"rotary_dim = {self.rotary_dim}: must be at most head_dim ({self.head_dim})")
         if self.made_of.positions.kind == "rotary" and self.rotated % 2:
@@ -250,6 +263,10 @@ class ModelConfig:
                     f"most {self.num_experts // 2}"
                 )
             choosable = self.num_experts // self.expert_groups * self.groups_per_token
+        if experts.score == "sparse-mixer" and self.experts_per_token != PICKS:
+            raise ConfigError(
+                f"experts_per_token = {self.experts_per_token}: a sparse mixer makes two picks; allowed is {PICKS}"
+            )
         if self.experts_per_token > choosable:
             raise ConfigError(
                 f"experts_per_token = {self.experts_per_token}: must be at most the {choosable} that can be chosen"

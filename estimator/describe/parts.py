@@ -161,6 +161,7 @@ class MLP:
             raise ConfigError("MLP.fused = True: a plain feed-forward has one matrix up; allowed with gated = true")
 
 
+PICKS = 2  # of a sparse mixer: each takes statements of its own
 SCORES = {
     "softmax": "softmax over all experts in fp32, then the K greatest",
     "logits": "the K greatest logits, then a softmax of those",
@@ -207,6 +208,11 @@ class Experts:
             activation=(*(name for name in ACTIVATIONS if name != "xielu"), "clamped-swiglu"),
             shared=("none", "plain", "gated"),
         )
+        if self.activation not in ACTIVATIONS and self.shared != "none":
+            raise ConfigError(
+                f"Experts.shared = {self.shared!r}: a shared expert is an MLP, which has no {self.activation}; allowed "
+                "with it is none"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,6 +269,11 @@ class Parts:
         if self.attention.experts and self.experts is None:
             raise ConfigError(
                 "Attention.experts = True: they go through as many experts as the feed-forward; give some"
+            )
+        if self.attention.qk_norm_late and self.positions.kind != "rotary":
+            raise ConfigError(
+                f"Attention.qk_norm_late = True: the norm comes after a rotation, and Positions.kind is "
+                f"{self.positions.kind!r}; allowed with rotary"
             )
         if self.attention.latent != "none" and self.positions.kind not in ("rotary", "none"):
             raise ConfigError(

@@ -42,6 +42,7 @@ class Holder:
 
     def drop(self) -> None:
         """The node is done with it; the frame goes with its last holder."""
+        self.frame.wanted[self.index] = False
         self.frame.holders -= 1
         if self.frame.holders == 0:
             self.frame.release()
@@ -55,7 +56,7 @@ class Frame:
         self.function, self.args = function, args
         self.module, self.block = self.machine.ledger.module, self.machine.ledger.block
         self.holders = 0
-        self.packed = 0
+        self.wanted: list[bool] = []  # of each saved tensor, whether a node still holds its holder
         self.tensors: list[Tensor | None] | None = None
         self.selective = selective
         self.kept: deque[tuple[Tensor, ...]] = deque()  # results of the operators that a selective one does not repeat
@@ -73,10 +74,11 @@ class Frame:
     def pack(self, t: Tensor) -> Tensor | Holder:
         """In forward a holder; in recomputation the tensor itself, noted, until the last."""
         if self.tensors is None:
-            self.packed += 1
-            return Holder(self, self.packed - 1)
-        self.tensors.append(_as_activation(t.alias().hold()))
-        if len(self.tensors) == self.packed:
+            self.wanted.append(True)
+            return Holder(self, len(self.wanted) - 1)
+        wanted = self.wanted[len(self.tensors)]  # not if its node led to nothing
+        self.tensors.append(_as_activation(t.alias().hold()) if wanted else None)
+        if len(self.tensors) == len(self.wanted):
             raise StopRecomputationError
         return t.alias().hold()
 

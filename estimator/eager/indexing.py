@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 from estimator.eager.autograd import Context, attach, record, summed
 from estimator.eager.ledger import Gemm
-from estimator.eager.letters import ONE, ceiling
+from estimator.eager.letters import ONE, ceiling, constant
 from estimator.eager.letters import n as threads
-from estimator.eager.ops import elementwise
+from estimator.eager.ops import dispatched_number, elementwise
 from estimator.eager.tensor import FLOAT32, INT64, Locals, Tensor, empty_like, op
 from estimator.eager.views import cast, contiguous
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from estimator.eager.letters import Size
     from estimator.eager.ops import Gradients
     from estimator.eager.tensor import Shape
+
+EXPANDED_INDEX_WIDTH = 16  # threshold of can_use_expanded_index_path
 
 
 @op
@@ -51,6 +53,25 @@ def gather_last(x: Tensor, index: Tensor) -> Tensor:
 
 
 @op
+def scatter_last(x: Tensor, index: Tensor) -> Tensor:
+    """x.scatter(-1, index, number): saves the index; backward puts zeros there."""
+
+    def backward(_: Context, grad: Tensor) -> Gradients:
+        return [elementwise("scatter", grad)]
+
+    node = record("ScatterBackward1", (x,), backward, (index,))
+    return attach(node, elementwise("scatter", x))
+
+
+@op
+def maximum_last(x: Tensor) -> Tensor:
+    """x.amax(-1, keepdim=True), without a gradient."""
+    out = x.machine.empty((*x.shape[:-1], ONE), x.dtype)
+    x.machine.kernel("amax", (x,), (out,))
+    return out
+
+
+@op
 def add_rows(rows: Tensor, index: Tensor, shape: Shape) -> Tensor:
     """rows.new_zeros(shape).index_add_(0, index, rows): saves index and rows."""
 
@@ -68,13 +89,15 @@ def add_rows(rows: Tensor, index: Tensor, shape: Shape) -> Tensor:
 
 
 def _index_add(out: Tensor, rows: Tensor, index: Tensor) -> None:
-    """out.index_add_(0, index, rows); the CPU adds rows of half precision up in fp32, one row a thread.
+    """out.index_add_(0, index, rows); the CPU adds rows of half precision up in fp32.
 
-    `cpu_scatter_reduce_expanded_index` in aten/src/ATen/native/cpu/ScatterGatherKernel.cpp.
+    It takes one row a thread (`cpu_scatter_reduce_expanded_index` in aten/src/ATen/native/cpu/ScatterGatherKernel.cpp)
+    where rows are wide enough (`can_use_expanded_index_path`), else a copy of all of `out` (`create_acc_buffer`).
     """
     machine = out.machine
     if machine.device == "cpu" and out.dtype.itemsize < FLOAT32.itemsize and len(out.shape) > 1:
-        machine.empty((threads, *out.shape[1:]), FLOAT32).discard()
+        by_row = machine.at_most(constant(EXPANDED_INDEX_WIDTH), out.shape[1])
+        machine.empty((threads if by_row else out.shape[0], *out.shape[1:]), FLOAT32).discard()
     machine.kernel("index_add_", (index, rows), (out,))
 
 
@@ -125,7 +148,8 @@ def whole_number_divided(x: Tensor) -> Tensor:
     """x // number, of int64: the number is a tensor of eight bytes on the CPU."""
     machine = x.machine
     number = machine.empty((), INT64).hold() if machine.wraps_scalars else None
-    out = elementwise("floor_divide", x)
+    with dispatched_number(machine):
+        out = elementwise("floor_divide", x)
     if number is not None:
         number.drop()
     return out

@@ -28,7 +28,7 @@ from estimator.eager.tensor import (
     empty_like,
     op,
 )
-from estimator.eager.views import cast
+from estimator.eager.views import cast, contiguous
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -88,6 +88,15 @@ def cast_number(machine: Machine, dtype: Dtype) -> Iterator[None]:
     yield
     if copy is not None:
         copy.drop()
+
+
+@contextmanager
+def dispatched_number(machine: Machine) -> Iterator[None]:
+    """A mode that dispatches to Python is handed the number that an expression has, and its call wraps it again."""
+    again = wrapped_number(machine) if machine.dispatches_to_python else None
+    yield
+    if again is not None:
+        again.drop()
 
 
 @contextmanager
@@ -180,7 +189,8 @@ def mul(a: Tensor, b: Tensor) -> Tensor:
 def add_number(a: Tensor) -> Tensor:
     """A + number."""
     node = record("AddBackward0", (a,), lambda _, grad: [grad])
-    return attach(node, with_number("add", a))
+    with dispatched_number(a.machine):
+        return attach(node, with_number("add", a))
 
 
 @op
@@ -197,7 +207,7 @@ def mul_number(a: Tensor) -> Tensor:
 def _with_saved_number(node_name: str, name: str, a: Tensor, backward: Backward) -> Tensor:
     number = wrapped_number(a.machine)
     node = record(node_name, (a,), backward, (number,))
-    with cast_number(a.machine, a.dtype):
+    with dispatched_number(a.machine), cast_number(a.machine, a.dtype):
         out = elementwise(name, a)
     if number is not None:
         number.drop()
@@ -366,10 +376,11 @@ def embedding(ids: Tensor, weight: Tensor) -> Tensor:
 
 @op
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """F.layer_norm over the last dimension: saves its input, and mean and 1 / std a row.
+    """F.layer_norm over the last dimension: saves its input, and mean and 1 / std a row; works on a contiguous copy.
 
-    CUDA's autocast runs it in fp32. On the CPU its backward sums the gradients of weight and bias in a scratch of two
-    rows a thread.
+    CUDA's autocast runs it in fp32, and CUDA's mean and 1 / std are in fp32 whatever x is; the CPU's are in fp32 where
+    the weight is (`is_mixed_type`, `toAccumulateType`). The CPU's backward sums the gradients of weight and bias in a
+    scratch of two rows a thread.
     """
     wide = FLOAT32 if x.machine.autocast_dtype is not None and x.machine.device == "cuda" else x.dtype
     return _layer_norm(cast(x, wide), weight, bias)
@@ -378,24 +389,28 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
 @op
 def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     def backward(c: Context, grad: Tensor) -> Gradients:
-        x = c.saved[0]
+        x = c.x = contiguous(c.saved[0])
         machine = grad.machine
         c.dx = machine.empty(x.shape, x.dtype)
         c.dw = machine.empty(weight.shape, weight.dtype) if weight is not None else None
         c.db = machine.empty(bias.shape, bias.dtype) if bias is not None else None
+        c.dy = contiguous(grad)
         if machine.device == "cpu" and weight is not None:
             c.scratch = machine.empty((2 * threads, *weight.shape), x.dtype)
-        reads = (grad, x) if weight is None else (grad, x, weight)
+        reads = (c.dy, x) if weight is None else (c.dy, x, weight)
         machine.kernel("native_layer_norm_backward", reads, [t for t in (c.dx, c.dw, c.db) if t is not None])
         return [c.take("dx"), c.take("dw") if weight is not None else None, c.take("db") if bias is not None else None]
 
     node = record("NativeLayerNormBackward0", (x, weight, bias), backward, (x, weight))
     machine = x.machine
     rows = (*x.shape[:-1], ONE)
+    x = contiguous(x).hold()
     out = machine.empty(x.shape, x.dtype)
-    mean, rstd = machine.empty(rows, x.dtype), machine.empty(rows, x.dtype)
+    statistics = FLOAT32 if machine.device == "cuda" else x.dtype if weight is None else weight.dtype
+    mean, rstd = machine.empty(rows, statistics), machine.empty(rows, statistics)
     reads = [t for t in (x, weight, bias) if t is not None]
     machine.kernel("native_layer_norm", reads, (out, mean, rstd))
+    x.drop()
     attach(node, out, mean, rstd, save=(mean, rstd))
     mean.discard()
     rstd.discard()

@@ -98,6 +98,50 @@ def compared(name: str, x: Tensor) -> Tensor:
         return out
 
 
+@op
+def softplus(x: Tensor) -> Tensor:
+    """F.softplus: saves its input."""
+
+    def backward(c: Context, grad: Tensor) -> Gradients:
+        return [elementwise("softplus_backward", grad, c.saved[0])]
+
+    node = record("SoftplusBackward0", (x,), backward, (x,))
+    return attach(node, elementwise("softplus", x))
+
+
+@op
+def expm1(x: Tensor) -> Tensor:
+    """torch.expm1: saves its result."""
+
+    def backward(c: Context, grad: Tensor) -> Gradients:  # grad * (result + 1)
+        c.more = with_number("add", c.saved[0])
+        return [elementwise("mul", grad, c.more)]
+
+    node = record("Expm1Backward0", (x,), backward)
+    out = elementwise("expm1", x)
+    return attach(node, out, save=(out,))
+
+
+@op
+def where(condition: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """torch.where: saves the condition; in backward the zeros are tensors of their own, the second gradient first."""
+
+    def backward(c: Context, grad: Tensor) -> Gradients:
+        def chosen(wanted: bool) -> Tensor | None:
+            if not wanted:
+                return None
+            with Locals() as v:
+                v.zero = grad.machine.empty((), grad.dtype)
+                return elementwise("where", c.saved[0], grad)
+
+        c.grad_b = chosen(c.needs[1])
+        grad_a = chosen(c.needs[0])
+        return [grad_a, c.take("grad_b") if c.needs[1] else None]
+
+    node = record("WhereBackward0", (a, b), backward, (condition,))
+    return attach(node, elementwise("where", condition, a, b))
+
+
 def soft_cap(x: Tensor) -> Tensor:
     """`trainer.model.layers.soft_cap`."""
     with arguments((x,)) as results:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from estimator.eager.autograd import Context, attach, record
-from estimator.eager.letters import ONE, ZERO
-from estimator.eager.tensor import Locals, Tensor, converted, op, transposing_copy
+from estimator.eager.autograd import Context, attach, record, summed
+from estimator.eager.letters import ONE, ZERO, constant
+from estimator.eager.tensor import INT64, Locals, Tensor, converted, op, transposing_copy
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -104,12 +104,12 @@ def split(x: Tensor, sizes: Sequence[Size]) -> tuple[Tensor, ...]:
 
 
 @op
-def concatenate(xs: Sequence[Tensor]) -> Tensor:
-    """torch.cat(xs, -1); autocast first casts all to the widest of their dtypes."""
+def concatenate(xs: Sequence[Tensor], width: Size | None = None) -> Tensor:
+    """torch.cat(xs, -1), whose `width` may be known by a letter; autocast casts all to the widest of their dtypes."""
     if xs[0].machine.autocast_dtype is None:
-        return _concatenate(xs)
+        return _concatenate(xs, width)
     widest = max((x.dtype for x in xs), key=lambda dtype: dtype.itemsize)
-    return _concatenate([x if x.dtype == widest else cast(x, widest) for x in xs])
+    return _concatenate([x if x.dtype == widest else cast(x, widest) for x in xs], width)
 
 
 @op
@@ -123,7 +123,7 @@ def cast(x: Tensor, dtype: Dtype) -> Tensor:
 
 
 @op
-def _concatenate(xs: Sequence[Tensor]) -> Tensor:
+def _concatenate(xs: Sequence[Tensor], width: Size | None = None) -> Tensor:
     """Backward gives views of the gradient."""
     sizes, machine = [x.shape[-1] for x in xs], xs[0].machine
 
@@ -132,7 +132,7 @@ def _concatenate(xs: Sequence[Tensor]) -> Tensor:
 
     node = record("CatBackward0", tuple(xs), backward)
     dtype = max((x.dtype for x in xs), key=lambda dtype: dtype.itemsize)
-    shape = (*xs[0].shape[:-1], sum(sizes, ZERO))
+    shape = (*xs[0].shape[:-1], width or sum(sizes, ZERO))
     stride = channels_last(machine, shape) if all(is_channels_last(x) for x in xs) else None
     out = machine.empty(shape, dtype, stride=stride)
     machine.kernel("cat", xs, (out,))
@@ -235,6 +235,36 @@ def expand(x: Tensor, shape: Sequence[Size]) -> Tensor:
     stride = tuple(zero if n == ONE and m != ONE else s for n, m, s in zip(x.shape, shape, x.stride, strict=True))
     node = record("ExpandBackward0", (x,), lambda _, grad: [grad])
     return attach(node, x.view(tuple(shape), stride))
+
+
+@op
+def repeat_all(x: Tensor, dim: int, times: Size) -> Tensor:
+    """x.repeat, so many times along `dim`: a copy even of one; backward is one sum (`repeat_backward`).
+
+    The order of the dimensions of the copy, each beside its repetition, is made of tensors in CPU memory.
+    """
+    machine, before = x.machine, x.shape
+
+    def backward(c: Context, grad: Tensor) -> Gradients:
+        if times is ONE:
+            return [reshape(grad, before)]
+        apart = (*before[:dim], times, *before[dim:])
+        c.apart = reshape(grad, apart)
+        total = summed(c.apart, (*before[:dim], ONE, *before[dim:]))
+        return [_squeeze(total, dim)]
+
+    node = record("RepeatBackward0", (x,), backward)
+    out = machine.empty((*before[:dim], machine.product((times, before[dim])), *before[dim + 1 :]), x.dtype)
+    if machine.wraps_scalars:
+        dims = (constant(len(before)),)
+        order, number = machine.empty(dims, INT64).hold(), machine.empty((), INT64).hold()
+        repetitions = machine.empty(dims, INT64).hold()
+        number.drop()
+        machine.empty((2 * dims[0],), INT64).discard()
+        order.drop()
+        repetitions.drop()
+    machine.kernel("repeat", (x,), (out,))
+    return attach(node, out)
 
 
 @op

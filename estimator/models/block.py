@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from estimator.eager import ops
 from estimator.models.attention import Attention
+from estimator.models.expert_attention import ExpertAttention
 from estimator.models.experts import SparseFeedForward
 from estimator.models.feed_forward import build_feed_forward
 from estimator.models.latent import LatentAttention
@@ -27,16 +28,23 @@ NORMS = {
 }
 
 
+def build_attention(machine: Machine, recipe: Recipe) -> Attention | LatentAttention | ExpertAttention:
+    """The module of the declared attention."""
+    part = recipe.parts.attention
+    if part.experts:
+        return ExpertAttention(machine, recipe)
+    return (Attention if part.latent == "none" else LatentAttention)(machine, recipe)
+
+
 class Block(Module):
     """One layer."""
 
     def __init__(self, machine: Machine, index: int, recipe: Recipe, kind: BlockKind) -> None:
         super().__init__(machine, f"blocks.{index}", index)
         self.recipe, parts, size = recipe, recipe.parts, machine.shapes.letters
-        attention = Attention if parts.attention.latent == "none" else LatentAttention
         with self.inside():
             self.attention_norm = self.norm("attention_norm")
-            self.attention = self.child(attention(machine, recipe))
+            self.attention = self.child(build_attention(machine, recipe))
             self.attention_post_norm = self.norm("attention_post_norm")
             self.ffn_norm = self.norm("ffn_norm")
             self.ffn = self.child(

@@ -10,7 +10,7 @@ from estimator.eager.letters import ONE
 from estimator.eager.linalg import linear
 from estimator.eager.losses import chunked_cross_entropy
 from estimator.eager.pointwise import soft_cap
-from estimator.eager.tensor import Locals, arguments
+from estimator.eager.tensor import Locals
 from estimator.models.block import Block
 from estimator.models.layers import BlockKind, Embedding, Linear, Module, dropout
 from estimator.models.masks import attention_kinds, build_mask
@@ -123,7 +123,7 @@ class Transformer(Module):
         """The mask of each kind of attention, held as names of the frame; ALiBi's bias is `v.bias`."""
         machine, naive = self.machine, self.recipe.attention.startswith("naive")
         alibi = self.parts.positions.kind == "alibi"
-        kinds = attention_kinds(machine, self.recipe, length)
+        kinds = attention_kinds(machine, [kind.layer for kind in self.kinds], length)
         made: dict[str, Tensor | None] = {}
         for kind in dict.fromkeys(kinds.values()):
             mask = build_mask(v.x, kind, length, naive=naive or alibi)
@@ -149,20 +149,20 @@ class Transformer(Module):
     def logits_or_loss(self, x: Tensor, targets: Tensor | None) -> Tensor:
         """The head; with targets in its chunked cross entropy."""
         ends = self.parts.ends
-        with arguments((x, targets)) as results, Locals() as v:
+        with Locals() as v:
+            v.x = x  # this frame's alone
             if targets is not None:
-                v.x = x if ends.logits_scale is None else ops.mul_number(x)
+                if ends.logits_scale is not None:
+                    v.x = ops.mul_number(v.x)
                 with self.machine.ledger.inside("head"):
-                    results.append(chunked_cross_entropy(v.x, self.head.weight, targets))
-                return results[0]
-            v.logits = self.head(x)
+                    return chunked_cross_entropy(v.x, self.head.weight, targets)
+            v.logits = self.head(v.x)
             with self.machine.ledger.inside("head"):
                 if ends.logits_scale is not None:
                     v.logits = ops.mul_number(v.logits)
                 if ends.logits_softcap is not None:
                     v.logits = soft_cap(v.logits)
-            results.append(v.take("logits"))
-        return results[0]
+            return v.take("logits")
 
 
 def _added_to_scores(bias: Tensor, mask: Tensor) -> Tensor:

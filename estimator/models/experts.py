@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from estimator.describe.parts import MLP
+from estimator.describe.parts import MLP, PICKS
 from estimator.eager import ops
 from estimator.eager.indexing import (
     add_rows,
@@ -14,6 +14,8 @@ from estimator.eager.indexing import (
     gather_last,
     grouped_product,
     index_select,
+    maximum_last,
+    scatter_last,
     sum_last,
     top_k,
     top_k_values,
@@ -22,13 +24,14 @@ from estimator.eager.indexing import (
 from estimator.eager.ledger import Category
 from estimator.eager.letters import ONE, ceiling
 from estimator.eager.linalg import linear
-from estimator.eager.pointwise import sigmoid
+from estimator.eager.pointwise import compared, sigmoid
 from estimator.eager.tensor import BOOL, FLOAT32, Locals, Tensor, arguments, empty_like
-from estimator.eager.views import cast, reshape, split, unsqueeze, view
+from estimator.eager.views import cast, concatenate, reshape, split, unsqueeze, view
 from estimator.models.feed_forward import GatedFeedForward, gated
 from estimator.models.layers import Linear, Module, dropout
 
 if TYPE_CHECKING:
+    from estimator.eager.letters import Size
     from estimator.eager.tensor import Machine
     from estimator.models.layers import Recipe
 
@@ -40,7 +43,9 @@ class Router(Module):
         super().__init__(machine, "router")
         size, part = machine.shapes.letters, recipe.parts.experts
         assert part is not None
-        self.part, self.E, self.K = part, size["E"], size["K"]
+        self.part, self.E = part, size["E"]
+        # Experts of attention have k heads each, which are h together.
+        self.K = size["g"] if recipe.parts.attention.experts else size["K"]
         self.G, self.groups = (size["G"], size["G_K"]) if part.grouped else (ONE, ONE)
         self.weight = self.parameter(self.E, size["d"])
         self.bias = self.parameter(self.E) if part.router_bias else None
@@ -91,6 +96,8 @@ class Router(Module):
 
     def forward(self, v: Locals, x: Tensor) -> tuple[Tensor, Tensor]:
         v.scores = self.scores(linear(x, self.weight, self.bias))
+        if self.part.score == "sparse-mixer":
+            return self.picked_in_turn(v.scores)
         v.experts = self.choose(v.scores)
         v.weights = gather_last(v.scores, v.experts)
         if self.part.score == "logits":
@@ -102,6 +109,45 @@ class Router(Module):
         if self.part.scaling is not None:
             v.weights = ops.mul_number(v.weights)
         return v.take("weights"), v.take("experts")
+
+    def picked_in_turn(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """One expert after the other."""
+        with arguments((logits,)) as results, Locals() as v:
+            v.experts = self.choose(logits)
+            v.left, weights = logits, []
+            column = (*v.experts.shape[:-1], ONE)
+            for pick in range(PICKS):
+                v.expert = v.experts.view(column, v.experts.stride)
+                with logits.machine.no_grad():
+                    v.top = maximum_last(v.left)
+                    v.far = self.far(v.top, logits)
+                v.near = ops.softmax(ops.masked_fill(v.left, v.far))
+                name = f"weight{pick}"
+                setattr(v, name, gather_last(v.near, v.expert))
+                weights.append(name)
+                v.left = scatter_last(v.left, v.expert)
+            v.weights = concatenate([getattr(v, name) for name in weights], self.K)
+            del v.expert  # a view of what is returned
+            results += [v.take("weights"), v.take("experts")]
+        return results[0], results[1]
+
+    def far(self, top: Tensor, logits: Tensor) -> Tensor:
+        """(top - logits) / logits.abs().clamp(min=top) > number."""
+        with Locals() as v:
+            v.below = ops.elementwise("sub", top, logits)
+            v.ratio = ops.elementwise("div", v.below, ops.elementwise("clamp", ops.elementwise("abs", logits), top))
+            del v.below
+            return compared("gt", v.ratio)
+
+
+def sort_by_expert(experts: Tensor, bins: Size) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of each expert, which pair of token and choice a row is, and which token: `Sorted`."""
+    with arguments((experts,)) as results, Locals() as v:
+        v.count = bincount(experts, bins)
+        v.order = argsort(experts.view((experts.numel,), (ONE,)))
+        v.token = whole_number_divided(v.order)
+        results += [v.take("count"), v.take("order"), v.take("token")]
+    return results[0], results[1], results[2]
 
 
 class Experts(Module):
@@ -137,7 +183,7 @@ class SparseFeedForward(Module):
         super().__init__(machine, "ffn")
         self.recipe, part, size = recipe, recipe.parts.experts, machine.shapes.letters
         assert part is not None
-        self.weighs_inputs, self.K = part.score == "sigmoid-all", size["K"]
+        self.weighs_inputs = part.score == "sigmoid-all"
         self.shared = self.shared_gate = None
         with self.inside():
             self.router = self.child(Router(machine, recipe))
@@ -153,12 +199,10 @@ class SparseFeedForward(Module):
     def routed(self, x: Tensor) -> Tensor:
         """What the chosen experts make of each token, weighed and added up."""
         machine, E = x.machine, self.router.E
-        pairs = (machine.product((x.shape[0], self.K)),)
+        pairs = (machine.product((x.shape[0], self.router.K)),)
         with Locals() as v:
             v.weights, v.experts = self.router(x)
-            v.count = bincount(v.experts, E)
-            v.order = argsort(v.experts.view(pairs, (ONE,)))
-            v.token = whole_number_divided(v.order)
+            v.count, v.order, v.token = sort_by_expert(v.experts, E)
             v.expert = None
             if self.experts.gate_up_bias is not None:
                 v.expert = index_select(v.experts.view(pairs, (ONE,)), v.order)

@@ -31,26 +31,12 @@ class BlockKind(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """What of a model and a plan decides which statements a step executes; hashable, free of sizes."""
+class Blocks:
+    """Which block of a step is of which kind, and how many of them are run one by one."""
 
-    parts: Parts
     pattern: Pattern
-    letters: tuple[str, ...]  # the sizes that the model has
-    partial: bool  # only a part of each head is rotated
-    projects: bool  # the embedding has a width of its own
-    precision: str
-    fp32_gradients: bool
-    attention: str  # the kernel: Plan.attention_kernel
-    dropout: bool
-    loss: str
     checkpointing: str
     checkpoint_every: int
-    optimizer: str
-    optimizer_impl: str
-    clips: bool
-    micro_batches: int
-    parallel: str = "alone"
 
     def layout(self, num_layers: int) -> Layout:
         """The groups of alike blocks in a model of so many.
@@ -93,6 +79,26 @@ class Recipe:
         (layer,) = self.pattern.layers(index + 1)[index:]
         checkpointed = self.checkpointing != "none" and (index + 1) % self.checkpoint_every == 0
         return BlockKind(layer, checkpointed)
+
+
+@dataclass(frozen=True)
+class Recipe(Blocks):
+    """What of a model and a plan decides which statements a step executes; hashable, free of sizes."""
+
+    parts: Parts
+    letters: tuple[str, ...]  # the sizes that the model has
+    partial: bool  # only a part of each head is rotated
+    projects: bool  # the embedding has a width of its own
+    precision: str
+    fp32_gradients: bool
+    attention: str  # the kernel: Plan.attention_kernel
+    dropout: bool
+    loss: str
+    optimizer: str
+    optimizer_impl: str
+    clips: bool
+    micro_batches: int
+    parallel: str = "alone"
 
     @property
     def kinds(self) -> frozenset[Layer]:

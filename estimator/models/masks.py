@@ -9,15 +9,17 @@ from estimator.eager.letters import A, W
 from estimator.eager.tensor import BOOL, INT64, Locals
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from estimator.describe.parts import Layer
     from estimator.eager.letters import Size
     from estimator.eager.tensor import Machine, Tensor
-    from estimator.models.layers import Recipe
 
 
-def attention_kinds(machine: Machine, recipe: Recipe, length: Size) -> dict[str, str]:
+def attention_kinds(machine: Machine, layers: Sequence[Layer], length: Size) -> dict[str, str]:
     """What each layer's attention comes down to: one that all tokens fit in is "full"."""
     sizes = {"full": None, "window": W, "chunk": A}
-    present = {layer.attention for layer in recipe.kinds}
+    present = {layer.attention for layer in layers}
     return {
         kind: "full" if size is None or machine.at_most(length, size) else kind
         for kind, size in sizes.items()

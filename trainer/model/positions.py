@@ -33,7 +33,7 @@ class Sinusoids(nn.Module):
     def __init__(self, context_length: int, d_model: int) -> None:
         super().__init__()
         cos, sin = rope_tables(context_length, d_model)
-        self.register_buffer("table", torch.cat((sin, cos), -1)[:, :d_model], persistent=False)
+        self.register_buffer("table", torch.cat((sin, cos), -1)[:, :d_model].contiguous(), persistent=False)
 
     def forward(self, start: int, length: int) -> Tensor:
         return self.table[start : start + length]

@@ -64,6 +64,7 @@ class Step:
         self.updated = list(model.parameters() if masters is None else masters.named.values())
         # With the usual 2^16 the first gradients of random weights could overflow, and a step be left out.
         self.scaler = loss_scaler(p.precision, inputs[0].device.type, init_scale=2.0**8)
+        self.scaler._maybe_opt_step = _step_anyway  # type: ignore[method-assign, assignment]  # noqa: SLF001 - what it has in place of a switch
 
     def __call__(self) -> None:
         """Run it."""
@@ -112,6 +113,12 @@ class Step:
         yield from (x.grad for x in self.model.parameters() if x.grad is not None)
         if self.plan.fp32_gradients:
             yield from (x.grad for x in self.updated if x.grad is not None)
+
+
+def _step_anyway(optimizer: torch.optim.Optimizer, state: dict[str, Any], *args: Any, **more: Any) -> Any:
+    """`GradScaler._maybe_opt_step`, but for the decision: random weights may overflow, and the step is measured."""
+    sum(found.item() for found in state["found_inf_per_device"].values())
+    return optimizer.step(*args, **more)
 
 
 def torch_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -241,7 +248,8 @@ def measure(m: ModelConfig, p: Plan, device: str = "cpu", seed: int = 0, timed_s
     with onednn(enabled=False):
         growth = peak_growth(step, device)
     half = p.precision in AUTOCAST or p.optimizer == "muon" or any(x.itemsize < 4 for x in parameters)
-    scratch = peak_growth(step, device) - growth if half and torch.device(device).type == "cpu" else 0
+    packs = half and torch.device(device).type == "cpu" and torch.backends.mkldnn.enabled
+    scratch = peak_growth(step, device) - growth if packs else 0
     return Measurement(
         parameters=sum(x.numel() for x in parameters),
         parameter_bytes=nbytes(parameters),
