@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from estimator.describe.checks import NORM, ConfigError, choose, known_fields, positive_int, shown
+from estimator.describe.selection import Selection, parts_listed
 
 if TYPE_CHECKING:
     from estimator.describe.model import ModelConfig
@@ -86,6 +87,11 @@ class Plan:
         ),
         "grad_accumulation": "micro-batches whose gradients are added before one optimizer step.",
         "max_grad_norm": "clip the gradients to this global norm before the step; None means no clipping.",
+        "trained": (
+            "the parts of the model that are trained, with commas: all, blocks, embedding, attention, feed-forward, "
+            "norms, head, layers:0-3 (from the first to the last of these)."
+        ),
+        "frozen": "the parts of these that are not trained after all, named alike.",
         "compile": "`torch.compile` fuses the elementwise kernels; time knows it, memory is eager's.",
         "data_parallel": "accelerators that each run this plan on their own sequences.",
         "sharding": (
@@ -110,6 +116,8 @@ class Plan:
     compile: bool = False
     data_parallel: int = 1
     sharding: str = "none"
+    trained: str = "all"
+    frozen: str = ""
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -159,12 +167,24 @@ class Plan:
             raise ConfigError(
                 f"sharding = {self.sharding!r}: {self.optimizer} works on whole matrices; allowed is none (DDP)"
             )
+        for name in ("trained", "frozen"):
+            put(self, name, parts_listed(name, getattr(self, name)))
+        if self.selection != Selection() and self.data_parallel > 1:
+            raise ConfigError(
+                f"data_parallel = {self.data_parallel}: what is frozen is known for one accelerator alone; allowed is 1, "
+                "or trained = 'all' and frozen = ''"
+            )
         norm = self.max_grad_norm
         if norm is not None and (isinstance(norm, bool) or not isinstance(norm, (int, float)) or not 0 < norm <= NORM):
             raise ConfigError(
                 f"max_grad_norm = {shown(norm)}: must be a finite number above 0 and at most {NORM:g}, or None for no "
                 "clipping"
             )
+
+    @property
+    def selection(self) -> Selection:
+        """Which parameters are trained."""
+        return Selection.of(self.trained, self.frozen)
 
     def tokens(self, model: ModelConfig) -> int:
         """T, the sequence length that this plan gives to `model`.
@@ -194,6 +214,7 @@ class Plan:
 
     def check_model(self, model: ModelConfig) -> None:
         """Raise ConfigError if the model's parts have something that the plan's attention or loss has not."""
+        self.selection.check(model)
         parts = model.made_of
         if model.unfused is not None and self.attention.startswith("sdpa"):
             raise ConfigError(

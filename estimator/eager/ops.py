@@ -380,14 +380,16 @@ def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor
     def backward(c: Context, grad: Tensor) -> Gradients:
         x = c.saved[0]
         machine = grad.machine
-        c.dx = machine.empty(x.shape, x.dtype)
-        c.dw = machine.empty(weight.shape, weight.dtype) if weight is not None else None
-        c.db = machine.empty(bias.shape, bias.dtype) if bias is not None else None
-        if machine.device == "cpu" and weight is not None:
+        made = []
+        for wanted, name, like in zip(c.needs, ("dx", "dw", "db"), (x, weight, bias), strict=True):  # grad_input_mask
+            if wanted and like is not None:
+                setattr(c, name, machine.empty(like.shape, like.dtype))
+                made.append(name)
+        if machine.device == "cpu" and weight is not None and any(c.needs[1:]):
             c.scratch = machine.empty((2 * threads, *weight.shape), x.dtype)
         reads = (grad, x) if weight is None else (grad, x, weight)
-        machine.kernel("native_layer_norm_backward", reads, [t for t in (c.dx, c.dw, c.db) if t is not None])
-        return [c.take("dx"), c.take("dw") if weight is not None else None, c.take("db") if bias is not None else None]
+        machine.kernel("native_layer_norm_backward", reads, [getattr(c, name) for name in made])
+        return [c.take(name) if name in made else None for name in ("dx", "dw", "db")]
 
     node = record("NativeLayerNormBackward0", (x, weight, bias), backward, (x, weight))
     machine = x.machine

@@ -72,6 +72,17 @@ class Transformer(Module):
             self.tables = [self.buffer(size["h"])]
         self.query_scale = self.buffer(size["C"]) if parts.attention.query_scaling != "none" else None
         self.head = self.child(Head(machine, width, size["V"], self.embedding, recipe))
+        self.freeze()
+
+    def freeze(self) -> None:
+        """Parameters that the recipe does not train want no gradient."""
+        elsewhere = self.recipe.selection.at(None)
+        for p in self.parameters():
+            where = p.storage.where
+            selection = elsewhere if where.block is None else self.kinds[where.block].selection
+            p.requires_grad = selection.has(where.module)
+            if p.requires_grad:
+                self.machine.ledger.trained.append((where, p.numel))
 
     def buffer(self, *shape: Size) -> Tensor:
         """A tensor that the model holds and does not train."""

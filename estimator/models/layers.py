@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from estimator.describe.checks import BLOCKS, ConfigError
+from estimator.describe.selection import Selection
 from estimator.eager import ops
 from estimator.eager.checkpointing import checkpoint
 from estimator.eager.linalg import linear
@@ -23,11 +25,78 @@ if TYPE_CHECKING:
     from estimator.parallel.data import Unit
 
 
+EVERYTHING = Selection()
+
+
 class BlockKind(NamedTuple):
     """What sets one block apart from another."""
 
     layer: Layer
     checkpointed: bool
+    selection: Selection = EVERYTHING
+    reached: bool = True  # by a gradient of what comes in: a parameter before the block is trained
+
+
+@dataclass(frozen=True)
+class BlockOrder:
+    """Which kinds of blocks follow each other, whatever their number: what sets them apart in a model and a plan."""
+
+    pattern: Pattern
+    checkpointing: str
+    checkpoint_every: int
+    selection: Selection
+
+    def layout(self, num_layers: int) -> Layout:
+        """The groups of alike blocks in a model of so many.
+
+        Raises:
+            ConfigError: more of them would be run one by one than is reckoned with; they are counted, not made.
+        """
+        blocks = self.executed(num_layers)
+        if blocks > BLOCKS:
+            every = f"checkpoint_every = {self.checkpoint_every}: " if self.checkpoint_every > 1 else "pattern: "
+            raise ConfigError(
+                f"{every}of {num_layers} layers {blocks} would be run one by one; allowed are at most {BLOCKS}, which "
+                f"blocks that are alike after {BLOCKS // (TURNS + 1)} or fewer never exceed"
+            )
+        return layout(self.first, self._cycle(num_layers), num_layers)
+
+    @cached_property
+    def _reached(self) -> int:
+        """The first block whose input has a gradient."""
+        if self.selection.at(None).has("embedding"):
+            return 0
+        alike = self.selection.told_apart
+        return next((i for i in range(alike + 1) if self.selection.at(i).has_block), alike) + 1
+
+    @property
+    def period(self) -> int:
+        """After how many blocks, those of `pattern.first` not counted, the kinds begin again."""
+        every = self.checkpoint_every if self.checkpointing != "none" else 1
+        return math.lcm(len(self.pattern.cycle), every)
+
+    def executed(self, num_layers: int) -> int:
+        """How many blocks of a model of so many are run one by one: of what repeats, three turns and what is over."""
+        first = self.first[:num_layers]
+        rest = num_layers - len(first)
+        return executed_of(first) + min(rest, TURNS * self.period + rest % self.period)
+
+    @property
+    def first(self) -> tuple[BlockKind, ...]:
+        """The kinds of the first blocks, before those that repeat."""
+        return tuple(
+            self._kind(i) for i in range(max(len(self.pattern.first), self.selection.told_apart, self._reached))
+        )
+
+    def _cycle(self, num_layers: int) -> tuple[BlockKind, ...]:
+        """The kinds of the blocks that repeat; no more of them than the model has."""
+        first = len(self.first)
+        return tuple(self._kind(first + i) for i in range(min(self.period, max(num_layers - first, 1))))
+
+    def _kind(self, index: int) -> BlockKind:
+        (layer,) = self.pattern.layers(index + 1)[index:]
+        checkpointed = self.checkpointing != "none" and (index + 1) % self.checkpoint_every == 0
+        return BlockKind(layer, checkpointed, self.selection.at(index), index >= self._reached)
 
 
 @dataclass(frozen=True)
@@ -51,48 +120,16 @@ class Recipe:
     clips: bool
     micro_batches: int
     parallel: str = "alone"
+    selection: Selection = EVERYTHING
+
+    @property
+    def order(self) -> BlockOrder:
+        """Which kinds of blocks follow each other."""
+        return BlockOrder(self.pattern, self.checkpointing, self.checkpoint_every, self.selection)
 
     def layout(self, num_layers: int) -> Layout:
-        """The groups of alike blocks in a model of so many.
-
-        Raises:
-            ConfigError: more of them would be run one by one than is reckoned with; they are counted, not made.
-        """
-        blocks = self.executed(num_layers)
-        if blocks > BLOCKS:
-            every = f"checkpoint_every = {self.checkpoint_every}: " if self.checkpoint_every > 1 else "pattern: "
-            raise ConfigError(
-                f"{every}of {num_layers} layers {blocks} would be run one by one; allowed are at most {BLOCKS}, which "
-                f"blocks that are alike after {BLOCKS // (TURNS + 1)} or fewer never exceed"
-            )
-        return layout(self.first, self._cycle(num_layers), num_layers)
-
-    @property
-    def period(self) -> int:
-        """After how many blocks, those of `pattern.first` not counted, the kinds begin again."""
-        every = self.checkpoint_every if self.checkpointing != "none" else 1
-        return math.lcm(len(self.pattern.cycle), every)
-
-    def executed(self, num_layers: int) -> int:
-        """How many blocks of a model of so many are run one by one: of what repeats, three turns and what is over."""
-        first = self.first[:num_layers]
-        rest = num_layers - len(first)
-        return executed_of(first) + min(rest, TURNS * self.period + rest % self.period)
-
-    @property
-    def first(self) -> tuple[BlockKind, ...]:
-        """The kinds of the first blocks, before those that repeat."""
-        return tuple(self._kind(i) for i in range(len(self.pattern.first)))
-
-    def _cycle(self, num_layers: int) -> tuple[BlockKind, ...]:
-        """The kinds of the blocks that repeat; no more of them than the model has."""
-        first = len(self.pattern.first)
-        return tuple(self._kind(first + i) for i in range(min(self.period, max(num_layers - first, 1))))
-
-    def _kind(self, index: int) -> BlockKind:
-        (layer,) = self.pattern.layers(index + 1)[index:]
-        checkpointed = self.checkpointing != "none" and (index + 1) % self.checkpoint_every == 0
-        return BlockKind(layer, checkpointed)
+        """The groups of alike blocks in a model of so many (`BlockOrder.layout`)."""
+        return self.order.layout(num_layers)
 
     @property
     def kinds(self) -> frozenset[Layer]:

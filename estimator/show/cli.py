@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from _typeshed import SupportsWrite
     from rich.console import Console
 
+    from estimator.accounting.accounts import Values
     from estimator.answers.estimates import Estimate
     from estimator.timing.speed import Time
 
@@ -278,6 +279,12 @@ def gib(nbytes: float) -> str:
     return f"{nbytes / GIB:,.2f} GiB"
 
 
+def trained(values: Values) -> str:
+    """How many of the parameters are trained."""
+    share = values.trained_parameters / values.parameters
+    return f"trained: {values.trained_parameters:,} of {values.parameters:,} parameters ({share:.3g} of them)"
+
+
 def verdict(r: Estimate, largest: int) -> str:
     """Fits or not, by how much, when the peak is and what holds it, and what the logits are of it."""
     from estimator.show.formatting import logits  # noqa: PLC0415 - only here
@@ -317,6 +324,8 @@ def _tables(name: str, r: Estimate, largest: int) -> None:
         f"{p.optimizer} ({p.implementation(r.account.device)})",
         highlight=False,
     )
+    if r.values.trained_parameters != r.values.parameters:
+        console.print(f"{trained(r.values)}\n", highlight=False)
     console.print(verdict(r, largest) + "\n", style="bold green" if r.fits else "bold red", highlight=False)
     table = Table("memory at the peak", "bytes", "GiB", box=None, pad_edge=False)
     for column in table.columns[1:]:
