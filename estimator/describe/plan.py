@@ -171,7 +171,7 @@ class Plan:
             put(self, name, parts_listed(name, getattr(self, name)))
         if self.selection != Selection() and self.data_parallel > 1:
             raise ConfigError(
-                f"data_parallel = {self.data_parallel}: what is frozen is known for one accelerator alone; allowed is 1, "
+                f"data_parallel = {self.data_parallel}: what is frozen is known for one accelerator alone; allowed: 1 "
                 "or trained = 'all' and frozen = ''"
             )
         norm = self.max_grad_norm
