@@ -125,7 +125,7 @@ def main():
     a.evaluate(m, p)
     rows.append(("estimate on a known account", median_seconds(lambda: est.estimate(m, p, mfu=0.5), 201), 1e-3))
     rows.append(("the same with its time predicted", median_seconds(lambda: est.estimate(m, p), 201), 5e-3))
-    command = shell(sys.executable, "-m", "estimator.show.cli", "gpt2-xl")
+    command = shell(sys.executable, "-m", "estimator", "gpt2-xl")
     rows.append(("estimate gpt2-xl from the shell", median_seconds(command, 5), 1.5))
     for what, seconds, aim in rows:
         print(f"{what:54} {seconds * 1e3:10.2f} ms   aim {aim * 1e3:8.1f} ms")

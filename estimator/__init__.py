@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from estimator.pricing.planning import compute_optimal, tokens_for
     from estimator.studies.assignment import textbook
 
+__version__ = "0.1.0"
+
 _HOME = {
     "Account": "accounting.accounts",
     "account": "accounting.accounts",

@@ -65,7 +65,7 @@ def sparse(name: str) -> bool:
 def _find(name: str) -> str:
     found = _spellings().get(squash(name)) if isinstance(name, str) else None
     if found is None:
-        every = f"the {len(presets())} names that `estimate --list` prints and `estimator.presets()` returns"
+        every = f"the {len(presets())} names that `estimate list` prints and `estimator.presets()` returns"
         raise unknown("model", str(name), _spellings(), (every,))
     return found
 

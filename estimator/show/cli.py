@@ -1,26 +1,24 @@
-"""estimate: the command line over `estimator.estimate`."""
+"""estimate MODEL: the command line over `estimator.estimate`; and `estimate calibrate`."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
-import re
 import shutil
 import sys
-from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from estimator.describe.checks import SHOWN, ConfigError, shown
+from estimator.describe.checks import ConfigError, shown
 from estimator.describe.model import ModelConfig
-from estimator.describe.plan import Plan
+from estimator.describe.plan import ATTENTIONS, CHECKPOINTINGS, OPTIMIZERS, PRECISIONS, SHARDINGS, Plan
+from estimator.show.commands import Parser, TopicHelp
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from _typeshed import SupportsWrite
     from rich.console import Console
 
     from estimator.accounting.accounts import Values
@@ -28,18 +26,23 @@ if TYPE_CHECKING:
     from estimator.timing.speed import Time
 
 GIB = 2**30
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that repeats no more of a long word than an error of the library does."""
-
-    def print_help(self, file: SupportsWrite[str] | None = None) -> None:
-        """Print the help; argparse's own is silent where it cannot be written."""
-        (file or sys.stdout).write(self.format_help())
-
-    def error(self, message: str) -> NoReturn:
-        """Print usage and `message`, and exit with 2."""
-        super().error(re.sub(rf"\S{{{SHOWN + 1},}}", lambda word: f"{word[0][: SHOWN - 3]}...", message))
+# The short help: what most people need, and in how few words.
+COMMON = {
+    "MODEL": "a preset (`estimate list models`) or the path of a config.json",
+    "--gpu NAME": "an accelerator (`estimate list accelerators`) or a profile.toml",
+    "--count N": "how many of them",
+    "--sharding NAME": ", ".join(SHARDINGS) + "; ddp is none, fsdp is zero3",
+    "--batch-size N": "sequences in a micro-batch on one accelerator",
+    "--seq-len N": "tokens in a sequence (default: the model's context length)",
+    "--precision NAME": ", ".join(PRECISIONS),
+    "--attention NAME": ", ".join(ATTENTIONS),
+    "--checkpointing NAME": ", ".join(CHECKPOINTINGS),
+    "--optimizer NAME": ", ".join(OPTIMIZERS),
+    "--global-batch-size N": "sequences in an optimizer step of the whole job",
+    "--steps N": "optimizer steps; with them come hours, dollars and energy",
+    "--max-batch": "print only the largest micro-batch that fits",
+    "--json": "print everything as JSON",
+}
 
 
 def _integer(text: str) -> int:
@@ -60,12 +63,14 @@ def parser() -> argparse.ArgumentParser:
     """Arguments: a model, each field of the plan, each size of the model, the accelerator, the run, the output."""
     p = Parser(
         prog="estimate",
+        usage="%(prog)s MODEL [OPTION ...] (--help lists the options)",
         description="The bytes, FLOPs and hours of a training step, when its memory peaks, and by what formula.",
-        epilog="`estimate --list` prints the names of all presets and accelerators; `estimate calibrate` measures this "
+        epilog="`estimate list` prints the names of all presets and accelerators; `estimate calibrate` measures this "
         "machine for --gpu.",
         allow_abbrev=False,
+        add_help=False,
     )
-    p.add_argument("model", help="a preset (estimate --list) or the path of a config.json")
+    p.add_argument("model", help="a preset (estimate list) or the path of a config.json")
     p.add_argument("--gpu", default="a100-80gb-sxm", help="an accelerator or a profile.toml (default: %(default)s)")
     recipe = p.add_argument_group("the plan (defaults: what a bare PyTorch script does)")
     _add_fields(recipe, Plan)
@@ -94,6 +99,8 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--max-batch", action="store_true", help="print the largest micro-batch that fits, and stop")
     out.add_argument("--formulas", action="store_true", help="print the closed form of every figure, and stop")
     out.add_argument("--json", action="store_true", help="print everything as JSON")
+    topics = {"plan": recipe, "model": sizes, "run": run, "output": out}
+    p.add_argument("-h", "--help", action=TopicHelp, common=COMMON, topics=topics)
     return p
 
 
@@ -111,69 +118,31 @@ def _add_fields(group: Any, cls: type[ModelConfig | Plan], skip: Sequence[str] =
         group.add_argument(f"--{f.name.replace('_', '-')}", **option)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command; 0 if all is well, 2 for bad input, 1 where the output cannot be written."""
-    if sys.stdout is None:  # `estimate ... >&-`: nobody listens
-        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - it is open until the end
-    try:
-        try:
-            return _command(sys.argv[1:] if argv is None else list(argv))
-        finally:
-            sys.stdout.flush()  # here, where what goes wrong can still be said
-    except BrokenPipeError:  # `estimate ... | head` has read enough
-        _abandon_output()
-        return 0
-    except OSError as error:
-        if error.filename is not None:  # of a file that was to be read
-            raise
-        _abandon_output()
-        sys.stderr.write(f"estimate: error: the output cannot be written ({error.strerror})\n")
-        return 1
+def run(argv: Sequence[str]) -> int:
+    """`estimate MODEL ...`.
+
+    Raises:
+        ConfigError: what is asked cannot be.
+    """
+    return _run(parser().parse_args(argv))
 
 
-def _abandon_output() -> None:
-    """What is left to be written goes nowhere: Python would try again at its end, and complain."""
-    with suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def calibrate(argv: Sequence[str]) -> int:
+    """`estimate calibrate`: of the user's own log, or else the trainer measures this machine.
 
+    Raises:
+        ConfigError: what is asked cannot be.
+        ModuleNotFoundError: there is no torch to measure with.
+    """
+    if not any(word.split("=")[0] == "--log" for word in argv):
+        from trainer.referee.calibrate import main as measure  # noqa: PLC0415 - the one thing here that takes torch
 
-def _command(argv: list[str]) -> int:
-    if argv[:1] == ["--list"]:
-        return _list()
-    from_log = argv[:1] == ["calibrate"] and any(word.split("=")[0] == "--log" for word in argv)
-    if argv[:1] == ["calibrate"] and not from_log:
-        return _calibrate(argv[1:])
+        return measure(argv)
     arguments = parser()
-    if from_log:
-        arguments.prog = "estimate calibrate"
-        arguments.add_argument("--log", required=True, metavar="FILE", help="a log of three or more steps of this run")
-        arguments.add_argument("--out", metavar="FILE", help="write the factor there, for --stack-factor")
-    args = arguments.parse_args(argv[1:] if from_log else argv)
-    try:
-        return _calibrate_by_log(args) if from_log else _run(args)
-    except ConfigError as error:
-        arguments.exit(2, f"estimate: error: {error}\n")
-
-
-def _calibrate(argv: Sequence[str]) -> int:
-    """`estimate calibrate`: the trainer measures, so it is asked for here and nowhere else."""
-    try:
-        from trainer.referee.calibrate import main as calibrate  # noqa: PLC0415 - the one thing here that takes torch
-    except ModuleNotFoundError as error:
-        sys.stderr.write(
-            f"estimate calibrate: error: {error.name} is missing: pip install transformer-estimator[trainer]\n"
-        )
-        return 2
-    return calibrate(argv)
-
-
-def _list() -> int:
-    from estimator.describe.presets import preset_groups  # noqa: PLC0415 - only for this
-    from estimator.hardware.accelerators import accelerators  # noqa: PLC0415 - only for this
-
-    groups = "".join(f"  {group}: {', '.join(names)}\n" for group, names in preset_groups().items())
-    sys.stdout.write(f"models:\n{groups}accelerators:\n  {', '.join(accelerators())}\n")
-    return 0
+    arguments.prog = "estimate calibrate"
+    arguments.add_argument("--log", required=True, metavar="FILE", help="a log of three or more steps of this run")
+    arguments.add_argument("--out", metavar="FILE", help="write the factor there, for --stack-factor")
+    return _calibrate_by_log(arguments.parse_args(argv))
 
 
 def _calibrate_by_log(args: argparse.Namespace) -> int:
@@ -378,7 +347,3 @@ def _time(t: Time, console: Console) -> None:
     console.print(f"  of a step: {shares}", highlight=False)
     console.print(f"  between {low:,.4g} and {high:,.4g} s a step: {t.interval.source}", highlight=False)
     console.print(f"  {t.origin}", highlight=False)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -14,7 +14,7 @@ from estimator.answers import derivations
 from estimator.answers.advice import advice, choices
 from estimator.answers.request import Request
 from estimator.describe.hf import from_hf
-from estimator.show import cli
+from estimator.show import commands
 from estimator.show.formatting import dollars, hours, prefixed, size
 
 pytest.importorskip("streamlit", reason="the page needs the app extra: pip install -e '.[app]'")
@@ -154,7 +154,7 @@ def test_the_python_and_the_command_give_the_figures_of_the_page(capsys, query):
     assert f"{int(largest):,}" == shown["Max micro-batch"]
     words = shlex.split(command)
     assert words[0] == "estimate"
-    assert cli.main([*words[1:], "--json"]) == 0
+    assert commands.main([*words[1:], "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert size(printed["memory"]["needed"]) == shown["Memory needed"]
     assert hours(printed["time"]["seconds"]) == shown["Training time"]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import estimator as est
-from estimator.show import cli
+from estimator.show import commands
 from estimator.timing.roofline import efficiency
 from trainer.referee import calibrate, validate_time
 
@@ -17,7 +17,7 @@ def profile(tmp_path_factory):
         patch.setattr(calibrate, "LINEAR", calibrate.LINEAR[:3])
         patch.setattr(calibrate, "BATCHED", calibrate.BATCHED[:1])
         patch.setattr(calibrate, "MOVED", calibrate.MOVED[:4])
-        assert cli.main(["calibrate", "--out", str(path), "--budget", "0.002", "--threads", "1"]) == 0
+        assert commands.main(["calibrate", "--out", str(path), "--budget", "0.002", "--threads", "1"]) == 0
     assert torch.get_num_threads() == threads
     return path
 
@@ -62,6 +62,6 @@ def test_a_case_is_measured_against_its_prediction(profile):
 def test_bad_arguments_are_refused(tmp_path, capsys):
     for words in (["--out", str(tmp_path / "x.json")], ["--out", str(tmp_path / "a.toml"), "--budget", "0"]):
         with pytest.raises(SystemExit) as stop:
-            cli.main(["calibrate", *words])
+            commands.main(["calibrate", *words])
         assert stop.value.code == 2
         assert "must" in capsys.readouterr().err

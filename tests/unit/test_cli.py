@@ -12,12 +12,12 @@ import pytest
 import estimator as est
 from estimator.describe.model import ModelConfig
 from estimator.describe.plan import Plan
-from estimator.show import cli
+from estimator.show import cli, commands
 
 
 def run(capsys, *argv):
     try:
-        status = cli.main(argv)
+        status = commands.main(argv)
     except SystemExit as stop:
         status = stop.code
     out = capsys.readouterr()

@@ -21,7 +21,7 @@ from estimator.answers.sweeps import spaced, sweep
 from estimator.describe.checks import BLOCKS, LIMITS, POINTS, ConfigError, TooLargeError
 from estimator.describe.model import ModelConfig
 from estimator.describe.plan import ATTENTIONS, CHECKPOINTINGS, LOSSES, OPTIMIZERS, PRECISIONS, SHARDINGS, Plan
-from estimator.show import cli
+from estimator.show import commands
 
 ROOT = Path(__file__).parents[2]
 LONG = "x" * 5000
@@ -35,7 +35,7 @@ def imported():
 
 def run(capsys, *argv):
     try:
-        status = cli.main(argv)
+        status = commands.main(argv)
     except SystemExit as stop:
         status = stop.code
     out = capsys.readouterr()
@@ -196,7 +196,7 @@ def test_any_command_line_is_answered_or_refused_in_a_sentence(capsys):
 
 def shell(line, **environment):
     """A command line, in which estimate is this one."""
-    command = f"{sys.executable} -m estimator.show.cli"
+    command = f"{sys.executable} -m estimator"
     env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     line = line.replace("estimate", command)
     return subprocess.run(["bash", "-c", f"set -o pipefail; {line}"], env=env, capture_output=True, text=True)  # noqa: PLW1510

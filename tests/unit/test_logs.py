@@ -7,7 +7,7 @@ import pytest
 import estimator as est
 from estimator.answers.logs import PER_ACCELERATOR, SECONDS, explanation, load, read_log, save, stack_factor
 from estimator.describe.checks import ConfigError
-from estimator.show import cli
+from estimator.show import commands
 from estimator.studies import published
 
 COLUMN = "0.52\n0.50\n0.51\n"
@@ -120,9 +120,9 @@ def test_the_factor_is_carried_into_the_prediction_and_its_interval(tmp_path):
 def test_the_command_reads_a_log_explains_and_writes_the_factor(tmp_path, capsys):
     log, out = written(tmp_path, NANOGPT), tmp_path / "stack.toml"
     run = ["gpt2", "--gpu", "a100-80gb-sxm", "--batch-size", "12", "--precision", "bf16-mixed", "--attention", "sdpa"]
-    assert cli.main(["calibrate", "--log", str(log), *run, "--out", str(out)]) == 0
+    assert commands.main(["calibrate", "--log", str(log), *run, "--out", str(out)]) == 0
     assert "Measured steps take" in capsys.readouterr().out
-    assert cli.main([*run, "--stack-factor", str(out), "--json"]) == 0
+    assert commands.main([*run, "--stack-factor", str(out), "--json"]) == 0
     r = json.loads(capsys.readouterr().out)
     assert r["time"]["seconds_per_step"] == pytest.approx(0.51, rel=1e-6)
 

@@ -135,7 +135,7 @@ def test_no_two_presets_share_a_spelling():
 def test_an_unknown_name_is_refused_with_the_nearest(wrong, near):
     with pytest.raises(
         ConfigError,
-        match=rf"model = '{wrong}': did you mean .*{near}.*\? allowed are the \d+ names that `estimate --list`",
+        match=rf"model = '{wrong}': did you mean .*{near}.*\? allowed are the \d+ names that `estimate list`",
     ):
         preset(wrong)
     with pytest.raises(ConfigError, match="did you mean"):

@@ -17,7 +17,7 @@ from estimator.describe.model import ModelConfig
 from estimator.describe.plan import Plan
 
 ROOT = Path(__file__).parents[2]
-COMMAND = ("-m", "estimator.show.cli", "gpt2", "--json", "--checkpointing", "block", "--sharding", "zero3")
+COMMAND = ("-m", "estimator", "gpt2", "--json", "--checkpointing", "block", "--sharding", "zero3")
 COMMAND += ("--count", "3")
 VERSIONS = ("3.11", "3.12", "3.13", "3.14")
 
@@ -51,7 +51,7 @@ def test_each_field_is_explained_once(cls):
 
 def test_without_docstrings_and_asserts_the_command_says_the_same(plain):
     assert json.loads(run(sys.executable, "-OO", *COMMAND)) == plain
-    stripped, whole = (run(sys.executable, *flags, *COMMAND[:2], "--help") for flags in (("-OO",), ()))
+    stripped, whole = (run(sys.executable, *flags, *COMMAND[:3], "--help", "all") for flags in (("-OO",), ()))
     assert stripped == whole
     assert "sequences in one micro-batch" in whole
 
@@ -91,7 +91,7 @@ def test_the_command_says_the_same_on_every_python(version, flag, plain):
     if python is None:
         pytest.skip(why)
     assert alike(json.loads(run(python, *flag, *COMMAND)), plain)
-    words = " ".join(run(python, *flag, *COMMAND[:2], "--help").split())
+    words = " ".join(run(python, *flag, *COMMAND[:3], "--help", "all").split())
     for f in (*fields(Plan), *fields(ModelConfig)):
         if f.name not in ("family", "parts", "pattern"):
             assert f"--{f.name.replace('_', '-')}" in words

@@ -10,7 +10,7 @@ import pytest
 
 import estimator as est
 from estimator.answers.request import Request
-from estimator.show import cli
+from estimator.show import commands
 from estimator.show.report import to_csv, to_json, to_markdown
 
 GPT2 = est.preset("gpt2-xl")
@@ -41,7 +41,7 @@ def test_the_python_gives_the_figures_when_it_is_run(request_):
 def test_the_command_gives_the_figures_when_it_is_run(request_, capsys):
     name, *words = shlex.split(request_.command())
     assert name == "estimate"
-    assert cli.main([*words, "--json"]) == 0
+    assert commands.main([*words, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(request_.estimate().to_dict()))
 
 

@@ -1,0 +1,185 @@
+"""estimate: one command with sub-commands, of which each is one entry of `COMMANDS`.
+
+A sub-command is a function of its arguments that writes to stdout, returns the exit status and lets ConfigError
+through: what all of them share (bad input, closed pipes, full disks, a package that is not installed) is here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import re
+import sys
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import estimator
+from estimator.describe.checks import SHOWN, ConfigError, shown
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from _typeshed import SupportsWrite
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """One sub-command.
+
+    Attributes:
+        name: the word after `estimate`.
+        summary: what it is for, in one line without a full stop.
+        function: "package.module:function", imported when it is called; it takes the words after the name.
+    """
+
+    name: str
+    summary: str
+    function: str
+
+
+COMMANDS = (
+    Command(
+        "estimate", "memory, time and cost of training a model; what `estimate MODEL` means", "estimator.show.cli:run"
+    ),
+    Command("calibrate", "measure this machine, or the factor of your own log", "estimator.show.cli:calibrate"),
+    Command("list", "the names of all models, accelerators and networks", "estimator.show.listing:run"),
+)
+
+EXAMPLES = """\
+examples:
+  estimate gpt2-xl --gpu a100-80gb-sxm --batch-size 4 --attention sdpa
+  estimate llama-3.1-8b --gpu h100-80gb-sxm --count 8 --sharding fsdp --precision bf16-mixed
+  estimate path/to/config.json --json
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that repeats no more of a long word than an error of the library does."""
+
+    def print_help(self, file: SupportsWrite[str] | None = None) -> None:
+        """Print the help; argparse's own is silent where it cannot be written."""
+        (file or sys.stdout).write(self.format_help())
+
+    def error(self, message: str) -> NoReturn:
+        """Print usage and `message`, and exit with 2."""
+        super().error(re.sub(rf"\S{{{SHOWN + 1},}}", lambda word: f"{word[0][: SHOWN - 3]}...", message))
+
+
+class TopicHelp(argparse.Action):
+    """`--help` prints the options that most people need; `--help TOPIC` a group of them, `--help all` every one.
+
+    Args:
+        common: what the short help says of each option in it.
+        topics: the group of options behind each topic.
+    """
+
+    def __init__(
+        self,
+        option_strings: Sequence[str],
+        dest: str = argparse.SUPPRESS,
+        *,
+        common: Mapping[str, str],
+        topics: Mapping[str, Any],
+    ) -> None:
+        said = f"this help, or that of a topic: {', '.join((*topics, 'all'))}"
+        super().__init__(option_strings, dest, nargs="?", default=argparse.SUPPRESS, metavar="TOPIC", help=said)
+        self.common, self.topics = common, topics
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, _namespace: object, values: object, option_string: str | None = None
+    ) -> NoReturn:
+        """Print the help and exit."""
+        if values not in (None, "all", *self.topics):
+            allowed = ", ".join((*self.topics, "all"))
+            parser.error(f"argument {option_string}: {shown(values)} is no topic; topics are {allowed}")
+        if values == "all":
+            parser.print_help()
+        elif values is None:
+            rows = {**self.common, "--help TOPIC": f"more: {', '.join((*self.topics, 'all'))}"}
+            width = max(map(len, rows))
+            sys.stdout.write(parser.format_usage() + "\n" + f"{parser.description}\n\n")
+            sys.stdout.writelines(f"  {option:{width}}  {said}\n" for option, said in rows.items())
+        else:
+            formatter = parser._get_formatter()  # noqa: SLF001 - argparse has no other way to format one group
+            formatter.start_section(self.topics[str(values)].title)
+            formatter.add_arguments(self.topics[str(values)]._group_actions)  # noqa: SLF001 - likewise
+            formatter.end_section()
+            sys.stdout.write(formatter.format_help())
+        parser.exit()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; 0 if all is well, 2 for bad input, 1 where the output cannot be written."""
+    if sys.stdout is None:  # `estimate ... >&-`: nobody listens
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - it is open until the end
+    try:
+        try:
+            return _dispatched(sys.argv[1:] if argv is None else list(argv))
+        finally:
+            sys.stdout.flush()  # here, where what goes wrong can still be said
+    except BrokenPipeError:  # `estimate ... | head` has read enough
+        _abandon_output()
+        return 0
+    except OSError as error:
+        if error.filename is not None:  # of a file that was to be read
+            raise
+        _abandon_output()
+        sys.stderr.write(f"estimate: error: the output cannot be written ({error.strerror})\n")
+        return 1
+
+
+def _dispatched(argv: list[str]) -> int:
+    first = argv[0] if argv else ""
+    if first in ("", "-h", "--help"):
+        (sys.stdout if argv else sys.stderr).write(overview())
+        return 0 if argv else 2
+    if first == "--version":
+        sys.stdout.write(f"transformer-estimator {estimator.__version__}\n")
+        return 0
+    if first == "--list":
+        argv = ["list", *argv[1:]]
+    named = next((command for command in COMMANDS if argv[0] == command.name), None)
+    command, rest = (named, argv[1:]) if named else (COMMANDS[0], argv)
+    called = f"estimate {command.name}" if command is not COMMANDS[0] else "estimate"
+    try:
+        return _function(command)(rest)
+    except ConfigError as error:
+        sys.stderr.write(f"{called}: error: {error}\n")
+        return 2
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] not in EXTRAS:
+            raise
+        extra = EXTRAS[error.name.split(".")[0]]
+        sys.stderr.write(f"{called}: error: {error.name} is missing: pip install transformer-estimator[{extra}]\n")
+        return 2
+
+
+# What the core does without, and the extra that brings it.
+EXTRAS = {"torch": "trainer", "tokenizers": "trainer", "safetensors": "trainer", "tyro": "trainer", "streamlit": "app"}
+
+
+def _function(command: Command) -> Callable[[list[str]], int]:
+    module, _, name = command.function.partition(":")
+    function: Callable[[list[str]], int] = getattr(importlib.import_module(module), name)
+    return function
+
+
+def overview() -> str:
+    """The help of `estimate` itself: its sub-commands, one line each, and examples."""
+    width = max(len(command.name) for command in COMMANDS)
+    rows = "".join(f"  {command.name:{width}}  {command.summary}\n" for command in COMMANDS)
+    return (
+        "usage: estimate [COMMAND] ...\n\n"
+        "What training a Transformer takes: bytes, FLOPs, hours, dollars and kilowatt-hours.\n\n"
+        f"commands (`estimate COMMAND --help` says more):\n{rows}\n"
+        f"{EXAMPLES}"
+    )
+
+
+def _abandon_output() -> None:
+    """What is left to be written goes nowhere: Python would try again at its end, and complain."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
