@@ -272,8 +272,8 @@ class Plan:
                 )
         if self.loss == "chunked" and self.adapter != "none" and "head" in self.adapter_targets.split(","):
             raise ConfigError(
-                "loss = 'chunked': it has the head in it, but not the adapter that adapter_targets puts beside it; allowed are "
-                f"{', '.join(x for x in LOSSES if x != 'chunked')}"
+                "loss = 'chunked': it has the head in it, but not the adapter that adapter_targets puts beside it; "
+                f"allowed are {', '.join(x for x in LOSSES if x != 'chunked')}"
             )
         if self.attention == "sdpa-flash" and model.value_e != model.e:
             raise ConfigError(
