@@ -22,6 +22,7 @@ from estimator.describe.plan import Plan
 if TYPE_CHECKING:
     from estimator.accounting.accounts import Account, account
     from estimator.answers.estimates import Estimate, estimate, max_batch_size
+    from estimator.answers.plans import budget, plan
     from estimator.describe.hf import from_hf
     from estimator.describe.presets import preset, presets
     from estimator.hardware.accelerators import Accelerator, accelerator, accelerators
@@ -37,6 +38,8 @@ _HOME = {
     "cost": "pricing.money",
     "Estimate": "answers.estimates",
     "estimate": "answers.estimates",
+    "budget": "answers.plans",
+    "plan": "answers.plans",
     "max_batch_size": "answers.estimates",
     "Accelerator": "hardware.accelerators",
     "accelerator": "hardware.accelerators",
@@ -59,11 +62,13 @@ __all__ = [
     "accelerator",
     "accelerators",
     "account",
+    "budget",
     "compute_optimal",
     "cost",
     "estimate",
     "from_hf",
     "max_batch_size",
+    "plan",
     "preset",
     "presets",
     "textbook",

@@ -156,13 +156,14 @@ def account(m: ModelConfig, p: Plan, device: str = "cuda") -> Account:
 
 def sizes_for(m: ModelConfig, p: Plan, threads: int | None = None) -> Sizes:
     """The number behind each letter of the legend for `m` run as `p`."""
-    order = BlockOrder(m.rotating_pattern, p.checkpointing, p.checkpoint_every, p.selection)
+    order = BlockOrder(m.rotating_pattern, p.checkpointing, p.checkpoint_every, p.selection, p.adapter != "none")
     return Sizes(_sizes(m, p, threads) | order.layout(m.num_layers).values)
 
 
 def _sizes(m: ModelConfig, p: Plan, threads: int | None) -> Sizes:
     """Those of the model and the plan, without the turns of its groups of blocks."""
-    return sizes_of(m, p.batch_size, p.tokens(m), threads, p.shards)
+    sizes = sizes_of(m, p.batch_size, p.tokens(m), threads, p.shards)
+    return sizes if p.adapter == "none" else Sizes(sizes | {"r": p.adapter_rank})
 
 
 def recipe_of(m: ModelConfig, p: Plan, device: str) -> Recipe:
@@ -187,6 +188,9 @@ def recipe_of(m: ModelConfig, p: Plan, device: str) -> Recipe:
         micro_batches=min(p.grad_accumulation, 2),  # the second adds to gradients that exist, and so do all after it
         parallel="alone" if p.data_parallel == 1 else {"none": "ddp"}.get(p.sharding, p.sharding),
         selection=p.selection,
+        adapter=p.adapter,
+        adapter_targets=p.adapter_targets if p.adapter != "none" else "",
+        adapter_dropout=p.adapter != "none" and p.adapter_dropout > 0,
     )
     masked = m.sliding_window is not None and tokens > m.sliding_window
     if p.attention == "sdpa-flash" and fused_kernel("flash", device, masked=masked) != "flash":

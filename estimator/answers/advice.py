@@ -1,19 +1,26 @@
-"""What would make it fit or go faster: every single change of the recipe, computed, with what it saves and costs."""
+"""What would make it fit, go faster or cost less: changes of the recipe, alone and together, and other machines.
+
+Each is computed, with what it saves and costs; those that are better for what was asked come first.
+"""
 
 from __future__ import annotations
 
+import itertools
+import math
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from estimator.accounting.accounts import account
-from estimator.answers.estimates import Estimate, estimate
+from estimator.answers.estimates import Estimate, estimate, max_batch_size
 from estimator.describe import plan as declared
-from estimator.describe.checks import ConfigError
+from estimator.describe.checks import ConfigError, choose
 from estimator.describe.plan import Plan
+from estimator.hardware.accelerators import accelerator, accelerators
 from estimator.memory.device import memory
+from estimator.pricing.money import cost
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 
 # Fields that change what is learned; all others compute the same step in another way.
@@ -21,23 +28,47 @@ LEARNING = ("precision", "optimizer", "dropout", "max_grad_norm")
 NOTICEABLE = 0.001  # of the memory, the work or the time: a change that saves less is no advice
 
 
+# What an improvement can be for, and of two changes the one that is better has the lesser of these.
+GOALS: dict[str, Callable[[Change], float]] = {
+    "memory": lambda change: change.estimate.memory.needed,
+    "speed": lambda change: change.seconds or change.work,
+    "batch": lambda change: -change.largest,
+    "cost": lambda change: change.dollars or change.seconds or change.work,
+}
+MOST = 4  # changes at once: more is another recipe
+TRIED = 8  # combinations of each number of changes: those that promise most by what each change does alone
+COUNTS = tuple(2**i for i in range(1, 11))  # accelerators that are tried where one is too small
+
+
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One change of a recipe and what it does.
+    """Changes of a recipe or of the machine, made together, and what they do.
 
     Attributes:
         fields: the plan's fields that change, with their new values.
+        machine: "gpu" and "count" as far as they change.
         estimate: of the changed plan.
         saves: bytes that no longer must be free; negative if more must be.
-        work: FLOPs that a step executes over those that it did (1.33 is a third more).
-        seconds: time of a step over what it was; None without a time.
+        work: FLOPs that a sequence takes over those that it did (1.33 is a third more).
+        seconds: time of a sequence over what it was; None without a time.
+        dollars: of a sequence over what it was, at the median price; None without a time or a price.
+        global_batch_size: what a step must have, if that was asked for.
     """
 
     fields: Mapping[str, Any]
+    machine: Mapping[str, Any]
     estimate: Estimate
     saves: int
     work: float
     seconds: float | None
+    dollars: float | None
+    global_batch_size: int | None
+
+    @property
+    def largest(self) -> int:
+        """The largest micro-batch that fits, all else as changed."""
+        then = self.estimate
+        return max_batch_size(then.model, then.plan, then.accelerator, global_batch_size=self.global_batch_size)
 
     @property
     def fits(self) -> bool:
@@ -48,6 +79,11 @@ class Change:
     def alters(self) -> bool:
         """Whether it changes what is learned, not only how it is computed."""
         return any(name in LEARNING for name in self.fields)
+
+    @property
+    def size(self) -> int:
+        """How many changes it is; a micro-batch and its accumulation are one, and so are a count and its sharding."""
+        return max(1, len(self.fields) - ("grad_accumulation" in self.fields)) if self.fields else len(self.machine)
 
 
 def choices() -> dict[str, tuple[str, ...]]:
@@ -75,38 +111,198 @@ def single_changes(plan: Plan) -> Iterator[dict[str, Any]]:
         yield {"batch_size": plan.batch_size // 2, "grad_accumulation": plan.grad_accumulation * 2}
 
 
-def advice(now: Estimate, estimated: Callable[[Plan], Estimate] | None = None) -> tuple[Change, ...]:
-    """Single changes of the recipe that save memory, work or time; those that make it fit first, the cheapest first.
-
-    A change that comes out as the same recipe (an implementation that "auto" means anyway), or as the same as another
-    change, is left out, and so is one that is no better in anything.
+class Advisor:
+    """Improvements of one estimate.
 
     Args:
         now: the estimate of the recipe as it is.
-        estimated: the estimate of another plan; by default of the same model on the same accelerator, without a run.
+        global_batch_size: what a step must have, if that was asked for; else a step has what the plans say.
+        progress: told how much is done, of 1, as it goes; it may raise to give up.
+        options: the other arguments of `estimate` that `now` was made with (mfu, network, ...).
     """
-    if estimated is None:
-        time, sequences = now.time, now.flops.sequences
-        mfu = time.mfu if time is not None and not time.predicted else None
-        count = time.count if time is not None else 1
 
-        def estimated(plan: Plan) -> Estimate:
-            return estimate(now.model, plan, now.accelerator, mfu=mfu, count=count, global_batch_size=sequences)
+    def __init__(
+        self,
+        now: Estimate,
+        global_batch_size: int | None = None,
+        progress: Callable[[float], object] = lambda _: None,
+        **options: Any,
+    ) -> None:
+        self.now, self.global_batch_size, self.progress, self.options = now, global_batch_size, progress, options
+        self.seen = {_same_step(now)}
 
-    found, seen = [], {_same_step(now)}
-    for changed in single_changes(now.plan):
+    def _estimate(self, plan: Plan, gpu: str | None = None, count: int | None = None) -> Estimate:
+        if self.global_batch_size is not None:
+            plan = plan.replace(grad_accumulation=1)  # it follows
+        return estimate(
+            self.now.model,
+            plan.replace(data_parallel=count or plan.data_parallel),
+            gpu or self.now.accelerator,
+            global_batch_size=self.global_batch_size,
+            **self.options,
+        )
+
+    def single(self) -> tuple[Change, ...]:
+        """Single changes that save memory, work or time; those that make it fit first, the fastest first.
+
+        A change that comes out as the same recipe (an implementation that "auto" means anyway), or as the same as
+        another change, is left out, and so is one that is no better in anything.
+        """
+        tried = list(single_changes(self.now.plan))
+        found = []
+        for i, fields_ in enumerate(tried):
+            self.progress(i / len(tried))
+            change = self._change(fields_)
+            if change is not None and _better(change):
+                found.append(change)
+        return tuple(sorted(found, key=_by_time))
+
+    def improvements(self, goal: str = "memory") -> tuple[Change, ...]:
+        """What is better for `goal`, fewest changes first, up to four together; then, if it must, another machine.
+
+        Where the recipe does not fit, every row either fits or needs less, those that fit come first, and there are no
+        larger sets of changes than it takes. Where no set of changes fits, the rows end with the smallest number of
+        these accelerators, and with the smallest accelerator, on which it does.
+
+        Raises:
+            ConfigError: an unknown goal.
+        """
+        choose("goal", goal, GOALS)
+        alone = self.single()
+        if self.now.fits:
+            return self._towards(goal, alone)
+        every = list(alone)
+        for size in range(2, MOST + 1):
+            if any(c.fits and not c.alters for c in every):
+                break
+            # Where something fits already, only what leaves alone what is learned is still of interest.
+            some = [c for c in alone if not c.alters] if any(c.fits for c in every) else alone
+            if some is not alone and self._held_is_too_much(some):
+                break
+            every += self._together(some, size, lambda change: -change.saves)
+        fitting = sorted((c for c in every if c.fits), key=lambda c: (c.size, c.alters, GOALS[goal](c), _by_time(c)))
+        if any(not c.alters for c in fitting):
+            return tuple(fitting)
+        least = [min(some, key=GOALS["memory"]) for some in ([c for c in every if not c.alters], every) if some]
+        kept = sorted((c for c in alone if not c.alters), key=GOALS["memory"])
+        recipes = [{}, *(c.fields for c in (*kept[:3], *least))]
+        return (*(fitting or least[-1:]), *self.machines(recipes))
+
+    def _held_is_too_much(self, changes: Sequence[Change]) -> bool:
+        """Parameters, gradients and states alone do not fit, and none of `changes` shares them."""
+        v, shared = self.now.values, any("sharding" in c.fields for c in changes)
+        held = v.parameter_bytes + v.gradient_bytes + v.optimizer_bytes
+        return not shared and held > self.now.accelerator.memory_bytes
+
+    def _towards(self, goal: str, alone: tuple[Change, ...]) -> tuple[Change, ...]:
+        """For a recipe that fits: of each number of changes the best three that beat all smaller ones."""
+        value = GOALS[goal]
+        if goal in ("speed", "cost"):
+            most = max_batch_size(
+                self.now.model, self.now.plan, self.now.accelerator, global_batch_size=self.global_batch_size
+            )
+            fuller = self._change({"batch_size": most}) if most > self.now.plan.batch_size else None
+            alone = (*alone, fuller) if fuller is not None else alone
+        gain = (lambda c: -c.saves) if goal in ("memory", "batch") else (lambda c: math.log(value(c)))
+        least, rows = value(self._same()), []
+        for size in range(1, MOST + 1):
+            made = alone if size == 1 else self._together(alone, size, gain)
+            better = [c for c in made if c.fits and value(c) < least - NOTICEABLE * abs(least)]
+            if not better:
+                break
+            better.sort(key=lambda c: (value(c), _by_time(c)))
+            rows += better[:3]
+            least = value(better[0])
+        return tuple(rows)
+
+    def machines(self, recipes: Sequence[Mapping[str, Any]] = ({},)) -> tuple[Change, ...]:
+        """The smallest count and the smallest accelerator that fit the first of `recipes` (changed fields) that can."""
+        found: list[Change] = []
+        for ways in (self._counts, self._cards):
+            for fields_ in recipes:
+                made = (self._change({**fields_, **own}, machine) for machine, own in ways())
+                fitting = next((c for c in made if c is not None and c.fits), None)
+                if fitting is not None:
+                    found.append(fitting)
+                    break
+        return tuple(found)
+
+    def _counts(self) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+        plan = self.now.plan
+        for count in COUNTS:
+            if count > plan.data_parallel:
+                yield {"count": count}, {} if plan.sharding == "zero3" else {"sharding": "zero3"}
+
+    def _cards(self) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+        here = self.now.accelerator
+        cards = (accelerator(id_) for id_ in accelerators())
+        able = [a for a in cards if a.device == here.device and a.memory_bytes > here.memory_bytes]
+        for a in sorted(able, key=lambda a: a.memory_bytes):
+            yield {"gpu": a.id}, {}
+
+    def _together(self, alone: Sequence[Change], size: int, gain: Callable[[Change], float]) -> tuple[Change, ...]:
+        """The sets of `size` changes of different fields that promise most: what each gains alone, added up."""
+        ranked = []
+        for chosen in itertools.combinations([c for c in alone if gain(c) < 0], size):
+            names = [name for c in chosen for name in c.fields]
+            if len(names) == len(set(names)):
+                ranked.append((sum(map(gain, chosen)), chosen))
+        ranked.sort(key=lambda entry: entry[0])
+        found = []
+        for i, (_, chosen) in enumerate(ranked[:TRIED]):
+            self.progress(i / TRIED)
+            change = self._change({name: value for c in chosen for name, value in c.fields.items()})
+            if change is not None:
+                found.append(change)
+        return tuple(found)
+
+    def _change(self, fields_: Mapping[str, Any], machine: Mapping[str, Any] | None = None) -> Change | None:
+        """The change, or None for what cannot be (not with this optimizer, ...) and for what is the same as another."""
         try:
-            then = estimated(now.plan.replace(**changed))
-        except ConfigError:  # not with this optimizer, not on this accelerator: no advice
-            continue
-        if _same_step(then) in seen:
-            continue
-        seen.add(_same_step(then))
-        change = _compared(now, then, changed)
-        faster = min(change.work, change.seconds or 1) < 1 - NOTICEABLE
-        if faster or change.saves > NOTICEABLE * now.memory.needed:
-            found.append(change)
-    return tuple(sorted(found, key=lambda c: (not c.fits, c.seconds or c.work, -c.saves)))
+            then = self._estimate(self.now.plan.replace(**fields_), **(machine or {}))
+        except ConfigError:
+            return None
+        if not machine and _same_step(then) in self.seen:
+            return None
+        self.seen.add(_same_step(then))
+        return self._compared(then, fields_, machine or {})
+
+    def _same(self) -> Change:
+        return self._compared(self.now, {}, {})
+
+    def _compared(self, then: Estimate, fields_: Mapping[str, Any], machine: Mapping[str, Any]) -> Change:
+        now, seconds, dollars = self.now, None, None
+        # Of a sequence: a step of more accelerators may have more of them.
+        share = now.flops.sequences / then.flops.sequences
+        if now.time is not None and then.time is not None:
+            seconds = share * then.time.seconds_per_step / now.time.seconds_per_step
+            paid, before = dollars_of(then), dollars_of(now)
+            dollars = share * paid / before if paid and before else None
+        saves = now.memory.needed - then.memory.needed
+        work = share * then.flops.step / now.flops.step
+        return Change(fields_, machine, then, saves, work, seconds, dollars, self.global_batch_size)
+
+
+def advice(now: Estimate, global_batch_size: int | None = None, **options: Any) -> tuple[Change, ...]:
+    """`Advisor.single`: every single change of the recipe that saves memory, work or time."""
+    return Advisor(now, global_batch_size, **options).single()
+
+
+def dollars_of(r: Estimate) -> float | None:
+    """US dollars of a step at the median price on file; None without a time or a price."""
+    if r.time is None:
+        return None
+    spent = cost(r.accelerator, r.time.seconds_per_step, r.time.count).dollars
+    return spent.median if spent is not None else None
+
+
+def _better(change: Change) -> bool:
+    faster = min(change.work, change.seconds or 1) < 1 - NOTICEABLE
+    return faster or change.saves > NOTICEABLE * (change.estimate.memory.needed + change.saves)
+
+
+def _by_time(change: Change) -> tuple[Any, ...]:
+    return not change.fits, change.seconds or change.work, -change.saves
 
 
 def _same_step(r: Estimate) -> tuple[Any, ...]:
@@ -120,11 +316,3 @@ def chunking_saves(now: Estimate) -> int:
     sizes = now.memory.sizes
     a = account(now.model, now.plan.replace(loss="chunked"), now.account.device)
     return now.memory.needed - memory(a, a.values(sizes), sizes, now.accelerator).needed
-
-
-def _compared(now: Estimate, then: Estimate, changed: dict[str, Any]) -> Change:
-    seconds = None
-    if now.time is not None and then.time is not None:
-        seconds = then.time.seconds_per_step / now.time.seconds_per_step
-    work = then.flops.step / now.flops.step
-    return Change(changed, then, now.memory.needed - then.memory.needed, work, seconds)

@@ -148,8 +148,8 @@ def estimate(
         mfu: model FLOPs utilisation to reckon time with, above 0 and at most 1; None to predict the time from the
             step's kernels (`estimator.timing.speed`). Where that cannot be, there is no time and a note says why.
         steps: optimizer steps of the run.
-        global_batch_size: sequences in an optimizer step of the whole job; by default the plan's micro-batch times its
-            accumulation times `count`. Memory is always that of the plan.
+        global_batch_size: sequences in an optimizer step of the whole job; the accumulation follows from it
+            (`accumulated`). By default the plan's micro-batch times its accumulation times `count`.
         count: accelerators of the job, by default the plan's data_parallel; each runs the plan on its own sequences.
         threads: CPU threads, for a profile of a CPU.
         network: between nodes: bytes/s of one accelerator in one direction, or the name of a well-known cluster
@@ -166,7 +166,7 @@ def estimate(
         ConfigError: a name is unknown, a figure out of its range, the accelerator has no peak for the precision.
     """
     m = preset(model) if isinstance(model, str) else model
-    p = replicated(plan if plan is not None else Plan(), count)
+    p = accumulated(replicated(plan if plan is not None else Plan(), count), global_batch_size)
     count = p.data_parallel
     device = accelerator(on)
     if device.device not in ("cuda", "cpu"):
@@ -183,14 +183,12 @@ def estimate(
     notes += [SHARDING_NOTES[p.sharding]] if p.shards > 1 else []
     if p.sharding != "none" and p.data_parallel == 1:
         notes.append("One accelerator has nobody to share with: sharding changes nothing.")
-    if global_batch_size is not None:
-        wanted = positive_int("global_batch_size", global_batch_size)
-        if wanted != sequences:
-            notes.append(
-                f"Time is for {wanted:,} sequences a step; memory is for micro-batches of {p.batch_size} with "
-                f"grad_accumulation = {p.grad_accumulation}."
-            )
-        sequences = wanted
+    if global_batch_size is not None and global_batch_size != sequences:
+        notes.append(
+            f"{p.grad_accumulation:,} micro-batches of {p.batch_size} on {count} make {sequences:,} sequences: of the "
+            f"last ones only those that {global_batch_size:,} leave are computed, in the time of full ones."
+        )
+        sequences = global_batch_size
     flops = Flops(
         values.forward_flops,
         values.backward_flops,
@@ -248,12 +246,40 @@ def replicated(plan: Plan, count: int | None) -> Plan:
     return plan.replace(data_parallel=count)
 
 
+def accumulated(plan: Plan, global_batch_size: int | None) -> Plan:
+    """`plan` with as many micro-batches a step as `global_batch_size` takes, the last one not always full.
+
+    Raises:
+        ConfigError: the plan says another accumulation, or its micro-batches alone are more sequences than that.
+    """
+    if global_batch_size is None:
+        return plan
+    wanted = positive_int("global_batch_size", global_batch_size)
+    at_once = plan.batch_size * plan.data_parallel
+    if wanted < at_once:
+        raise ConfigError(
+            f"global_batch_size = {wanted}: a micro-batch of {plan.batch_size} on {plan.data_parallel} has {at_once} "
+            "sequences; allowed is at least that many"
+        )
+    turns = -(-wanted // at_once)
+    if plan.grad_accumulation not in (1, turns):
+        raise ConfigError(
+            f"grad_accumulation = {plan.grad_accumulation}: {wanted} sequences in micro-batches of {plan.batch_size} "
+            f"on {plan.data_parallel} take {turns}; allowed is that, or to leave it out"
+        )
+    return plan.replace(grad_accumulation=turns)
+
+
 def _checked_mfu(mfu: float) -> float:
     return number("mfu", mfu, 1e-6, 1)
 
 
 def max_batch_size(
-    model: ModelConfig | str, plan: Plan | None = None, on: Accelerator | str | Path | float = "a100-80gb-sxm"
+    model: ModelConfig | str,
+    plan: Plan | None = None,
+    on: Accelerator | str | Path | float = "a100-80gb-sxm",
+    *,
+    global_batch_size: int | None = None,
 ) -> int:
     """The largest micro-batch whose step fits: 0 if not even one sequence does.
 
@@ -262,6 +288,8 @@ def max_batch_size(
         plan: how a step is run; its batch_size is not looked at.
         on: an accelerator, on which `Memory.needed` must fit; or a number of bytes, in which the live tensors of a CUDA
             step (`Memory.peak`) must.
+        global_batch_size: sequences in an optimizer step of the whole job. The accumulation follows from it for each
+            micro-batch, and a micro-batch is no larger than an accelerator's share.
     """
     m = preset(model) if isinstance(model, str) else model
     p = plan if plan is not None else Plan()
@@ -273,10 +301,9 @@ def max_batch_size(
         name = choose("device", device.device, ("cuda", "cpu"))
         check_kernel(p, device)
 
-    def fits(batch_size: int) -> bool:
-        if batch_size > LIMITS["batch_size"]:
-            return False
-        trial = p.replace(batch_size=batch_size)
+    def spare(batch_size: int, turns: int) -> tuple[int, int] | None:
+        """(bytes left free, bytes of gradients) of steps of so many micro-batches; None beyond 64 bits."""
+        trial = p.replace(batch_size=batch_size, grad_accumulation=turns)
         sizes = sizes_for(m, trial)
         a = account(m, trial, name)
         try:
@@ -284,16 +311,29 @@ def max_batch_size(
         except TooLargeError:
             if batch_size == 1:
                 raise
-            return False
+            return None
         if device is None:
-            return values.peak_bytes <= on  # type: ignore[operator]  # a number where there is no accelerator
-        return memory(a, values, sizes, device).fits
+            return int(on) - values.peak_bytes, values.gradient_bytes  # type: ignore[arg-type]  # it is a number
+        return device.memory_bytes - memory(a, values, sizes, device).needed, values.gradient_bytes
 
-    if not fits(1):
+    def fits(batch_size: int) -> bool:
+        left = spare(batch_size, turns)
+        return left is not None and left[0] >= 0
+
+    turns, largest = p.grad_accumulation, LIMITS["batch_size"]
+    if global_batch_size is not None:
+        turns, largest = 2, positive_int("global_batch_size", global_batch_size) // p.data_parallel
+        # A whole share at once adds up no gradients: it needs less than with them, by no more than what they take.
+        left = spare(largest, turns) if largest else None
+        if left is not None and sum(left) >= 0 and spare(largest, 1)[0] >= 0:  # type: ignore[index]  # it needs less
+            return largest
+        largest -= 1
+    if largest < 1 or not fits(1):
         return 0
     least, most = 1, 2
-    while fits(most):
+    while most <= largest and fits(most):
         least, most = most, 2 * most
+    most = min(most, largest + 1)
     while most - least > 1:
         middle = (least + most) // 2
         least, most = (middle, most) if fits(middle) else (least, middle)

@@ -16,7 +16,7 @@ from estimator.pricing.money import JOULES_PER_KILOWATT_HOUR, SECONDS_PER_HOUR, 
 from estimator.timing.speed import times
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -123,18 +123,24 @@ def sweep(
             raise ConfigError(f"axes = {', '.join(axes)}: the figures go beyond 2^62; take smaller ranges")
 
     points = len(next(iter(grid.values())))
-    peak = _peak(request, r.account.device, sizes, np.broadcast_to(grid.get("count", r.plan.data_parallel), points))
+    count = np.broadcast_to(grid.get("count", r.plan.data_parallel), points)
+    at_once = np.broadcast_to(sizes["B"], points) * count
+    sequences = np.maximum(grid.get("global_batch_size", np.asarray(r.flops.sequences)), at_once)
+    turns = -(-sequences // at_once)
+    if request.global_batch_size is None and "global_batch_size" not in grid:
+        turns = np.full(points, r.plan.grad_accumulation)
+        sequences = at_once * turns
+    peak = _peak(request, r.account.device, sizes, count, turns)
     arrays = {name: x.astype(np.float64) if np.ndim(x) else int(x) for name, x in every.items()}
     flops = np.zeros(points)
     for form, sign in (("forward_flops", 1), ("backward_flops", 1), ("recompute_flops", -1)):
         flops = flops + sign * r.account.compiled.greatest([(form,)], arrays)
-    sequences = grid.get("global_batch_size", np.asarray(r.flops.sequences))
     flops = flops * sequences / sizes["B"]
     found = {"peak": peak, "needed": peak + (r.memory.needed - r.memory.peak), "flops": flops}
     if r.time is not None:
-        count, steps = grid.get("count", request.count), grid.get("steps", r.time.steps or 1)
+        steps = grid.get("steps", r.time.steps or 1)
         if r.time.predicted:
-            seconds = _seconds(request, every, np.broadcast_to(sequences, points), np.broadcast_to(count, points))
+            seconds = _seconds(request, every, turns, count)
         else:
             seconds = flops / (r.time.mfu * r.time.peak_flops * count)
         found["seconds"] = seconds
@@ -167,32 +173,35 @@ def _letters(request: Request, grid: Mapping[str, NDArray[np.int64]], count: int
     }
 
 
-def _peak(request: Request, device: str, sizes: Mapping[str, Any], count: NDArray[np.int64]) -> Array:
-    """Peak bytes at each point: one accelerator executes other statements than several do."""
+def _kinds(count: NDArray[np.int64], turns: NDArray[np.int64]) -> Iterator[tuple[dict[str, int], NDArray[np.intp]]]:
+    """The plan's fields of each pair of (accelerators, micro-batches) that there is, and the points that have it."""
+    pairs, which = np.unique(np.stack((count, turns)), axis=1, return_inverse=True)
+    for at, (accelerators, micro_batches) in enumerate(pairs.T.tolist()):
+        plan = {"data_parallel": accelerators, "grad_accumulation": micro_batches}
+        yield plan, np.flatnonzero(which.ravel() == at)
+
+
+def _peak(
+    request: Request, device: str, sizes: Mapping[str, Any], count: NDArray[np.int64], turns: NDArray[np.int64]
+) -> Array:
+    """Peak bytes at each point: one accelerator executes other statements than several do, and so does accumulation."""
     out = np.empty(len(count))
-    for alone in (True, False):
-        here = np.flatnonzero((count == 1) == alone)
-        if len(here):
-            plan = request.plan.replace(data_parallel=int(count[here[0]]))
-            account = vectorised_peak(recipe_of(request.model, plan, device), device)
-            given = {name: x for name, x in sizes.items() if name not in FOLLOWING or name == "D"}
-            at = {name: x[here] if np.ndim(x) else x for name, x in given.items()}
-            out[here] = account(sliding_window=request.model.sliding_window, **at)
+    # Two of each are as good as many: the statements are the same.
+    for plan, here in _kinds(np.minimum(count, 2), np.minimum(turns, 2)):
+        account = vectorised_peak(recipe_of(request.model, request.plan.replace(**plan), device), device)
+        given = {name: x for name, x in sizes.items() if name not in FOLLOWING or name == "D"}
+        at = {name: x[here] if np.ndim(x) else x for name, x in given.items()}
+        out[here] = account(sliding_window=request.model.sliding_window, **at)
     return out
 
 
-def _seconds(
-    request: Request, sizes: Mapping[str, Any], sequences: NDArray[np.int64], count: NDArray[np.int64]
-) -> Array:
+def _seconds(request: Request, sizes: Mapping[str, Any], turns: NDArray[np.int64], count: NDArray[np.int64]) -> Array:
     """Predicted seconds of a step at each point: those with the same kernels and the same number of them at once."""
-    p, device = request.plan, accelerator(request.gpu)
-    every = {name: np.broadcast_to(x, len(sequences)) for name, x in sizes.items()}
-    micro_batches = -(-sequences // (every["B"] * count))
-    kinds, which = np.unique(np.stack((micro_batches, count)), axis=1, return_inverse=True)
-    out = np.empty(len(sequences))
-    for at, (turns, accelerators) in enumerate(kinds.T.tolist()):
-        points = np.flatnonzero(which.ravel() == at)
-        plan = p.replace(grad_accumulation=turns, data_parallel=accelerators)
+    device = accelerator(request.gpu)
+    every = {name: np.broadcast_to(x, len(count)) for name, x in sizes.items()}
+    out = np.empty(len(count))
+    for changed, points in _kinds(count, turns):
+        plan = request.plan.replace(**changed)
         steps = vectorised_peak(recipe_of(request.model, plan, device.device), device.device)
         here = {name: x[points] for name, x in every.items()}
         for form, alike in steps.accounts(here):
@@ -210,7 +219,7 @@ def _can_be(m: ModelConfig, changes: dict[str, int]) -> bool:
 
 
 def point(request: Request, at: Mapping[str, int]) -> Request:
-    """The request at one point of a sweep, by axis.
+    """The request at one point of a sweep, by axis; its global batch is at least a micro-batch on each accelerator.
 
     Raises:
         ConfigError: an unknown axis, or a model or plan that cannot be.
@@ -220,7 +229,11 @@ def point(request: Request, at: Mapping[str, int]) -> Request:
     model = {name: x for name, x in at.items() if name in MODEL_AXES}
     plan = {name: x for name, x in at.items() if name in PLAN_AXES}
     run: dict[str, Any] = {name: x for name, x in at.items() if name in RUN_AXES}
-    return replace(request, model=request.model.replace(**model), plan=request.plan.replace(**plan), **run)
+    there = replace(request, model=request.model.replace(**model), plan=request.plan.replace(**plan), **run)
+    if there.global_batch_size is None:
+        return there
+    at_once = there.plan.batch_size * max(there.count, there.plan.data_parallel)
+    return replace(there, global_batch_size=max(there.global_batch_size, at_once))
 
 
 def python(request: Request, axes: Mapping[str, tuple[int, int, int, bool]], price: float | None = None) -> str:

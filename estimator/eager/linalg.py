@@ -48,19 +48,19 @@ def _factors(c: Context) -> tuple[Tensor | None, Tensor | None]:
     return a, next(saved) if needs_a else None
 
 
-def _second_gradient(grad: Tensor, a: Tensor, b: Tensor | None, name: str) -> Tensor:
-    """a^T grad; for a column-major second factor the product is transposed (`mm_mat2_backward`)."""
-    if name == "mm" and b is not None and _is_column_major(b):
+def _second_gradient(grad: Tensor, a: Tensor, name: str, *, column_major: bool) -> Tensor:
+    """a^T grad; for a column-major second factor the product is transposed (`mm_mat2_backward`, told its strides)."""
+    if column_major:
         return transpose(product("mm", transpose(grad, 0, 1), a), 0, 1)
     return product(name, transpose(a, -2, -1), grad)
 
 
-def _product_backward(name: str) -> Backward:
+def _product_backward(name: str, *, column_major: bool = False) -> Backward:
     """Backward of mm and bmm: the second factor's gradient first."""
 
     def backward(c: Context, grad: Tensor) -> Gradients:
         a, b = _factors(c)
-        c.grad_b = _second_gradient(grad, a, b, name) if a is not None else None
+        c.grad_b = _second_gradient(grad, a, name, column_major=column_major) if a is not None else None
         grad_a = product(name, grad, transpose(b, -2, -1)) if b is not None else None
         return [grad_a, c.take("grad_b") if a is not None else None]
 
@@ -78,7 +78,8 @@ def _saved_factors(a: Tensor, b: Tensor) -> tuple[Tensor | None, Tensor | None]:
 @op
 def mm(a: Tensor, b: Tensor) -> Tensor:
     """(m, k) x (k, n)."""
-    node = record("MmBackward0", (a, b), _product_backward("mm"), _saved_factors(a, b))
+    backward = _product_backward("mm", column_major=_is_column_major(b))
+    node = record("MmBackward0", (a, b), backward, _saved_factors(a, b))
     return attach(node, product("mm", a, b))
 
 
@@ -92,11 +93,12 @@ def bmm(a: Tensor, b: Tensor) -> Tensor:
 @op
 def addmm(bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """Bias + a b; backward goes first factor, second factor, the bias's is the incoming one, which the engine sums."""
+    column_major = _is_column_major(b)
 
     def backward(c: Context, grad: Tensor) -> Gradients:
         a, b = _factors(c)
         c.grad_a = product("mm", grad, transpose(b, -2, -1)) if b is not None else None
-        grad_b = _second_gradient(grad, a, b, "mm") if a is not None else None
+        grad_b = _second_gradient(grad, a, "mm", column_major=column_major) if a is not None else None
         return [grad, c.take("grad_a") if b is not None else None, grad_b]
 
     node = record("AddmmBackward0", (bias, a, b), backward, _saved_factors(a, b))

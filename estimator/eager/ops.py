@@ -91,6 +91,15 @@ def cast_number(machine: Machine, dtype: Dtype) -> Iterator[None]:
 
 
 @contextmanager
+def wrapped_again(machine: Machine) -> Iterator[None]:
+    """Where Python dispatches, the number of an expression in Python has been one again, and is wrapped anew."""
+    again = wrapped_number(machine) if machine.dispatches_to_python else None
+    yield
+    if again is not None:
+        again.drop()
+
+
+@contextmanager
 def python_number(machine: Machine, dtype: Dtype) -> Iterator[None]:
     """Inside, a kernel works with a Python number that nothing saves."""
     number = wrapped_number(machine)
@@ -180,7 +189,9 @@ def mul(a: Tensor, b: Tensor) -> Tensor:
 def add_number(a: Tensor) -> Tensor:
     """A + number."""
     node = record("AddBackward0", (a,), lambda _, grad: [grad])
-    return attach(node, with_number("add", a))
+    with wrapped_again(a.machine):
+        out = with_number("add", a)
+    return attach(node, out)
 
 
 @op
@@ -197,7 +208,7 @@ def mul_number(a: Tensor) -> Tensor:
 def _with_saved_number(node_name: str, name: str, a: Tensor, backward: Backward) -> Tensor:
     number = wrapped_number(a.machine)
     node = record(node_name, (a,), backward, (number,))
-    with cast_number(a.machine, a.dtype):
+    with wrapped_again(a.machine), cast_number(a.machine, a.dtype):
         out = elementwise(name, a)
     if number is not None:
         number.drop()

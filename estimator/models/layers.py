@@ -45,6 +45,7 @@ class BlockOrder:
     checkpointing: str
     checkpoint_every: int
     selection: Selection
+    adapted: bool = False
 
     def layout(self, num_layers: int) -> Layout:
         """The groups of alike blocks in a model of so many.
@@ -64,6 +65,8 @@ class BlockOrder:
     @cached_property
     def _reached(self) -> int:
         """The first block whose input has a gradient."""
+        if self.adapted:
+            return 1
         if self.selection.at(None).has("embedding"):
             return 0
         alike = self.selection.told_apart
@@ -121,11 +124,16 @@ class Recipe:
     micro_batches: int
     parallel: str = "alone"
     selection: Selection = EVERYTHING
+    adapter: str = "none"
+    adapter_targets: str = ""
+    adapter_dropout: bool = False
 
     @property
     def order(self) -> BlockOrder:
         """Which kinds of blocks follow each other."""
-        return BlockOrder(self.pattern, self.checkpointing, self.checkpoint_every, self.selection)
+        return BlockOrder(
+            self.pattern, self.checkpointing, self.checkpoint_every, self.selection, self.adapter != "none"
+        )
 
     def layout(self, num_layers: int) -> Layout:
         """The groups of alike blocks in a model of so many (`BlockOrder.layout`)."""
@@ -157,6 +165,8 @@ class Module:
 
     def __init__(self, machine: Machine, name: str, block: int | None = None) -> None:
         self.machine, self.name, self.block = machine, name, block
+        with self.inside():
+            self.where = machine.ledger.here
         self.owned: list[Tensor | Module] = []
         self.checkpointed = self.selective = False
         self.unit: Unit | None = None
@@ -229,6 +239,21 @@ class Embedding(Module):
         return ops.embedding(ids, self.weight)
 
 
+class Head(Linear):
+    """The last projection; a tied one has the embedding's matrix."""
+
+    def __init__(self, machine: Machine, width: Size, vocabulary: Size, embedding: Embedding, recipe: Recipe) -> None:
+        Module.__init__(self, machine, "head")
+        ends = recipe.parts.ends
+        self.weight = embedding.weight if ends.tied else self.parameter(vocabulary, width)
+        self.bias = self.parameter(vocabulary) if ends.head_bias else None
+
+
 def dropout(x: Tensor, recipe: Recipe) -> Tensor:
     """nn.Dropout: x itself where the recipe has none."""
-    return ops.dropout(x) if recipe.dropout else x
+    return dropout_at(x, drops=recipe.dropout)
+
+
+def dropout_at(x: Tensor, *, drops: bool) -> Tensor:
+    """nn.Dropout, or nn.Identity."""
+    return ops.dropout(x) if drops else x

@@ -26,35 +26,44 @@ CONVENTIONS = {
 }
 
 
-def flops_per_token(m: ModelConfig, seq_len: int, parameters: int, convention: str) -> float:
+def flops_per_token(m: ModelConfig, seq_len: int, parameters: int, convention: str, ledger: float) -> float:
     """Training FLOPs of one token in a sequence of `seq_len`.
 
     Args:
         m: the model.
         seq_len: T.
-        parameters: N, all parameters, shared ones once.
+        parameters: N, all parameters, shared ones once. Those of the experts that a token does not go through are not
+            counted, as everybody does for models with experts.
         convention: one of `CONVENTIONS`.
+        ledger: the same FLOPs as the ledger has them.
 
     Raises:
         ConfigError: unknown convention.
     """
     choose("convention", convention, CONVENTIONS)
-    positions = m.context_length * m.d_model if m.family == "gpt2" else 0
+    positions = m.context_length * m.d_model if m.made_of.positions.kind == "learned" else 0
     attention = 12 * m.num_layers * m.width_of_heads * seq_len  # 2 products of 2 T h e FLOPs, three times
+    active = parameters - idle_parameters(m)
     if convention == "6N":
-        return 6 * parameters
+        return 6 * active
     if convention == "palm":
-        return 6 * (parameters - positions) + attention
+        return 6 * (active - positions) + attention
     if convention == "llm-foundry":
-        return 6 * parameters + 12 * m.num_layers * m.d_model * seq_len
-    feed_forward = (2 if m.family == "gpt2" else 3) * m.d_model * m.f
-    projections = m.d_model * (2 * m.width_of_heads + 2 * m.kv_heads * m.e)
-    products = 6 * (m.num_layers * (projections + feed_forward) + m.vocab_size * m.d_model)
-    return products + (attention / 2 if convention == "causal" else attention)
+        return 6 * active + 12 * m.num_layers * m.d_model * seq_len
+    return ledger - attention / 2 if convention == "causal" else ledger
+
+
+def idle_parameters(m: ModelConfig) -> int:
+    """Parameters of the experts that a token does not go through; 0 without experts."""
+    if m.num_experts is None or m.experts_per_token is None or m.d_expert is None:
+        return 0
+    sparse = sum(layer.sparse for layer in m.layers)
+    # An expert's matrices are gate, up and down.
+    return sparse * (m.num_experts - m.experts_per_token) * 3 * m.d_model * m.d_expert
 
 
 def model_flops_utilisation(
-    m: ModelConfig, seq_len: int, parameters: int, tokens_per_second: float, peak_flops: float
+    m: ModelConfig, seq_len: int, parameters: int, tokens_per_second: float, peak_flops: float, ledger: float
 ) -> dict[str, float]:
     """The MFU of a run under each of `CONVENTIONS`.
 
@@ -64,6 +73,7 @@ def model_flops_utilisation(
         parameters: N.
         tokens_per_second: of one accelerator.
         peak_flops: FLOP/s of one accelerator.
+        ledger: model FLOPs of a token, as the ledger has them.
 
     Raises:
         ConfigError: a peak that is not above 0.
@@ -71,5 +81,6 @@ def model_flops_utilisation(
     if not peak_flops > 0:
         raise ConfigError(f"peak_flops = {shown(peak_flops)}: must be above 0")
     return {
-        name: flops_per_token(m, seq_len, parameters, name) * tokens_per_second / peak_flops for name in CONVENTIONS
+        name: flops_per_token(m, seq_len, parameters, name, ledger) * tokens_per_second / peak_flops
+        for name in CONVENTIONS
     }

@@ -96,6 +96,12 @@ def parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--stack-factor", metavar="FILE", help="what `estimate calibrate --log` wrote of your own stack")
     out = p.add_argument_group("the output")
+    out.add_argument(
+        "--optimise-for",
+        "--optimize-for",
+        choices=("memory", "speed", "batch", "cost"),
+        help="print what is better for that, up to four changes at once",
+    )
     out.add_argument("--max-batch", action="store_true", help="print the largest micro-batch that fits, and stop")
     out.add_argument("--formulas", action="store_true", help="print the closed form of every figure, and stop")
     out.add_argument("--json", action="store_true", help="print everything as JSON")
@@ -188,32 +194,42 @@ def _described(args: argparse.Namespace) -> tuple[ModelConfig, Plan]:
 def _asked(args: argparse.Namespace) -> Estimate:
     """The estimate that the arguments ask for."""
     from estimator.answers.estimates import estimate  # noqa: PLC0415 - sympy, which --help does without
-    from estimator.answers.logs import load  # noqa: PLC0415 - likewise
 
-    model, plan = _described(args)
     return estimate(
-        model,
-        plan,
+        *_described(args),
         args.gpu,
-        mfu=args.mfu,
         steps=args.steps,
         global_batch_size=args.global_batch_size,
         count=args.count,
-        network=_network(args.network),
-        network_latency=args.network_latency,
-        attention_kernel=args.attention_kernel,
-        overlap=args.overlap,
-        wide=args.wide,
-        stack_factor=load(args.stack_factor) if args.stack_factor else None,
+        **_options(args),
     )
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    """What carries the time beside model, plan and machine."""
+    from estimator.answers.logs import load  # noqa: PLC0415 - sympy, which --help does without
+
+    return {
+        "mfu": args.mfu,
+        "network": _network(args.network),
+        "network_latency": args.network_latency,
+        "attention_kernel": args.attention_kernel,
+        "overlap": args.overlap,
+        "wide": args.wide,
+        "stack_factor": load(args.stack_factor) if args.stack_factor else None,
+    }
 
 
 def _run(args: argparse.Namespace) -> int:
     from estimator.answers.estimates import max_batch_size, replicated  # noqa: PLC0415 - sympy, which --help does without
+    from estimator.show.remedies import advise  # noqa: PLC0415 - likewise
 
     if args.max_batch:
         model, plan = _described(args)
-        sys.stdout.write(f"{max_batch_size(model, replicated(plan, args.count), args.gpu)}\n")
+        largest = max_batch_size(
+            model, replicated(plan, args.count), args.gpu, global_batch_size=args.global_batch_size
+        )
+        sys.stdout.write(f"{largest}\n")
         return 0
     r = _asked(args)
     if args.json:
@@ -222,7 +238,10 @@ def _run(args: argparse.Namespace) -> int:
     elif args.formulas:
         _formulas(r)
     else:
-        _tables(args.model, r, max_batch_size(r.model, r.plan, args.gpu))
+        _tables(args.model, r, max_batch_size(r.model, r.plan, args.gpu, global_batch_size=args.global_batch_size))
+        if args.optimise_for or not r.fits:
+            sys.stdout.flush()  # the figures are there; what follows takes some seconds
+            advise(r, args.optimise_for or "memory", args.global_batch_size, _options(args))
     return 0
 
 

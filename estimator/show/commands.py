@@ -44,6 +44,8 @@ COMMANDS = (
     Command(
         "estimate", "memory, time and cost of training a model; what `estimate MODEL` means", "estimator.show.cli:run"
     ),
+    Command("plan", "from money, a deadline, tokens or a size: what to train, on what", "estimator.show.planning:run"),
+    Command("budget", "the same as plan", "estimator.show.planning:run"),
     Command("calibrate", "measure this machine, or the factor of your own log", "estimator.show.cli:calibrate"),
     Command("list", "the names of all models, accelerators and networks", "estimator.show.listing:run"),
 )
@@ -53,6 +55,8 @@ examples:
   estimate gpt2-xl --gpu a100-80gb-sxm --batch-size 4 --attention sdpa
   estimate llama-3.1-8b --gpu h100-80gb-sxm --count 8 --sharding fsdp --precision bf16-mixed
   estimate path/to/config.json --json
+  estimate plan --budget 5000
+  estimate plan --parameters 1.3e9 --tokens 26e9 --max-days 3
 """
 
 

@@ -78,6 +78,14 @@ def hours(seconds: float) -> str:
     return f"{number:,.0f} h" if number >= 100 else f"{figures(number)} h"
 
 
+def count(x: float) -> str:
+    """A number of parameters or tokens as people say it: "1.30B", "26.0B", "124M"."""
+    for factor, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if x >= factor:
+            return f"{figures(x / factor)}{suffix}"
+    return f"{x:,.0f}"
+
+
 def dollars(x: float) -> str:
     """US dollars: "$1,250,000", "$3.40"."""
     return f"${x:,.2f}" if x < 100 else f"${x:,.0f}"

@@ -346,7 +346,9 @@ def _time(
         peak_flops=peak,
         count=count,
         parts=found,
-        mfu_by_convention=model_flops_utilisation(m, p.tokens(m), parameters, rate / count, peak),
+        mfu_by_convention=model_flops_utilisation(
+            m, p.tokens(m), parameters, rate / count, peak, flops.model / (flops.sequences * p.tokens(m))
+        ),
         spread=between,
         rows=rows,
         origin=origin,

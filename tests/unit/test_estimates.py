@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import estimator as est
+from estimator.accounting.accounts import component
 from estimator.describe.checks import ConfigError
 from estimator.describe.model import ModelConfig
 from estimator.describe.plan import Plan
@@ -60,7 +61,64 @@ def test_the_assignments_question_answered_for_the_real_model():
     assert r.time.seconds == pytest.approx(seconds, rel=1e-12)
     assert r.time.hours == pytest.approx(seconds / 3600)
     assert r.time.tokens_per_second == pytest.approx(1024 * 1024 * 400_000 / seconds)
-    assert r.notes
+    assert r.plan.grad_accumulation == 1024  # so that memory is of the step whose time this is
+
+
+def test_the_accumulation_follows_from_the_global_batch():
+    """Memory, FLOPs and time of one step: the same as with the accumulation spelled out."""
+    plan = Plan(batch_size=4, attention="sdpa", data_parallel=8, sharding="zero3")
+    r = est.estimate("gpt2", plan, global_batch_size=96)
+    spelled = est.estimate("gpt2", plan.replace(grad_accumulation=3))
+    assert r.plan.grad_accumulation == 3
+    assert r.to_dict() == spelled.to_dict()
+    assert r.memory.peak > est.estimate("gpt2", plan, global_batch_size=32).memory.peak
+    uneven = est.estimate("gpt2", plan, global_batch_size=65)
+    assert uneven.plan.grad_accumulation == 3
+    assert uneven.flops.sequences == 65
+    assert uneven.time.seconds_per_step == r.time.seconds_per_step
+    assert "of the last ones only those that 65 leave" in " ".join(uneven.notes)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 25, 51, 1024])
+def test_the_largest_batch_is_of_the_step_that_has_the_global_batch(batch):
+    m, gpu = ModelConfig("gpt2", 12, 256, 8, 5000, 512), "t4-16gb"
+    plan = Plan(attention="sdpa", optimizer="sgd")
+
+    def fits(size):
+        return est.estimate(m, plan.replace(batch_size=size), gpu, global_batch_size=batch).fits
+
+    found = est.max_batch_size(m, plan, gpu, global_batch_size=batch)
+    assert found <= batch
+    assert fits(found)
+    assert found == batch or not fits(found + 1)
+
+
+@pytest.mark.parametrize("sharding", ["none", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_each_module_has_its_own_parameters_gradients_and_states(sharding, precision):
+    """By module, the bytes of the real model's parameters: of each matrix the first accelerator's rows."""
+    nn = pytest.importorskip("torch", reason="the real model's shapes").nn
+    from trainer.model.decoder import Transformer
+
+    m = ModelConfig("llama", 3, 48, 4, 101, 32, d_ff=80, num_kv_heads=2)
+    plan = Plan(precision=precision, data_parallel=3, sharding=sharding, grad_accumulation=2)
+    width = 4 if precision == "fp32" else 2
+    shared = {"gradient_bytes": ("zero2", "zero3"), "parameter_bytes": ("zero2", "zero3")}
+    expected = {}
+    for name, p in Transformer(m, plan).named_parameters():
+        assert isinstance(p, nn.Parameter)
+        rows = -(-p.shape[0] // 3)
+        own = expected.setdefault(component(name.rpartition(".")[0]), dict.fromkeys(("parameters", *shared), 0))
+        own["parameters"] += p.numel()
+        for form, when in shared.items():
+            own[form] += width * (rows * p[0].numel() if sharding in when else p.numel())
+    found = est.estimate(m, plan, "a100-80gb-sxm").to_dict()["modules"]
+    for module, form in found.items():
+        own = expected.get(module, {})
+        assert {name: form[name] for name in ("parameters", *shared)} == {
+            name: own.get(name, 0) for name in ("parameters", *shared)
+        }
+    assert sum(form["gradient_bytes"] for form in found.values()) > 0
 
 
 def test_time_scales_as_it_must():
@@ -100,6 +158,8 @@ def test_what_cannot_be_is_refused():
         ({"steps": 0, "mfu": 0.5}, "steps = 0"),
         ({"global_batch_size": -1}, "global_batch_size = -1"),
         ({"count": 0}, "count = 0"),
+        ({"count": 8, "global_batch_size": 7}, "global_batch_size = 7: a micro-batch of 1 on 8 has 8 sequences"),
+        ({"plan": Plan(grad_accumulation=3), "global_batch_size": 4}, "grad_accumulation = 3: 4 sequences"),
         ({"on": "H100"}, "H100"),
         ({"plan": Plan(data_parallel=2), "count": 3}, "count = 3"),
     ):

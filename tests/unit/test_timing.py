@@ -11,7 +11,7 @@ from estimator.describe.checks import ConfigError
 from estimator.describe.model import ModelConfig
 from estimator.hardware.accelerators import accelerator, accelerators
 from estimator.hardware.networks import network, networks, straggling
-from estimator.pricing.conventions import CONVENTIONS, flops_per_token
+from estimator.pricing.conventions import CONVENTIONS, flops_per_token, idle_parameters
 from estimator.timing.roofline import PARTS, efficiency
 from estimator.timing.speed import step_times
 
@@ -156,14 +156,36 @@ def test_what_cannot_be_predicted_is_marked():
 def test_the_convention_of_the_ledger_is_the_ledgers(name):
     m = est.preset(name)
     r = est.estimate(m, est.Plan(seq_len=512), "h100-80gb-sxm")
-    assert flops_per_token(m, 512, r.values.parameters, "ledger") * 512 == r.flops.model
+    # By hand, of each token: four projections, the feed-forward, the head, and attention's two products of T.
+    projections = m.d_model * (2 * m.width_of_heads + 2 * m.kv_heads * m.e)
+    feed_forward = (2 if m.family == "gpt2" else 3) * m.d_model * m.f
+    products = 6 * (m.num_layers * (projections + feed_forward) + m.vocab_size * m.d_model)
+    assert (products + 12 * m.num_layers * m.width_of_heads * 512) * 512 == r.flops.model
     assert set(r.time.mfu_by_convention) == set(CONVENTIONS)
     assert r.time.mfu_by_convention["ledger"] == pytest.approx(r.time.mfu, rel=1e-12)
 
 
 def test_conventions_give_the_published_flops():
     # github:karpathy/nanoGPT transformer_sizing.ipynb: 124,337,664 parameters (no biases), 875,062,886,400 a sequence.
-    assert flops_per_token(est.preset("gpt2"), 1024, 124_337_664, "palm") * 1024 == 875_062_886_400
+    assert flops_per_token(est.preset("gpt2"), 1024, 124_337_664, "palm", 0) * 1024 == 875_062_886_400
+
+
+@pytest.mark.parametrize(
+    ("name", "active"),
+    [
+        ("mixtral-8x7b", 12.9e9),  # Jiang et al. 2024, arXiv:2401.04088, section 1: 13B active
+        ("qwen3-30b-a3b", 3.3e9),  # its model card: 3.3B activated
+    ],
+)
+def test_a_token_goes_through_the_published_number_of_parameters(name, active):
+    m, plan = est.preset(name), est.Plan(seq_len=512, precision="bf16")
+    values = est.account(m, plan).evaluate(m, plan)
+    assert values.parameters - idle_parameters(m) == pytest.approx(active, rel=0.04)
+
+
+def test_a_model_with_experts_has_a_time_and_an_mfu_by_every_convention():
+    r = est.estimate("mixtral-8x7b", est.Plan(seq_len=512, precision="bf16"), "h200-141gb-sxm")
+    assert all(0 < mfu < 1 for mfu in r.time.mfu_by_convention.values())
 
 
 def test_nanogpts_published_mfu_is_within_the_interval():

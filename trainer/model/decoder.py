@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from estimator.describe.checks import ConfigError
 from estimator.describe.selection import NOTHING_TRAINED
+from trainer.model.adapters import adapt
 from trainer.model.attention import KeysAndValues
 from trainer.model.block import Block
 from trainer.model.layers import INIT_STD, Embedding, Linear, soft_cap
@@ -110,6 +111,9 @@ class Transformer(nn.Module):
 
     def freeze(self) -> None:
         """Parameters that the plan does not train want no gradient."""
+        if self.plan.adapter != "none":
+            adapt(self, self.plan)
+            return
         selection = self.plan.selection
         for name, p in self.named_parameters():
             module = name.rpartition(".")[0]
@@ -209,7 +213,7 @@ class Transformer(nn.Module):
 
     def new_cache(self, batch_size: int) -> list[KeysAndValues]:
         """An empty cache for `forward`, one entry a block, in the weights' dtype and on their device."""
-        return [KeysAndValues(self.config, batch_size, self.head.weight) for _ in range(self.config.num_layers)]
+        return [KeysAndValues(self.config, batch_size, self.embedding.weight) for _ in range(self.config.num_layers)]
 
     def routers(self) -> Iterator[Router]:
         """Those of the sparse layers: set their `routing` for measurements, `watched` for `load_balancing_loss`."""

@@ -25,6 +25,7 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
 from estimator.describe.checks import ConfigError
+from trainer.model.adapters import to_precision
 from trainer.model.decoder import build_model
 from trainer.model.loss import cross_entropy
 from trainer.optim.clip import gradient_clipping
@@ -194,7 +195,7 @@ def build_parts(m: ModelConfig, p: Plan, device: str, seed: int) -> tuple[nn.Mod
     p.attention_kernel(torch.device(device).type, m)  # refuses one that the device has not
     torch.manual_seed(seed)
     with torch.device(device):
-        model = build_model(m, p).to(PARAMETERS.get(p.precision))
+        model = to_precision(build_model(m, p), PARAMETERS.get(p.precision))
         ids, targets = (torch.randint(m.vocab_size, (p.batch_size, T)) for _ in range(2))
     return model, (ids, targets)
 
