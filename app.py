@@ -4,22 +4,27 @@ from functools import partial
 
 import streamlit as st
 
-from app_pages import compare, estimate, formulas, inputs, keep, sweep, validate
+from app_pages import compare, course, estimate, formulas, inputs, keep, plan, scenarios, style, sweep, validate
 
 st.set_page_config(page_title="Transformer estimator", page_icon="🧮", layout="wide", initial_sidebar_state=380)
 
+style.apply()
 inputs.drop_infinite()
+scenarios.open_on_the_first()
 setup = inputs.sidebar()
 views = {
     "Estimate": estimate.show,
+    "Plan": plan.show,
     "Formulas": formulas.show,
     "Sweep": sweep.show,
     "Compare": compare.show,
     "Validate": validate.show,
+    "Course": course.show,
 }
-pages = [
-    st.Page(partial(view, setup), title=title, url_path=title.lower(), default=title == "Estimate")
+pages = {
+    title: st.Page(partial(view, setup), title=title, url_path=title.lower(), default=title == "Estimate")
     for title, view in views.items()
-]
-st.navigation(pages, position="top").run()
+}
+st.session_state["pages"] = pages  # for those that lead to another
+st.navigation(list(pages.values()), position="top").run()
 keep.show(setup)

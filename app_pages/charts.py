@@ -382,6 +382,30 @@ def line(
     return _chart(layers, height=420)
 
 
+def options(rows: Sequence[Mapping[str, Any]]) -> Drawing:
+    """Cost against time of every way to do a run, and the line of those that no other beats in both.
+
+    Args:
+        rows: "hours", "dollars", "accelerator", "what" (said of it) and "best" of each.
+    """
+
+    def axis(field: str, title: str, form: str) -> Spec:
+        style = {"grid": True, "gridOpacity": 0.3, "tickCount": 6, "format": form}
+        return {"field": field, "type": "quantitative", "title": title, "scale": {"type": "log"}, "axis": style}
+
+    x, y = axis("hours", "hours", "~s"), axis("dollars", "US dollars", "$~s")
+    front = sorted((row for row in rows if row["best"]), key=lambda row: row["hours"])
+    legend = {"orient": "bottom", "columns": 3, "title": None}
+    colour = {"field": "accelerator", "type": "nominal", "legend": legend, "scale": {"scheme": "tableau20"}}
+    line = _layer("line", front, x=x, y=y, color="gray", strokeWidth=2, strokeDash=[4, 3], interpolate="linear")
+    tips = _tips(what="What", accelerator="Accelerator")
+    size = {"condition": {"test": "datum.best", "value": 150}, "value": 45}
+    points = _layer("point", rows, x=x, y=y, color=colour, tooltip=tips, size=size, filled=True, opacity=0.85)
+    said = "; ".join(str(row["what"]) for row in front[:6])
+    text = f"Cost against time of {len(rows):,} ways to do the run. None is both cheaper and faster than these: {said}."
+    return Drawing(_chart([line, points], height=360), text)
+
+
 def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
     return [{str(name): x for name, x in row.items()} for row in frame.to_dict("records")]
 

@@ -152,7 +152,7 @@ def _figures(s: Setup, q: Request, r: Estimate) -> Mapping[str, str]:
         "memory needed": size(r.memory.needed, s.unit),
         "capacity": size(r.memory.capacity or 0, s.unit),
         "fits": "yes" if r.fits else "no",
-        "largest micro-batch": f"{largest_batch(r.model, r.plan, q.gpu):,}",
+        "largest micro-batch": f"{largest_batch(r.model, r.plan, q.gpu, q.global_batch_size):,}",
         "FLOPs of a step": prefixed(r.flops.step, "FLOP"),
     }
     if t is not None:

@@ -8,8 +8,9 @@ from functools import lru_cache
 from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from estimator.answers.advice import advice
+from estimator.answers.advice import Advisor
 from estimator.answers.estimates import max_batch_size
+from estimator.answers.plans import plan
 from estimator.answers.sweeps import axis_values, sweep
 from estimator.pricing.money import Cost, cost
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from app_pages.inputs import Setup
+    from estimator.answers.plans import Plans
     from estimator.answers.request import Request
     from estimator.describe.model import ModelConfig
     from estimator.describe.plan import Plan
@@ -28,9 +30,9 @@ if TYPE_CHECKING:
 
 
 @lru_cache(maxsize=256)
-def largest_batch(model: ModelConfig, plan: Plan, gpu: str) -> int:
+def largest_batch(model: ModelConfig, plan: Plan, gpu: str, global_batch_size: int | None) -> int:
     """`max_batch_size`, remembered."""
-    return max_batch_size(model, plan, gpu)
+    return max_batch_size(model, plan, gpu, global_batch_size=global_batch_size)
 
 
 SLOW = 1.0  # seconds; without an account to build, advice takes a tenth of that
@@ -38,48 +40,80 @@ _ADVISING = Lock()
 
 
 class Advice(NamedTuple):
-    """What a change of the recipe does: an `advice.Change` without the estimate, which is large to remember.
+    """What a change does: an `advice.Change` without the estimate, which is large to remember.
 
     Attributes:
         fields: the plan's fields that change, with their new values.
+        machine: "gpu" and "count" as far as they change.
         needed: bytes that must be free after it.
-        fits, alters, saves, work, seconds: as in `Change`.
+        largest: the largest micro-batch that fits after it.
+        fits, alters, saves, work, seconds, dollars, size: as in `Change`.
     """
 
     fields: Mapping[str, Any]
+    machine: Mapping[str, Any]
     needed: int
+    largest: int
     fits: bool
     alters: bool
     saves: int
     work: float
     seconds: float | None
+    dollars: float | None
+    size: int
 
 
-def changes(request: Request, waiting: Callable[[], object] = lambda: None) -> tuple[Advice, ...]:
-    """`advice` on a request, remembered; one session's at a time, so that the next finds its accounts ready.
+class _ProgressOf:
+    """Where the advice that is being computed tells how far it is: the session that waits for it."""
+
+    def __init__(self) -> None:
+        self.tell: Callable[[float], object] = lambda _: None
+
+
+_progress = _ProgressOf()
+
+
+def changes(
+    request: Request, goal: str = "memory", tell: Callable[[float], object] = lambda _: None
+) -> tuple[Advice, ...]:
+    """`Advisor.improvements` of a request, remembered; one session's at a time, so that the next finds its accounts.
 
     Args:
         request: what is asked.
-        waiting: called again and again while another session's is computed; it may raise to give up.
+        goal: what is better.
+        tell: called again and again with how much is done, of 1; it may raise to give up.
     """
     while not _ADVISING.acquire(timeout=0.1):
-        waiting()
+        tell(0.0)
     try:
-        return _changes(request)
+        _progress.tell = tell
+        return _changes(request, goal)
     finally:
         _ADVISING.release()
 
 
 @lru_cache(maxsize=256)
-def _changes(request: Request) -> tuple[Advice, ...]:
+def _changes(request: Request, goal: str) -> tuple[Advice, ...]:
     start = time.perf_counter()
+    options = {} if request.mfu is None else {"mfu": request.mfu}
+    advisor = Advisor(request.estimate(), request.global_batch_size, _progress.tell, **options)
     found = tuple(
-        Advice(c.fields, c.estimate.memory.needed, c.fits, c.alters, c.saves, c.work, c.seconds)
-        for c in advice(request.estimate())
-    )
+        Advice(
+            c.fields, c.machine, c.estimate.memory.needed, c.largest, c.fits, c.alters, c.saves, c.work, c.seconds,
+            c.dollars, c.size,
+        )
+        for c in advisor.improvements(goal)
+    )  # fmt: skip
     if time.perf_counter() - start > SLOW:  # accounts were built: those that had to go for them are cycles
         gc.collect()
     return found
+
+
+@lru_cache(maxsize=16)
+def planned(asked: tuple[tuple[str, Any], ...]) -> Plans:
+    """`estimator.plan` of (argument, value) pairs, remembered."""
+    with _ADVISING:
+        return plan(**dict(asked))
 
 
 def cost_of(s: Setup) -> Cost | None:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import streamlit as st
 
-from app_pages import charts
+from app_pages import charts, scenarios
 from app_pages.compute import changes, cost_of, costs_between, largest_batch
+from app_pages.inputs import HIDDEN
 from app_pages.labels import label
 from app_pages.model_input import called
 from estimator.answers import derivations
-from estimator.answers.advice import NOTICEABLE
+from estimator.answers.advice import GOALS, NOTICEABLE
 from estimator.describe.checks import ConfigError
+from estimator.describe.plan import SHARDINGS
 from estimator.show.formatting import (
+    STRATEGIES,
     between,
+    count,
     dollars,
     duration,
     figures,
@@ -49,11 +52,12 @@ def show(s: Setup) -> None:
     r = answer(s)
     if r is None:
         return
+    scenarios.buttons()
     st.header(heading(s, r))
     said = st.empty()
     _verdict(said, s, r)
     _headline(s, r)
-    _accumulation(s, r)
+    _deadline(r)
     first = st.container()
     left, right = st.columns([3, 2], gap="medium")
     with left:
@@ -86,8 +90,8 @@ def heading(s: Setup, r: Estimate) -> str:
 
 def _verdict(at: DeltaGenerator, s: Setup, r: Estimate, found: Sequence[Advice] = ()) -> None:
     """Whether it fits, where the peak is, and what would fit."""
-    largest = largest_batch(r.model, r.plan, s.request.gpu)
-    same = [change for change in found if change.fits and not change.alters and BATCH not in change.fields]
+    largest = _largest(s, r)
+    same = [c for c in found if c.fits and not c.alters and not c.machine and BATCH not in c.fields]
     other = f"{_named(same[0])}" if same else ""
     if r.fits:
         remedy = f"A micro-batch of up to {largest:,} fits."
@@ -101,7 +105,7 @@ def _verdict(at: DeltaGenerator, s: Setup, r: Estimate, found: Sequence[Advice] 
 
 def _headline(s: Setup, r: Estimate) -> None:
     q = s.request
-    batch = largest_batch(r.model, r.plan, q.gpu)
+    batch = _largest(s, r)
     spread = (r.memory.context[1] - r.memory.context[0]) / 2
     with st.grid(5, min_column_width=140, gap="small"):
         _metric(
@@ -120,57 +124,65 @@ def _headline(s: Setup, r: Estimate) -> None:
         if r.time is None:
             _metric("Training time", "—", "cannot be predicted", " ".join(r.notes))
         else:
-            _time(r.time)
-            _costs(s)
+            # Of a step that cannot run nobody pays: what it would be is there, in grey.
+            _time(r.time, fits=r.fits)
+            _costs(s, fits=r.fits)
     if r.time is None:
         st.caption(" ".join(r.notes))
         return
     t = r.time
     each = f" ({figures(t.tokens_per_second_per_accelerator)} each)" if t.count > 1 else ""
+    turns = r.plan.grad_accumulation
+    of = f"{turns:,} micro-batches of {r.plan.batch_size:,}" if turns > 1 else f"1 micro-batch of {r.plan.batch_size:,}"
+    tokens = (t.steps or 1) * r.flops.sequences * r.plan.tokens(r.model)
     st.caption(
-        f"{duration(t.seconds_per_step)} a step, {figures(t.tokens_per_second)} tokens/s{each}, "
-        f"{prefixed(r.flops.step, 'FLOP')} a step; MFU {'predicted' if t.predicted else 'given'} as {t.mfu:.1%} of "
-        f"{prefixed(t.peak_flops, 'FLOP/s')}. {' '.join(r.notes)}"
+        f"{count(tokens)} tokens in {t.steps or 1:,} steps of {r.flops.sequences:,} sequences "
+        f"({of} on each accelerator). {duration(t.seconds_per_step)} a step, {figures(t.tokens_per_second)} tokens/s"
+        f"{each}, {prefixed(r.flops.step, 'FLOP')} a step; MFU {'predicted' if t.predicted else 'given'} as "
+        f"{t.mfu:.1%} of {prefixed(t.peak_flops, 'FLOP/s')}. {' '.join(r.notes)}"
     )
 
 
-def _accumulation(s: Setup, r: Estimate) -> None:
-    """Where the global batch takes more micro-batches than the recipe adds up: what adding them up needs."""
-    q = s.request
-    turns = -(-r.flops.sequences // (q.plan.batch_size * q.count))
-    if turns <= q.plan.grad_accumulation:
-        return
-    change = {"grad_accumulation": turns}
-    then = replace(q, plan=q.plan.replace(**change)).estimate()
-    if then.memory.needed == r.memory.needed:
-        return
-    with st.container(horizontal=True, vertical_alignment="center", gap="small"):
-        st.markdown(
-            f":material/info: This global batch takes {turns:,} micro-batches a step. Adding up their gradients needs "
-            f"**{size(then.memory.needed, s.unit)}**{'' if then.fits else ', which does not fit'}.",
-            width="stretch",
-        )
-        st.button("Take it", key="take accumulation", on_click=_take, args=(change,), help="Set the accumulation")
+def _largest(s: Setup, r: Estimate) -> int:
+    return largest_batch(r.model, r.plan, s.request.gpu, s.request.global_batch_size)
 
 
-def _time(t: Time) -> None:
+def _deadline(r: Estimate) -> None:
+    """Whether the run is done in time, and if not, how many accelerators at the same speed each would be."""
+    days = st.session_state.get("deadline")
+    if not days or r.time is None:
+        return
+    over = r.time.days / days
+    if over <= 1:
+        st.caption(f":material/event_available: Done in {duration(r.time.seconds)}, within the {days:g} days.")
+        return
+    more = -(-r.time.count * over // 1)
+    st.warning(
+        f"It takes {duration(r.time.seconds)}, {over:.1f} times the {days:g} days that there are: about {more:,.0f} "
+        "accelerators would make it, if each stays as fast. The page Plan has all that do.",
+        icon=":material/event_busy:",
+    )
+
+
+def _time(t: Time, *, fits: bool) -> None:
     """The run's time, between its likely ends."""
     steps = f"{t.steps or 1:,} steps"
     if t.interval is None:
-        _metric("Training time", hours(t.seconds), duration(t.seconds), f"{steps} at the MFU that was given.")
+        said = f"{steps} at the MFU that was given."
+        _metric("Training time", hours(t.seconds), duration(t.seconds), said, fits=fits)
         return
     low, high = t.interval.low, t.interval.high
     said = f"{steps}, predicted from the kernels. {t.origin} Nine published runs of ten lie in the interval. {t.rows}"
-    _metric("Training time", hours(t.seconds), between(duration(low), duration(high)), said)
+    _metric("Training time", hours(t.seconds), between(duration(low), duration(high)), said, fits=fits)
 
 
-def _costs(s: Setup) -> None:
+def _costs(s: Setup, *, fits: bool) -> None:
     spent, ends = cost_of(s), costs_between(s)
     if spent is None or ends is None:
         return
     low, high = ends
     if spent.dollars is None or low.dollars is None or high.dollars is None:
-        _metric("Cost", "—", "give a price", spent.missing[0])
+        _metric("Cost", "—", "give a price", spent.missing[0], fits=fits)
     else:
         _metric(
             "Cost",
@@ -179,18 +191,23 @@ def _costs(s: Setup) -> None:
             "The median of the on-demand prices on file, or your own price, of "
             f"{figures(spent.accelerator_hours)} accelerator-hours; between the cheapest price of the shortest likely "
             "run and the dearest of the longest.",
+            fits=fits,
         )
     if spent.kilowatt_hours is None or low.kilowatt_hours is None or high.kilowatt_hours is None:
-        _metric("Energy", "—", "no power on file", spent.missing[-1])
+        _metric("Energy", "—", "no power on file", spent.missing[-1], fits=fits)
     else:
         ends_ = (prefixed(x * 1e3, "Wh") for x in (low.kilowatt_hours, high.kilowatt_hours))
         emitted = f"{figures((spent.co2_kg or 0) / 1e3)} t CO2. "
         said = emitted + "\n\n".join(spent.assumptions)
-        _metric("Energy", prefixed(spent.kilowatt_hours * 1e3, "Wh"), between(*ends_), said)
+        _metric("Energy", prefixed(spent.kilowatt_hours * 1e3, "Wh"), between(*ends_), said, fits=fits)
 
 
-def _metric(name: str, value: str, under: str, said: str) -> None:
-    st.metric(name, value, under, delta_color="off", delta_arrow="off", help=said)
+def _metric(name: str, value: str, under: str, said: str, *, fits: bool = True) -> None:
+    """A figure; in grey, with the reason, where it is of a step that does not fit."""
+    if not fits:
+        under, said = "if it fitted", f"The step does not fit, so that it cannot run: {said}"
+    with st.container(key=f"{'' if fits else 'unfit-'}metric-{name.lower().replace(' ', '-')}"):
+        st.metric(name, value, under, delta_color="off", delta_arrow="off", help=said)
 
 
 def _memory(s: Setup, r: Estimate) -> None:
@@ -274,42 +291,68 @@ def derivation(d: Derivation, unit: str) -> None:
 
 
 def _advice(s: Setup, r: Estimate) -> tuple[Advice, ...]:
-    st.subheader("What would take less" if r.fits else "What would make it fit")
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        st.subheader("What would be better" if r.fits else "What would make it fit", width="stretch")
+        goal = st.segmented_control(
+            "Optimise for",
+            tuple(GOALS),
+            default="memory",
+            required=True,
+            key="goal",
+            bind="query-params",
+            help="What comes first: the least memory, the shortest time, the largest micro-batch or the least money.",
+        )
     waiting = st.empty()
-    waiting.skeleton(height=120)
-    found = changes(s.request, partial(waiting.skeleton, height=120))  # drawing stops here where an input has changed
+    tell = partial(_progress, waiting)
+    tell(0.0)
+    found = changes(s.request, goal or "memory", tell)  # drawing stops here where an input has changed
     waiting.empty()
     if not found:
-        st.caption("No single change of the recipe saves memory or work.")
+        st.caption(f"Nothing of up to four changes is better for {goal}.")
         return found
+    now = cost_of(s)
+    paid = None if now is None or now.dollars is None else now.dollars.median
     for change in found[:SHOWN]:
-        _change(s, change)
+        _change(s, r, change, paid)
     if found[SHOWN:]:
         with st.expander(f"{len(found) - SHOWN} more"):
             for change in found[SHOWN:]:
-                _change(s, change)
+                _change(s, r, change, paid)
     if any(change.alters for change in found):
         st.caption(":material/science: also changes what is learned; all others compute the same step another way.")
     return found
 
 
-def _change(s: Setup, change: Advice) -> None:
+def _progress(at: DeltaGenerator, done: float) -> None:
+    at.progress(min(1.0, done), "computing the changes")
+
+
+def _change(s: Setup, r: Estimate, change: Advice, paid: float | None) -> None:
     name = _named(change)
     mark = ":green[:material/check:]" if change.fits else ":red[:material/close:]"
     less = "as now"
     if abs(change.saves) > NOTICEABLE * change.needed:
         less = f"{size(abs(change.saves), s.unit)} {'less' if change.saves > 0 else 'more'}"
+    parts = [f"{size(change.needed, s.unit)} ({less})", _price(change)]
+    if paid is not None and change.dollars is not None:
+        parts.append(f"{short_dollars(paid)} → {short_dollars(paid * change.dollars)}".replace("$", "\\$"))
+    parts.append(f"largest micro-batch {_largest(s, r):,} → {change.largest:,}")
     alters = " :material/science:" if change.alters else ""
-    with st.container(horizontal=True, vertical_alignment="center", gap="small"):
-        st.markdown(
-            f"{mark} **{name}**{alters} — needs {size(change.needed, s.unit)} ({less}), {_price(change)}",
-            width="stretch",
-        )
-        st.button("Take it", key=f"take {name}", on_click=_take, args=(change.fields,), help=f"Change: {name}")
+    left, right = st.columns([7, 1], vertical_alignment="center")
+    left.markdown(f"{mark} **{name}**{alters} — needs {', '.join(parts)}")
+    right.button(
+        "Apply", key=f"take {name}", on_click=_take, args=(change.machine, change.fields), help=f"Change: {name}"
+    )
 
 
 def _named(change: Advice) -> str:
-    return ", ".join(f"{label(field).lower()} {_said(value)}" for field, value in change.fields.items())
+    words = [f"{label(field).lower()} {_said(value)}" for field, value in change.fields.items() if field not in HIDDEN]
+    machine = change.machine
+    if "count" in machine:
+        words.insert(0, f"{machine['count']:,} accelerators")
+    if "gpu" in machine:
+        words.insert(0, machine["gpu"])
+    return ", ".join(words)
 
 
 def _price(change: Advice) -> str:
@@ -321,9 +364,12 @@ def _price(change: Advice) -> str:
 
 
 def _said(value: object) -> str:
-    return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return STRATEGIES.get(str(value), str(value)) if value in SHARDINGS[1:] else str(value)
 
 
-def _take(fields: Mapping[str, Any]) -> None:
-    for field, value in fields.items():
-        st.session_state[field] = value
+def _take(machine: Mapping[str, Any], fields: Mapping[str, Any]) -> None:
+    for field, value in {**machine, **fields}.items():
+        if field not in HIDDEN:
+            st.session_state[field] = value

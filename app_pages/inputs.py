@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import streamlit as st
 
+from app_pages import targets
 from app_pages.labels import explained, label
 from app_pages.model_input import LIMIT, model_input
 from estimator.accounting.accounts import DEVICES
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from estimator.describe.model import ModelConfig
 
 FIRST = ("batch_size", "seq_len", "precision", "attention", "checkpointing", "optimizer")  # the rest is under "More"
-HIDDEN = ("data_parallel",)  # `count` is what the machine has
+HIDDEN = ("data_parallel", "grad_accumulation")  # they follow from the count and the global batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,7 @@ def sidebar() -> Setup:
         st.subheader("Machine and run")
         gpu, count = _machine()
         mfu, steps, sequences, price = _run(gpu, plan)
+        targets.draw(plan.tokens(model), steps, sequences)
         unit = st.segmented_control(
             "Units of memory",
             ("GiB", "GB"),
@@ -127,6 +129,8 @@ def _plan_input(name: str, model: ModelConfig) -> Any:
         return st.text_input(**common, value=default)
     if name == "max_grad_norm":
         return st.number_input(**common, min_value=0.0, value=None, placeholder="no clipping", step=0.1)
+    if name == "adapter_alpha":
+        return st.number_input(**common, min_value=0.1, value=default, step=1.0)
     if isinstance(default, float):  # a probability
         return st.number_input(**common, min_value=0.0, max_value=0.99, value=default, step=0.05)
     placeholder = f"{model.context_length:,}" if name == "seq_len" else None

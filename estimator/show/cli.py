@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import sys
@@ -11,6 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from estimator.describe.catalogue import number
 from estimator.describe.checks import ConfigError, shown
 from estimator.describe.model import ModelConfig
 from estimator.describe.plan import ATTENTIONS, CHECKPOINTINGS, OPTIMIZERS, PRECISIONS, SHARDINGS, Plan
@@ -39,7 +41,7 @@ COMMON = {
     "--checkpointing NAME": ", ".join(CHECKPOINTINGS),
     "--optimizer NAME": ", ".join(OPTIMIZERS),
     "--global-batch-size N": "sequences in an optimizer step of the whole job",
-    "--steps N": "optimizer steps; with them come hours, dollars and energy",
+    "--steps N, --tokens N": "optimizer steps or training tokens; with them come hours, dollars and energy",
     "--max-batch": "print only the largest micro-batch that fits",
     "--json": "print everything as JSON",
 }
@@ -81,6 +83,8 @@ def parser() -> argparse.ArgumentParser:
         "--mfu", type=_number, help="MFU to reckon time with, in (0, 1] (default: predicted from the kernels)"
     )
     run.add_argument("--steps", type=_integer, help="optimizer steps")
+    run.add_argument("--tokens", type=_number, metavar="N", help="training tokens, in place of steps")
+    run.add_argument("--price", type=_number, metavar="X", help="US dollars of an accelerator-hour (default: on file)")
     run.add_argument("--global-batch-size", type=_integer, help="sequences in an optimizer step of the whole job")
     run.add_argument("--count", type=_integer, help="accelerators (default: the plan's data_parallel)")
     run.add_argument(
@@ -196,13 +200,25 @@ def _asked(args: argparse.Namespace) -> Estimate:
     from estimator.answers.estimates import estimate  # noqa: PLC0415 - sympy, which --help does without
 
     return estimate(
-        *_described(args),
+        *(described := _described(args)),
         args.gpu,
-        steps=args.steps,
+        steps=_steps(args, *described),
         global_batch_size=args.global_batch_size,
         count=args.count,
         **_options(args),
     )
+
+
+def _steps(args: argparse.Namespace, model: ModelConfig, plan: Plan) -> int | None:
+    """The optimizer steps that were asked for, or that the training tokens take."""
+    if args.tokens is None:
+        return args.steps
+    if args.steps is not None:
+        raise ConfigError(f"tokens = {args.tokens:g}: steps = {args.steps} is given too; allowed is one of them")
+    wanted = number("tokens", args.tokens, most=1e18, above=True)
+    count = plan.data_parallel if args.count is None else args.count
+    sequences = args.global_batch_size or plan.batch_size * plan.grad_accumulation * count
+    return math.ceil(wanted / (sequences * plan.tokens(model)))
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
@@ -238,7 +254,12 @@ def _run(args: argparse.Namespace) -> int:
     elif args.formulas:
         _formulas(r)
     else:
-        _tables(args.model, r, max_batch_size(r.model, r.plan, args.gpu, global_batch_size=args.global_batch_size))
+        _tables(
+            args.model,
+            r,
+            max_batch_size(r.model, r.plan, args.gpu, global_batch_size=args.global_batch_size),
+            args.price,
+        )
         if args.optimise_for or not r.fits:
             sys.stdout.flush()  # the figures are there; what follows takes some seconds
             advise(r, args.optimise_for or "memory", args.global_batch_size, _options(args))
@@ -289,7 +310,26 @@ def verdict(r: Estimate, largest: int) -> str:
     return f"{said} {logits(r)}".rstrip()
 
 
-def _tables(name: str, r: Estimate, largest: int) -> None:
+def at_a_glance(r: Estimate, largest: int, price: float | None = None) -> str:
+    """The answer in a line: memory, largest micro-batch, time of a step and of the run, dollars, energy."""
+    from estimator.pricing.money import cost  # noqa: PLC0415 - only here
+    from estimator.show.formatting import dollars, duration, prefixed  # noqa: PLC0415 - likewise
+
+    m, t = r.memory, r.time
+    said = [f"{'fits' if m.fits else 'DOES NOT FIT'}: {gib(m.needed)} of {gib(m.capacity or 0)}"]
+    said.append(f"largest micro-batch {largest}")
+    if t is not None:
+        said.append(f"{duration(t.seconds_per_step)} a step")
+    if t is not None and t.steps:
+        spent = cost(r.accelerator, t.seconds, t.count, price=price)
+        said.append(duration(t.seconds))
+        said += [dollars(spent.dollars.median)] if spent.dollars is not None else []
+        said += [prefixed(spent.kilowatt_hours * 1e3, "Wh")] if spent.kilowatt_hours is not None else []
+        said += [] if m.fits else ["if it fitted"]
+    return " | ".join(said)
+
+
+def _tables(name: str, r: Estimate, largest: int, price: float | None = None) -> None:
     from rich.console import Console  # noqa: PLC0415 - --json does without
     from rich.table import Table  # noqa: PLC0415 - --json does without
     from rich.text import Text  # noqa: PLC0415 - --json does without
@@ -312,8 +352,9 @@ def _tables(name: str, r: Estimate, largest: int) -> None:
         f"{p.optimizer} ({p.implementation(r.account.device)})",
         highlight=False,
     )
+    console.print(at_a_glance(r, largest, price), style="bold", highlight=False)
     if r.values.trained_parameters != r.values.parameters:
-        console.print(f"{trained(r.values)}\n", highlight=False)
+        console.print(trained(r.values), highlight=False)
     console.print(verdict(r, largest) + "\n", style="bold green" if r.fits else "bold red", highlight=False)
     table = Table("memory at the peak", "bytes", "GiB", box=None, pad_edge=False)
     for column in table.columns[1:]:

@@ -46,6 +46,7 @@ COMMANDS = (
     ),
     Command("plan", "from money, a deadline, tokens or a size: what to train, on what", "estimator.show.planning:run"),
     Command("budget", "the same as plan", "estimator.show.planning:run"),
+    Command("course", "the course's question on GPT-2 XL, worked in three columns", "estimator.show.course:run"),
     Command("calibrate", "measure this machine, or the factor of your own log", "estimator.show.cli:calibrate"),
     Command("list", "the names of all models, accelerators and networks", "estimator.show.listing:run"),
 )

@@ -150,3 +150,6 @@ NOUNS = {
     "buffers": "buffers",
     "communication": "communication",
 }
+
+# What people call the ways in which accelerators share a run.
+STRATEGIES = {"none": "DDP", "zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "FSDP (ZeRO-3)"}

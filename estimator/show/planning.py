@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from estimator.describe.checks import shown
 from estimator.pricing.money import KINDS
 from estimator.show.commands import Parser
-from estimator.show.formatting import count, dollars, duration, prefixed
+from estimator.show.formatting import STRATEGIES, count, dollars, duration, prefixed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -154,7 +154,3 @@ def row(o: Option) -> tuple[str, ...]:
         f"{o.mfu:.0%}",
         f"{STRATEGIES[p.sharding] if o.count > 1 else 'alone'}, micro-batch {p.batch_size}{recomputed}",
     )
-
-
-# What people call the ways to share.
-STRATEGIES = {"none": "DDP", "zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "FSDP (ZeRO-3)"}

@@ -11,21 +11,23 @@ from hypothesis import strategies as st
 import estimator as est
 from estimator.accounting import accounts
 from estimator.answers import derivations
-from estimator.answers.advice import advice, choices
+from estimator.answers.advice import Advisor, choices
 from estimator.answers.request import Request
 from estimator.describe.hf import from_hf
 from estimator.show import commands
 from estimator.show.formatting import dollars, hours, prefixed, size
+from estimator.show.planning import headline
 
 pytest.importorskip("streamlit", reason="the page needs the app extra: pip install -e '.[app]'")
 from streamlit.testing.v1 import AppTest
 
-from app_pages import estimate, formulas, sweep, validate
+from app_pages import estimate, formulas, scenarios, sweep, validate
+from app_pages import plan as plan_page
 from app_pages.inputs import HIDDEN
 
 GPU = "a100-80gb-sxm"
 RUN = {"steps": 400_000, "global_batch_size": 1024}
-VIEWS = ("estimate", "formulas", "sweep", "compare", "validate")
+VIEWS = ("estimate", "plan", "formulas", "sweep", "compare", "validate")
 
 
 def ran(at):
@@ -64,24 +66,102 @@ def code(at, language):
     return [c.value for c in at.code if c.language == language]
 
 
-@pytest.mark.usefixtures("unadvised")
-def test_it_opens_on_gpt2_xl_on_an_a100():
-    at = opened()
-    r = est.estimate("gpt2-xl", est.Plan(), GPU, **RUN)
+def is_the_estimate(at, inputs):
+    """Whether the page's headline is that of a scenario's inputs."""
+    asked = {name: value for name, value in inputs.items() if name not in ("model", "gpu", "count", *RUN)}
+    run = RUN | {name: inputs[name] for name in RUN if name in inputs} | {"count": inputs.get("count", 1)}
+    r = est.estimate(inputs["model"], est.Plan(**asked), inputs["gpu"], **run)
     shown = metrics(at)
     assert shown["Memory needed"] == size(r.memory.needed)
     assert shown["Training time"] == hours(r.time.seconds)
-    assert shown["Max micro-batch"] == str(est.max_batch_size("gpt2-xl", est.Plan(), GPU))
+    largest = est.max_batch_size(r.model, r.plan, inputs["gpu"], global_batch_size=run["global_batch_size"])
+    assert shown["Max micro-batch"] == f"{largest:,}"
     assert at.success[0].value.startswith("Fits")
     assert not at.error
 
 
+@pytest.mark.usefixtures("unadvised")
+def test_it_opens_on_a_run_that_people_make():
+    at = opened()
+    is_the_estimate(at, scenarios.SCENARIOS[scenarios.FIRST])
+    assert "days" in next(m.delta for m in at.metric if m.label == "Training time")  # not years
+
+
+@pytest.mark.usefixtures("unadvised")
+@pytest.mark.parametrize("name", scenarios.SCENARIOS)
+def test_a_scenario_is_a_click_and_all_of_them_fit(name):
+    at = opened(model="qwen2.5-0.5b", batch_size="3", **{"qwen2.5-0.5b.num_layers": "2"})
+    at.button(key=f"scenario {name}").click()
+    ran(at)
+    is_the_estimate(at, scenarios.SCENARIOS[name])
+
+
+@pytest.mark.usefixtures("unadvised")
+def test_the_courses_question_keeps_its_link():
+    is_the_estimate(opened(model="gpt2-xl"), {"model": "gpt2-xl", "gpu": GPU})
+
+
+@pytest.mark.usefixtures("unadvised")
+def test_tokens_and_steps_say_the_same():
+    at = opened(model="gpt2", batch_size="4")
+    assert at.number_input(key="tokens").value == pytest.approx(400_000 * 1024 * 1024 / 1e9)
+    at.number_input(key="tokens").set_value(26.0)
+    ran(at)
+    assert at.number_input(key="steps").value == round(26e9 / 1024 / 1024)
+    at.number_input(key="batch_tokens").set_value(2**19)
+    ran(at)
+    assert at.number_input(key="global_batch_size").value == 512
+    assert at.number_input(key="tokens").value == pytest.approx(26.0, rel=1e-4)
+
+
+@pytest.mark.usefixtures("unadvised")
+def test_a_deadline_is_met_or_what_would_meet_it_is_said():
+    query = {"model": "gpt2", "batch_size": "4", "steps": "10000", "attention": "sdpa"}
+    days = est.estimate("gpt2", est.Plan(batch_size=4, attention="sdpa"), GPU, steps=10_000, global_batch_size=1024)
+    late = opened(**query, deadline=str(days.time.days / 3.5))
+    assert "about 4 accelerators" in late.warning[0].value
+    assert not opened(**query, deadline=str(days.time.days * 2)).warning
+
+
+@pytest.mark.usefixtures("unadvised")
+def test_where_it_does_not_fit_time_and_cost_say_so():
+    at = opened(model="gpt2-xl", batch_size="8")
+    under = {m.label: m.delta for m in at.metric}
+    assert [under[name] for name in ("Training time", "Cost", "Energy")] == ["if it fitted"] * 3
+    assert under["Memory needed"] != "if it fitted"
+
+
+PLANNED = {"plan.dollars": "300", "plan.days": "2"}
+
+
+def test_a_plan_is_the_librarys_and_each_row_opens_as_an_estimate():
+    at = viewed("plan", **PLANNED)
+    found = est.plan(dollars=300, days=2, price="on-demand")
+    assert at.success[0].value.replace("\\$", "$") == headline(found)
+    first = found.options[0]
+    inputs = plan_page.inputs_of(first)
+    q = first.request
+    assert inputs["model"] == "own-llama"
+    assert inputs["own-llama.num_layers"] == q.model.num_layers
+    query = {name: str(value).lower() for name, value in inputs.items()}
+    shown = metrics(viewed("estimate", goal="memory", **query))
+    r = q.estimate()
+    assert shown["Memory needed"] == size(r.memory.needed)
+    assert shown["Training time"] == hours(r.time.seconds)
+    assert shown["Cost"] == dollars(first.dollars)
+
+
+def test_a_plan_of_nothing_asks_for_something():
+    assert "at least one" in viewed("plan").info[0].value
+    assert viewed("plan", **{"plan.dollars": "0.001"}).error[0].value.startswith("Nothing fits")
+
+
 def test_what_does_not_fit_is_said_so_and_what_would():
-    at = opened(batch_size="8")
+    at = opened(model="gpt2-xl", batch_size="8", goal="speed")
     assert at.error[0].value.startswith("Does not fit")
-    assert "A micro-batch of 6 fits; so does this one with attention sdpa." in at.error[0].value
-    assert est.max_batch_size("gpt2-xl", est.Plan(), GPU) == 6
-    assert est.estimate("gpt2-xl", est.Plan(batch_size=8, attention="sdpa"), GPU).fits
+    assert "A micro-batch of 5 fits; so does this one with attention sdpa." in at.error[0].value
+    assert est.max_batch_size("gpt2-xl", est.Plan(), GPU, global_batch_size=1024) == 5
+    assert est.estimate("gpt2-xl", est.Plan(batch_size=8, attention="sdpa"), GPU, global_batch_size=1024).fits
 
 
 @pytest.mark.usefixtures("unadvised")
@@ -104,7 +184,7 @@ RECIPES = [
     {},
     {"attention": "sdpa", "precision": "bf16", "batch_size": 2},
     {"checkpointing": "block", "batch_size": 3, "seq_len": 512, "max_grad_norm": 1.0},
-    {"optimizer": "sgd", "loss": "torch", "grad_accumulation": 2, "compile": True},
+    {"optimizer": "sgd", "loss": "torch", "batch_size": 64, "compile": True},
 ]
 
 
@@ -122,7 +202,7 @@ def test_every_headline_figure_is_the_librarys(model, recipe, mfu):
     shown = metrics(at)
     assert shown["Memory needed"] == size(r.memory.needed)
     assert shown["Training time"] == hours(r.time.seconds)
-    assert shown["Max micro-batch"] == f"{est.max_batch_size(model, r.plan, gpu):,}"
+    assert shown["Max micro-batch"] == f"{est.max_batch_size(model, r.plan, gpu, global_batch_size=512):,}"
     assert shown["Cost"] == dollars(spent.dollars.median)
     assert shown["Energy"] == prefixed(spent.kilowatt_hours * 1e3, "Wh")
     table = at.dataframe[1].value
@@ -162,18 +242,20 @@ def test_the_python_and_the_command_give_the_figures_of_the_page(capsys, query):
 
 @pytest.mark.usefixtures("unadvised")
 def test_gb_in_place_of_gib():
-    r = est.estimate("gpt2-xl", est.Plan(), GPU)
+    r = est.estimate("gpt2-xl", est.Plan(), GPU, **RUN)
     assert metrics(opened(unit="GB"))["Memory needed"] == size(r.memory.needed, "GB")
 
 
 def test_the_changes_are_the_librarys_and_taking_one_makes_it_fit():
-    at = opened(batch_size="8")
-    found = advice(est.estimate("gpt2-xl", est.Plan(batch_size=8), GPU, **RUN))
+    at = opened(model="gpt2-xl", batch_size="8")
+    found = Advisor(est.estimate("gpt2-xl", est.Plan(batch_size=8), GPU, **RUN), 1024).improvements("memory")
     rows = [m.value for m in at.markdown if "— needs" in m.value]
     assert len(rows) == len(found)
     for row, change in zip(rows, found, strict=True):
-        assert all(str(value) in row for value in change.fields.values() if not isinstance(value, bool))
+        fields = {name: value for name, value in change.fields.items() if name not in HIDDEN}
+        assert all(str(value) in row for value in fields.values() if not isinstance(value, bool))
         assert f"needs {size(change.estimate.memory.needed)}" in row
+        assert f"largest micro-batch 5 → {change.largest}" in row
         assert ("check" in row) == change.fits
     at.button(key="take checkpointing block").click()
     ran(at)
@@ -182,25 +264,23 @@ def test_the_changes_are_the_librarys_and_taking_one_makes_it_fit():
 
 
 @pytest.mark.usefixtures("unadvised")
-def test_the_accumulation_of_the_global_batch_is_a_click_away():
-    at = opened(batch_size="4", count="8")
-    said = next(m.value for m in at.markdown if "micro-batches a step" in m.value)
+def test_the_accumulation_follows_from_the_global_batch():
+    at = opened(model="gpt2-xl", batch_size="4", count="8")
     turns = est.estimate("gpt2-xl", est.Plan(batch_size=4, grad_accumulation=32), GPU, count=8)
-    assert "32 micro-batches" in said
-    assert size(turns.memory.needed) in said
-    at.button(key="take accumulation").click()
-    ran(at)
+    assert "32 micro-batches of 4 on each accelerator" in " ".join(c.value for c in at.caption)
     assert metrics(at)["Memory needed"] == size(turns.memory.needed)
 
 
 @pytest.mark.usefixtures("unadvised")
 def test_a_pasted_configuration_becomes_the_model():
-    at = opened()
+    at = opened(model="gpt2", batch_size="4")
     config = {"model_type": "llama", "num_hidden_layers": 5, "hidden_size": 320, "num_attention_heads": 5}
     at.text_area(key="paste").set_value(json.dumps(config))
     ran(at)
     assert at.selectbox(key="model").value == "own-llama"
-    assert metrics(at)["Memory needed"] == size(est.estimate(from_hf(config), est.Plan(), GPU).memory.needed)
+    assert metrics(at)["Memory needed"] == size(
+        est.estimate(from_hf(config), est.Plan(batch_size=4), GPU, **RUN).memory.needed
+    )
 
 
 @pytest.mark.usefixtures("unadvised")
@@ -215,12 +295,12 @@ def test_a_pasted_configuration_becomes_the_model():
     ],
 )
 def test_a_bad_configuration_shows_one_message_and_leaves_the_rest(text, said):
-    at = opened()
+    at = opened(model="gpt2-xl")
     at.text_area(key="paste").set_value(text)
     ran(at)
     assert len(at.error) == 1
     assert said in at.error[0].value
-    assert metrics(at)["Memory needed"] == size(est.estimate("gpt2-xl").memory.needed)
+    assert metrics(at)["Memory needed"] == size(est.estimate("gpt2-xl", **RUN).memory.needed)
 
 
 @pytest.mark.usefixtures("unadvised")
@@ -279,7 +359,7 @@ def test_the_notes_answers_stand_beside_the_right_ones():
 
 def test_the_sweep_says_how_many_fit():
     at = viewed("sweep")
-    most = est.max_batch_size("gpt2-xl", est.Plan(), GPU)
+    most = est.max_batch_size("gpt2-xl", est.Plan(), GPU, global_batch_size=1024)
     assert f"64 configurations, of which {most} fit" in at.caption[0].value
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 import estimator as est
 from estimator.describe.checks import ConfigError
 from estimator.eager.letters import SYMBOLS
+from estimator.show import commands
+from estimator.show.course import parts
+from estimator.studies.assignment import textbook
 
 
 def test_gpt2_xl_parts_a_to_d():
@@ -46,3 +51,26 @@ def test_what_cannot_be_is_refused():
         est.textbook("gpt2").days(mfu=0)
     with pytest.raises(ConfigError, match="peak_flops = -1"):
         est.textbook("gpt2").days(peak_flops=-1)
+
+
+def test_the_worked_lines_are_the_librarys_and_follow_from_each_other(capsys):
+    """The figures of the lines, read back: (80 - 24.88) / 15.52 = 3.55, 3 of them; PyTorch's own batch fits."""
+    lines = {part.key: part for part in parts()}
+    t = textbook("gpt2-xl")
+    convention = " ".join(line for part in parts() for line in part.convention)
+    assert "16 x 1,555,126,400 = 24.88 GB" in convention
+    assert "(80 - 24.88) / 15.52 = 3.55" in convention
+    assert f"the largest batch is {t.max_batch_size()}" in lines["batch"].convention
+    assert t.static_bytes / 1e9 == pytest.approx(24.88, abs=0.005)
+    assert t.activation_bytes / 1e9 == pytest.approx(15.52, abs=0.005)
+    assert "122,765 hours = 14.0 years" in lines["hours"].convention[-1]
+    largest = est.max_batch_size("gpt2-xl", est.Plan(), "a100-80gb-sxm")
+    assert f"the largest batch is {largest}" in lines["batch"].pytorch
+    # The straight line of the peak, at another batch than those that it was drawn through.
+    held, each = (float(x) for x in re.findall(r"([\d.]+) GB", lines["memory"].pytorch[-1]))
+    five = est.estimate("gpt2-xl", est.Plan(batch_size=5), "a100-80gb-sxm").memory.peak
+    assert held + 5 * each == pytest.approx(five / 1e9, abs=0.05)
+    for part in parts():
+        assert all(len(answers) >= 2 for answers in (part.notes, part.convention, part.pytorch))
+    assert commands.main(["course", "batch"]) == 0
+    assert "3.55" in capsys.readouterr().out

@@ -13,6 +13,7 @@ import estimator as est
 from estimator.describe.model import ModelConfig
 from estimator.describe.plan import Plan
 from estimator.show import cli, commands
+from estimator.show.formatting import dollars, duration, prefixed
 
 
 def run(capsys, *argv):
@@ -48,6 +49,29 @@ def test_the_tables_say_the_verdict_and_the_figures(capsys):
     _, out, _ = run(capsys, "llama-2-70b")
     assert "Does not fit" in " ".join(out.split())
     assert "not even one sequence fits" in " ".join(out.split())
+
+
+def test_the_answer_is_in_a_line_before_all_else(capsys):
+    """With tokens: the steps that they take, and the dollars and kilowatt-hours of the run."""
+    argv = ["gpt2", "--batch-size", "8", "--count", "8", "--global-batch-size", "64", "--tokens", "1e9"]
+    _, out, _ = run(capsys, *argv, "--json")
+    steps = json.loads(out)["time"]["steps"]
+    assert steps == -(-(10**9) // (64 * 1024))
+    _, out, _ = run(capsys, *argv)
+    r = est.estimate("gpt2", Plan(batch_size=8), count=8, global_batch_size=64, steps=steps)
+    spent = est.cost(r.accelerator, r.time.seconds, 8)
+    lines = " ".join(out.split())
+    glance = lines[lines.index("fits: ") :].split(" Fits: ")[0]
+    assert f"| {dollars(spent.dollars.median)} |" in glance
+    assert prefixed(spent.kilowatt_hours * 1e3, "Wh") in glance
+    assert duration(r.time.seconds) in glance
+    _, out, _ = run(capsys, *argv, "--price", "0.5")
+    assert f"| {dollars(r.time.hours * 8 * 0.5)} |" in " ".join(out.split())
+    status, _, error = run(capsys, *argv, "--steps", "3")
+    assert status == 2
+    assert "tokens = 1e+09: steps = 3 is given too" in error
+    _, out, _ = run(capsys, "llama-2-70b", "--steps", "3")
+    assert "if it fitted" in " ".join(out.split())
 
 
 def test_formulas_and_largest_batch(capsys):
