@@ -1,6 +1,8 @@
-"""The README's table of recipes: `python tools/recipe_table.py` prints it as Markdown."""
+"""Write the table of docs/recipes.md anew: `python tools/recipe_table.py`."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import estimator as est
 from estimator.show.formatting import size
@@ -57,5 +59,12 @@ def rows() -> list[str]:
     return lines
 
 
+def with_table(page: str) -> str:
+    """The page with today's table in the place of the one that it has."""
+    start = page.index("| recipe |")
+    return page[:start] + "\n".join(rows()) + "\n"
+
+
 if __name__ == "__main__":
-    print("\n".join(rows()))
+    kept = Path(__file__).parents[1] / "docs" / "recipes.md"
+    kept.write_text(with_table(kept.read_text(encoding="utf-8")), encoding="utf-8")

@@ -11,8 +11,8 @@ import sympy
 
 from estimator.accounting.accounts import FORMS, account_at
 from estimator.describe.checks import ConfigError, choose
+from estimator.describe.units import SECONDS_PER_HOUR
 from estimator.eager.letters import SYMBOLS, as_sizes, expression, index_of
-from estimator.timing.speed import SECONDS_PER_HOUR
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -229,7 +229,7 @@ def hours(estimate: Estimate, count: int = 1) -> Derivation | None:
     steps, sequences, mfu, peak_flops, accelerators = sympy.symbols(r"S G \mathrm{MFU} P n", positive=True)
     batch = SYMBOLS["B"]
     work = forward + backward - again if flops.recompute else forward + backward
-    formula = steps * (sequences / batch) * work / (mfu * peak_flops * accelerators) / 3600
+    formula = steps * (sequences / batch) * work / (mfu * peak_flops * accelerators) / SECONDS_PER_HOUR
     values = {
         forward: flops.forward,
         backward: flops.backward,

@@ -11,8 +11,9 @@ import numpy as np
 from estimator.accounting.accounts import recipe_of, sizes_for, vectorised_peak
 from estimator.accounting.vectorised import FOLLOWING, whole_numbers
 from estimator.describe.checks import LIMITS, POINTS, ConfigError, choose, shown
+from estimator.describe.units import JOULES_PER_KILOWATT_HOUR, SECONDS_PER_HOUR
 from estimator.hardware.accelerators import accelerator
-from estimator.pricing.money import JOULES_PER_KILOWATT_HOUR, SECONDS_PER_HOUR, cost
+from estimator.pricing.money import cost
 from estimator.timing.speed import times
 
 if TYPE_CHECKING:

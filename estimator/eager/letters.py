@@ -301,11 +301,12 @@ def written(size: Size) -> str:
     """A polynomial as text: "2*B*T*d**2 + 1"."""
     parts = []
     for monomial, coefficient in sorted(size.terms, key=lambda term: (-len(term[0]), term[0])):
-        factors = [] if coefficient == 1 and monomial else [str(coefficient)]
+        unit = monomial and abs(coefficient) == 1
+        factors = [] if unit else [str(coefficient)]
         for i in dict.fromkeys(monomial):
             times = monomial.count(i)
             factors.append(LETTERS[i].name + (f"**{times}" if times > 1 else ""))
-        parts.append("*".join(factors))
+        parts.append(("-" if unit and coefficient < 0 else "") + "*".join(factors))
     return " + ".join(parts).replace("+ -", "- ") or "0"
 
 

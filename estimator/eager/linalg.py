@@ -49,14 +49,15 @@ def _factors(c: Context) -> tuple[Tensor | None, Tensor | None]:
 
 
 def _second_gradient(grad: Tensor, a: Tensor, name: str, *, column_major: bool) -> Tensor:
-    """a^T grad; for a column-major second factor the product is transposed (`mm_mat2_backward`, told its strides)."""
+    """a^T grad; for a column-major second factor the product is transposed (`mm_mat2_backward`)."""
     if column_major:
         return transpose(product("mm", transpose(grad, 0, 1), a), 0, 1)
     return product(name, transpose(a, -2, -1), grad)
 
 
-def _product_backward(name: str, *, column_major: bool = False) -> Backward:
-    """Backward of mm and bmm: the second factor's gradient first."""
+def _product_backward(name: str, b: Tensor) -> Backward:
+    """Backward of mm and bmm: the second factor's gradient first. A node knows b's strides, saved or not."""
+    column_major = name == "mm" and _is_column_major(b)
 
     def backward(c: Context, grad: Tensor) -> Gradients:
         a, b = _factors(c)
@@ -78,15 +79,14 @@ def _saved_factors(a: Tensor, b: Tensor) -> tuple[Tensor | None, Tensor | None]:
 @op
 def mm(a: Tensor, b: Tensor) -> Tensor:
     """(m, k) x (k, n)."""
-    backward = _product_backward("mm", column_major=_is_column_major(b))
-    node = record("MmBackward0", (a, b), backward, _saved_factors(a, b))
+    node = record("MmBackward0", (a, b), _product_backward("mm", b), _saved_factors(a, b))
     return attach(node, product("mm", a, b))
 
 
 @op
 def bmm(a: Tensor, b: Tensor) -> Tensor:
     """(b, m, k) x (b, k, n)."""
-    node = record("BmmBackward0", (a, b), _product_backward("bmm"), _saved_factors(a, b))
+    node = record("BmmBackward0", (a, b), _product_backward("bmm", b), _saved_factors(a, b))
     return attach(node, product("bmm", a, b))
 
 

@@ -152,13 +152,6 @@ def _stack(groups: tuple[Group, ...]) -> Stack:
     return Stack(groups)
 
 
-def in_general(stack: Stack, repeating: int) -> Stack:
-    """The stack of a longer model: the group `repeating` comes three times or more."""
-    groups = list(stack.groups)
-    groups[repeating] = Group(groups[repeating].pattern, TURNS)
-    return _stack(tuple(groups))
-
-
 def runs(kinds: Sequence[Hashable]) -> list[Group]:
     """Blocks in a row as groups: from the left the shortest pattern that covers the most, else one alone."""
     groups: list[Group] = []

@@ -276,7 +276,7 @@ class Tensor:
 
     def discard(self) -> None:
         """The end of a tensor that nothing owns; one that has owners is left alone."""
-        if self.owners:
+        if self.owners > 0:
             return
         assert self.owners == 0, "dropped more often than held"
         self.owners = -1

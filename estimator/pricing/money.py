@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING
 
 from estimator.describe.catalogue import number, read_data
 from estimator.describe.checks import choose, positive_int
+from estimator.describe.units import JOULES_PER_KILOWATT_HOUR, SECONDS_PER_HOUR
 from estimator.hardware.accelerators import Accelerator, accelerator
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 KINDS = ("on-demand", "spot", "capacity-block", "marketplace", "rule-of-thumb")
-SECONDS_PER_HOUR = 3600
-JOULES_PER_KILOWATT_HOUR = 3.6e6  # 1,000 W x 3,600 s
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,18 +194,6 @@ def cost(
     return Cost(
         hours, dollars, energy, co2, **factors, prices=used, assumptions=tuple(assumptions), missing=tuple(missing)
     )
-
-
-def checkpoint_storage(parameter_bytes: int, optimizer_bytes: int = 0, kept: int = 1) -> int:
-    """Bytes on disk of `kept` checkpoints. To resume a run takes the optimizer's state too; to use the model does not.
-
-    Raises:
-        ConfigError: a size that is not an integer, or none kept.
-    """
-    one = positive_int("parameter_bytes", parameter_bytes)
-    if optimizer_bytes:
-        one += positive_int("optimizer_bytes", optimizer_bytes)
-    return one * positive_int("kept", kept)
 
 
 @cache

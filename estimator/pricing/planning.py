@@ -7,16 +7,15 @@ requests is better trained smaller and longer.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING
 
 from estimator.describe.catalogue import number, read_data
 from estimator.describe.checks import ConfigError, choose, positive_int, shown
-from estimator.describe.presets import presets, published_parameters, sparse
+from estimator.describe.units import SECONDS_PER_HOUR
 from estimator.hardware import accelerators as hardware
-from estimator.pricing.money import SECONDS_PER_HOUR, Cost, cost
+from estimator.pricing.money import Cost, cost
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -109,29 +108,6 @@ class ComputeOptimal:
         """Least and greatest D among the fits."""
         tokens = [optimum.tokens for optimum in self.by_fit]
         return min(tokens), max(tokens)
-
-
-@dataclass(frozen=True, slots=True)
-class Schedule:
-    """Steps of a learning-rate schedule: a linear warm-up, then one decay that ends with the last step.
-
-    The decay is as long as the run: a longer one leaves the learning rate too high at the end, and Hoffmann et al. 2022
-    (section 3.1, appendix B) found that it costs loss once it is a quarter too long.
-
-    Attributes:
-        steps: optimizer steps in all.
-        warmup_steps: of these, at a rising learning rate.
-        tokens: that the steps consume; at least the tokens asked for, by less than one global batch more.
-    """
-
-    steps: int
-    warmup_steps: int
-    tokens: int
-
-    @property
-    def decay_steps(self) -> int:
-        """Steps after the warm-up."""
-        return self.steps - self.warmup_steps
 
 
 def fits() -> tuple[str, ...]:
@@ -262,50 +238,6 @@ def compute_optimal(
     spend = budget(flops, dollars, hours, accelerator, count, mfu=mfu, dtype=dtype, price=price)
     by_fit = {name: _optimum(spend.flops, name) for name in fits()}
     return ComputeOptimal(spend, by_fit[fit], tuple(by_fit.values()))
-
-
-def largest_model(spend: Budget | float, tokens: float | None = None, fit: str = DEFAULT_FIT) -> str | None:
-    """The dense preset with the most parameters that the budget trains; None if it trains none.
-
-    Presets with experts are left out: the fits are of dense models, and a token does not go through all parameters.
-
-    Args:
-        spend: a `Budget`, or FLOPs.
-        tokens: to train on; None means each model's compute-optimal number by `fit`.
-        fit: one of `fits()`.
-
-    Raises:
-        ConfigError: a number that is not above 0, or an unknown fit.
-    """
-    flops = _amount("flops", spend.flops if isinstance(spend, Budget) else spend)
-    affordable = {}
-    for name in presets():
-        n = published_parameters(name)
-        if n is None or sparse(name):
-            continue
-        d = tokens_for(n, fit) if tokens is None else _amount("tokens", tokens)
-        if FLOPS_PER_PARAMETER_AND_TOKEN * n * d <= flops:
-            affordable[name] = n
-    return max(affordable, key=lambda name: affordable[name], default=None)
-
-
-def schedule(tokens: float, global_batch_size: int, seq_len: int, warmup_steps: int = 0) -> Schedule:
-    """Optimizer steps that consume at least `tokens`.
-
-    Args:
-        tokens: to train on.
-        global_batch_size: sequences in one optimizer step, over all accelerators and micro-batches.
-        seq_len: tokens in one sequence.
-        warmup_steps: steps of rising learning rate, fewer than all.
-
-    Raises:
-        ConfigError: a size that is not positive, or a warm-up that leaves no step.
-    """
-    per_step = positive_int("global_batch_size", global_batch_size) * positive_int("seq_len", seq_len)
-    steps = -(-math.ceil(_amount("tokens", tokens)) // per_step)
-    if warmup_steps != 0 and positive_int("warmup_steps", warmup_steps) >= steps:
-        raise ConfigError(f"warmup_steps = {warmup_steps}: must be fewer than the {steps} steps")
-    return Schedule(steps, int(warmup_steps), steps * per_step)
 
 
 def _optimum(flops: float, fit: str) -> Optimum:

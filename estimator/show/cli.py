@@ -16,6 +16,7 @@ from estimator.describe.catalogue import number
 from estimator.describe.checks import ConfigError, shown
 from estimator.describe.model import ModelConfig
 from estimator.describe.plan import ATTENTIONS, CHECKPOINTINGS, OPTIMIZERS, PRECISIONS, SHARDINGS, Plan
+from estimator.describe.units import GIB
 from estimator.show.commands import Parser, TopicHelp
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from estimator.answers.estimates import Estimate
     from estimator.timing.speed import Time
 
-GIB = 2**30
 # The short help: what most people need, and in how few words.
 COMMON = {
     "MODEL": "a preset (`estimate list models`) or the path of a config.json",

@@ -48,6 +48,7 @@ COMMANDS = (
     Command("budget", "the same as plan", "estimator.show.planning:run"),
     Command("course", "the course's question on GPT-2 XL, worked in three columns", "estimator.show.course:run"),
     Command("calibrate", "measure this machine, or the factor of your own log", "estimator.show.cli:calibrate"),
+    Command("app", "the page, in a browser", "estimator.show.app:run"),
     Command("list", "the names of all models, accelerators and networks", "estimator.show.listing:run"),
 )
 

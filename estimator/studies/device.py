@@ -213,7 +213,7 @@ def report(found: dict[str, Any], a: Accelerator | None) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command: print the table, and write it and the file's rows into validation/; 0 when done."""
+    """The command: print the table, and write it and the file's rows where it is told; 0 when done."""
     parser = argparse.ArgumentParser(
         prog="validate-estimates --import",
         description="A file of tools/device_check.py beside what is predicted for its card.",
@@ -221,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("file", type=Path, help="what tools/device_check.py wrote")
     parser.add_argument("--gpu", help="the accelerator, or a profile (default: by the driver's name)")
-    parser.add_argument("--out", type=Path, default=Path("validation"), metavar="DIR", help="default: %(default)s")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write the table, and the file with it, to DIR")
     args = parser.parse_args(argv)
     try:
         found = read(args.file)
@@ -230,6 +230,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         parser.error(str(error))
     sys.stdout.write(text)
+    if args.out is None:
+        return 0
     stem = f"{found['date']}-device-{re.sub(r'[^a-z0-9]+', '-', found['name'].lower()).strip('-')}"
     rows = [
         {"section": r.section, "what": r.what, "measured": r.measured, "predicted": r.predicted}

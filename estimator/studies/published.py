@@ -314,13 +314,13 @@ def plot() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command: print the table and the worst rows, write them and the plot; 0 when done."""
+    """The command: print the table and the worst rows, and write them and the plot where it is told; 0 when done."""
     parser = argparse.ArgumentParser(
         prog="validate-estimates --published",
         description="How far the predicted time is from the training runs that others published.",
         allow_abbrev=False,
     )
-    parser.add_argument("--out", type=Path, default=Path("validation"), metavar="DIR", help="default: %(default)s")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write published.md and published.svg to DIR")
     parser.add_argument("--worst", type=int, default=10, metavar="N", help="rows to list (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every run's figures to FILE")
     parser.add_argument("--residuals", action="store_true", help="print estimator/data/residuals.toml, and stop")
@@ -333,9 +333,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     text = report(args.worst)
     sys.stdout.write(text)
     try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "published.md").write_text(text, encoding="utf-8")
-        (args.out / "published.svg").write_text(plot(), encoding="utf-8")
+        if args.out:
+            args.out.mkdir(parents=True, exist_ok=True)
+            (args.out / "published.md").write_text(text, encoding="utf-8")
+            (args.out / "published.svg").write_text(plot(), encoding="utf-8")
         if args.json:
             args.json.write_text(json.dumps(records(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
     except OSError as error:

@@ -11,6 +11,7 @@ import numpy as np
 from estimator.accounting.accounts import account, sizes_for
 from estimator.describe.catalogue import read_data
 from estimator.describe.checks import positive_int
+from estimator.describe.units import SECONDS_PER_HOUR
 from estimator.hardware.accelerators import Accelerator, accelerator, cluster
 from estimator.hardware.networks import network, straggling
 from estimator.pricing.conventions import model_flops_utilisation
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.float64]
 
-SECONDS_PER_HOUR = 3600
 FUSED_ATTENTION = ("flash", "efficient")
 SECONDS_PER_DAY = 86400
 

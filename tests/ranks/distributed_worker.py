@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 
 import trainer.run.train
-from trainer.__main__ import main
 from trainer.files.checkpoint import checkpoints
+from trainer.run.commands import main
 
 
 def half(source, target):

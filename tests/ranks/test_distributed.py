@@ -16,11 +16,11 @@ from distributed_worker import half
 import trainer
 from estimator.describe.model import ModelConfig
 from estimator.describe.plan import Plan
-from trainer.__main__ import main
 from trainer.files.checkpoint import CheckpointError, checkpoints
 from trainer.files.prepare import PrepareConfig, prepare
 from trainer.model.decoder import build_model
 from trainer.parallel.distributed import RUN_FILE, Weights, World, checksum, load_run
+from trainer.run.commands import main
 
 CONFIG = """
 steps = 6

@@ -19,10 +19,11 @@ import trainer.run.train
 from estimator.describe.checks import ConfigError
 from estimator.describe.model import ModelConfig
 from estimator.describe.plan import OPTIMIZERS, Plan
-from trainer.__main__ import main, parse_train
 from trainer.files.checkpoint import checkpoints, read_checkpoint
 from trainer.files.prepare import PrepareConfig, prepare
+from trainer.optim.optimizers import AdamW
 from trainer.run.announce import matmul_peak
+from trainer.run.commands import main, parse_train
 from trainer.run.curve import WIDTH
 from trainer.run.progress import duration
 from trainer.run.settings import CONFIGS, ModelSection, OptimSection, TrainConfig, load_config
@@ -315,7 +316,9 @@ def test_a_diverging_run_stops_before_its_weights_are_lost(corpus, tmp_path):
 def test_a_full_disk_ends_the_run_with_the_older_checkpoint_intact(corpus, tmp_path, capsys):
     train(configure(corpus, tmp_path, steps=3))
     before = checkpoints(tmp_path)[0].read_bytes()
-    (tmp_path / "c.json").write_text(json.dumps(configure(corpus, tmp_path, steps=6, resume=True).to_dict()))
+    (tmp_path / "c.json").write_text(
+        json.dumps(configure(corpus, tmp_path, steps=6, resume=True, changed=True).to_dict())
+    )
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
     try:
@@ -363,6 +366,76 @@ def test_resuming_with_another_model_is_refused_by_the_field(whole, corpus):
     model = dataclasses.replace(configure(corpus, whole).model, num_heads=4)  # the same shapes
     with pytest.raises(ConfigError, match="num_heads is 2, this run's is 4"):
         train(configure(corpus, whole, model=model, resume=True))
+
+
+def test_resuming_with_other_settings_says_which_and_asks(corpus, tmp_path):
+    config = configure(corpus, tmp_path, steps=3)
+    train(config)
+    other = dataclasses.replace(config, steps=5, seed=7, optim=OptimSection(lr=1e-3, warmup_steps=2), resume=True)
+    with pytest.raises(ConfigError) as refused:
+        train(other)
+    for said in ("steps = 5 (there 3)", "seed = 7 (there 0)", "optim.lr = 0.001 (there 0.01)", "--changed"):
+        assert said in str(refused.value)
+    assert str(refused.value).count("(there") == 3
+    assert train(dataclasses.replace(other, changed=True)) == 0
+    assert checkpoints(tmp_path)[-1].name == "step_00000005.pt"
+
+
+def test_two_runs_do_not_share_a_folder(corpus, tmp_path):
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'a+'); fcntl.flock(f, fcntl.LOCK_EX); f.write('123'); f.flush();"
+    hold += " print('held', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", hold, str(tmp_path / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(ConfigError, match="process 123 trains there"):
+            train(configure(corpus, tmp_path))
+        other.kill()  # however it ends, the lock goes with it
+    assert train(configure(corpus, tmp_path, steps=2)) == 0
+
+
+def test_weights_that_are_not_finite_are_no_good_checkpoint(corpus, tmp_path, monkeypatch):
+    """The loss and the gradient of the last step are finite; what the update made is not."""
+
+    def spoil(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.data.fill_(math.inf)
+
+    config = configure(corpus, tmp_path, steps=6, save_every=3, eval_every=99)
+    before = AdamW.step
+    calls = []
+
+    def step(self, *args):
+        calls.append(1)
+        return before(self, *args) if len(calls) < 6 else spoil(self)
+
+    monkeypatch.setattr(AdamW, "step", step)
+    monkeypatch.setattr("trainer.run.train.validate", lambda *_: 1.0)
+    with pytest.raises(TrainingError, match=r"step 6: a weight is not finite; the last good checkpoint is .*00000003"):
+        train(config)
+    assert [p.name for p in checkpoints(tmp_path)] == ["step_00000003.pt"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("step", "3", "run.step is a str, must be a int"),
+        ("random", None, "run.random is a NoneType"),
+        ("random", {"cpu": torch.zeros(3)}, "rows of bytes"),
+        ("random", {"cpu": torch.zeros(3, dtype=torch.uint8)}, "a generator.s state has 5056"),
+        ("model", [], "run.model is a list"),
+        ("config", 1, "run.config is a int"),
+    ],
+)
+def test_a_checkpoint_s_own_part_of_the_run_is_checked(corpus, tmp_path, field, value, said):
+    config = configure(corpus, tmp_path, steps=2)
+    train(config)
+    path = checkpoints(tmp_path)[-1]
+    content = read_checkpoint(path)
+    content["run"][field] = value
+    torch.save(content, path)
+    with pytest.raises(ConfigError, match=said):
+        train(dataclasses.replace(config, resume=True))
 
 
 def test_leftovers_of_a_killed_save_are_removed(corpus, tmp_path):
@@ -459,7 +532,7 @@ def test_a_model_of_any_family_is_trained_from_its_configuration(family, weight,
     train(config)
     validation = [x for *_, x in losses(config.out) if x is not None]
     assert validation[-1] < validation[0]
-    train(dataclasses.replace(config, steps=10, resume=True))
+    train(dataclasses.replace(config, steps=10, resume=True, changed=True))
     assert f"blocks.3.{weight}" in load_file(config.out / "model.safetensors")
     main(["generate", str(config.out), "--prompt", "def", "--max-new-tokens", "4"])
     assert "def" in capsys.readouterr().out

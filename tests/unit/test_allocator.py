@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 import estimator as est
 from estimator.memory.allocator import CachingAllocator
 
+pytestmark = pytest.mark.quick
 MIB = 2**20
 
 

@@ -4,6 +4,8 @@ import pickle
 import random
 import resource
 import signal
+import subprocess
+import sys
 import time
 import zipfile
 
@@ -312,3 +314,22 @@ def test_safetensors_round_trip(family, tied, tmp_path):
     with safe_open(tmp_path / "x.safetensors", "pt") as file:
         assert file.metadata()["config"] == "{}"
         assert len(file.keys()) == len(model.state_dict()) - tied
+
+
+def test_the_same_weights_give_the_same_safetensors_bytes(tmp_path):
+    """The library's own order of metadata changes from process to process."""
+    code = (
+        "import sys, torch; from torch import nn; from trainer.files.checkpoint import export_safetensors\n"
+        "torch.manual_seed(0); m = nn.Sequential(*[nn.Linear(3, 5) for _ in range(4)]); m[1].weight = m[0].weight\n"
+        "export_safetensors(m, sys.argv[1], {c: c for c in 'qwertyuiop'})"
+    )
+    made = [tmp_path / f"{i}.safetensors" for i in range(3)]
+    for path in made:
+        subprocess.run([sys.executable, "-c", code, str(path)], check=True)
+    assert len({path.read_bytes() for path in made}) == 1
+    model = nn.Sequential(*[nn.Linear(3, 5) for _ in range(4)])
+    model[1].weight = model[0].weight
+    load_model(model, made[0])
+    torch.manual_seed(0)
+    again = nn.Sequential(*[nn.Linear(3, 5) for _ in range(4)])
+    assert torch.equal(model[3].weight, again[3].weight)

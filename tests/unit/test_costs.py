@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from estimator.describe.catalogue import read_data
 from estimator.describe.checks import ConfigError
 from estimator.hardware.accelerators import Accelerator, accelerator, accelerators
-from estimator.pricing.money import KINDS, checkpoint_storage, cost, price_range, prices
+from estimator.pricing.money import KINDS, cost, price_range, prices
 
 PRICED = [id_ for id_ in accelerators() if price_range(id_)]
 POWERED = [id_ for id_ in accelerators() if accelerator(id_).power]
@@ -185,18 +185,3 @@ def test_a_power_that_is_not_published_is_said_and_never_guessed():
 def test_bad_input_is_one_clear_error(arguments, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         cost(**{"name": "t4", "seconds": 3600, **arguments})
-
-
-@given(st.integers(1, 10**15), st.integers(0, 10**15), st.integers(1, 1000))
-def test_checkpoints_add_up(parameter_bytes, optimizer_bytes, kept):
-    assert checkpoint_storage(parameter_bytes, optimizer_bytes, kept) == kept * (parameter_bytes + optimizer_bytes)
-
-
-# GPT-2 XL in fp32: 4 bytes of weight and 8 of AdamW's moments a parameter.
-def test_checkpoints_of_gpt2_xl():
-    n = 1_557_611_200
-    assert checkpoint_storage(4 * n) == 6_230_444_800
-    assert checkpoint_storage(4 * n, 8 * n, kept=3) == 36 * n
-    for arguments in ((0,), (4.5,), (4, -1), (4, 8, 0)):
-        with pytest.raises(ConfigError, match="must be an integer of at least 1"):
-            checkpoint_storage(*arguments)

@@ -232,3 +232,37 @@ def test_default_text_is_the_standard_library_without_installed_packages():
     files = text_files(())
     assert {"argparse.py", "heapq.py"} <= {file.name for file in files}
     assert not [file for file in files if "site-packages" in file.parts]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux says how much of a file is resident")
+def test_a_large_corpus_does_not_become_resident(tmp_path):
+    for name in ("train", "valid"):
+        np.zeros(2**25, dtype="<u2").tofile(tmp_path / f"{name}.bin")  # 64 MiB
+    data = Dataset(tmp_path, 512, 64)
+
+    def resident():
+        (line,) = [x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("RssFile")]
+        return 1024 * int(line.split()[1])
+
+    before = resident()
+    for index in range(300):  # 300 x 64 windows lie in more pages than the file has
+        data.get_batch("train", index)
+    assert resident() - before < 4 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("manifest", "said"),
+    [
+        ({"vocab_size": "many"}, "vocab_size"),
+        ({"vocab_size": -1}, "vocab_size"),
+        ({"dtype": "float32"}, "dtype"),
+        ({"dtype": ["uint16"]}, "dtype"),
+        ({"unigram_loss": "low"}, "unigram_loss = 'low': must be a number"),
+    ],
+)
+def test_a_manifest_that_cannot_be_is_one_sentence(tmp_path, manifest, said):
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ConfigError, match=said) as refused:
+        Dataset(tmp_path, 4, 1)
+    assert "manifest.json" in str(refused.value)
+    assert "\n" not in str(refused.value)

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
     out = tmp_path_factory.mktemp("check") / "device.json"
-    command = [sys.executable, "tools/device_check.py", "--device", "cpu", "--budget", "100", "--out", str(out)]
+    command = [sys.executable, "tools/device_check.py", "--device", "cpu", "--budget", "300", "--out", str(out)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "validate-estimates --import" in done.stdout
     return out
@@ -26,7 +26,7 @@ def path(tmp_path_factory):
 def test_the_file_has_every_section_and_takes_no_longer_than_it_may(path):
     found = device.read(path)
     assert found["device"] == "cpu"
-    assert found["seconds"] < 100
+    assert found["seconds"] < 300
     assert found["skipped"] == []
     for section in ("memory", "products", "attention", "operators", "steps"):
         assert found[section], section

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.quick
 ROOT = Path(__file__).parents[2]
 # From the bottom: a room may import from itself and from those before it.
 ROOMS = {
@@ -98,4 +99,17 @@ def test_the_estimator_and_the_trainer_know_nothing_of_what_is_above_them():
         for line, target in imports(path, for_types=True)
         if target.split(".")[0] in names and str(path.relative_to(ROOT)) not in allowed
     ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_quick_tests_need_nothing_but_the_library():
+    """`pytest -m quick` runs without torch and streamlit."""
+    quick = [p for p in (ROOT / "tests").rglob("test_*.py") if "mark.quick" in p.read_text(encoding="utf-8")]
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} imports {target}"
+        for path in quick
+        for line, target in imports(path, for_types=True)
+        if target.split(".")[0] in {"torch", "trainer", "streamlit", "app_pages", "app"}
+    ]
+    assert len(quick) > 5
     assert not wrong, "\n".join(wrong)

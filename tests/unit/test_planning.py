@@ -9,15 +9,12 @@ from hypothesis import strategies as st
 
 from estimator.describe.catalogue import read_data
 from estimator.describe.checks import ConfigError
-from estimator.describe.presets import presets, published_parameters, sparse
 from estimator.hardware.accelerators import accelerator
 from estimator.pricing.planning import (
     budget,
     compute_optimal,
     fits,
-    largest_model,
     predicted_loss,
-    schedule,
     tokens_for,
 )
 
@@ -168,45 +165,3 @@ def test_published_mfu_follows_from_the_published_hours(run, parameters, tokens,
 def test_bad_input_is_one_clear_error(arguments, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         compute_optimal(**arguments)
-
-
-@given(flops_st, fit_st)
-def test_the_largest_model_is_affordable_and_the_next_is_not(flops, fit):
-    dense = [name for name in presets() if not sparse(name)]
-    need = {name: 6 * n * tokens_for(n, fit) for name in dense if (n := published_parameters(name))}
-    best = largest_model(flops, fit=fit)
-    affordable = {name for name, price in need.items() if price <= flops}
-    assert (best is None) == (not affordable)
-    if best:
-        assert need[best] <= flops
-        assert all(published_parameters(name) <= published_parameters(best) for name in affordable)
-
-
-def test_the_largest_model_on_given_tokens():
-    n = published_parameters("llama-2-7b")
-    assert largest_model(6 * n * 2e12, tokens=2e12) == "llama-2-7b"
-    assert largest_model(6 * n * 2e12 * 0.999, tokens=2e12) == "opt-6.7b"
-    assert largest_model(1.0) is None
-    spend = budget(hours=24, accelerator="h100 sxm", count=8, mfu=0.4)
-    assert largest_model(spend) == largest_model(spend.flops)
-
-
-@given(st.integers(1, 10**13), st.integers(1, 5000), st.integers(1, 10_000))
-def test_a_schedule_consumes_the_tokens_and_less_than_one_step_more(tokens, batch, seq_len):
-    s = schedule(tokens, batch, seq_len)
-    assert tokens <= s.tokens < tokens + batch * seq_len
-    assert s.tokens == s.steps * batch * seq_len
-    assert s.decay_steps == s.steps
-    if s.steps > 1:
-        warm = schedule(tokens, batch, seq_len, warmup_steps=s.steps - 1)
-        assert (warm.warmup_steps, warm.decay_steps) == (s.steps - 1, 1)
-    with pytest.raises(ConfigError, match=f"warmup_steps = {s.steps}: must be fewer than the {s.steps} steps"):
-        schedule(tokens, batch, seq_len, warmup_steps=s.steps)
-
-
-# The assignment's run: 400,000 steps of 1,024 sequences of 1,024 tokens.
-def test_the_assignments_run():
-    assert schedule(400_000 * 1024 * 1024, 1024, 1024).steps == 400_000
-    for arguments in ((0, 1, 1), (10, 0, 1), (10, 1, 0), (10, 1, 1, -1), (10, 1, 1, 1.5)):
-        with pytest.raises(ConfigError):
-            schedule(*arguments)

@@ -1,5 +1,6 @@
 """The predicted time against the training runs that others published, and what is written about it."""
 
+import os
 import subprocess
 import sys
 import tomllib
@@ -16,6 +17,7 @@ from estimator.timing.roofline import PARTS
 from estimator.timing.speed import spread
 
 ROOT = Path(__file__).parents[2]
+HERE = {**os.environ, "PYTHONPATH": str(ROOT)}
 FILES = ("gemm_efficiency", "attention_efficiency", "mamf", "collectives", "liger_operators", *SOURCES)
 
 
@@ -119,7 +121,7 @@ def test_the_efficiencies_on_file_are_the_fits():
                 assert value == pytest.approx(kept["architecture"][name][field], rel=0.02), (name, field)
 
 
-def test_the_command_needs_no_torch_and_writes_what_it_prints(tmp_path):
+def test_the_command_needs_no_torch_and_writes_what_it_prints_only_where_it_is_told(tmp_path):
     code = "import sys; sys.modules['torch'] = None; from trainer.referee.validate import main; sys.exit(main())"
     command = [sys.executable, "-c", code, "--published", "--out", str(tmp_path), "--json", str(tmp_path / "rows.json")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
@@ -127,15 +129,21 @@ def test_the_command_needs_no_torch_and_writes_what_it_prints(tmp_path):
     assert (tmp_path / "published.md").read_text() == done.stdout
     assert (tmp_path / "published.svg").read_text().startswith("<svg")
     assert (tmp_path / "rows.json").read_text().count('"predicted"') == len(published.judged())
+    again = subprocess.run([*command[:4]], cwd=tmp_path, env=HERE, capture_output=True, text=True, check=True)
+    assert again.stdout == done.stdout
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["published.md", "published.svg", "rows.json"]
     without = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert without.returncode == 2
     assert "need PyTorch" in without.stderr
 
 
-def test_the_kept_report_and_the_readme_are_those_of_today():
+def test_the_kept_report_and_the_pages_are_those_of_today():
     assert (ROOT / "validation" / "published.md").read_text() == published.report()
     assert (ROOT / "validation" / "published.svg").read_text() == published.plot()
-    assert published.table() in (ROOT / "README.md").read_text()
+    assert published.table() in (ROOT / "docs" / "time.md").read_text()
+    mean = published.overall()
+    said = f"{mean.median:.1%}, and the 90th percentile {mean.percentile_90:.1%}".replace("%", " %")
+    assert said in (ROOT / "README.md").read_text()
 
 
 def test_the_data_is_shipped():

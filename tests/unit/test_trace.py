@@ -27,6 +27,10 @@ PLANS = [
 ]
 
 
+def named(m):
+    return f"{m.family}-{m.num_layers}"
+
+
 def executed(m, p, device="cpu"):
     """The trace of a step of which a few turns of blocks are executed."""
     recipe, sizes = recipe_of(m, p, device), sizes_for(m, p)
@@ -75,7 +79,7 @@ def test_units_of_which_one_block_is_checkpointed_repeat_event_by_event(m, every
     assert {account(m, p, "cpu").values(sizes).peak_where.block} <= {None, *range(layers)}
 
 
-@pytest.mark.parametrize("m", [GPT2, LLAMA, GPT2.replace(num_layers=1), LLAMA.replace(num_layers=2)], ids=str)
+@pytest.mark.parametrize("m", [GPT2, LLAMA, GPT2.replace(num_layers=1), LLAMA.replace(num_layers=2)], ids=named)
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_the_timeline_peaks_where_the_closed_form_says_and_ends_where_it_began(m, device):
     for p in PLANS[::9]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import re
@@ -255,12 +256,33 @@ def set_random_states(states: dict[str, Any]) -> None:
 def export_safetensors(model: nn.Module, path: str | os.PathLike[str], metadata: dict[str, str] | None = None) -> None:
     """Write the weights as a safetensors file, atomically; of tied matrices one, the others named in its metadata.
 
+    The same weights give the same bytes.
+
     `safetensors.torch.load_model` reads it back into a model of the same configuration.
     """
     from safetensors import SafetensorError  # noqa: PLC0415  (an extra of the trainer, wanted only here)
     from safetensors.torch import save_model  # noqa: PLC0415
 
+    def write(part: Path) -> None:
+        save_model(model, str(part), metadata)
+        sort_header(part)
+
     try:
-        write_atomically(Path(path), lambda part: save_model(model, str(part), metadata))
+        write_atomically(Path(path), write)
     except SafetensorError as error:
         raise OSError(f"{path}: cannot be written ({error})") from error
+
+
+def sort_header(path: Path) -> None:
+    """Put the entries of a safetensors file's header in order: the library's metadata comes in a random one.
+
+    The format: the header's length in 8 bytes, little-endian; the header, JSON padded with spaces; the tensors.
+    """
+    with path.open("rb+") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+        ordered = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(ordered) > length:
+            raise OSError(f"{path}: its header has {length} bytes, in order it would have {len(ordered)}")
+        file.seek(8)
+        file.write(ordered.ljust(length))

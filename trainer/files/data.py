@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from estimator.describe.checks import ConfigError, choose, positive_int
+from estimator.describe.checks import ConfigError, choose, positive_int, shown
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 # Little-endian on every machine, so that a prepared corpus can be copied between machines.
 DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 SPLITS = ("train", "valid")
+ADVISES = hasattr(mmap.mmap, "madvise")
 
 
 def smallest_dtype(vocab_size: int) -> str:
@@ -119,6 +121,7 @@ class Dataset:
             raise ConfigError(f"vocab_size = {vocab_size}: the tokenizer of {self.path} has {words} ids")
         self.vocab_size = vocab_size or words
         self.dtype = choose("dtype", dtype or self.manifest.get("dtype", "uint16"), DTYPES)
+        self._maps: dict[str, mmap.mmap] = {}
         self._tokens = {split: self._open(split) for split in SPLITS}
 
     def _open(self, split: str) -> NDArray[Any]:
@@ -133,8 +136,11 @@ class Dataset:
                 f"{file}: {size // dtype.itemsize} tokens, a window of {self.context_length} and its target need "
                 f"{self.context_length + 1}"
             )
-        tokens: NDArray[Any] = np.memmap(file, dtype=dtype, mode="r")
-        return tokens
+        with file.open("rb") as opened:
+            mapped = self._maps[split] = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+        if ADVISES:
+            mapped.madvise(mmap.MADV_RANDOM)  # no pages but those of a window
+        return np.frombuffer(mapped, dtype=dtype)
 
     def tokens(self, split: str) -> int:
         """The number of tokens in `split` ("train" or "valid")."""
@@ -143,7 +149,7 @@ class Dataset:
     def get_batch(self, split: str, index: int | None = None) -> tuple[Tensor, Tensor]:
         """Inputs and targets, each (B, T): batch number `index` of the split's stream, or a random one if None."""
         stream = SPLITS.index(choose("split", split, SPLITS))
-        return get_batch(
+        batch = get_batch(
             self._tokens[split],
             self.batch_size,
             self.context_length,
@@ -151,13 +157,16 @@ class Dataset:
             rng=None if index is None else philox(self.seed, stream, index),
             vocab_size=self.vocab_size,
         )
+        if ADVISES:  # the pages stay in the system's cache; as this process's memory they would add up to the file
+            self._maps[split].madvise(mmap.MADV_DONTNEED)
+        return batch
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a prepared corpus; empty if the folder has none.
 
     Raises:
-        ConfigError: it is not a JSON object.
+        ConfigError: it is not a JSON object, or a field of it cannot be.
     """
     file = path / "manifest.json"
     if not file.is_file():
@@ -168,4 +177,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{file}: not JSON ({error})") from error
     if not isinstance(manifest, dict):
         raise ConfigError(f"{file}: must hold a JSON object, holds a {type(manifest).__name__}")
+    if manifest.get("vocab_size") is not None:
+        positive_int(f"{file}: vocab_size", manifest["vocab_size"])
+    choose(f"{file}: dtype", manifest.get("dtype", "uint16"), DTYPES)
+    loss = manifest.get("unigram_loss")
+    if loss is not None and (isinstance(loss, bool) or not isinstance(loss, (int, float))):
+        raise ConfigError(f"{file}: unigram_loss = {shown(loss)}: must be a number")
     return manifest

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from estimator.describe.checks import ConfigError
+from estimator.describe.units import GIB
 from trainer.system.memory import available_memory
 
 if TYPE_CHECKING:
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from estimator.describe.model import ModelConfig
     from estimator.describe.plan import Plan
 
-GIB = 2**30
 MATMUL = {"cpu": 1024, "cuda": 8192}  # rows and columns: large enough that larger ones are not faster, still short
 
 

@@ -137,6 +137,7 @@ class TrainConfig:
         tensorboard: write TensorBoard's files too.
         resume: go on from the newest checkpoint in `out`.
         force: start even if the estimate does not fit the machine.
+        changed: go on even if settings differ from those that the checkpoint was made with.
     """
 
     data: Path = Path("data/stdlib")
@@ -157,12 +158,13 @@ class TrainConfig:
     tensorboard: bool = False
     resume: bool = False
     force: bool = False
+    changed: bool = False
 
     def __post_init__(self) -> None:
         for name in ("steps", "eval_every", "eval_batches", "save_every", "keep", "log_every"):
             positive_int(name, getattr(self, name))
-        if self.seed < 0:
-            raise ConfigError(f"seed = {self.seed}: must be at least 0")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed = {self.seed}: must be from 0 to 2^63 - 1")
         choose("device", self.device, DEVICES)
         object.__setattr__(self, "sharding", SHARDING_SPELLINGS.get(self.sharding, self.sharding))
         choose("sharding", self.sharding, SHARDINGS)

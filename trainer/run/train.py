@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import signal
 import time
 from dataclasses import dataclass
@@ -16,18 +15,18 @@ from torch import Tensor, nn
 from estimator.describe.checks import ConfigError
 from estimator.describe.plan import WHOLE_MATRICES
 from trainer.files.adapters import load_base, save_adapters
-from trainer.files.checkpoint import CheckpointError, checkpoints, export_safetensors, random_states, set_random_states
+from trainer.files.checkpoint import CheckpointError, export_safetensors, random_states, set_random_states
 from trainer.files.data import Dataset
-from trainer.files.prepare import write_whole
 from trainer.model.adapters import to_precision
 from trainer.model.decoder import build_model
 from trainer.optim.eight_bit import AdamW8bit
 from trainer.optim.optimizers import SGD, AdamW, Lion, MuonAdamW, is_for_muon, is_matrix
 from trainer.optim.precision import PARAMETERS, autocast, loss_scaler, products_in
 from trainer.optim.schedule import lr_cosine_schedule
-from trainer.parallel.distributed import Weights, World, load_run, save_run
+from trainer.parallel.distributed import Weights, World, load_run, local, save_run
 from trainer.referee.measure import loss_of
 from trainer.run.announce import announce, matmul_peak
+from trainer.run.folder import check_settings, keep_inputs, locked, newest, prune, start_point
 from trainer.run.progress import Reporter, duration
 
 if TYPE_CHECKING:
@@ -56,7 +55,8 @@ def train(config: TrainConfig) -> int:
     """
     world = World(config.device)
     try:
-        return _train(config, world)
+        with locked(config.out, world):
+            return _train(config, world)
     finally:
         world.leave()
 
@@ -84,7 +84,7 @@ def _train(config: TrainConfig, world: World) -> int:
     # compile() gives back a module too, whatever its annotation says.
     module = cast("nn.Module", torch.compile(wrapped)) if plan.compile else wrapped
     optimizer = build_optimizer(weights, plan, config.optim, device.type)
-    start = 0 if source is None else load(world, source, weights, optimizer, scaler, m.to_dict())
+    start = 0 if source is None else load(world, source, weights, optimizer, scaler, m.to_dict(), config)
     if masters is not None:
         masters.write_back()
         held.spread()
@@ -97,6 +97,9 @@ def _train(config: TrainConfig, world: World) -> int:
     def save(step: int) -> Path:
         run = {"step": step, "config": config.to_dict(), "model": m.to_dict(), "random": random_states()}
         run["scaler"] = scaler.state_dict()
+        finite = torch.stack([torch.isfinite(local(p)).all() for p in weights.named.values()]).all()
+        if world.any(not bool(finite)):  # what is kept is what a run can go on from
+            raise TrainingError(f"step {step}: a weight is not finite; {newest(config)}")
         try:
             path = save_run(world, config.out, step, weights, optimizer, run=run)
         except OSError as error:
@@ -112,8 +115,8 @@ def _train(config: TrainConfig, world: World) -> int:
             reporter.say(f"resumed  {source}")
         notes = left_out(config)
         shared = plan.replace(data_parallel=world.size, sharding=config.sharding)
-        local = world.size if device.type == "cpu" else 1  # CPU processes share the machine's memory
-        estimate = announce(m, shared, device, processes=local, force=config.force, notes=notes, say=reporter.say)
+        sharing = world.size if device.type == "cpu" else 1  # CPU processes share the machine's memory
+        estimate = announce(m, shared, device, processes=sharing, force=config.force, notes=notes, say=reporter.say)
         step_tokens = config.plan.batch_size * config.plan.grad_accumulation * T
         epochs = config.steps * step_tokens / data.tokens("train")
         reporter.say(f"run      {config.steps} steps of {step_tokens:,} tokens: {epochs:.2f} times {config.data}")
@@ -314,25 +317,6 @@ def build_muon(weights: Weights, o: OptimSection, kind: str) -> torch.optim.Opti
     return optimizer
 
 
-def start_point(config: TrainConfig, world: World) -> Path | None:
-    """The checkpoint to go on from, None for a new run.
-
-    Raises:
-        ConfigError: there is none to go on from, or there is one and going on was not asked for.
-    """
-    found = checkpoints(config.out)
-    if config.resume and not found:
-        raise ConfigError(f"resume = True: there is no checkpoint in {config.out}")
-    if found and not config.resume:
-        raise ConfigError(f"out = {config.out}: holds {found[-1].name}; --resume to go on, or give another folder")
-    world.barrier()  # nobody writes before all have looked
-    if world.rank == 0:
-        config.out.mkdir(parents=True, exist_ok=True)
-        for part in config.out.glob("step_*.part"):  # of a run that was killed in the middle of a save
-            remove(part)
-    return found[-1] if found else None
-
-
 def check_precision(config: TrainConfig, world: World) -> None:
     """Raise ConfigError for a precision that several processes cannot share."""
     if world.size > 1 and config.plan.fp32_gradients:
@@ -346,49 +330,43 @@ def load(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     model: dict[str, Any],
+    config: TrainConfig,
 ) -> int:
     """Restore a run from `source`; the number of steps done.
 
     Raises:
         CheckpointError: see `load_run`; or the model has the same shapes and other settings.
+        ConfigError: the run's settings are others than the checkpoint's, and that was not said to be meant.
     """
     run = load_run(world, source, weights, optimizer)
+    check_run(run, source)
     for name, value in run["model"].items():
         if model.get(name) != value:
             raise CheckpointError(f"{source}: of another model: {name} is {value!r}, this run's is {model.get(name)!r}")
+    if not config.changed:
+        check_settings(run["config"], config, source)
     set_random_states(run["random"])
     if run.get("scaler"):
         scaler.load_state_dict(run["scaler"])
     return int(run["step"])
 
 
-def keep_inputs(config: TrainConfig) -> None:
-    """Put beside the checkpoints what going on and generating need: configuration and tokenizer."""
-    write_whole(config.out / "config.json", (json.dumps(config.to_dict(), indent=2, allow_nan=False) + "\n").encode())
-    tokenizer = config.data / "tokenizer.json"
-    if tokenizer.exists():
-        write_whole(config.out / "tokenizer.json", tokenizer.read_bytes())
-
-
-def newest(config: TrainConfig) -> str:
-    """Where the run could go on from, in words."""
-    found = checkpoints(config.out)
-    return f"the last good checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
-
-
-def prune(folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints."""
-    for path in checkpoints(folder)[:-keep]:
-        # Renamed first: a folder that is removed piece by piece must not look like a checkpoint meanwhile.
-        remove(path.replace(path.with_name(path.name + ".part")))
-
-
-def remove(path: Path) -> None:
-    """Remove a file or a folder."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
+def check_run(run: Any, source: Path) -> None:
+    """Raise CheckpointError unless what a checkpoint holds beside weights and optimizer is what a run puts there."""
+    kinds = {"step": int, "config": dict, "model": dict, "random": dict, "scaler": dict}
+    for name, kind in kinds.items():
+        found = run.get(name) if isinstance(run, dict) else None
+        if type(found) is not kind:
+            raise CheckpointError(f"{source}: its run.{name} is a {type(found).__name__}, must be a {kind.__name__}")
+    if run["step"] < 0:
+        raise CheckpointError(f"{source}: its run.step is {run['step']}, must be at least 0")
+    states = run["random"].get("cpu"), *(run["random"].get("cuda") or ())
+    if not all(isinstance(x, Tensor) and x.dtype == torch.uint8 and x.ndim == 1 for x in states):
+        raise CheckpointError(f"{source}: its run.random must hold the generators' states, rows of bytes")
+    if states[0].shape != torch.get_rng_state().shape:
+        raise CheckpointError(
+            f"{source}: its run.random.cpu has {states[0].numel()} bytes, a generator's state has 5056"
+        )
 
 
 def left_out(config: TrainConfig) -> list[str]:
