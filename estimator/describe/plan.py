@@ -88,6 +88,12 @@ class Plan:
         ),
         "grad_accumulation": "micro-batches whose gradients are added before one optimizer step.",
         "max_grad_norm": "clip the gradients to this global norm before the step; None means no clipping.",
+        "compile": "`torch.compile` fuses the elementwise kernels; time knows it, memory is eager's.",
+        "data_parallel": "accelerators that each run this plan on their own sequences.",
+        "sharding": (
+            'what they do not replicate: "none" (DDP), "zero1" (optimizer state), "zero2" (gradients too) or "zero3" '
+            '(parameters too; "fsdp" is the same).'
+        ),
         "trained": (
             "the parts of the model that are trained, with commas: all, blocks, embedding, attention, feed-forward, "
             "norms, head, layers:0-3 (from the first to the last of these)."
@@ -104,12 +110,6 @@ class Plan:
         ),
         "adapter_dropout": "the probability to drop an element of what goes into an adapter.",
         "adapter_alpha": "what an adapter's result is multiplied with, times r; of no account to bytes.",
-        "compile": "`torch.compile` fuses the elementwise kernels; time knows it, memory is eager's.",
-        "data_parallel": "accelerators that each run this plan on their own sequences.",
-        "sharding": (
-            'what they do not replicate: "none" (DDP), "zero1" (optimizer state), "zero2" (gradients too) or "zero3" '
-            '(parameters too; "fsdp" is the same).'
-        ),
     }
 
     batch_size: int = 1
