@@ -148,6 +148,7 @@ def _figures(s: Setup, q: Request, r: Estimate) -> Mapping[str, str]:
         "micro-batch": f"{p.batch_size:,} x {p.tokens(q.model):,} tokens",
         **{label(field).lower(): str(getattr(p, field)) for field in (*SHOWN, *_more())},
         "parameters": f"{r.values.parameters:,}",
+        "trained": f"{r.values.trained_parameters:,}",
         "memory needed": size(r.memory.needed, s.unit),
         "capacity": size(r.memory.capacity or 0, s.unit),
         "fits": "yes" if r.fits else "no",

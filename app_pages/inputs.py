@@ -125,8 +125,12 @@ def _plan_input(name: str, model: ModelConfig) -> Any:
         return st.selectbox(**common, options=names, index=names.index(default))
     if isinstance(default, bool):
         return st.toggle(**common, value=default)
+    if isinstance(default, str):  # a list of names
+        return st.text_input(**common, value=default)
     if name == "max_grad_norm":
         return st.number_input(**common, min_value=0.0, value=None, placeholder="no clipping", step=0.1)
+    if name == "adapter_alpha":
+        return st.number_input(**common, min_value=0.1, value=default, step=1.0)
     if isinstance(default, float):  # a probability
         return st.number_input(**common, min_value=0.0, max_value=0.99, value=default, step=0.05)
     placeholder = f"{model.context_length:,}" if name == "seq_len" else None

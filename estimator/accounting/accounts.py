@@ -14,12 +14,13 @@ from estimator.accounting.step import run_step
 from estimator.accounting.trace import Trace
 from estimator.accounting.vectorised import VectorisedPeak
 from estimator.describe.checks import BLOCKS, ConfigError, check_figure, choose
+from estimator.describe.selection import part_of
 from estimator.eager.ledger import Category, Phase
 from estimator.eager.letters import LETTERS, SYMBOLS, ZERO, Size, Sizes, as_sizes, expression, substituted
 from estimator.eager.repetition import TURNS
 from estimator.eager.sizes import GIVEN, ShapeClass, sizes_of
 from estimator.models.attention import fused_kernel
-from estimator.models.layers import Blocks, Recipe
+from estimator.models.layers import BlockOrder, Recipe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -39,14 +40,7 @@ COMPONENTS = ("embedding", "attention", "feed-forward", "norms", "residual", "he
 
 def component(module: str) -> str:
     """The part of the model that a module path belongs to."""
-    parts = module.split(".")
-    if parts[-1].endswith("norm"):
-        return "norms"
-    if "attention" in parts:
-        return "attention"
-    if "ffn" in parts:
-        return "feed-forward"
-    return {"head": "head", "loss": "loss", "blocks": "residual"}.get(parts[0], "embedding")
+    return "loss" if module.split(".", maxsplit=1)[0] == "loss" else part_of(module)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +49,7 @@ class Forms:
 
     Attributes:
         parameters: number of parameters of the whole model, shared ones once.
+        trained_parameters: number of those that are trained.
         parameter_bytes, gradient_bytes, optimizer_bytes: bytes of each that this accelerator holds.
         activation_bytes: bytes that autograd keeps from a micro-batch's forward for its backward; parameters, inputs
             and buffers not counted, every storage once.
@@ -66,6 +61,7 @@ class Forms:
     """
 
     parameters: Any
+    trained_parameters: Any
     parameter_bytes: Any
     gradient_bytes: Any
     optimizer_bytes: Any
@@ -127,7 +123,7 @@ def _account(recipe: Recipe, shapes: ShapeClass, device: str, stack: Stack, size
     traced = Trace(run_step(recipe, shapes, device, stack, sizes), stack)
     whole, parts = _forms(traced)
     general, enough = ShapeClass.general(sizes), _longer(recipe, sizes["L"])
-    longer = recipe.layout(enough).stack if recipe.executed(enough) <= BLOCKS else stack
+    longer = recipe.layout(enough).stack if recipe.order.executed(enough) <= BLOCKS else stack
     if shapes != general or stack != longer:
         common, common_parts = _forms(Trace(run_step(recipe, general, device, longer, general.large(sizes)), longer))
         to = {**shapes.letters, "L": stack.blocks}
@@ -138,7 +134,7 @@ def _account(recipe: Recipe, shapes: ShapeClass, device: str, stack: Stack, size
 
 def _longer(recipe: Recipe, num_layers: int) -> int:
     """As many blocks, with the same number left over, as it takes for the pattern of blocks to repeat."""
-    first, cycle = len(recipe.pattern.first), recipe.period
+    first, cycle = len(recipe.order.first), recipe.order.period
     if num_layers <= first:
         return num_layers
     return max(num_layers, first + TURNS * cycle + (num_layers - first) % cycle)
@@ -160,9 +156,14 @@ def account(m: ModelConfig, p: Plan, device: str = "cuda") -> Account:
 
 def sizes_for(m: ModelConfig, p: Plan, threads: int | None = None) -> Sizes:
     """The number behind each letter of the legend for `m` run as `p`."""
+    order = BlockOrder(m.rotating_pattern, p.checkpointing, p.checkpoint_every, p.selection, p.adapter != "none")
+    return Sizes(_sizes(m, p, threads) | order.layout(m.num_layers).values)
+
+
+def _sizes(m: ModelConfig, p: Plan, threads: int | None) -> Sizes:
+    """Those of the model and the plan, without the turns of its groups of blocks."""
     sizes = sizes_of(m, p.batch_size, p.tokens(m), threads, p.shards)
-    sizes.update(Blocks(m.rotating_pattern, p.checkpointing, p.checkpoint_every).layout(m.num_layers).values)
-    return sizes
+    return sizes if p.adapter == "none" else Sizes(sizes | {"r": p.adapter_rank})
 
 
 def recipe_of(m: ModelConfig, p: Plan, device: str) -> Recipe:
@@ -171,7 +172,7 @@ def recipe_of(m: ModelConfig, p: Plan, device: str) -> Recipe:
     recipe = Recipe(
         parts=m.made_of.statements(),
         pattern=m.rotating_pattern,
-        letters=tuple(sizes_of(m, p.batch_size, tokens, 1, p.shards)),
+        letters=tuple(_sizes(m, p, threads=1)),
         partial=m.rotary_dim is not None,
         projects=m.embedding_dim is not None,
         precision=p.precision,
@@ -186,6 +187,10 @@ def recipe_of(m: ModelConfig, p: Plan, device: str) -> Recipe:
         clips=p.max_grad_norm is not None,
         micro_batches=min(p.grad_accumulation, 2),  # the second adds to gradients that exist, and so do all after it
         parallel="alone" if p.data_parallel == 1 else {"none": "ddp"}.get(p.sharding, p.sharding),
+        selection=p.selection,
+        adapter=p.adapter,
+        adapter_targets=p.adapter_targets if p.adapter != "none" else "",
+        adapter_dropout=p.adapter != "none" and p.adapter_dropout > 0,
     )
     masked = m.sliding_window is not None and tokens > m.sliding_window
     if p.attention == "sdpa-flash" and fused_kernel("flash", device, masked=masked) != "flash":
@@ -223,6 +228,8 @@ def _forms(traced: Trace) -> tuple[Forms, dict[str, Forms]]:
                 enter(_RESIDENT[storage.category], where, nbytes)
     for where, elements in ledger.parameters:
         enter("parameters", where, elements)
+    for where, elements in ledger.trained:
+        enter("trained_parameters", where, elements)
     for storage in ledger.saved:
         enter("activation_bytes", storage.where, storage.nbytes)
     for kernel in ledger.kernels:

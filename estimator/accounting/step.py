@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from estimator.describe.checks import ConfigError
+from estimator.describe.selection import NOTHING_TRAINED
 from estimator.eager.autocast import LOWER
 from estimator.eager.autograd import backward
 from estimator.eager.ledger import Category, Phase
@@ -41,6 +43,8 @@ def run_step(recipe: Recipe, shapes: ShapeClass, device: str, stack: Stack, size
     size = shapes.letters
     with ledger.inside("inputs"):
         ids, targets = (_input(machine, size["B"], size["T"]) for _ in range(2))
+    if not replica.updated:
+        raise ConfigError(NOTHING_TRAINED)
     masters = scaler = None
     updated = replica.updated
     if recipe.precision == "bf16-master":
@@ -65,6 +69,8 @@ def run_step(recipe: Recipe, shapes: ShapeClass, device: str, stack: Stack, size
                 mean, loss = loss, div_number(loss).hold()
                 mean.drop()
             scaled = loss.hold() if scaler is None else scaler.scale(loss).hold()
+            if ledger.micro_batch == 0:  # what a checkpoint saved of arguments that want no gradient is gone
+                ledger.saved = [storage for storage in ledger.saved if storage.owners]
             ledger.phase = Phase.BACKWARD
             backward(scaled)
         scaled.drop()

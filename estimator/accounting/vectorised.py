@@ -64,8 +64,10 @@ class VectorisedPeak:
             keys = [("live", i) for i in range(len(account.pieces))]
             used = account.compiled.letters(keys)
             arrays = {name: x[here].astype(np.float64) for name, x in varying.items() if name in used}
+            deep = int(np.max(sizes["L"]))
+            turns = self.recipe.layout(deep).values
             try:
-                out[here] = account.compiled.greatest(keys, Sizes({**fixed, **arrays}))
+                out[here] = account.compiled.greatest(keys, Sizes({**fixed, **turns, **arrays}))
             except OverflowError:
                 most = {field: int(np.max(sizes[letter])) for letter, field in GIVEN.items() if letter in sizes}
                 check_figure("peak_bytes", FIGURE + 1, most)
@@ -90,6 +92,9 @@ class VectorisedPeak:
             while len(here):
                 points = {name: x[here] if np.ndim(x) else x for name, x in sizes.items()}
                 first = {name: int(x[0]) if np.ndim(x) else int(x) for name, x in points.items()}
+                first |= self.recipe.layout(
+                    first["L"]
+                ).values  # the turns of all groups but the last, in which L counts
                 account = self.account_at(self.recipe, Sizes(first), self.device)
                 holds, values = np.ones(len(here), dtype=bool), Sizes(points)
                 for fact, answer in account.traced.ledger.facts.items():

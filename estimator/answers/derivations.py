@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 LEDGER = "read off the ledger of one symbolic step, by the rules of PyTorch eager"
 TITLES = {
     "parameters": "Parameters",
+    "trained_parameters": "Parameters that are trained",
     "parameter_bytes": "Bytes of parameters",
     "gradient_bytes": "Bytes of gradients",
     "optimizer_bytes": "Bytes of optimizer state",
@@ -42,6 +43,7 @@ SYMBOL_OF = {
     "needed": r"M_{\mathrm{needed}}",
     "hours": r"t_{\mathrm{run}}",
     "parameters": "N",
+    "trained_parameters": r"N_{\mathrm{trained}}",
     "parameter_bytes": r"M_{\mathrm{param}}",
     "gradient_bytes": r"M_{\mathrm{grad}}",
     "optimizer_bytes": r"M_{\mathrm{opt}}",

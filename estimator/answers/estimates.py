@@ -115,6 +115,7 @@ class Estimate:
             "accelerator": self.accelerator.id,
             "fits": self.fits,
             "parameters": self.values.parameters,
+            "trained_parameters": self.values.trained_parameters,
             "memory": self.memory.to_dict(),
             "activation_bytes": self.values.activation_bytes,
             "flops": asdict(self.flops) | {"model": self.flops.model, "step": self.flops.step},

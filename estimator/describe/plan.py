@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from estimator.describe.adapters import ADAPTERS, ALL, targets_listed
 from estimator.describe.checks import NORM, ConfigError, choose, known_fields, positive_int, shown
+from estimator.describe.selection import Selection, parts_listed
 
 if TYPE_CHECKING:
     from estimator.describe.model import ModelConfig
@@ -92,6 +94,22 @@ class Plan:
             'what they do not replicate: "none" (DDP), "zero1" (optimizer state), "zero2" (gradients too) or "zero3" '
             '(parameters too; "fsdp" is the same).'
         ),
+        "trained": (
+            "the parts of the model that are trained, with commas: all, blocks, embedding, attention, feed-forward, "
+            "norms, head, layers:0-3 (from the first to the last of these)."
+        ),
+        "frozen": "the parts of these that are not trained after all, named alike.",
+        "adapter": (
+            '"lora" trains two narrow matrices beside each of some linear layers, in fp32, and nothing else, as '
+            'peft does; "none" trains the model itself.'
+        ),
+        "adapter_rank": "r, the width of the adapters' matrices.",
+        "adapter_targets": (
+            '"all-linear" (every linear layer but the head), or the layers that have an adapter, with commas: q, v, '
+            "qkv, out, gate, up, down ..."
+        ),
+        "adapter_dropout": "the probability to drop an element of what goes into an adapter.",
+        "adapter_alpha": "what an adapter's result is multiplied with, times r; of no account to bytes.",
     }
 
     batch_size: int = 1
@@ -110,6 +128,13 @@ class Plan:
     compile: bool = False
     data_parallel: int = 1
     sharding: str = "none"
+    trained: str = "all"
+    frozen: str = ""
+    adapter: str = "none"
+    adapter_rank: int = 8
+    adapter_targets: str = ALL
+    adapter_dropout: float = 0.0
+    adapter_alpha: float = 16.0
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -159,12 +184,47 @@ class Plan:
             raise ConfigError(
                 f"sharding = {self.sharding!r}: {self.optimizer} works on whole matrices; allowed is none (DDP)"
             )
+        for name in ("trained", "frozen"):
+            put(self, name, parts_listed(name, getattr(self, name)))
+        if self.selection != Selection() and self.data_parallel > 1:
+            raise ConfigError(
+                f"data_parallel = {self.data_parallel}: what is frozen is known for one accelerator alone; allowed: 1 "
+                "or trained = 'all' and frozen = ''"
+            )
+        self._check_adapter()
         norm = self.max_grad_norm
         if norm is not None and (isinstance(norm, bool) or not isinstance(norm, (int, float)) or not 0 < norm <= NORM):
             raise ConfigError(
                 f"max_grad_norm = {shown(norm)}: must be a finite number above 0 and at most {NORM:g}, or None for no "
                 "clipping"
             )
+
+    def _check_adapter(self) -> None:
+        choose("adapter", self.adapter, ADAPTERS)
+        object.__setattr__(self, "adapter_rank", positive_int("adapter_rank", self.adapter_rank))
+        object.__setattr__(self, "adapter_targets", targets_listed(self.adapter_targets))
+        rate, alpha = self.adapter_dropout, self.adapter_alpha
+        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate < 1:
+            raise ConfigError(f"adapter_dropout = {shown(rate)}: must be a number of at least 0 and below 1")
+        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha <= NORM:
+            raise ConfigError(f"adapter_alpha = {shown(alpha)}: must be a finite number above 0")
+        if self.adapter == "none":
+            return
+        if self.selection != Selection():
+            raise ConfigError(
+                f"adapter = {self.adapter!r}: it freezes the model; leave trained at 'all' and frozen empty"
+            )
+        if self.precision == "bf16-master":
+            raise ConfigError(
+                "precision = 'bf16-master': adapters are fp32 by themselves; allowed are all other precisions"
+            )
+        if self.data_parallel > 1:
+            raise ConfigError(f"data_parallel = {self.data_parallel}: adapters are known for one accelerator alone")
+
+    @property
+    def selection(self) -> Selection:
+        """Which parameters are trained."""
+        return Selection.of(self.trained, self.frozen)
 
     def tokens(self, model: ModelConfig) -> int:
         """T, the sequence length that this plan gives to `model`.
@@ -194,6 +254,7 @@ class Plan:
 
     def check_model(self, model: ModelConfig) -> None:
         """Raise ConfigError if the model's parts have something that the plan's attention or loss has not."""
+        self.selection.check(model)
         parts = model.made_of
         if model.unfused is not None and self.attention.startswith("sdpa"):
             raise ConfigError(
@@ -209,6 +270,11 @@ class Plan:
                     f"loss = 'chunked': it has the head in it, but not the model's ends.{name}; allowed are "
                     f"{', '.join(x for x in LOSSES if x != 'chunked')}"
                 )
+        if self.loss == "chunked" and self.adapter != "none" and "head" in self.adapter_targets.split(","):
+            raise ConfigError(
+                "loss = 'chunked': it has the head in it, but not the adapter that adapter_targets puts beside it; "
+                f"allowed are {', '.join(x for x in LOSSES if x != 'chunked')}"
+            )
         if self.attention == "sdpa-flash" and model.value_e != model.e:
             raise ConfigError(
                 f"attention = 'sdpa-flash': its queries and values are of one width, the model's of {model.e} and "

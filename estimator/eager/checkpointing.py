@@ -131,6 +131,8 @@ def checkpoint(function: Callable[..., Tensor], *args: Tensor | None, selective:
         frame.machine.frames.append(frame)
         results.append(function(*args))
         frame.machine.frames.pop()
+        if not frame.holders:  # nothing in it wants a gradient: no saved tensor holds the frame
+            frame.release()
     return results[0]
 
 

@@ -8,7 +8,7 @@ from estimator.eager.autograd import Context, attach, record, summed
 from estimator.eager.ledger import Gemm
 from estimator.eager.letters import ONE, ceiling, constant
 from estimator.eager.letters import n as threads
-from estimator.eager.ops import dispatched_number, elementwise
+from estimator.eager.ops import elementwise, wrapped_again
 from estimator.eager.tensor import FLOAT32, INT64, Locals, Tensor, empty_like, op
 from estimator.eager.views import cast, contiguous
 
@@ -148,7 +148,7 @@ def whole_number_divided(x: Tensor) -> Tensor:
     """x // number, of int64: the number is a tensor of eight bytes on the CPU."""
     machine = x.machine
     number = machine.empty((), INT64).hold() if machine.wraps_scalars else None
-    with dispatched_number(machine):
+    with wrapped_again(machine):
         out = elementwise("floor_divide", x)
     if number is not None:
         number.drop()

@@ -119,6 +119,7 @@ class Ledger:
     saved: list[Storage] = field(default_factory=list)
     facts: dict[Fact, bool] = field(default_factory=dict)  # what the step asked of its sizes, and the answers
     parameters: list[tuple[Where, Size]] = field(default_factory=list)  # each one's place and number of elements
+    trained: list[tuple[Where, Size]] = field(default_factory=list)  # those of them that are trained
     gradients: dict[Storage, list[tuple[Where, Size]]] = field(default_factory=dict)  # whose bytes are in a storage
     micro_batch: int = 0
     phase: Phase = Phase.SETUP

@@ -15,7 +15,7 @@ from estimator.eager.letters import ONE, Function, rounded_up, smaller
 from estimator.eager.letters import n as threads
 from estimator.eager.ops import added, additive_mask
 from estimator.eager.tensor import FLOAT32, UINT64, Locals, Tensor, empty_like, op
-from estimator.eager.views import reshape, transpose, unsafe_view, view
+from estimator.eager.views import expand, reshape, transpose, unsafe_view, unsqueeze, view
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -123,8 +123,21 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     out = (*x.shape[:-1], weight.shape[0])
     if bias is not None and x.is_contiguous:
         return view(addmm(bias, view(x, flat), transpose(weight, 0, 1)), out)
-    y = unsafe_view(_fold_mm(x, flat, weight), out)
+    y = unsafe_view(_fold_mm(x, flat, weight), out) if _folds(x, weight) else _batched(x, weight)
     return added(y, bias) if bias is not None else y
+
+
+def _folds(x: Tensor, weight: Tensor) -> bool:
+    """`should_fold` in aten/src/ATen/native/LinearAlgebra.cpp: with a copy only where the matrix wants a gradient."""
+    steps = zip(x.stride[:-2], x.stride[1:-1], x.shape[1:-1], strict=True)
+    return weight.requires_grad or all(wide == x.machine.product((step, n)) for wide, step, n in steps)
+
+
+@op
+def _batched(x: Tensor, weight: Tensor) -> Tensor:
+    """A product for each sequence with the same matrix."""
+    w_t = transpose(weight, 0, 1)
+    return bmm(x, expand(unsqueeze(w_t, 0), (x.shape[0], *w_t.shape)))
 
 
 def _fold_mm(x: Tensor, flat: Shape, weight: Tensor) -> Tensor:

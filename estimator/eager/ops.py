@@ -91,8 +91,8 @@ def cast_number(machine: Machine, dtype: Dtype) -> Iterator[None]:
 
 
 @contextmanager
-def dispatched_number(machine: Machine) -> Iterator[None]:
-    """A mode that dispatches to Python is handed the number that an expression has, and its call wraps it again."""
+def wrapped_again(machine: Machine) -> Iterator[None]:
+    """Where Python dispatches, the number of an expression in Python has been one again, and is wrapped anew."""
     again = wrapped_number(machine) if machine.dispatches_to_python else None
     yield
     if again is not None:
@@ -189,8 +189,9 @@ def mul(a: Tensor, b: Tensor) -> Tensor:
 def add_number(a: Tensor) -> Tensor:
     """A + number."""
     node = record("AddBackward0", (a,), lambda _, grad: [grad])
-    with dispatched_number(a.machine):
-        return attach(node, with_number("add", a))
+    with wrapped_again(a.machine):
+        out = with_number("add", a)
+    return attach(node, out)
 
 
 @op
@@ -207,7 +208,7 @@ def mul_number(a: Tensor) -> Tensor:
 def _with_saved_number(node_name: str, name: str, a: Tensor, backward: Backward) -> Tensor:
     number = wrapped_number(a.machine)
     node = record(node_name, (a,), backward, (number,))
-    with dispatched_number(a.machine), cast_number(a.machine, a.dtype):
+    with wrapped_again(a.machine), cast_number(a.machine, a.dtype):
         out = elementwise(name, a)
     if number is not None:
         number.drop()
@@ -391,15 +392,17 @@ def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor
     def backward(c: Context, grad: Tensor) -> Gradients:
         x = c.x = contiguous(c.saved[0])
         machine = grad.machine
-        c.dx = machine.empty(x.shape, x.dtype)
-        c.dw = machine.empty(weight.shape, weight.dtype) if weight is not None else None
-        c.db = machine.empty(bias.shape, bias.dtype) if bias is not None else None
+        made = []
+        for wanted, name, like in zip(c.needs, ("dx", "dw", "db"), (x, weight, bias), strict=True):  # grad_input_mask
+            if wanted and like is not None:
+                setattr(c, name, machine.empty(like.shape, like.dtype))
+                made.append(name)
         c.dy = contiguous(grad)
-        if machine.device == "cpu" and weight is not None:
+        if machine.device == "cpu" and weight is not None and any(c.needs[1:]):
             c.scratch = machine.empty((2 * threads, *weight.shape), x.dtype)
         reads = (c.dy, x) if weight is None else (c.dy, x, weight)
-        machine.kernel("native_layer_norm_backward", reads, [t for t in (c.dx, c.dw, c.db) if t is not None])
-        return [c.take("dx"), c.take("dw") if weight is not None else None, c.take("db") if bias is not None else None]
+        machine.kernel("native_layer_norm_backward", reads, [getattr(c, name) for name in made])
+        return [c.take(name) if name in made else None for name in ("dx", "dw", "db")]
 
     node = record("NativeLayerNormBackward0", (x, weight, bias), backward, (x, weight))
     machine = x.machine

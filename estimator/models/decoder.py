@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 from estimator.eager import ops
 from estimator.eager.ledger import Category
 from estimator.eager.letters import ONE
-from estimator.eager.linalg import linear
 from estimator.eager.losses import chunked_cross_entropy
 from estimator.eager.pointwise import soft_cap
 from estimator.eager.tensor import Locals
+from estimator.models.adapters import adapt
 from estimator.models.block import Block
-from estimator.models.layers import BlockKind, Embedding, Linear, Module, dropout
+from estimator.models.layers import BlockKind, Embedding, Head, Linear, Module, dropout
 from estimator.models.masks import attention_kinds, build_mask
 from estimator.models.norms import build_norm
 from estimator.models.positions import Positions, Sinusoids, alibi_bias
@@ -21,19 +21,6 @@ if TYPE_CHECKING:
     from estimator.eager.letters import Size
     from estimator.eager.tensor import Machine, Tensor
     from estimator.models.layers import Recipe
-
-
-class Head(Module):
-    """The last projection; a tied one has the embedding's matrix."""
-
-    def __init__(self, machine: Machine, width: Size, vocabulary: Size, embedding: Embedding, recipe: Recipe) -> None:
-        super().__init__(machine, "head")
-        ends = recipe.parts.ends
-        self.weight = embedding.weight if ends.tied else self.parameter(vocabulary, width)
-        self.bias = self.parameter(vocabulary) if ends.head_bias else None
-
-    def forward(self, v: Locals, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
 
 
 class Transformer(Module):
@@ -72,6 +59,20 @@ class Transformer(Module):
             self.tables = [self.buffer(size["h"])]
         self.query_scale = self.buffer(size["C"]) if parts.attention.query_scaling != "none" else None
         self.head = self.child(Head(machine, width, size["V"], self.embedding, recipe))
+        self.freeze()
+
+    def freeze(self) -> None:
+        """Parameters that the recipe does not train want no gradient."""
+        if self.recipe.adapter != "none":
+            adapt(self, self.recipe)
+        elsewhere = self.recipe.selection.at(None)
+        for p in self.parameters():
+            where = p.storage.where
+            selection = elsewhere if where.block is None else self.kinds[where.block].selection
+            if self.recipe.adapter == "none":
+                p.requires_grad = selection.has(where.module)
+            if p.requires_grad:
+                self.machine.ledger.trained.append((where, p.numel))
 
     def buffer(self, *shape: Size) -> Tensor:
         """A tensor that the model holds and does not train."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from estimator.describe.checks import BLOCKS, ConfigError
+from estimator.describe.selection import Selection
 from estimator.eager import ops
 from estimator.eager.checkpointing import checkpoint
 from estimator.eager.linalg import linear
@@ -23,20 +25,27 @@ if TYPE_CHECKING:
     from estimator.parallel.data import Unit
 
 
+EVERYTHING = Selection()
+
+
 class BlockKind(NamedTuple):
     """What sets one block apart from another."""
 
     layer: Layer
     checkpointed: bool
+    selection: Selection = EVERYTHING
+    reached: bool = True  # by a gradient of what comes in: a parameter before the block is trained
 
 
 @dataclass(frozen=True)
-class Blocks:
-    """Which block of a step is of which kind, and how many of them are run one by one."""
+class BlockOrder:
+    """Which kinds of blocks follow each other, whatever their number: what sets them apart in a model and a plan."""
 
     pattern: Pattern
     checkpointing: str
     checkpoint_every: int
+    selection: Selection
+    adapted: bool = False
 
     def layout(self, num_layers: int) -> Layout:
         """The groups of alike blocks in a model of so many.
@@ -53,6 +62,16 @@ class Blocks:
             )
         return layout(self.first, self._cycle(num_layers), num_layers)
 
+    @cached_property
+    def _reached(self) -> int:
+        """The first block whose input has a gradient."""
+        if self.adapted:
+            return 1
+        if self.selection.at(None).has("embedding"):
+            return 0
+        alike = self.selection.told_apart
+        return next((i for i in range(alike + 1) if self.selection.at(i).has_block), alike) + 1
+
     @property
     def period(self) -> int:
         """After how many blocks, those of `pattern.first` not counted, the kinds begin again."""
@@ -68,24 +87,27 @@ class Blocks:
     @property
     def first(self) -> tuple[BlockKind, ...]:
         """The kinds of the first blocks, before those that repeat."""
-        return tuple(self._kind(i) for i in range(len(self.pattern.first)))
+        return tuple(
+            self._kind(i) for i in range(max(len(self.pattern.first), self.selection.told_apart, self._reached))
+        )
 
     def _cycle(self, num_layers: int) -> tuple[BlockKind, ...]:
         """The kinds of the blocks that repeat; no more of them than the model has."""
-        first = len(self.pattern.first)
+        first = len(self.first)
         return tuple(self._kind(first + i) for i in range(min(self.period, max(num_layers - first, 1))))
 
     def _kind(self, index: int) -> BlockKind:
         (layer,) = self.pattern.layers(index + 1)[index:]
         checkpointed = self.checkpointing != "none" and (index + 1) % self.checkpoint_every == 0
-        return BlockKind(layer, checkpointed)
+        return BlockKind(layer, checkpointed, self.selection.at(index), index >= self._reached)
 
 
 @dataclass(frozen=True)
-class Recipe(Blocks):
+class Recipe:
     """What of a model and a plan decides which statements a step executes; hashable, free of sizes."""
 
     parts: Parts
+    pattern: Pattern
     letters: tuple[str, ...]  # the sizes that the model has
     partial: bool  # only a part of each head is rotated
     projects: bool  # the embedding has a width of its own
@@ -94,11 +116,28 @@ class Recipe(Blocks):
     attention: str  # the kernel: Plan.attention_kernel
     dropout: bool
     loss: str
+    checkpointing: str
+    checkpoint_every: int
     optimizer: str
     optimizer_impl: str
     clips: bool
     micro_batches: int
     parallel: str = "alone"
+    selection: Selection = EVERYTHING
+    adapter: str = "none"
+    adapter_targets: str = ""
+    adapter_dropout: bool = False
+
+    @property
+    def order(self) -> BlockOrder:
+        """Which kinds of blocks follow each other."""
+        return BlockOrder(
+            self.pattern, self.checkpointing, self.checkpoint_every, self.selection, self.adapter != "none"
+        )
+
+    def layout(self, num_layers: int) -> Layout:
+        """The groups of alike blocks in a model of so many (`BlockOrder.layout`)."""
+        return self.order.layout(num_layers)
 
     @property
     def kinds(self) -> frozenset[Layer]:
@@ -126,6 +165,8 @@ class Module:
 
     def __init__(self, machine: Machine, name: str, block: int | None = None) -> None:
         self.machine, self.name, self.block = machine, name, block
+        with self.inside():
+            self.where = machine.ledger.here
         self.owned: list[Tensor | Module] = []
         self.checkpointed = self.selective = False
         self.unit: Unit | None = None
@@ -198,6 +239,21 @@ class Embedding(Module):
         return ops.embedding(ids, self.weight)
 
 
+class Head(Linear):
+    """The last projection; a tied one has the embedding's matrix."""
+
+    def __init__(self, machine: Machine, width: Size, vocabulary: Size, embedding: Embedding, recipe: Recipe) -> None:
+        Module.__init__(self, machine, "head")
+        ends = recipe.parts.ends
+        self.weight = embedding.weight if ends.tied else self.parameter(vocabulary, width)
+        self.bias = self.parameter(vocabulary) if ends.head_bias else None
+
+
 def dropout(x: Tensor, recipe: Recipe) -> Tensor:
     """nn.Dropout: x itself where the recipe has none."""
-    return ops.dropout(x) if recipe.dropout else x
+    return dropout_at(x, drops=recipe.dropout)
+
+
+def dropout_at(x: Tensor, *, drops: bool) -> Tensor:
+    """nn.Dropout, or nn.Identity."""
+    return ops.dropout(x) if drops else x

@@ -106,8 +106,8 @@ class AdamW8bit(Optimizer):
     """
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
-        matrices = [p for p in parameters if len(p.shape) >= 2]
-        super().__init__(matrices)
+        self.machine = parameters[0].machine
+        super().__init__([p for p in parameters if len(p.shape) >= 2])
         self.vectors = BundledAdamW([p for p in parameters if len(p.shape) < 2])
         with self.machine.ledger.at("", None, "tables"):
             for elements in (256, 256, 255, 255):
@@ -118,6 +118,12 @@ class AdamW8bit(Optimizer):
         return [self.new_state(*shape, dtype=dtype) for shape, dtype in 2 * [(p.shape, UINT8), ((count,), FLOAT32)]]
 
     def step(self) -> None:
+        if self.parameters:
+            self._update_matrices()
+        if self.vectors.parameters:
+            self.vectors.step()
+
+    def _update_matrices(self) -> None:
         with Locals() as v, at_parameter(self.parameters[0], "AdamW, 8-bit states"):
             scratch = slice_of(self.parameters)
             v.m, v.v, v.s = (self.machine.empty((scratch,)) for _ in range(3))
@@ -128,8 +134,6 @@ class AdamW8bit(Optimizer):
                     in_place_with_number("mul_", p)
                     # Scaling back 2, the update 13 more, absolute values, maxima and quotients 6.
                     self.machine.kernel("adamw_8bit", (p, p.grad, *state), (p, *state), arithmetic=21 * p.numel)
-        if self.vectors.parameters:
-            self.vectors.step()
 
 
 class Adafactor(Optimizer):
@@ -201,6 +205,7 @@ class Muon(Optimizer):
     others: type[Optimizer] = LoopAdamW
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self.machine = parameters[0].machine
         matrices = [p for p in parameters if is_for_muon(p)]
         super().__init__(matrices)
         self.adamw = self.others([p for p in parameters if all(p is not m for m in matrices)])
@@ -217,7 +222,8 @@ class Muon(Optimizer):
                     wide = cast(v.update, p.dtype).hold() if self.machine.casts_operands else v.update.hold()
                     in_place("add_", p, wide, arithmetic=2)
                     wide.drop()
-        self.adamw.step()
+        if self.adamw.parameters:
+            self.adamw.step()
 
     def _orthogonal(self, update: Tensor) -> Tensor:
         """`_zeropower_via_newtonschulz`."""

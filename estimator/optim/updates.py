@@ -48,7 +48,8 @@ class Optimizer:
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self.parameters = parameters
-        self.machine = parameters[0].machine
+        if parameters:
+            self.machine = parameters[0].machine
         self.states = []
         for p in parameters:
             with at_parameter(p, "state"):

@@ -50,7 +50,7 @@ class Replica:
 
     def __init__(self, model: Model, micro_batches: int) -> None:
         self.machine = model.machine
-        self.parameters = list(model.parameters())
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.updated: Sequence[Tensor] = self.parameters
         self.last = micro_batches - 1
 

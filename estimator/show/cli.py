@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from estimator.accounting.accounts import Values
     from estimator.answers.estimates import Estimate
     from estimator.timing.speed import Time
 
@@ -287,6 +288,12 @@ def gib(nbytes: float) -> str:
     return f"{nbytes / GIB:,.2f} GiB"
 
 
+def trained(values: Values) -> str:
+    """How many of the parameters are trained."""
+    share = values.trained_parameters / values.parameters
+    return f"trained: {values.trained_parameters:,} of {values.parameters:,} parameters ({share:.3g} of them)"
+
+
 def verdict(r: Estimate, largest: int) -> str:
     """Fits or not, by how much, when the peak is and what holds it, and what the logits are of it."""
     from estimator.show.formatting import logits  # noqa: PLC0415 - only here
@@ -346,6 +353,8 @@ def _tables(name: str, r: Estimate, largest: int, price: float | None = None) ->
         highlight=False,
     )
     console.print(at_a_glance(r, largest, price), style="bold", highlight=False)
+    if r.values.trained_parameters != r.values.parameters:
+        console.print(trained(r.values), highlight=False)
     console.print(verdict(r, largest) + "\n", style="bold green" if r.fits else "bold red", highlight=False)
     table = Table("memory at the peak", "bytes", "GiB", box=None, pad_edge=False)
     for column in table.columns[1:]:

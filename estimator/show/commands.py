@@ -139,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _dispatched(argv: list[str]) -> int:
     first = argv[0] if argv else ""
-    if first in ("", "-h", "--help"):
+    if not argv or first in ("-h", "--help"):
         (sys.stdout if argv else sys.stderr).write(overview())
         return 0 if argv else 2
     if first == "--version":

@@ -60,6 +60,8 @@ def to_markdown(request: Request, cost: Cost | None = None, unit: str = "GiB") -
     lines.append(f"| allocator and context | {reserve:,} | {size(reserve, unit)} |")
     lines.append(f"| needed | {r.memory.needed:,} | {size(r.memory.needed, unit)} |")
     lines += ["", "| figure | |", "|---|---:|", f"| parameters | {r.values.parameters:,} |"]
+    if r.values.trained_parameters != r.values.parameters:
+        lines.append(f"| parameters that are trained | {r.values.trained_parameters:,} |")
     lines.append(f"| FLOPs of a step | {prefixed(r.flops.step, 'FLOP')} |")
     if r.time is not None:
         lines.append(f"| time of a step | {duration(r.time.seconds_per_step)} |")

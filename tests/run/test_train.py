@@ -676,3 +676,30 @@ def test_a_small_run_ends_well_under_the_unigram_loss_and_writes_text(corpus, tm
     assert valid < 0.85 * unigram
     assert main(["generate", str(tmp_path), "--prompt", "def ", "--max-new-tokens", "40"]) == 0
     assert len(capsys.readouterr().out) > 40
+
+
+def test_adapters_train_beside_a_finished_runs_weights(whole, corpus, tmp_path):
+    plan = {"adapter": "lora", "adapter_rank": 2}
+    run = {"plan": plan, "weights": whole / "model.safetensors"}
+    assert train(configure(corpus, tmp_path / "a", **run)) == 0
+    first = next(r["loss"] for r in metrics(tmp_path / "a") if "loss" in r)
+    assert first < metrics(whole)[0]["loss"]  # it starts from what that run has learned
+    files = {p.name for p in (tmp_path / "a").iterdir()}
+    assert "adapters.safetensors" in files
+    assert "model.safetensors" not in files
+    before, after = weights(whole), weights(tmp_path / "a")
+    frozen = [name for name in after if not name.endswith((".a.weight", ".b.weight"))]
+    assert all(torch.equal(after[name], before[name.replace(".base.", ".")]) for name in frozen)
+    moved = [name for name in after if name.endswith(".b.weight")]
+    assert len(moved) == 4
+    assert all(after[name].abs().sum() > 0 for name in moved)
+
+
+@pytest.mark.parametrize("parts", [{"trained": "norms"}, {"frozen": "embedding"}], ids=str)
+def test_what_is_frozen_stays(corpus, tmp_path, parts):
+    train(configure(corpus, tmp_path / "a", plan=parts))
+    torch.manual_seed(0)
+    start = trainer.run.train.build_model(configure(corpus, tmp_path).model.config(257), Plan(**parts)).state_dict()
+    for name, x in weights(tmp_path / "a").items():
+        held = "norm" not in name if "trained" in parts else name.startswith(("embedding", "positions", "head"))
+        assert torch.equal(x, start[name]) == held, name

@@ -16,6 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
+from estimator.describe.checks import ConfigError
+from estimator.describe.selection import NOTHING_TRAINED
+from trainer.model.adapters import adapt
 from trainer.model.attention import KeysAndValues
 from trainer.model.block import Block
 from trainer.model.layers import INIT_STD, Embedding, Linear, soft_cap
@@ -104,6 +107,20 @@ class Transformer(nn.Module):
         for name, weight in self.named_parameters():
             if name.endswith(RESIDUAL):
                 nn.init.normal_(weight, std=INIT_STD / math.sqrt(2 * m.num_layers))
+        self.freeze()
+
+    def freeze(self) -> None:
+        """Parameters that the plan does not train want no gradient."""
+        if self.plan.adapter != "none":
+            adapt(self, self.plan)
+            return
+        selection = self.plan.selection
+        for name, p in self.named_parameters():
+            module = name.rpartition(".")[0]
+            layer = int(module.split(".")[1]) if module.startswith("blocks.") else None
+            p.requires_grad_(selection.at(layer).has(module))
+        if not any(p.requires_grad for p in self.parameters()):
+            raise ConfigError(NOTHING_TRAINED)
 
     def add_tables(self, m: ModelConfig) -> None:
         """The buffers that follow from the positions, which no checkpoint holds."""
@@ -196,7 +213,7 @@ class Transformer(nn.Module):
 
     def new_cache(self, batch_size: int) -> list[KeysAndValues]:
         """An empty cache for `forward`, one entry a block, in the weights' dtype and on their device."""
-        return [KeysAndValues(self.config, batch_size, self.head.weight) for _ in range(self.config.num_layers)]
+        return [KeysAndValues(self.config, batch_size, self.embedding.weight) for _ in range(self.config.num_layers)]
 
     def routers(self) -> Iterator[Router]:
         """Those of the sparse layers: set their `routing` for measurements, `watched` for `load_balancing_loss`."""

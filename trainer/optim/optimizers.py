@@ -277,10 +277,11 @@ class MuonAdamW(torch.optim.Optimizer):
         **adamw: Any,
     ) -> None:
         shared: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
-        self.parts = (
-            torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **shared),
-            torch.optim.AdamW(others, **shared, **adamw),
-        )
+        self.parts: list[torch.optim.Optimizer] = []  # torch's own refuse a list without parameters
+        if matrices:
+            self.parts.append(torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **shared))
+        if others:
+            self.parts.append(torch.optim.AdamW(others, **shared, **adamw))
         super().__init__([group for part in self.parts for group in part.param_groups], {})
 
     @torch.no_grad()

@@ -164,7 +164,8 @@ class Weights:
     """
 
     def __init__(self, model: nn.Module, mesh: DeviceMesh | None = None) -> None:
-        self.model, self.originals, self.mesh = model, dict(model.named_parameters()), mesh
+        self.model, self.mesh = model, mesh
+        self.originals = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.sharded = mesh is not None or any(isinstance(p, DTensor) for p in self.originals.values())
         self.named = {
             name: nn.Parameter(self.shard(name, p.detach())) if self.sharded else p

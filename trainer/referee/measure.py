@@ -11,6 +11,7 @@ import gc
 import math
 import statistics
 import time
+import weakref
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
 from estimator.describe.checks import ConfigError
+from trainer.model.adapters import to_precision
 from trainer.model.decoder import build_model
 from trainer.model.loss import cross_entropy
 from trainer.optim.clip import gradient_clipping
@@ -61,7 +63,9 @@ class Step:
     ) -> None:
         self.model, self.optimizer, self.inputs, self.plan, self.masters = model, optimizer, inputs, p, masters
         self.module = model  # what is called, where that is not the model itself
-        self.updated = list(model.parameters() if masters is None else masters.named.values())
+        self.updated = [
+            x for x in (model.parameters() if masters is None else masters.named.values()) if x.requires_grad
+        ]
         # With the usual 2^16 the first gradients of random weights could overflow, and a step be left out.
         self.scaler = loss_scaler(p.precision, inputs[0].device.type, init_scale=2.0**8)
         self.scaler._maybe_opt_step = _step_anyway  # type: ignore[method-assign, assignment]  # noqa: SLF001 - what it has in place of a switch
@@ -180,11 +184,16 @@ def build_step(m: ModelConfig, p: Plan, device: str = "cpu", seed: int = 0) -> S
     if p.data_parallel > 1:
         raise ConfigError(f"data_parallel = {p.data_parallel}: this is one process; see `trainer.referee.replicas`")
     model, inputs = build_parts(m, p, device, seed)
-    named, masters = dict(model.named_parameters()), None
+    named, masters = trained(model), None
     if p.precision == "bf16-master":
-        masters = Masters(named, dict(float32_copy(model).named_parameters()), fp32_gradients=p.fp32_gradients)
+        masters = Masters(named, trained(float32_copy(model)), fp32_gradients=p.fp32_gradients)
         named = dict(masters.named)
     return Step(model, build_optimizer(named, p, torch.device(device).type), inputs, p, masters)
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that want a gradient, by name."""
+    return {name: x for name, x in model.named_parameters() if x.requires_grad}
 
 
 def build_parts(m: ModelConfig, p: Plan, device: str, seed: int) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
@@ -193,7 +202,7 @@ def build_parts(m: ModelConfig, p: Plan, device: str, seed: int) -> tuple[nn.Mod
     p.attention_kernel(torch.device(device).type, m)  # refuses one that the device has not
     torch.manual_seed(seed)
     with torch.device(device):
-        model = build_model(m, p).to(PARAMETERS.get(p.precision))
+        model = to_precision(build_model(m, p), PARAMETERS.get(p.precision))
         ids, targets = (torch.randint(m.vocab_size, (p.batch_size, T)) for _ in range(2))
     return model, (ids, targets)
 
@@ -290,23 +299,33 @@ def _resident(step: Step, device: str) -> Iterable[Tensor]:
     return (t for t in step.resident() if t.device.type == kind)
 
 
+class Saved:
+    """A tensor that autograd has been given to keep; alive as long as autograd keeps it."""
+
+    __slots__ = ("__weakref__", "tensor")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
 def _count_micro_batch(step: Step) -> tuple[int, int, int, int]:
     """(saved bytes, forward FLOPs, gradient bytes, backward FLOPs) of one micro-batch."""
     resident = {t.untyped_storage()._cdata for t in (*step.model.parameters(), *step.model.buffers(), *step.inputs)}  # noqa: SLF001 - the storage's identity
-    kept: dict[int, int] = {}
+    kept: weakref.WeakSet[Saved] = weakref.WeakSet()
 
-    def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage._cdata not in resident:  # noqa: SLF001 - the storage's identity
-            kept[storage._cdata] = storage.nbytes()  # noqa: SLF001 - the storage's identity
-        return t.detach()  # a result that its own node keeps would never be freed
+    def pack(t: Tensor) -> Saved:
+        saved = Saved(t.detach())  # a result that its own node keeps would never be freed
+        kept.add(saved)
+        return saved
 
-    with saved_tensors_hooks(pack, lambda t: t):
+    with saved_tensors_hooks(pack, lambda saved: saved.tensor):
         loss = step.forward()
+    gc.collect()
+    alive = [saved.tensor for saved in kept]
     if step.plan.checkpointing == "selective":
-        for t in kept_by_selective_checkpoints():
-            pack(t)
-    saved = sum(kept.values())
+        alive += kept_by_selective_checkpoints()
+    saved = nbytes(t for t in alive if t.untyped_storage()._cdata not in resident)  # noqa: SLF001 - the storage's identity
+    del alive
     step.model.zero_grad()
     with FlopCounterMode(display=False) as forward:
         loss = step.forward()

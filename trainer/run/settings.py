@@ -133,6 +133,7 @@ class TrainConfig:
         device: "auto" (CUDA where there is one), "cpu" or "cuda".
         sharding: with several processes, what they do not replicate: as the plan's, "none" (DDP), "zero1", "zero2",
             "zero3" or "fsdp".
+        weights: a model.safetensors, of the same model, that the run starts from; None draws the weights.
         tensorboard: write TensorBoard's files too.
         resume: go on from the newest checkpoint in `out`.
         force: start even if the estimate does not fit the machine.
@@ -153,6 +154,7 @@ class TrainConfig:
     seed: int = 0
     device: str = "auto"
     sharding: str = "none"
+    weights: Path | None = None
     tensorboard: bool = False
     resume: bool = False
     force: bool = False

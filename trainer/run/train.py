@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from estimator.describe.checks import ConfigError
 from estimator.describe.plan import WHOLE_MATRICES
+from trainer.files.adapters import load_base, save_adapters
 from trainer.files.checkpoint import CheckpointError, export_safetensors, random_states, set_random_states
 from trainer.files.data import Dataset
+from trainer.model.adapters import to_precision
 from trainer.model.decoder import build_model
 from trainer.optim.eight_bit import AdamW8bit
 from trainer.optim.optimizers import SGD, AdamW, Lion, MuonAdamW, is_for_muon, is_matrix
@@ -72,7 +74,9 @@ def _train(config: TrainConfig, world: World) -> int:
 
     # The same weights on every device and in every process: they are drawn on the CPU.
     torch.manual_seed(config.seed)
-    model = build_model(m, plan).to(device, PARAMETERS.get(plan.precision))
+    model = to_precision(build_model(m, plan).to(device), PARAMETERS.get(plan.precision))
+    if config.weights is not None:
+        load_base(model, config.weights)
     if plan.precision == "tf32" and device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     scaler = loss_scaler(plan.precision, device.type, sharded=world.shares(config.sharding))
@@ -184,7 +188,11 @@ def _train(config: TrainConfig, world: World) -> int:
                         return 128 + (stop.signal or signal.SIGTERM)
 
         if world.size == 1:
-            export_safetensors(model, config.out / "model.safetensors", {"config": json.dumps(m.to_dict())})
+            about = {"config": json.dumps(m.to_dict())}
+            if plan.adapter == "none":
+                export_safetensors(model, config.out / "model.safetensors", about)
+            else:
+                save_adapters(model, config.out / "adapters.safetensors", about | {"plan": json.dumps(plan.to_dict())})
         reporter.say(f"done     {duration(trained)} of training steps; {newest(config)}")
         if (unigram := data.manifest.get("unigram_loss")) is not None:
             reporter.say(f"         (token frequencies alone have a validation loss of {unigram:.4f})")

@@ -1,0 +1,54 @@
+"""Which of a model's linear layers have an adapter: what a plan says of it, without a framework."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from estimator.describe.checks import ConfigError, choose
+from estimator.describe.selection import listed
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+ADAPTERS = ("none", "lora")
+ALL = "all-linear"  # peft's: every linear layer but the one that makes the logits
+# The linear layers' names, of all parts that a model may have.
+LINEAR = (
+    *("q", "k", "v", "qkv", "kv", "out", "q_down", "q_up", "kv_down", "kv_up"),
+    *("gate", "up", "gate_up", "down", "shared_gate", "project_in", "project_out", "head"),
+)
+# What transformers calls them in most models.
+SPELLINGS = {
+    **{f"{name}_proj": name for name in ("q", "k", "v", "qkv", "gate", "up", "gate_up", "down")},
+    "o_proj": "out",
+    "lm_head": "head",
+}
+SAVED = ("embedding", "head")  # what may be trained whole beside the adapters
+
+
+def targets_listed(given: object) -> str:
+    """`given` as text: `ALL`, or names of linear layers, in the library's spelling.
+
+    Raises:
+        ConfigError: one of them is no linear layer's.
+    """
+    names = [SPELLINGS.get(word, word) for word in listed("adapter_targets", given)]
+    if names == [ALL]:
+        return ALL
+    for name in names:
+        choose("adapter_targets", name, (ALL, *LINEAR))
+    if ALL in names or not names:
+        raise ConfigError(f"adapter_targets = {given!r}: must be {ALL}, or some of {', '.join(LINEAR)}")
+    return ",".join(names)
+
+
+def is_target(targets: str, name: str) -> bool:
+    """Whether a linear layer of this name has an adapter."""
+    return name != "head" if targets == ALL else name in targets.split(",")
+
+
+def check_targets(targets: str, names: Iterable[str]) -> None:
+    """Raise ConfigError if none of a model's linear layers, of these names, has an adapter."""
+    there = list(dict.fromkeys(names))
+    if not any(is_target(targets, name) for name in there):
+        raise ConfigError(f"adapter_targets = {targets!r}: the model's linear layers are {', '.join(there)}")

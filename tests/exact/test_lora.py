@@ -1,0 +1,65 @@
+"""Adapters on random models and recipes: every figure equal to PyTorch's."""
+
+import random
+
+import pytest
+import torch
+from random_plans import random_model, random_plan
+
+from estimator.describe.adapters import ALL
+from estimator.describe.checks import ConfigError
+from estimator.describe.model import ModelConfig
+from estimator.describe.plan import CHECKPOINTINGS, Plan
+from trainer.referee.validate import compare
+
+LLAMA = ModelConfig("llama", 5, 24, 4, 31, 13, 2, 6, 40)
+GPT2 = ModelConfig("gpt2", 5, 24, 3, 31, 13)
+
+
+@pytest.fixture(autouse=True)
+def no_onednn():
+    """Its products in bf16 take scratch that depends on the machine; without it, what is left is PyTorch's own."""
+    torch.backends.mkldnn.enabled = False
+    yield
+    torch.backends.mkldnn.enabled = True
+
+
+def differences(m, p):
+    return [row for row in compare(m, p) if row.difference]
+
+
+def random_adapter(rng, m):
+    names = ["qkv", "out", "up", "down"] if m.family == "gpt2" else ["q", "k", "v", "out", "gate", "up", "down"]
+    some = rng.sample([*names, "head"], rng.randint(1, 3))
+    return {
+        "adapter": "lora",
+        "adapter_rank": rng.choice((1, 2, 4, 5)),
+        "adapter_targets": rng.choice((ALL, ",".join(some), "qkv" if m.family == "gpt2" else "q,v")),
+        "adapter_dropout": rng.choice((0.0, 0.1)),
+    }
+
+
+@pytest.mark.parametrize("turn", range(8))
+def test_random_models_and_recipes(turn):
+    rng, done = random.Random(turn), 0
+    while done < 12:
+        m = random_model(rng)
+        try:
+            p = random_plan(rng, m, **random_adapter(rng, m))
+            wrong = differences(m, p)
+        except ConfigError:  # master weights, the chunked loss with an adapter on the head
+            continue
+        assert not wrong, f"{m} {p}: {wrong}"
+        done += 1
+
+
+@pytest.mark.parametrize("m", [GPT2, LLAMA], ids=["gpt2", "llama"])
+@pytest.mark.parametrize("checkpointing", CHECKPOINTINGS)
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-mixed"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_adapters_under_every_precision_and_checkpointing(m, precision, checkpointing, dropout):
+    p = Plan(
+        batch_size=2, precision=precision, checkpointing=checkpointing, adapter="lora", adapter_rank=4,
+        adapter_dropout=dropout, attention="sdpa",
+    )  # fmt: skip
+    assert differences(m, p) == []

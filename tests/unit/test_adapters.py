@@ -1,0 +1,178 @@
+"""Adapters: the statements of peft's, its parameter counts on every family, files, and what cannot be."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from estimator.accounting.accounts import account
+from estimator.describe.checks import ConfigError
+from estimator.describe.hf import from_hf
+from estimator.describe.model import ModelConfig
+from estimator.describe.plan import Plan
+from trainer.files.adapters import load_adapters, load_base, save_adapters
+from trainer.files.checkpoint import CheckpointError, export_safetensors
+from trainer.model.adapters import LoRA, adapter_parameters
+from trainer.model.decoder import build_model
+from trainer.model.layers import Linear
+
+ROWS = [json.loads(line) for line in (Path(__file__).parents[1] / "data/hf/tiny.jsonl").read_text().splitlines()]
+LLAMA = ModelConfig("llama", 3, 24, 4, 31, 13, 2, 6, 40, tie_embeddings=False)
+GPT2 = ModelConfig("gpt2", 2, 24, 3, 31, 13)
+PLAN = Plan(adapter="lora", adapter_rank=4)
+
+
+def peft():
+    return pytest.importorskip("peft", reason="whose adapters ours are held against: a development dependency")
+
+
+def both(dtype, dropout, bias):
+    """(our adapter, peft's) with the same weights, beside a frozen layer of 6 -> 5."""
+    library = peft()
+    torch.manual_seed(0)
+    base = torch.nn.Linear(6, 5, bias=bias, dtype=dtype)
+    config = library.LoraConfig(r=3, lora_alpha=7, lora_dropout=dropout, target_modules=["layer"])
+    theirs = library.inject_adapter_in_model(config, torch.nn.ModuleDict({"layer": copy.deepcopy(base)}))["layer"]
+    for x in (*theirs.lora_A.parameters(), *theirs.lora_B.parameters()):
+        x.data = x.detach().float()  # as get_peft_model does, by autocast_adapter_dtype
+    own = Linear(6, 5, bias=bias)
+    own.load_state_dict(base.state_dict())
+    ours = LoRA(own.to(dtype).requires_grad_(requires_grad=False), 3, 7, dropout)
+    torch.nn.init.normal_(theirs.lora_B["default"].weight)
+    ours.a.weight.data = theirs.lora_A["default"].weight.detach().clone()
+    ours.b.weight.data = theirs.lora_B["default"].weight.detach().clone()
+    return ours, theirs
+
+
+@pytest.mark.filterwarnings("ignore")  # of the libraries that peft imports
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_outputs_and_gradients_are_pefts_to_the_bit(dtype, autocast, dropout, bias):
+    found = []
+    for module in both(dtype, dropout, bias):
+        x = torch.linspace(-1, 1, 2 * 3 * 6, dtype=dtype).view(2, 3, 6).requires_grad_()
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = module(x)
+        F.mse_loss(y.float(), torch.ones(2, 3, 5)).backward()
+        trained = {p for p in module.parameters() if p.requires_grad}
+        assert all(p.dtype == torch.float32 for p in trained)
+        found.append([y, x.grad, *(p.grad for p in module.parameters() if p in trained)])
+    assert len(found[0]) == len(found[1]) == 4
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+# What peft 0.21 adapts of a mixture of experts besides linear layers: routers and the experts' stacked matrices.
+NOT_LINEAR = ("experts", "gate", "router", "wg", "router.layer", "layer")
+
+
+def count_of_peft(row, targets):
+    library = peft()
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = dict(row["config"])
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.pop("model_type"), **config))
+    adapted = library.get_peft_model(model, library.LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM"))
+    return adapted.get_nb_trainable_parameters()[0]
+
+
+def own_count(row, targets):
+    with torch.device("meta"):
+        model = build_model(from_hf(row["config"]), PLAN.replace(adapter_targets=targets))
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row["name"])
+def test_the_parameters_are_as_many_as_pefts(row):
+    m = from_hf(row["config"])
+    if any(layer.sparse for layer in m.layers) or m.made_of.attention.experts:
+        from_peft = None  # its all-linear has the experts' matrices too, which ours has not
+    else:
+        from_peft = count_of_peft(row, "all-linear")
+        assert own_count(row, "all-linear") == from_peft
+    named = {name.split(".")[-2] for name in row["tensors"]}
+    if {"q_proj", "v_proj"} <= named:
+        assert own_count(row, "q,v") == count_of_peft(row, ["q_proj", "v_proj"])
+    else:
+        assert from_peft is not None or m.made_of.attention.latent != "none" or m.family in ("dbrx", "jetmoe")
+
+
+@pytest.mark.parametrize("m", [LLAMA, GPT2], ids=["llama", "gpt2"])
+def test_the_estimate_knows_how_many_are_trained(m):
+    values = account(m, PLAN, "cpu").evaluate(m, PLAN)
+    model = build_model(m, PLAN)
+    assert values.trained_parameters == sum(p.numel() for p in adapter_parameters(model).values())
+    assert values.parameters == sum(p.numel() for p in model.parameters())
+    assert values.gradient_bytes == 4 * values.trained_parameters
+
+
+def test_an_adapter_changes_nothing_before_it_has_been_trained():
+    torch.manual_seed(0)
+    plain = build_model(LLAMA, Plan())
+    adapted = build_model(LLAMA, PLAN)
+    own = {name.replace(".base.", "."): p for name, p in adapted.named_parameters()}
+    for name, p in plain.named_parameters():
+        own[name].data = p.data
+    ids = torch.randint(31, (2, 13))
+    assert torch.equal(plain(ids), adapted(ids))
+
+
+def test_adapters_and_the_weights_under_them_are_saved_and_loaded(tmp_path):
+    torch.manual_seed(0)
+    plain, first, second = build_model(LLAMA, Plan()), build_model(LLAMA, PLAN), build_model(LLAMA, PLAN)
+    for p in adapter_parameters(first).values():
+        torch.nn.init.normal_(p)
+    export_safetensors(plain, tmp_path / "model.safetensors")
+    save_adapters(first, tmp_path / "adapters.safetensors")
+    ids = torch.randint(31, (2, 13))
+    assert not torch.equal(first(ids), second(ids))
+    for model in (first, second):
+        load_base(model, tmp_path / "model.safetensors")
+    load_adapters(second, tmp_path / "adapters.safetensors")
+    assert torch.equal(first(ids), second(ids))
+    assert (tmp_path / "adapters.safetensors").stat().st_size < (tmp_path / "model.safetensors").stat().st_size
+    with pytest.raises(CheckpointError, match="of another model"):
+        load_adapters(build_model(LLAMA, PLAN.replace(adapter_rank=5)), tmp_path / "adapters.safetensors")
+    with pytest.raises(CheckpointError, match="is missing"):
+        load_base(build_model(LLAMA.replace(num_layers=4), PLAN), tmp_path / "model.safetensors")
+    (tmp_path / "adapters.safetensors").write_bytes(b"nothing")
+    with pytest.raises(CheckpointError, match="cannot be read as safetensors"):
+        load_adapters(second, tmp_path / "adapters.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"adapter": "lorra"}, "adapter = 'lorra': did you mean lora"),
+        ({"adapter_targets": "qq"}, "adapter_targets = 'qq'"),
+        ({"adapter_targets": ""}, "adapter_targets = '': must be all-linear, or some of q"),
+        ({"adapter_targets": "qkv"}, "adapter_targets = 'qkv': the model's linear layers are q, k, v, out, gate"),
+        ({"adapter_rank": 0}, "adapter_rank = 0"),
+        ({"adapter_dropout": 1.0}, "adapter_dropout = 1.0"),
+        ({"adapter_alpha": 0}, "adapter_alpha = 0"),
+        ({"trained": "norms"}, "it freezes the model"),
+        ({"precision": "bf16-master"}, "adapters are fp32 by themselves"),
+        ({"data_parallel": 2}, "data_parallel = 2: adapters are known"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_said(fields, said):
+    with pytest.raises(ConfigError, match=said):
+        build_model(LLAMA, PLAN.replace(**fields))
+
+
+@pytest.mark.parametrize("fields", [{"adapter_targets": "qkv"}])
+def test_the_account_says_the_same(fields):
+    p = PLAN.replace(**fields)
+    with pytest.raises(ConfigError, match="adapter_targets = 'qkv': the model's linear layers are "):
+        account(LLAMA, p, "cpu")
+
+
+def test_names_of_transformers_are_understood():
+    assert PLAN.replace(adapter_targets=["q_proj", "o_proj"]).adapter_targets == "q,out"
