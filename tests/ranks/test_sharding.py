@@ -57,14 +57,15 @@ REAL = [
 ]
 
 
-def measured(processes, cases, folder):
+def measured(processes, cases, folder, what="bytes"):
+    """What each of so many real processes says of each case."""
     source, target = folder / f"cases{processes}.json", folder / f"found{processes}.json"
     source.write_text(json.dumps([(m.to_dict(), p.to_dict()) for m, p in cases]))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     worker = Path(__file__).with_name("sharding_worker.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(trainer.__file__).parents[1])}
     done = subprocess.run(
-        [*command, str(worker), str(source), str(target)],
+        [*command, str(worker), str(source), str(target), what],
         env=environment, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     said = [line for line in done.stderr.splitlines() if line and "USDT" not in line]
@@ -77,9 +78,10 @@ def test_each_process_holds_what_the_account_says_to_the_byte(processes, tmp_pat
     cases = [(m, Plan(batch_size=2, data_parallel=processes, **plan)) for m, plan in REAL]
     if processes == 3:  # where little divides
         cases = cases[::3]
-    for (m, p), real in zip(cases, measured(processes, cases, tmp_path), strict=True):
-        v = account(m, p, "cpu").evaluate(m, p, threads=1)
-        assert {name: getattr(v, name) for name in real} == real, (m, p)
+    for (m, p), ranks in zip(cases, measured(processes, cases, tmp_path), strict=True):
+        for rank, real in enumerate(ranks):
+            v = account(m, p, "cpu", rank).evaluate(m, p, threads=1)
+            assert {name: getattr(v, name) for name in real} == real, (m, p, rank)
 
 
 @st.composite
