@@ -13,7 +13,7 @@ from estimator.eager.autograd import attach, record
 from estimator.eager.ledger import Category, Phase
 from estimator.eager.letters import ZERO, D
 from estimator.eager.ops import python_number
-from estimator.eager.tensor import FLOAT32, Tensor, converted, op
+from estimator.eager.tensor import Tensor, converted, op
 from estimator.eager.views import cast
 from estimator.parallel.data import HELD, Buckets, Replica, ShardedUpdate, by_block, clip_shards, elements
 from estimator.parallel.placement import DATA, REPLICATE, rows_on
@@ -178,7 +178,10 @@ class Unit:
         with self._doing("reduce_scatter"):
             dtype = self.fsdp.sharing.reduce_dtype or self.dtype
             source = self._buffer(D * self._elements, dtype).hold()
-            self._copy_in()
+            self._copy_in(source)
+            last = self.parameters[-1].grad
+            assert last is not None
+            last.hold()  # by the name of a loop in `foreach_reduce`, until that returns
             for p in self.parameters:
                 assert p.grad is not None
                 p.grad.drop()
@@ -187,12 +190,12 @@ class Unit:
             self.machine.collective("reduce-scatter", DATA, source, waits="update")
             if self.fsdp.gloo:  # reduces all of it in a copy, and divides that
                 copy = self._buffer(D * self._elements, dtype).hold()
-                self._divide()
+                self._divide(dtype)
                 copy.drop()
             if self.fsdp.sharing.replicated:
                 self.machine.collective("all-reduce", REPLICATE, rows, waits="update")
                 if self.fsdp.gloo:
-                    self._divide()
+                    self._divide(dtype)
                 self.summed = rows.hold()  # `_all_reduce_state`, until backward is over
             if dtype != self.kept_dtype:
                 wide = converted(rows, self.kept_dtype).hold()
@@ -200,11 +203,13 @@ class Unit:
                 rows = wide
             self._take(rows)
             rows.drop()
+            last.drop()
             self.fsdp.reduced(source)
             source.drop()
 
-    def _divide(self) -> None:
-        with python_number(self.machine, FLOAT32):
+    def _divide(self, dtype: Dtype) -> None:
+        """gloo's mean: the sum, divided in place by a number."""
+        with python_number(self.machine, dtype):
             pass
 
     def _take(self, rows: Tensor) -> None:
@@ -224,18 +229,28 @@ class Unit:
     def end_backward(self) -> None:
         """`finalize_backward`."""
         if self.summed is not None:
-            self.summed.drop()
+            where = self.shards[0].storage.where
+            with self.machine.ledger.at(where.module, where.block, "finalize_backward"):
+                self.summed.drop()
             self.summed = None
 
-    def _copy_in(self) -> None:
-        """`chunk_cat`: on the CPU through padded copies of those whose rows D does not divide."""
+    def _copy_in(self, source: Tensor) -> None:
+        """`chunk_cat`: on the CPU through padded copies of those whose rows D does not divide.
+
+        Where the source has another dtype, the CPU's cat takes each of them through one more copy, one after the other.
+        """
         machine = self.machine
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         machine.kernel("chunk_cat", gradients, gradients)
+        if machine.device != "cpu":
+            return
         padded = []
         for p, shape in zip(self.parameters, self.padded, strict=True):
-            if machine.device == "cpu" and not machine.divides(D, p.shape[0]):
+            if not machine.divides(D, p.shape[0]):
                 padded.append(self._buffer(D * machine.product(shape), self.dtype).hold())
+        if source.dtype != self.dtype:
+            for shape in self.padded:
+                self._buffer(D * machine.product(shape), self.dtype).discard()
         for x in padded:
             x.drop()
 
