@@ -177,8 +177,8 @@ def recipe_of(m: ModelConfig, p: Plan, device: str, rank: int = 0) -> Recipe:
         raise ConfigError(f"rank = {rank}: data_parallel is {p.data_parallel}; allowed are 0 to {p.data_parallel - 1}")
     if p.precision == "bf16-fsdp" and p.data_parallel == 1:
         raise ConfigError(
-            "precision = 'bf16-fsdp': data_parallel is 1, and one accelerator shares with nobody; allowed are all other "
-            "precisions"
+            "precision = 'bf16-fsdp': data_parallel is 1, and one accelerator shares with nobody; allowed are all "
+            "other precisions"
         )
     recipe = Recipe(
         parts=m.made_of.statements(),

@@ -51,9 +51,9 @@ class Plan:
             '"fp32"; "tf32" (fp32 whose matrix products run in TF32: faster, the same bytes); "bf16" (parameters, '
             'gradients, states and activations in bfloat16); "bf16-mixed" (fp32 parameters, forward and loss under '
             '`torch.autocast`); "fp16-mixed" (the same in float16, with `torch.amp.GradScaler`); "bf16-master" (bf16 '
-            'parameters, gradients and activations; the optimizer moves an fp32 copy of the parameters); "bf16-fsdp" (fp32 shards, '
-            "which `fully_shard` gathers in bf16: `MixedPrecisionPolicy(param_dtype=torch.bfloat16)`; for zero2 and "
-            'zero3, where "bf16-mixed" is autocast over fp32 parameters and keeps bf16 copies of them beside these).'
+            'parameters, gradients and activations; the optimizer moves an fp32 copy of the parameters); "bf16-fsdp" '
+            "(fp32 shards, which `fully_shard` gathers in bf16: `MixedPrecisionPolicy(param_dtype=torch.bfloat16)`; for "
+            'zero2 and zero3, where "bf16-mixed" is autocast over fp32 parameters and keeps bf16 copies of them beside these).'
         ),
         "reduce_dtype": '"fp32" or "bf16": of bf16-fsdp, in what gradients are summed; they are kept in fp32.',
         "autocast": "of bf16-fsdp, forward and loss run under `torch.autocast` as well, as accelerate has it.",
@@ -213,9 +213,7 @@ class Plan:
             allowed = FULLY_SHARDED if name == "shard_group" else ("zero3",)
             size, whole = getattr(self, name), self.data_parallel if name == "shard_group" else self.shards
             if self.sharding not in allowed:
-                raise ConfigError(
-                    f"{name} = {size}: sharding is {self.sharding!r}; allowed with {', '.join(allowed)}"
-                )
+                raise ConfigError(f"{name} = {size}: sharding is {self.sharding!r}; allowed with {', '.join(allowed)}")
             if size < 2 or (self.data_parallel > 1 and whole % size):
                 raise ConfigError(
                     f"{name} = {size}: must be at least 2 and divide the {whole} accelerators that share; "

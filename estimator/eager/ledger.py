@@ -115,7 +115,8 @@ class Kernel(NamedTuple):
 WAITS = ("step", "unit", "update")
 
 
-class Message(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Message:
     """A collective, or several of a kind in a row.
 
     Attributes:

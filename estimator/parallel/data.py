@@ -164,6 +164,7 @@ class ShardedUpdate(Buckets):
         zero_grad(self.parameters)
 
     def agree_on_overflow(self, found: Tensor) -> None:
+        """Ask the others."""
         self.machine.collective("all-reduce", DATA, found, waits="step")
 
     def after_update(self) -> None:

@@ -313,6 +313,7 @@ class FullySharded(Replica):
         self.reduced(None)
 
     def agree_on_overflow(self, found: Tensor) -> None:
+        """Ask the others."""
         self.machine.collective("all-reduce", DATA, found, waits="step")
 
     def clip(self, parameters: Sequence[Tensor]) -> None:

@@ -17,6 +17,7 @@ from estimator.describe.checks import ConfigError
 from estimator.describe.model import ModelConfig
 from estimator.describe.plan import SHARDINGS, Plan
 from estimator.memory.device import rounded_peak, timeline
+from estimator.timing import communication
 
 quick = settings(derandomize=True, deadline=None, max_examples=12)
 
@@ -82,6 +83,52 @@ def test_each_process_holds_what_the_account_says_to_the_byte(processes, tmp_pat
         for rank, real in enumerate(ranks):
             v = account(m, p, "cpu", rank).evaluate(m, p, threads=1)
             assert {name: getattr(v, name) for name in real} == real, (m, p, rank)
+
+
+SENT = [  # wide enough for several buckets, of a first megabyte and of 25 more
+    (GPT2.replace(d_model=256, num_heads=4), {"sharding": "none", "grad_accumulation": 2}),
+    (LLAMA.replace(num_layers=9, d_model=256, num_heads=4, d_ff=512), {"sharding": "none", "max_grad_norm": 1.0}),
+    (TIED.replace(num_layers=9, d_model=256, num_heads=4, d_ff=512, vocab_size=2000), {"sharding": "none"}),
+    (LLAMA, {"sharding": "zero1", "max_grad_norm": 1.0, "grad_accumulation": 3}),
+    (GPT2, {"sharding": "zero1", "precision": "fp16-mixed"}),
+    (TIED, {"sharding": "zero2", "grad_accumulation": 2, "checkpointing": "block"}),
+    (GPT2, {"sharding": "zero2", "precision": "bf16-fsdp", "reduce_dtype": "bf16"}),
+    (LLAMA, {"sharding": "zero3", "grad_accumulation": 3, "max_grad_norm": 1.0}),
+    (GPT2, {"sharding": "zero3", "precision": "bf16-fsdp", "checkpointing": "block"}),
+    (ONE_BLOCK, {"sharding": "zero3", "precision": "fp16-mixed", "grad_accumulation": 2}),
+]
+MESHES = [
+    (LLAMA, {"sharding": "zero3", "shard_group": 2, "max_grad_norm": 1.0}),
+    (GPT2, {"sharding": "zero2", "shard_group": 2, "precision": "bf16-fsdp", "grad_accumulation": 2}),
+    (GPT2, {"sharding": "zero3", "reshard_after_forward": 2, "precision": "bf16-fsdp", "reduce_dtype": "bf16"}),
+]
+
+
+def totals(real):
+    """kind -> (messages, bytes), of what a process was seen to send."""
+    found = {}
+    for kind, nbytes, count in real:
+        messages, total = found.get(kind, (0, 0))
+        found[kind] = messages + count, total + count * nbytes
+    return found
+
+
+def accounted(m, p):
+    """The same, of the ledger."""
+    found = {}
+    a, sizes = account(m, p, "cpu"), sizes_for(m, p, threads=1)
+    for message in communication.messages(a, sizes, p.grad_accumulation):
+        messages, total = found.get(message.collective, (0, 0))
+        found[message.collective] = messages + message.count, total + message.nbytes
+    return found
+
+
+@pytest.mark.parametrize(("processes", "cases"), [(2, SENT), (4, MESHES)])
+def test_each_process_sends_the_messages_of_the_ledger(processes, cases, tmp_path):
+    cases = [(m, Plan(batch_size=2, data_parallel=processes, **plan)) for m, plan in cases]
+    for (m, p), ranks in zip(cases, measured(processes, cases, tmp_path, "messages"), strict=True):
+        for rank, real in enumerate(ranks):
+            assert accounted(m, p) == totals(real), (m, p, rank)
 
 
 @st.composite

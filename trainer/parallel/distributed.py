@@ -113,7 +113,7 @@ class World:
     ) -> nn.Module:
         """`model`, of whose parameters each process holds its rows, by FSDP2; `keeps` them whole until backward."""
         options: dict[str, Any] = {"mesh": self.mesh(plan), "mp_policy": mixed or MixedPrecisionPolicy()}
-        root = {"reshard_after_forward": False} if keeps else {}
+        root: dict[str, Any] = {"reshard_after_forward": False} if keeps else {}
         inner = root if plan.reshard_after_forward is None else {"reshard_after_forward": plan.reshard_after_forward}
         for block in model.get_submodule("blocks").children():  # one block is gathered at a time
             fully_shard(block, **options, **inner)
@@ -230,9 +230,7 @@ class Weights:
         if mesh is None:
             return shard
         placed = original.placements if isinstance(original, DTensor) else [Shard(0)]
-        return DTensor.from_local(
-            shard, mesh, placed, run_check=False, shape=original.shape, stride=original.stride()
-        )
+        return DTensor.from_local(shard, mesh, placed, run_check=False, shape=original.shape, stride=original.stride())
 
 
 def policy(plan: Plan) -> MixedPrecisionPolicy | None:
