@@ -52,8 +52,9 @@ class Plan:
             'gradients, states and activations in bfloat16); "bf16-mixed" (fp32 parameters, forward and loss under '
             '`torch.autocast`); "fp16-mixed" (the same in float16, with `torch.amp.GradScaler`); "bf16-master" (bf16 '
             'parameters, gradients and activations; the optimizer moves an fp32 copy of the parameters); "bf16-fsdp" '
-            "(fp32 shards, which `fully_shard` gathers in bf16: `MixedPrecisionPolicy(param_dtype=torch.bfloat16)`; for "
-            'zero2 and zero3, where "bf16-mixed" is autocast over fp32 parameters and keeps bf16 copies of them beside these).'
+            "(fp32 shards, which `fully_shard` gathers in bf16: `MixedPrecisionPolicy(param_dtype=torch.bfloat16)`; "
+            'for zero2 and zero3, where "bf16-mixed" is autocast over fp32 parameters and keeps bf16 copies of them '
+            "beside these)."
         ),
         "reduce_dtype": '"fp32" or "bf16": of bf16-fsdp, in what gradients are summed; they are kept in fp32.',
         "autocast": "of bf16-fsdp, forward and loss run under `torch.autocast` as well, as accelerate has it.",

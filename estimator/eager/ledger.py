@@ -124,7 +124,7 @@ class Message:
         axis: the axis of the device mesh whose ranks take part.
         nbytes: bytes of the whole tensors, of all of them together: what a gather gives and what a reduction takes.
         count: how many there are.
-        dtype: of what is sent.
+        dtype, itemsize: of what is sent.
         waits: one of `WAITS`.
         where, micro_batch: when it is sent.
     """
@@ -134,6 +134,7 @@ class Message:
     nbytes: Size
     count: Size
     dtype: str
+    itemsize: int
     waits: str
     where: Where
     micro_batch: int

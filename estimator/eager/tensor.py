@@ -183,7 +183,7 @@ class Machine:
         nbytes = tensor.dtype.itemsize * (tensor.numel if elements is None else elements)
         ledger = self.ledger
         ledger.messages.append(
-            Message(kind, axis, nbytes, count, tensor.dtype.name, waits, ledger.here, ledger.micro_batch)
+            Message(kind, axis, nbytes, count, *tensor.dtype, waits, ledger.here, ledger.micro_batch)
         )
 
     @contextmanager

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from estimator.eager.ledger import Message as Sent
     from estimator.eager.letters import Size
 
-ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
-
 
 @dataclass(frozen=True, slots=True)
 class Message:
@@ -41,7 +39,7 @@ class Message:
     pieces: Any
 
 
-Key = tuple[str, str, str, str, str]  # collective, axis, phase, waits, dtype
+Key = tuple[str, str, str, str, int]  # collective, axis, phase, waits, bytes of an element
 
 
 @lru_cache(maxsize=1024)
@@ -49,7 +47,7 @@ def _totals(form: Account) -> dict[Key, list[tuple[Size, Size]]]:
     """Of each kind of message, (bytes, count) in the first micro-batch and in those after it."""
     terms: dict[tuple[Key, int], list[Sent]] = {}
     for sent in form.traced.ledger.messages:
-        key = (sent.kind, sent.axis, sent.where.phase.value, sent.waits, sent.dtype)
+        key = (sent.kind, sent.axis, sent.where.phase.value, sent.waits, sent.itemsize)
         turn = 0 if sent.where.phase.value == "optimizer" else sent.micro_batch
         terms.setdefault((key, turn), []).append(sent)
     total = form.traced.total
@@ -87,13 +85,13 @@ def messages(
         gradient_width: the same of one gradient.
     """
     known, found = as_sizes(sizes), []
-    for (kind, axis, phase, waits, dtype), ((first, first_count), (later, later_count)) in _totals(form).items():
+    for (kind, axis, phase, waits, itemsize), ((first, first_count), (later, later_count)) in _totals(form).items():
         again = micro_batches - 1 if first else 1
         nbytes = known.value(first) + again * known.value(later)
         count = known.value(first_count) + again * known.value(later_count)
         own = phase == "optimizer" and kind == "broadcast"  # each accelerator its rows: together an all-gather
         width = parameter_width if kind == "all-gather" or own else gradient_width if waits == "update" else None
         if width is not None:
-            nbytes = nbytes * width / ITEMSIZES[dtype]
+            nbytes = nbytes * width / itemsize
         found.append(Message(kind, axis, phase, waits, nbytes, count, known.value(_units(form)) if own else count))
     return tuple(found)
