@@ -106,14 +106,15 @@ def _verdict(at: DeltaGenerator, s: Setup, r: Estimate, found: Sequence[Advice] 
 def _headline(s: Setup, r: Estimate) -> None:
     q = s.request
     batch = _largest(s, r)
-    spread = (r.memory.context[1] - r.memory.context[0]) / 2
+    outside = r.memory.context, r.memory.nccl
+    spread = sum(most - least for least, most in outside) / 2
     with st.grid(5, min_column_width=140, gap="small"):
         _metric(
             "Memory needed",
             size(r.memory.needed, s.unit),
             f"of {size(r.memory.capacity or 0, s.unit)}",
-            "Live tensors at the peak, the allocator's rounding, the cuBLAS workspace and the CUDA context, "
-            f"of which only the last is uncertain: by {size(spread, s.unit)} either way.",
+            "Live tensors at the peak, the allocator's rounding, the cuBLAS workspace, the CUDA context and NCCL's "
+            f"buffers, of which only the last two are uncertain: by {size(spread, s.unit)} either way.",
         )
         _metric(
             "Max micro-batch",

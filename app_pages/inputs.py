@@ -16,7 +16,7 @@ from estimator.accounting.accounts import DEVICES
 from estimator.answers.advice import choices
 from estimator.answers.request import Request
 from estimator.describe.checks import ConfigError
-from estimator.describe.plan import Plan
+from estimator.describe.plan import FULLY_SHARDED, Plan
 from estimator.hardware.accelerators import accelerator, accelerators
 from estimator.show.formatting import prefixed
 
@@ -122,6 +122,8 @@ def _plan_input(name: str, model: ModelConfig) -> Any:
     common: dict[str, Any] = {"label": label(name), "key": name, "bind": "query-params", "help": explained(Plan)[name]}
     if name in choices():
         names = choices()[name]
+        if name == "precision" and st.session_state.get("sharding") in FULLY_SHARDED:
+            names = ("bf16-fsdp", *(x for x in names if x != "bf16-fsdp"))
         return st.selectbox(**common, options=names, index=names.index(default))
     if isinstance(default, bool):
         return st.toggle(**common, value=default)

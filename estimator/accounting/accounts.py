@@ -14,6 +14,7 @@ from estimator.accounting.step import run_step
 from estimator.accounting.trace import Trace
 from estimator.accounting.vectorised import VectorisedPeak
 from estimator.describe.checks import BLOCKS, ConfigError, check_figure, choose
+from estimator.describe.plan import FULLY_SHARDED
 from estimator.describe.selection import part_of
 from estimator.eager.ledger import Category, Phase
 from estimator.eager.letters import LETTERS, SYMBOLS, ZERO, Size, Sizes, as_sizes, expression, substituted
@@ -140,18 +141,24 @@ def _longer(recipe: Recipe, num_layers: int) -> int:
     return max(num_layers, first + TURNS * cycle + (num_layers - first) % cycle)
 
 
-def account(m: ModelConfig, p: Plan, device: str = "cuda") -> Account:
+def account(m: ModelConfig, p: Plan, device: str = "cuda", rank: int = 0) -> Account:
     """The closed forms of a step of `m` run as `p`, by the rules of PyTorch on `device` ("cpu" or "cuda").
 
     The result is free of sizes, save where PyTorch treats a size of 1 differently: the peak is that of the shape class
     of `m` and `p` (see `Account.peak_bytes`). Where only every n-th block is checkpointed, the forms are those of
     models whose L leaves the remainder that `m`'s leaves when divided by n; `evaluate` and `lambdify` mind that.
 
+    Args:
+        m: the model.
+        p: how it is trained.
+        device: whose rules.
+        rank: of which of the p.data_parallel accelerators; the first holds the most, later ones may have fewer rows.
+
     Raises:
-        ConfigError: an unknown device, or a sequence longer than the model's positions.
+        ConfigError: an unknown device, a rank that there is not, or a sequence longer than the model's positions.
     """
     choose("device", device, DEVICES)
-    return account_at(recipe_of(m, p, device), sizes_for(m, p, threads=1), device)
+    return account_at(recipe_of(m, p, device, rank), sizes_for(m, p, threads=1), device)
 
 
 def sizes_for(m: ModelConfig, p: Plan, threads: int | None = None) -> Sizes:
@@ -166,9 +173,16 @@ def _sizes(m: ModelConfig, p: Plan, threads: int | None) -> Sizes:
     return sizes if p.adapter == "none" else Sizes(sizes | {"r": p.adapter_rank})
 
 
-def recipe_of(m: ModelConfig, p: Plan, device: str) -> Recipe:
-    """What of `m` and `p` decides which statements a step executes on `device`."""
+def recipe_of(m: ModelConfig, p: Plan, device: str, rank: int = 0) -> Recipe:
+    """What of `m` and `p` decides which statements a step executes on `device`, the accelerator number `rank`."""
     tokens = p.tokens(m)
+    if not 0 <= rank < p.data_parallel:
+        raise ConfigError(f"rank = {rank}: data_parallel is {p.data_parallel}; allowed are 0 to {p.data_parallel - 1}")
+    if p.precision == "bf16-fsdp" and p.data_parallel == 1:
+        raise ConfigError(
+            "precision = 'bf16-fsdp': data_parallel is 1, and one accelerator shares with nobody; allowed are all "
+            "other precisions"
+        )
     recipe = Recipe(
         parts=m.made_of.statements(),
         pattern=m.rotating_pattern,
@@ -191,6 +205,11 @@ def recipe_of(m: ModelConfig, p: Plan, device: str) -> Recipe:
         adapter=p.adapter,
         adapter_targets=p.adapter_targets if p.adapter != "none" else "",
         adapter_dropout=p.adapter != "none" and p.adapter_dropout > 0,
+        reduce_dtype=p.reduce_dtype,
+        autocast=p.autocast,
+        replicated=p.replicas > 1 and p.sharding in FULLY_SHARDED,
+        reshard=None if p.reshard_after_forward in (None, p.shards) else int(p.reshard_after_forward),
+        rank=rank % p.shards,
     )
     masked = m.sliding_window is not None and tokens > m.sliding_window
     if p.attention == "sdpa-flash" and fused_kernel("flash", device, masked=masked) != "flash":
@@ -311,7 +330,7 @@ class Account:
 
     def for_sizes(self, m: ModelConfig, p: Plan) -> Account:
         """This account, or the one of the shape class that `m` and `p` are in."""
-        return account(m, p, self.device)
+        return account(m, p, self.device, self.recipe.rank)
 
     def evaluate(self, m: ModelConfig, p: Plan, threads: int | None = None) -> Values:
         """The figures for `m` and `p`; `threads` are PyTorch's CPU threads, all cores by default.

@@ -16,7 +16,8 @@ from estimator.models.decoder import Transformer
 from estimator.optim.masters import Masters
 from estimator.optim.optimizers import OPTIMIZERS
 from estimator.optim.scaling import GradScaler
-from estimator.parallel.data import REPLICAS
+from estimator.parallel.data import Sharing
+from estimator.parallel.sharded import REPLICAS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -39,7 +40,7 @@ def run_step(recipe: Recipe, shapes: ShapeClass, device: str, stack: Stack, size
     machine = Machine(shapes, device, stack, sizes, PARAMETERS.get(recipe.precision, FLOAT32))
     ledger = machine.ledger
     model = Transformer(machine, recipe)
-    replica = REPLICAS[recipe.parallel](model, recipe.micro_batches)
+    replica = REPLICAS[recipe.parallel](model, sharing_of(recipe))
     size = shapes.letters
     with ledger.inside("inputs"):
         ids, targets = (_input(machine, size["B"], size["T"]) for _ in range(2))
@@ -48,7 +49,7 @@ def run_step(recipe: Recipe, shapes: ShapeClass, device: str, stack: Stack, size
     masters = scaler = None
     updated = replica.updated
     if recipe.precision == "bf16-master":
-        masters = Masters(updated, fp32_gradients=recipe.fp32_gradients)
+        masters = Masters(updated, replica.padded, fp32_gradients=recipe.fp32_gradients)
         updated = masters.masters
     if recipe.precision == "fp16-mixed":
         scaler = GradScaler(machine)
@@ -57,7 +58,7 @@ def run_step(recipe: Recipe, shapes: ShapeClass, device: str, stack: Stack, size
     def micro_batch() -> None:
         ledger.phase = Phase.FORWARD
         replica.before_forward()
-        with machine.autocast(LOWER.get(recipe.precision)):
+        with machine.autocast(BFLOAT16 if recipe.autocast else LOWER.get(recipe.precision)):
             if recipe.loss == "chunked":
                 loss = model(ids, targets).hold()
             else:
@@ -85,6 +86,7 @@ def run_step(recipe: Recipe, shapes: ShapeClass, device: str, stack: Stack, size
         masters.take_gradients()
     if scaler is not None:
         scaler.unscale_(updated)
+        replica.agree_on_overflow(scaler.found_inf)
     if recipe.clips:
         replica.clip(updated)
     if scaler is None:
@@ -96,6 +98,19 @@ def run_step(recipe: Recipe, shapes: ShapeClass, device: str, stack: Stack, size
         masters.write_back()
     replica.after_update()
     return ledger
+
+
+def sharing_of(recipe: Recipe) -> Sharing:
+    """How accelerators share a step of `recipe`."""
+    mixed = recipe.precision == "bf16-fsdp"
+    return Sharing(
+        micro_batches=recipe.micro_batches,
+        rank=recipe.rank,
+        param_dtype=BFLOAT16 if mixed else None,
+        reduce_dtype=FLOAT32 if mixed and recipe.reduce_dtype == "fp32" else None,
+        replicated=recipe.replicated,
+        reshard=recipe.reshard,
+    )
 
 
 def _input(machine: Machine, *shape: Size) -> Tensor:

@@ -208,9 +208,13 @@ def needed(estimate: Estimate) -> Derivation:
     memory = estimate.memory
     values = {allocated: memory.allocated, least: memory.context[0], most: memory.context[1]}
     formula = allocated + (least + most) / 2
+    if any(memory.nccl):
+        low, high = sympy.symbols(r"M_{\mathrm{nccl}}^{-} M_{\mathrm{nccl}}^{+}")
+        values |= {low: memory.nccl[0], high: memory.nccl[1]}
+        formula += (low + high) / 2
     source = (
         "allocated bytes are the peak with each tensor rounded up to 512 bytes, and the cuBLAS workspace; the CUDA "
-        "context is outside of the allocator, and takes between its least and its most"
+        "context and NCCL's buffers are outside of the allocator, and take between their least and their most"
         if estimate.account.device == "cuda"
         else "the CPU's allocator adds nothing that is modelled"
     )

@@ -10,7 +10,7 @@ from estimator.accounting.accounts import COMPONENTS, Account, Values, account, 
 from estimator.answers.assumptions import Assumption, assumptions
 from estimator.describe.catalogue import number
 from estimator.describe.checks import LIMITS, ConfigError, TooLargeError, choose, positive_int
-from estimator.describe.plan import Plan
+from estimator.describe.plan import FULLY_SHARDED, Plan
 from estimator.describe.presets import preset
 from estimator.hardware.accelerators import Accelerator, accelerator
 from estimator.hardware.networks import LATENCY_LIMIT
@@ -194,6 +194,11 @@ def estimate(
     sequences = p.batch_size * p.grad_accumulation * count
     notes = ["The bytes are those of eager execution; compiled, fused ops save some."] if p.compile else []
     notes += [SHARDING_NOTES[p.sharding]] if p.shards > 1 else []
+    if p.shards > 1 and p.sharding in FULLY_SHARDED and p.precision in ("bf16-mixed", "fp16-mixed"):
+        notes.append(
+            f"{p.precision} here is autocast under FSDP: parameters are gathered in fp32, and autocast keeps a 16-bit "
+            'copy of each until backward is over. precision="bf16-fsdp" gathers them in bf16.'
+        )
     if p.sharding != "none" and p.data_parallel == 1:
         notes.append("One accelerator has nobody to share with: sharding changes nothing.")
     if global_batch_size is not None and global_batch_size != sequences:

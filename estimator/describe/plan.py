@@ -12,7 +12,9 @@ from estimator.describe.selection import Selection, parts_listed
 if TYPE_CHECKING:
     from estimator.describe.model import ModelConfig
 
-PRECISIONS = ("fp32", "tf32", "bf16", "bf16-mixed", "fp16-mixed", "bf16-master")
+PRECISIONS = ("fp32", "tf32", "bf16", "bf16-mixed", "fp16-mixed", "bf16-master", "bf16-fsdp")
+REDUCE_DTYPES = ("fp32", "bf16")
+FULLY_SHARDED = ("zero2", "zero3")  # what PyTorch's fully_shard does
 ATTENTIONS = ("naive", "naive-fp32", "sdpa", "sdpa-math", "sdpa-flash", "sdpa-efficient")
 LOSSES = ("bundled", "torch", "torch-fp32", "chunked")
 CHECKPOINTINGS = ("none", "block", "attention", "selective")
@@ -51,8 +53,13 @@ class Plan:
             '"fp32"; "tf32" (fp32 whose matrix products run in TF32: faster, the same bytes); "bf16" (parameters, '
             'gradients, states and activations in bfloat16); "bf16-mixed" (fp32 parameters, forward and loss under '
             '`torch.autocast`); "fp16-mixed" (the same in float16, with `torch.amp.GradScaler`); "bf16-master" (bf16 '
-            "parameters, gradients and activations; the optimizer moves an fp32 copy of the parameters)."
+            'parameters, gradients and activations; the optimizer moves an fp32 copy of the parameters); "bf16-fsdp" '
+            "(fp32 shards, which `fully_shard` gathers in bf16: `MixedPrecisionPolicy(param_dtype=torch.bfloat16)`; "
+            'for zero2 and zero3, where "bf16-mixed" is autocast over fp32 parameters and keeps bf16 copies of them '
+            "beside these)."
         ),
+        "reduce_dtype": '"fp32" or "bf16": of bf16-fsdp, in what gradients are summed; they are kept in fp32.',
+        "autocast": "of bf16-fsdp, forward and loss run under `torch.autocast` as well, as accelerate has it.",
         "fp32_gradients": "of bf16-master, add the gradients of the micro-batches in fp32, in buffers that stay.",
         "attention": (
             '"naive" (scores, mask, softmax and product as separate ops); "naive-fp32" (the same, the softmax in '
@@ -110,6 +117,14 @@ class Plan:
         ),
         "adapter_dropout": "the probability to drop an element of what goes into an adapter.",
         "adapter_alpha": "what an adapter's result is multiplied with, times r; of no account to bytes.",
+        "reshard_after_forward": (
+            "of zero3, among how many accelerators a block's parameters stay shared from its forward to its backward; "
+            "None or True for all that share it, False to keep them whole, which is zero2."
+        ),
+        "shard_group": (
+            "of zero2 and zero3, how many accelerators share what is sharded, while groups of so many replicate it "
+            "(HSDP); None for all."
+        ),
     }
 
     batch_size: int = 1
@@ -135,6 +150,10 @@ class Plan:
     adapter_targets: str = ALL
     adapter_dropout: float = 0.0
     adapter_alpha: float = 16.0
+    reduce_dtype: str = "fp32"
+    autocast: bool = False
+    reshard_after_forward: int | bool | None = None
+    shard_group: int | None = None
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -143,7 +162,7 @@ class Plan:
         put(self, "data_parallel", positive_int("data_parallel", self.data_parallel))
         put(self, "sharding", SHARDING_SPELLINGS.get(self.sharding, self.sharding))
         choose("sharding", self.sharding, SHARDINGS)
-        for name in ("compile", "fp32_gradients"):
+        for name in ("compile", "fp32_gradients", "autocast"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} = {shown(getattr(self, name))}: must be true or false")
         if self.seq_len is not None:
@@ -159,6 +178,7 @@ class Plan:
                 f"fp32_gradients = True: the data_parallel = {self.data_parallel} accelerators sum bf16 gradients; "
                 "allowed on one"
             )
+        self._check_sharding()
         choose("attention", self.attention, ATTENTIONS)
         choose("loss", self.loss, LOSSES)
         rate = self.dropout
@@ -198,6 +218,41 @@ class Plan:
                 f"max_grad_norm = {shown(norm)}: must be a finite number above 0 and at most {NORM:g}, or None for no "
                 "clipping"
             )
+
+    def _check_sharding(self) -> None:
+        """What only `fully_shard` has."""
+        put = object.__setattr__
+        choose("reduce_dtype", self.reduce_dtype, REDUCE_DTYPES)
+        if self.reshard_after_forward is True:
+            put(self, "reshard_after_forward", None)
+        elif self.reshard_after_forward is False and self.sharding == "zero3":
+            put(self, "sharding", "zero2")
+        if self.reshard_after_forward is False:
+            put(self, "reshard_after_forward", None)
+        mixed = self.precision == "bf16-fsdp"
+        for name, given in (("reduce_dtype", self.reduce_dtype != "fp32"), ("autocast", self.autocast)):
+            if given and not mixed:
+                raise ConfigError(
+                    f"{name} = {getattr(self, name)!r}: precision is {self.precision!r}; allowed with bf16-fsdp"
+                )
+        if mixed and self.sharding not in FULLY_SHARDED:
+            raise ConfigError(
+                f"precision = 'bf16-fsdp': it is a policy of fully_shard, and sharding is {self.sharding!r}; allowed "
+                "with zero2, zero3"
+            )
+        for name in ("shard_group", "reshard_after_forward"):
+            if getattr(self, name) is None:
+                continue
+            put(self, name, positive_int(name, getattr(self, name)))
+            allowed = FULLY_SHARDED if name == "shard_group" else ("zero3",)
+            size, whole = getattr(self, name), self.data_parallel if name == "shard_group" else self.shards
+            if self.sharding not in allowed:
+                raise ConfigError(f"{name} = {size}: sharding is {self.sharding!r}; allowed with {', '.join(allowed)}")
+            if size < 2 or (self.data_parallel > 1 and whole % size):
+                raise ConfigError(
+                    f"{name} = {size}: must be at least 2 and divide the {whole} accelerators that share; "
+                    "None is all of them"
+                )
 
     def _check_adapter(self) -> None:
         choose("adapter", self.adapter, ADAPTERS)
@@ -316,7 +371,14 @@ class Plan:
     @property
     def shards(self) -> int:
         """D, how many accelerators share what is sharded; 1 where nothing is."""
-        return self.data_parallel if self.sharding != "none" else 1
+        if self.data_parallel == 1 or self.sharding == "none":
+            return 1
+        return self.shard_group or self.data_parallel
+
+    @property
+    def replicas(self) -> int:
+        """How many groups of `shards` accelerators there are."""
+        return self.data_parallel // self.shards
 
     def replace(self, **changes: Any) -> Plan:
         """A copy with `changes`."""

@@ -110,12 +110,43 @@ class Kernel(NamedTuple):
     leading: tuple[Size, ...] = ()  # of a product, elements from one row of a matrix to the next (BLAS's lda, ldb, ldc)
 
 
+# What cannot go on before a message has arrived: the step itself; the kernels of the unit whose parameters it gathers;
+# the optimizer.
+WAITS = ("step", "unit", "update")
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """A collective, or several of a kind in a row.
+
+    Attributes:
+        kind: "all-gather", "reduce-scatter", "all-reduce" or "broadcast".
+        axis: the axis of the device mesh whose ranks take part.
+        nbytes: bytes of the whole tensors, of all of them together: what a gather gives and what a reduction takes.
+        count: how many there are.
+        dtype, itemsize: of what is sent.
+        waits: one of `WAITS`.
+        where, micro_batch: when it is sent.
+    """
+
+    kind: str
+    axis: str
+    nbytes: Size
+    count: Size
+    dtype: str
+    itemsize: int
+    waits: str
+    where: Where
+    micro_batch: int
+
+
 @dataclass(slots=True)
 class Ledger:
     """Written by a run, read by `estimator.accounting.accounts`."""
 
     events: list[Event] = field(default_factory=list)
     kernels: list[Kernel] = field(default_factory=list)
+    messages: list[Message] = field(default_factory=list)
     saved: list[Storage] = field(default_factory=list)
     facts: dict[Fact, bool] = field(default_factory=dict)  # what the step asked of its sizes, and the answers
     parameters: list[tuple[Where, Size]] = field(default_factory=list)  # each one's place and number of elements

@@ -12,7 +12,7 @@ import functools
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar, cast
 
-from estimator.eager.ledger import Category, Gemm, Kernel, Ledger, Operand, Storage
+from estimator.eager.ledger import Category, Gemm, Kernel, Ledger, Message, Operand, Storage
 from estimator.eager.letters import ONE, ZERO, Size, as_sizes, constant
 from estimator.eager.sizes import Fact, ShapeClass
 
@@ -31,6 +31,11 @@ class Dtype(NamedTuple):
 
     name: str
     itemsize: int
+
+    @property
+    def is_floating(self) -> bool:
+        """Not an integer, nor a bool."""
+        return self.name.startswith(("float", "bfloat"))
 
 
 FLOAT32 = Dtype("float32", 4)
@@ -171,6 +176,16 @@ class Machine:
             )
         )  # fmt: skip
 
+    def collective(
+        self, kind: str, axis: str, tensor: Tensor, *, waits: str, elements: Size | None = None, count: Size = ONE
+    ) -> None:
+        """Record a message of `tensor`, or of so many `elements` of its dtype in `count` messages."""
+        nbytes = tensor.dtype.itemsize * (tensor.numel if elements is None else elements)
+        ledger = self.ledger
+        ledger.messages.append(
+            Message(kind, axis, nbytes, count, *tensor.dtype, waits, ledger.here, ledger.micro_batch)
+        )
+
     @contextmanager
     def no_grad(self) -> Iterator[None]:
         """Nothing is recorded for backward in this context."""
@@ -209,6 +224,7 @@ class Tensor:
         "main_grad",
         "output_nr",
         "owners",
+        "placement",
         "requires_grad",
         "shape",
         "storage",
@@ -232,6 +248,7 @@ class Tensor:
         self.requires_grad = False
         self.grad: Tensor | None = None
         self.main_grad: Tensor | None = None  # a hook adds the gradient to it
+        self.placement: dict[str, int] = {}  # of a parameter, which dimension each axis of the mesh cuts
         self.accumulator: Node | None = None
         self.is_wrapped_number = False
         storage.owners += 1

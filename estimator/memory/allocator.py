@@ -128,7 +128,9 @@ class CachingAllocator:
 def reserved_bytes(account: Account, sizes: Mapping[str, int], workspace: int, steps: int = 2) -> int:
     """Bytes that the allocator has reserved after so many steps at `sizes`, cuBLAS's workspace among them.
 
-    The optimizer's state is made in the first step, after the gradients, as torch.optim makes it.
+    The optimizer's state is made in the first step, after the gradients, as torch.optim makes it. What is made and gone
+    again before the first step never was: what is sharded is built on the meta device, and of it only the shards are
+    made (`torch.device("meta")`, `fully_shard`, `to_empty`).
     """
     traced = account.traced
     nbytes = traced.class_bytes(sizes)
@@ -150,7 +152,9 @@ def reserved_bytes(account: Account, sizes: Mapping[str, int], workspace: int, s
             own = next((at for at in range(len(held) - 1, -1, -1) if held[at][0] == storage), -1)
             allocator.free(held.pop(own)[1])
 
-    play(setup[~late[setup]])
+    passing = {id(e.storage) for e in traced.ledger.events[: traced.step] if e.sign < 0}
+    lasting = np.array([id(e.storage) not in passing for e in traced.ledger.events[: traced.step]], dtype=bool)
+    play(setup[~late[setup] & lasting[setup]])
     if workspace:
         allocator.allocate(workspace)
     for turn in range(steps):

@@ -29,6 +29,13 @@ CUBLAS_WORKSPACE_HOPPER = 32 * 2**20
 HOPPER_AND_LATER = ("hopper", "blackwell")
 # The CUDA context, outside the allocator: 290 to 670 MB in PyTorch's threads (PR 86509, issues 107667 and 109888).
 CONTEXT_BYTES = (290_000_000, 670_000_000)
+# NCCL's buffers of one communicator, outside of both: 544 MiB on two and 688 MiB on four A100s with NVLink
+# (github.com/NVIDIA/nccl/issues/964), about 1.6 GB (issues/864). They grow with channels and connections, not with the
+# number of accelerators beyond two nodes (issues/986).
+NCCL_BYTES = (544 * 2**20, 1_600_000_000)
+
+
+VERDICTS = ("fits", "fits but tight", "does not fit")
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,8 +134,9 @@ class Memory:
         allocated: on CUDA, the peak with each block rounded to 512 bytes, and the cuBLAS workspace.
         workspace: that workspace.
         context: (least, most) bytes that the CUDA context takes outside the allocator.
+        nccl: (least, most) bytes that NCCL's communicators take outside of it, one for each axis of the mesh.
         reserved: on CUDA, what the allocator has asked of the device after two steps (`allocator`, a model).
-        nvidia_smi: (least, most) bytes that the driver shows for the process: reserved and the context.
+        nvidia_smi: (least, most) bytes that the driver shows for the process: reserved, the context and NCCL's.
         capacity: bytes that a framework sees on the accelerator; None if only bytes were asked about.
     """
 
@@ -145,17 +153,18 @@ class Memory:
     allocated: int
     workspace: int
     context: tuple[int, int]
+    nccl: tuple[int, int]
     capacity: int | None
     account: Account
     sizes: Mapping[str, int]
 
     @property
     def needed(self) -> int:
-        """What must be free for the step to run: allocated bytes and the middle of the context's spread.
+        """What must be free for the step to run: allocated bytes, and the middles of the context's spread and NCCL's.
 
         Not the reserved bytes: before the allocator gives up it returns its empty segments to the device.
         """
-        return self.allocated + sum(self.context) // 2
+        return self.allocated + sum(self.context) // 2 + sum(self.nccl) // 2
 
     @property
     def fits(self) -> bool:
@@ -167,6 +176,32 @@ class Memory:
         if self.capacity is None:
             raise ConfigError("accelerator = None: whether a step fits can be said of an accelerator only")
         return self.needed <= self.capacity
+
+    @property
+    def can_tip(self) -> dict[str, int]:
+        """Bytes that may come on top of `needed`, by what takes them: the rest of each spread, and fragmentation.
+
+        Fragmentation is what the allocator reserves beyond what is allocated at the peak; it returns empty segments
+        before it gives up, but not those that are in use in part.
+        """
+        found = {
+            "the CUDA context": self.context[1] - sum(self.context) // 2,
+            "NCCL's buffers": self.nccl[1] - sum(self.nccl) // 2,
+            "fragmentation": self.reserved - self.allocated,
+        }
+        return {name: nbytes for name, nbytes in found.items() if nbytes}
+
+    @property
+    def verdict(self) -> str:
+        """One of `VERDICTS`; tight is what fits only if less than all of `can_tip` comes on top.
+
+        Raises:
+            ConfigError: no accelerator was given.
+        """
+        if not self.fits:
+            return "does not fit"
+        assert self.capacity is not None
+        return "fits" if self.needed + sum(self.can_tip.values()) <= self.capacity else "fits but tight"
 
     @cached_property
     def logits(self) -> int:
@@ -188,7 +223,7 @@ class Memory:
     @property
     def nvidia_smi(self) -> tuple[int, int]:
         """(least, most) bytes that the driver shows for the process."""
-        least, most = self.context
+        least, most = (own + shared for own, shared in zip(self.context, self.nccl, strict=True))
         return self.reserved + least, self.reserved + most
 
     @cached_property
@@ -205,6 +240,8 @@ class Memory:
         """Plain fields; the account and its timeline are left out."""
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("account", "sizes", "where")}
         plain |= {"where": self.where._asdict(), "needed": self.needed, "context": list(self.context)}
+        plain |= {"nccl": list(self.nccl), "can_tip": self.can_tip}
+        plain |= {"verdict": None if self.capacity is None else self.verdict}
         return plain | {"logits": self.logits, "reserved": self.reserved, "nvidia_smi": list(self.nvidia_smi)}
 
 
@@ -212,6 +249,7 @@ def memory(account: Account, values: Values, sizes: Mapping[str, int], accelerat
     """The memory of a step whose figures are `values`, on `accelerator` if there is one."""
     cuda = account.device == "cuda"
     workspace = 0
+    communicators = len({message.axis for message in account.traced.ledger.messages}) if cuda else 0
     if cuda:
         late = accelerator is not None and accelerator.architecture.lower() in HOPPER_AND_LATER
         workspace = CUBLAS_WORKSPACE_HOPPER if late else CUBLAS_WORKSPACE
@@ -222,6 +260,7 @@ def memory(account: Account, values: Values, sizes: Mapping[str, int], accelerat
         allocated=values.peak_bytes if not cuda else rounded_peak(account, sizes) + workspace,
         workspace=workspace,
         context=CONTEXT_BYTES if cuda else (0, 0),
+        nccl=(communicators * NCCL_BYTES[0], communicators * NCCL_BYTES[1]),
         capacity=accelerator.memory_bytes if accelerator is not None else None,
         account=account,
         sizes=sizes,

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from estimator.describe.parts import Layer, Parts, Pattern
     from estimator.eager.letters import Size
     from estimator.eager.repetition import Layout
-    from estimator.parallel.data import Unit
+    from estimator.parallel.sharded import Unit
 
 
 EVERYTHING = Selection()
@@ -127,6 +127,11 @@ class Recipe:
     adapter: str = "none"
     adapter_targets: str = ""
     adapter_dropout: bool = False
+    reduce_dtype: str = "fp32"
+    autocast: bool = False
+    replicated: bool = False  # HSDP
+    reshard: int | None = None
+    rank: int = 0  # which of those that share the shards
 
     @property
     def order(self) -> BlockOrder:
@@ -202,6 +207,8 @@ class Module:
         """`forward` in its frame, between the hooks of the unit that shards this module."""
         unit = self.unit if not self.machine.ledger.recompute else None
         with self.inside(), arguments(args) as results:
+            if self.unit is not None:
+                args = self.unit.cast_inputs(args)
             if unit is not None:
                 args = unit.before_forward(args)
             with arguments(args) as inner, Locals() as v:

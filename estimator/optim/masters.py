@@ -11,19 +11,24 @@ from estimator.optim.updates import at_parameter, zero_grad
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from estimator.eager.tensor import Shape
+
 
 class Masters:
     """Pairs of a parameter and its copy; the copies are what the optimizer sees.
 
-    With `fp32_gradients` a parameter's gradient is added to its master's as soon as it is there, and is gone.
+    `padded` are the shapes that their storages have, which a last shard does not fill. With `fp32_gradients` a
+    parameter's gradient is added to its master's as soon as it is there, and is gone.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], *, fp32_gradients: bool) -> None:
+    def __init__(self, parameters: Sequence[Tensor], padded: Sequence[Shape], *, fp32_gradients: bool) -> None:
         self.fp32_gradients = fp32_gradients
         self.pairs = []
-        for p in parameters:
+        for p, shape in zip(parameters, padded, strict=True):
             with at_parameter(p, "master"):
-                master = p.machine.empty(p.shape, FLOAT32, category=Category.OPTIMIZER).hold()
+                full = p.machine.empty(shape, FLOAT32, category=Category.OPTIMIZER)
+                master = Tensor(p.machine, full.storage, p.shape, full.stride, FLOAT32).hold()
+                full.discard()
                 if fp32_gradients:
                     master.grad = p.machine.empty(p.shape, FLOAT32, category=Category.GRADIENT).hold()
                     p.main_grad = master.grad

@@ -39,7 +39,7 @@ class GradScaler:
             v.inverse = machine.empty(())
             del v.reciprocal
             v.found_inf = machine.empty(())
-            self._found_inf = machine.empty(()).hold()
+            self.found_inf = machine.empty(()).hold()
             v.inverse_copy = machine.empty(())
             for p in parameters:
                 assert p.grad is not None
@@ -51,10 +51,10 @@ class GradScaler:
         with Locals() as v:
             if optimizer.supports_scaling:
                 with self.machine.ledger.at("loss", None, "step"):
-                    v.found_inf = with_number("add", self._found_inf)
+                    v.found_inf = with_number("add", self.found_inf)
             optimizer.step()
 
     def update(self) -> None:
         """Adapt the scale, forget whether there was an overflow."""
         with self.machine.ledger.at("loss", None, "update"):
-            self._found_inf.drop()
+            self.found_inf.drop()

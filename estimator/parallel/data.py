@@ -1,27 +1,26 @@
-"""Data parallelism: DDP's buckets, and FSDP2's units, which hold shards and are whole only while they are needed.
+"""Data parallelism of whole parameters: one accelerator alone, DDP and its buckets, and ZeRO-1's shared update.
 
-The docstrings have the names of torch/distributed/fsdp/_fully_shard. The collectives are NCCL's, which allocate
+The docstrings have the names of torch/csrc/distributed/c10d/reducer.cpp. The collectives are NCCL's, which allocate
 nothing that PyTorch counts, or on the CPU gloo's, which do.
 """
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from estimator.eager.autograd import attach, record
-from estimator.eager.ledger import Category, Phase
-from estimator.eager.letters import ZERO, D, ceiling
+from estimator.eager.ledger import Category
+from estimator.eager.letters import ONE, ZERO
 from estimator.eager.ops import python_number
-from estimator.eager.tensor import FLOAT32, Tensor, op
+from estimator.eager.tensor import Tensor
 from estimator.optim.updates import at_parameter, clip_gradients, gradient_norms, in_place, number_of, zero_grad
+from estimator.parallel.placement import DATA, buckets, pieces, rows_on
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from estimator.eager.autograd import Context
     from estimator.eager.letters import Size
-    from estimator.eager.tensor import Machine
+    from estimator.eager.tensor import Dtype, Machine, Shape
 
 HELD = Category.COMMUNICATION
 
@@ -31,7 +30,7 @@ class Model(Protocol):
 
     machine: Machine
     blocks: Any
-    unit: Unit | None
+    unit: Any
 
     @property
     def buffers(self) -> list[Tensor]:
@@ -41,24 +40,50 @@ class Model(Protocol):
         """In PyTorch's order."""
 
 
+@dataclass(frozen=True)
+class Sharing:
+    """How accelerators share a step.
+
+    Attributes:
+        micro_batches: forward and backward passes in it.
+        rank: which of those that share the shards is accounted.
+        param_dtype: of parameters while they are whole, if not as they are kept (MixedPrecisionPolicy).
+        reduce_dtype: in which gradients are summed, if not their own.
+        replicated: several groups hold all the shards each (HSDP).
+        reshard: among how many accelerators a block's parameters are shared from forward to backward, if not all.
+    """
+
+    micro_batches: int = 1
+    rank: int = 0
+    param_dtype: Dtype | None = None
+    reduce_dtype: Dtype | None = None
+    replicated: bool = False
+    reshard: int | None = None
+
+
 class Replica:
     """A model that runs alone: the optimizer updates its parameters.
 
     Attributes:
         updated: what the optimizer updates.
+        padded: the shapes that the storages of float32 copies of these have: full shards, also where one has less.
     """
 
-    def __init__(self, model: Model, micro_batches: int) -> None:
-        self.machine = model.machine
+    def __init__(self, model: Model, sharing: Sharing) -> None:
+        self.machine, self.sharing = model.machine, sharing
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.updated: Sequence[Tensor] = self.parameters
-        self.last = micro_batches - 1
+        self.padded: Sequence[Shape] = [p.shape for p in self.parameters]
+        self.last = sharing.micro_batches - 1
 
     def before_forward(self) -> None:
         """Before each micro-batch."""
 
     def before_update(self) -> None:
         """Before the optimizer's step."""
+
+    def agree_on_overflow(self, found: Tensor) -> None:
+        """An overflow in one shard is an overflow in all (`trainer.optim.precision.ShardedScaler`)."""
 
     def after_update(self) -> None:
         """After the optimizer's step: gradients become None."""
@@ -72,17 +97,18 @@ class Replica:
 class Buckets(Replica):
     """DDP: a second copy of the gradients, in which they are summed over the accelerators and copied back.
 
-    `gradient_as_bucket_view` is False unless asked for, so the buckets live as long as the model. There is one here for
-    each block and one for all else; PyTorch cuts the same bytes into 25 MiB (torch/csrc/distributed/c10d/reducer.cpp).
+    `gradient_as_bucket_view` is False unless asked for, so the buckets live as long as the model. Their bytes are noted
+    here by block; how many there are, and so how many messages, is `estimator.parallel.placement.buckets`.
     """
 
-    def __init__(self, model: Model, micro_batches: int) -> None:
-        super().__init__(model, micro_batches)
+    def __init__(self, model: Model, sharing: Sharing) -> None:
+        super().__init__(model, sharing)
+        self.ready: list[Tensor] = []
         self.buffers = model.buffers
         self.buckets = []
         for block, part in by_block(self.parameters).items():
             with self.machine.ledger.at("" if block is None else f"blocks.{block}", block, "DDP bucket"):
-                self.buckets.append(self.machine.empty((_elements(part),), part[0].dtype, category=HELD).hold())
+                self.buckets.append(self.machine.empty((elements(part),), part[0].dtype, category=HELD).hold())
         self.machine.on_gradient = self.gradient_ready
         self.machine.on_backward_end = self.after_backward
 
@@ -95,19 +121,27 @@ class Buckets(Replica):
         """`_sync_buffers`: once a step the model's buffers are broadcast, through a flat copy."""
         if self.buffers and self.machine.ledger.micro_batch == 0:
             with self.machine.ledger.at("", None, "broadcast_coalesced"):
-                flat = self.machine.empty((_elements(self.buffers),), self.buffers[0].dtype, category=HELD).hold()
+                flat = self.machine.empty((elements(self.buffers),), self.buffers[0].dtype, category=HELD).hold()
+                self.machine.collective("broadcast", DATA, flat, waits="step")
                 flat.drop()
 
     def gradient_ready(self, p: Tensor) -> None:
         """`mark_variable_ready_dense`: the gradient, divided by D, goes into its bucket."""
         if self.exchanges:
             assert p.grad is not None
+            self.ready.append(p)
             with python_number(self.machine, p.dtype):
                 self.machine.kernel("mul", (p.grad,), (p.grad,))
 
     def after_backward(self) -> None:
         """`finalize_backward`: the sums go back into the gradients."""
         if self.exchanges:
+            stack = self.machine.stack
+            whole = sum((stack.times(p.storage.where.block) * p.numel for p in self.ready), ZERO)
+            with self.machine.ledger.at("", None, "all_reduce_bucket"):
+                self.machine.collective(
+                    "all-reduce", DATA, self.ready[0], waits="update", elements=whole, count=buckets(self.ready)
+                )
             for p in self.parameters:
                 assert p.grad is not None
                 with at_parameter(p, "finalize_bucket_dense"):
@@ -117,243 +151,37 @@ class Buckets(Replica):
 class ShardedUpdate(Buckets):
     """ZeRO-1: DDP, and each accelerator updates its rows of every parameter, then all broadcast theirs, in place."""
 
-    def __init__(self, model: Model, micro_batches: int) -> None:
-        super().__init__(model, micro_batches)
-        self.updated = [_rows(p) for p in self.parameters]
+    def __init__(self, model: Model, sharing: Sharing) -> None:
+        super().__init__(model, sharing)
+        self.updated = [self._rows(p, sharing.rank) for p in self.parameters]
+        self.padded = [self._rows(p, 0).shape for p in self.parameters]
 
     def before_update(self) -> None:
         """The rows' gradients are rows of the gradients, which they keep."""
         for rows, p in zip(self.updated, self.parameters, strict=True):
             assert p.grad is not None
-            rows.grad = _rows(p.grad)
+            rows.grad = self._rows(p.grad, self.sharing.rank)
         zero_grad(self.parameters)
+
+    def agree_on_overflow(self, found: Tensor) -> None:
+        """Ask the others."""
+        self.machine.collective("all-reduce", DATA, found, waits="step")
+
+    def after_update(self) -> None:
+        """`Weights.spread`: all broadcast their rows of each parameter, in place."""
+        for p in self.parameters:
+            with at_parameter(p, "broadcast"):
+                self.machine.collective("broadcast", DATA, p, waits="step", count=pieces(p.shape[0]))
+        super().after_update()
+
+    def _rows(self, x: Tensor, rank: int) -> Tensor:
+        """The rows of x of an accelerator, a view."""
+        rows = rows_on(self.machine, x.shape[0], rank)
+        return Tensor(x.machine, x.storage, (rows, *x.shape[1:]), x.stride, x.dtype).hold()
 
     def clip(self, parameters: Sequence[Tensor]) -> None:
         """Each accelerator has its rows' part of the norm."""
         clip_shards(parameters)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """The first accelerator's rows of x, a view."""
-    rows = ceiling(x.shape[0], D)
-    return Tensor(x.machine, x.storage, (rows, *x.shape[1:]), x.stride, x.dtype).hold()
-
-
-class Unit:
-    """Parameters that are gathered together, `FSDPParamGroup`: those of a block, or all others (the root).
-
-    Attributes:
-        shards: this accelerator's rows of each parameter; the first accelerator's, which has the most.
-        gathered: the buffer of an all-gather that has not been copied out yet.
-        whole: whether the parameters are there.
-    """
-
-    def __init__(self, fsdp: FullySharded, parameters: Sequence[Tensor], *, root: bool) -> None:
-        self.fsdp, self.parameters, self.root = fsdp, parameters, root
-        self.machine = parameters[0].machine
-        self.shards = [self._shard(p) for p in parameters]
-        self.gathered: Tensor | None = None
-        self.whole = False
-
-    def _shard(self, p: Tensor) -> Tensor:
-        """`FSDPParam._init_sharded_param`: the parameter's storage is emptied; full, it is as long as D shards."""
-        machine, where = self.machine, p.storage.where
-        with machine.ledger.at(where.module, where.block, "fully_shard"):
-            rows = ceiling(p.shape[0], D)
-            shard = machine.empty((rows, *p.shape[1:]), p.dtype, category=Category.PARAMETER).hold()
-            machine.ledger.free(p.storage)
-        p.storage.category = HELD
-        p.storage.nbytes = D * shard.storage.nbytes
-        return shard
-
-    def gather(self) -> None:
-        """`unshard`: all-gather into one buffer; nothing to do if that has been done."""
-        if self.whole or self.gathered is not None:
-            return
-        with self._doing("all_gather"):
-            self.gathered = self._buffer(D * _elements(self.shards)).hold()
-            self.machine.kernel("all_gather_copy_in", self.shards, self.shards)
-            if self.fsdp.gloo:  # it receives into a buffer of its own
-                self._buffer(D * _elements(self.shards)).discard()
-
-    def copy_out(self) -> None:
-        """`wait_for_unshard`: from the buffer into each parameter's storage.
-
-        In forward the buffer stays until the next unit has copied its own out, so that the two gathers may overlap.
-        """
-        gathered, self.gathered = self.gathered, None
-        if gathered is None:
-            return
-        with self._doing("all_gather_copy_out"):
-            for p in self.parameters:
-                self.machine.ledger.refill(p.storage)
-            self.machine.kernel("split_with_sizes_copy", self.parameters, self.parameters)
-            self.whole = True
-            if self.machine.ledger.phase is Phase.FORWARD:
-                self.fsdp.keep(gathered)
-            gathered.drop()
-
-    def reshard(self) -> None:
-        """`to_sharded`: empty the parameters' storages."""
-        if self.whole:
-            with self._doing("reshard"):
-                for p in self.parameters:
-                    self.machine.ledger.free(p.storage)
-        self.whole = False
-
-    def before_forward(self, args: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-        """`pre_forward`; a node is put before the arguments that will have a gradient, behind which that is reduced."""
-        self.gather()
-        self.copy_out()
-        return tuple(self._behind(x) if x is not None and x.requires_grad else x for x in args)
-
-    def after_forward(self, out: Tensor) -> None:
-        """`post_forward`; before the result's backward the unit will be whole."""
-        if self.root:
-            self.fsdp.keep(None)
-        elif self.fsdp.reshards:
-            self.reshard()
-        assert out.grad_fn is not None
-        out.grad_fn.hook = self.before_backward
-
-    def before_backward(self) -> None:
-        """`pre_backward`: whole, and the next one's all-gather is under way."""
-        self.gather()
-        self.copy_out()
-        position = self.fsdp.units.index(self)
-        if position > 0:
-            self.fsdp.units[position - 1].gather()
-
-    @op
-    def _behind(self, x: Tensor) -> Tensor:
-        """`RegisterPostBackwardFunction`."""
-
-        def backward(_: Context, grad: Tensor) -> list[Tensor | None]:
-            self.after_backward()
-            return [grad]
-
-        node = record("RegisterPostBackwardFunctionBackward", (x,), backward)
-        return attach(node, x.view(x.shape, x.stride))
-
-    def after_backward(self) -> None:
-        """`post_backward`: empty the parameters, reduce-scatter the gradients, keep one's rows of the sums."""
-        self.reshard()
-        self.fsdp.reduced(None)
-        with self._doing("reduce_scatter"):
-            padded = [rows.numel for rows in self.shards]
-            source = self._buffer(D * _elements(self.shards)).hold()
-            self._copy_in()
-            for p in self.parameters:
-                assert p.grad is not None
-                p.grad.drop()
-                p.grad = None
-            first = self.shards[0].grad is None
-            rows = self.machine.empty(
-                (sum(padded, ZERO),), self.shards[0].dtype, category=Category.GRADIENT if first else HELD
-            ).hold()
-            if self.fsdp.gloo:  # reduces all of it in a copy, and divides that
-                copy = self._buffer(D * _elements(self.shards)).hold()
-                with python_number(self.machine, FLOAT32):
-                    pass
-                copy.drop()
-            for shard in self.shards:
-                if first:
-                    stride = self.machine.contiguous(shard.shape)
-                    shard.grad = Tensor(self.machine, rows.storage, shard.shape, stride, rows.dtype).hold()
-                    mine = shard.storage.where, shard.storage.nbytes
-                    self.machine.ledger.gradients.setdefault(rows.storage, []).append(mine)
-                else:
-                    assert shard.grad is not None
-                    self.machine.kernel("add_", (shard.grad,), (shard.grad,))
-            rows.drop()
-            self.fsdp.reduced(source)
-            source.drop()
-
-    def _copy_in(self) -> None:
-        """`chunk_cat`: on the CPU through padded copies of those whose rows D does not divide."""
-        machine = self.machine
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        machine.kernel("chunk_cat", gradients, gradients)
-        padded = []
-        for p, shard in zip(self.parameters, self.shards, strict=True):
-            if machine.device == "cpu" and not machine.divides(D, p.shape[0]):
-                padded.append(self._buffer(D * shard.numel).hold())
-        for x in padded:
-            x.drop()
-
-    def _buffer(self, elements: Size) -> Tensor:
-        return self.machine.empty((elements,), self.shards[0].dtype, category=HELD)
-
-    @contextmanager
-    def _doing(self, name: str) -> Iterator[None]:
-        """What happens in this context is this unit's communication, and belongs to the place where the step is."""
-        ledger = self.machine.ledger
-        with ledger.at(ledger.module, ledger.block, f"FSDP {name}"):
-            yield
-
-
-class FullySharded(Replica):
-    """FSDP2, `fully_shard` on each block and on the model.
-
-    Attributes:
-        units: the blocks' in order, and last the root's.
-        reshards: the blocks' parameters are emptied after forward (ZeRO-3); else only after backward (ZeRO-2).
-        gloo: the collectives are the CPU's.
-    """
-
-    reshards = True
-
-    def __init__(self, model: Model, micro_batches: int) -> None:
-        super().__init__(model, micro_batches)
-        self.gloo = self.machine.device == "cpu"
-        groups = by_block(self.parameters)
-        rest = groups.pop(None)
-        self.units = [Unit(self, part, root=False) for part in groups.values()]
-        for block, unit in zip(model.blocks, self.units, strict=True):
-            block.unit = unit
-        model.unit = Unit(self, rest, root=True)
-        self.units.append(model.unit)
-        shard = {p: rows for unit in self.units for p, rows in zip(unit.parameters, unit.shards, strict=True)}
-        self.updated = [shard[p] for p in self.parameters]
-        self.machine.on_backward_end = self.after_backward
-        self._gathered: Tensor | None = None
-        self._reduced: Tensor | None = None
-
-    def keep(self, gathered: Tensor | None) -> None:
-        """Hold on to the buffer of the last all-gather in forward in place of the one before."""
-        before, self._gathered = self._gathered, gathered.hold() if gathered is not None else None
-        if before is not None:
-            before.drop()
-
-    def reduced(self, source: Tensor | None) -> None:
-        """Hold on to the input of the last reduce-scatter in place of the one before."""
-        before, self._reduced = self._reduced, source.hold() if source is not None else None
-        if before is not None:
-            before.drop()
-
-    def after_backward(self) -> None:
-        """`_root_post_backward_final_callback`: no argument of the model has a gradient, so the root's turn is here."""
-        self.units[-1].after_backward()
-        self.reduced(None)
-
-    def clip(self, parameters: Sequence[Tensor]) -> None:
-        """Each accelerator has its shards' part of the norm."""
-        clip_shards(parameters)
-
-
-class ShardedGradients(FullySharded):
-    """ZeRO-2: `fully_shard(reshard_after_forward=False)`, as FSDP1's SHARD_GRAD_OP."""
-
-    reshards = False
-
-
-REPLICAS: dict[str, type[Replica]] = {
-    "alone": Replica,
-    "ddp": Buckets,
-    "zero1": ShardedUpdate,
-    "zero2": ShardedGradients,
-    "zero3": FullySharded,
-}
 
 
 def clip_shards(parameters: Sequence[Tensor]) -> None:
@@ -367,6 +195,7 @@ def clip_shards(parameters: Sequence[Tensor]) -> None:
             with at_parameter(p, "vector_norm"):
                 norm.drop()
         squares = machine.empty((count,), dtype).hold()
+        machine.collective("all-reduce", DATA, squares, waits="step", elements=ONE)
         stacked.drop()
         squares.drop()
         for p in parameters:
@@ -383,5 +212,6 @@ def by_block(parameters: Sequence[Tensor]) -> dict[int | None, list[Tensor]]:
     return groups
 
 
-def _elements(tensors: Sequence[Tensor]) -> Size:
+def elements(tensors: Sequence[Tensor]) -> Size:
+    """Of all of them together."""
     return sum((t.numel for t in tensors), ZERO)

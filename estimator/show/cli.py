@@ -15,7 +15,16 @@ from typing import TYPE_CHECKING, Any
 from estimator.describe.catalogue import number
 from estimator.describe.checks import ConfigError, shown
 from estimator.describe.model import ModelConfig
-from estimator.describe.plan import ATTENTIONS, CHECKPOINTINGS, OPTIMIZERS, PRECISIONS, SHARDINGS, Plan
+from estimator.describe.plan import (
+    ATTENTIONS,
+    CHECKPOINTINGS,
+    FULLY_SHARDED,
+    OPTIMIZERS,
+    PRECISIONS,
+    SHARDING_SPELLINGS,
+    SHARDINGS,
+    Plan,
+)
 from estimator.describe.units import GIB
 from estimator.show.commands import Parser, TopicHelp
 
@@ -120,7 +129,7 @@ def _add_fields(group: Any, cls: type[ModelConfig | Plan], skip: Sequence[str] =
             continue
         kind = str(f.type)
         option: dict[str, Any] = {"dest": f.name, "default": None, "help": cls.HELP[f.name].replace("%", "%%")}
-        if "bool" in kind:
+        if "bool" in kind and "int" not in kind:
             option["action"] = argparse.BooleanOptionalAction
         else:
             option["metavar"] = "N" if "int" in kind else "X" if "float" in kind else "NAME"
@@ -192,7 +201,12 @@ def _described(args: argparse.Namespace) -> tuple[ModelConfig, Plan]:
     )
     given = vars(args)
     model = named.replace(**{f.name: given[f.name] for f in fields(ModelConfig) if given.get(f.name) is not None})
-    return model, Plan(**{f.name: given[f.name] for f in fields(Plan) if given[f.name] is not None})
+    wanted = {f.name: given[f.name] for f in fields(Plan) if given[f.name] is not None}
+    several = max(given["count"] or 1, wanted.get("data_parallel", 1)) > 1
+    sharding = str(wanted.get("sharding"))
+    if several and SHARDING_SPELLINGS.get(sharding, sharding) in FULLY_SHARDED:
+        wanted.setdefault("precision", "bf16-fsdp")  # what people shard with; the first line of the answer says it
+    return model, Plan(**wanted)
 
 
 def _asked(args: argparse.Namespace) -> Estimate:
@@ -301,6 +315,9 @@ def verdict(r: Estimate, largest: int) -> str:
     m = r.memory
     spare = (m.capacity or 0) - m.needed
     fits = f"Fits: needs {gib(m.needed)} of {gib(m.capacity or 0)}, {gib(spare)} to spare."
+    if m.verdict == "fits but tight":
+        tips = ", ".join(f"{name} ({gib(nbytes)})" for name, nbytes in m.can_tip.items())
+        fits = f"Fits but tight: needs {gib(m.needed)} of {gib(m.capacity or 0)}; what can tip it: {tips}."
     if not m.fits:
         fits = f"Does not fit: needs {gib(m.needed)} of {gib(m.capacity or 0)}, {gib(-spare)} too much."
     holds = max(m.parts, key=lambda name: m.parts[name])
@@ -362,7 +379,8 @@ def _tables(name: str, r: Estimate, largest: int, price: float | None = None) ->
     rows = {**r.memory.parts, "live tensors": r.memory.peak}
     rows["allocator's rounding"] = r.memory.allocated - r.memory.peak - r.memory.workspace
     rows["cuBLAS workspace"] = r.memory.workspace
-    rows["CUDA context (290 to 670 MB)"] = r.memory.needed - r.memory.allocated
+    rows["CUDA context (290 to 670 MB)"] = sum(r.memory.context) // 2
+    rows[f"NCCL's buffers ({r.memory.nccl[0] / 1e9:.2f} to {r.memory.nccl[1] / 1e9:.2f} GB)"] = sum(r.memory.nccl) // 2
     rows["needed, which decides whether it fits"] = r.memory.needed
     if r.account.device == "cuda":
         rows["reserved by the allocator (a model)"] = r.memory.reserved

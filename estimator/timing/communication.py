@@ -1,53 +1,97 @@
-"""Data parallelism: which messages a step sends. How long they take is `estimator.timing.waiting`."""
+"""Which messages a step sends, read from its ledger. How long they take is `estimator.timing.waiting`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
-COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce")
+from estimator.eager.letters import ONE, ZERO, as_sizes
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from estimator.accounting.accounts import Account
+    from estimator.eager.ledger import Message as Sent
+    from estimator.eager.letters import Size
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """A collective of a step over all data-parallel accelerators.
+    """The collectives of a step that are of one kind, together.
 
     Attributes:
-        collective: one of `COLLECTIVES`.
-        phase: "forward", "backward" (hidden behind that phase's kernels) or "optimizer" (waited for).
-        nbytes: bytes of the whole tensor, all of its messages in the phase together.
-        pieces: into how many messages they are cut; the first has nothing to hide behind, nor has the last.
+        collective: "all-gather", "reduce-scatter", "all-reduce" or "broadcast".
+        axis: of the device mesh (`estimator.parallel.placement`).
+        phase: "forward", "backward" or "optimizer".
+        waits: what waits for it (`estimator.eager.ledger.WAITS`).
+        nbytes: bytes of the whole tensors.
+        count: how many messages that is.
+        pieces: how many of them follow one another; each accelerator's broadcasts of a unit's rows go together.
     """
 
     collective: str
+    axis: str
     phase: str
+    waits: str
     nbytes: Any
+    count: Any
     pieces: Any
 
 
-def messages(
-    sharding: str, parameter_bytes: Any, gradient_bytes: Any, units: Any, micro_batches: Any
-) -> tuple[Message, ...]:
-    """The collectives of one optimizer step.
+Key = tuple[str, str, str, str, int]  # collective, axis, phase, waits, bytes of an element
 
-    They are those of the implementations whose memory is accounted (`estimator.parallel.data`). DDP sums the gradients
-    in the last backward. ZeRO-1 does too, and gathers the updated parameters after the step. FSDP gathers each unit's
-    parameters before its forward and scatters its gradients, in every micro-batch; as ZeRO-3 it gathers them again
-    before backward, as ZeRO-2 it has kept them.
+
+@lru_cache(maxsize=1024)
+def _totals(form: Account) -> dict[Key, list[tuple[Size, Size]]]:
+    """Of each kind of message, (bytes, count) in the first micro-batch and in those after it."""
+    terms: dict[tuple[Key, int], list[Sent]] = {}
+    for sent in form.traced.ledger.messages:
+        key = (sent.kind, sent.axis, sent.where.phase.value, sent.waits, sent.itemsize)
+        turn = 0 if sent.where.phase.value == "optimizer" else sent.micro_batch
+        terms.setdefault((key, turn), []).append(sent)
+    total = form.traced.total
+    found: dict[Key, list[tuple[Size, Size]]] = {}
+    for (key, turn), those in terms.items():
+        row = found.setdefault(key, [(ZERO, ZERO), (ZERO, ZERO)])
+        count = total([(m.where.block, m.count) for m in those])
+        row[turn] = total([(m.where.block, m.nbytes) for m in those]), count
+    return found
+
+
+@lru_cache(maxsize=1024)
+def _units(form: Account) -> Size:
+    """Parts of the model whose parameters are sent as one: its blocks, and one for all else."""
+    blocks = range(len(form.traced.stack.places))
+    return form.traced.total([(None, ONE), *((block, ONE) for block in blocks)])
+
+
+def messages(
+    form: Account,
+    sizes: Mapping[str, Any],
+    micro_batches: Any,
+    parameter_width: int | None = None,
+    gradient_width: int | None = None,
+) -> tuple[Message, ...]:
+    """The collectives of one optimizer step at `sizes`, those of a kind as one.
+
+    What only the last micro-batch sends is sent once; what each sends, as often as there are some.
 
     Args:
-        sharding: as in `Plan`.
-        parameter_bytes: of the whole model, as they are sent.
-        gradient_bytes: likewise.
-        units: parts of the model that are sent as one (blocks, and one for all else).
+        form: the account of the step.
+        sizes: numbers or arrays behind its letters.
         micro_batches: forward and backward passes in a step.
+        parameter_width: bytes of one parameter, if not the ledger's.
+        gradient_width: the same of one gradient.
     """
-    summed = Message("all-reduce", "backward", gradient_bytes, units)
-    if sharding == "none":
-        return (summed,)
-    if sharding == "zero1":
-        return (summed, Message("all-gather", "optimizer", parameter_bytes, units))
-    pieces = units * micro_batches
-    phases = ("forward", "backward") if sharding == "zero3" else ("forward",)
-    gathers = (Message("all-gather", phase, parameter_bytes * micro_batches, pieces) for phase in phases)
-    return (*gathers, Message("reduce-scatter", "backward", gradient_bytes * micro_batches, pieces))
+    known, found = as_sizes(sizes), []
+    for (kind, axis, phase, waits, itemsize), ((first, first_count), (later, later_count)) in _totals(form).items():
+        again = micro_batches - 1 if first else 1
+        nbytes = known.value(first) + again * known.value(later)
+        count = known.value(first_count) + again * known.value(later_count)
+        own = phase == "optimizer" and kind == "broadcast"  # each accelerator its rows: together an all-gather
+        width = parameter_width if kind == "all-gather" or own else gradient_width if waits == "update" else None
+        if width is not None:
+            nbytes = nbytes * width / itemsize
+        found.append(Message(kind, axis, phase, waits, nbytes, count, known.value(_units(form)) if own else count))
+    return tuple(found)

@@ -10,10 +10,11 @@ import numpy as np
 
 from estimator.accounting.accounts import account, sizes_for
 from estimator.describe.catalogue import read_data
-from estimator.describe.checks import positive_int
+from estimator.describe.checks import ConfigError, positive_int
 from estimator.describe.units import SECONDS_PER_HOUR
 from estimator.hardware.accelerators import Accelerator, accelerator, cluster
 from estimator.hardware.networks import network, straggling
+from estimator.parallel.placement import DATA, REPLICATE
 from estimator.pricing.conventions import model_flops_utilisation
 from estimator.timing.communication import messages
 from estimator.timing.kernels import EAGER, FUSED, Variant, table
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from estimator.accounting.accounts import Account
     from estimator.describe.model import ModelConfig
     from estimator.describe.plan import Plan
+    from estimator.hardware.accelerators import Cluster
     from estimator.timing.roofline import Efficiency
 
     Array = NDArray[np.float64]
@@ -224,13 +226,9 @@ def times(
         kernel=setup.attention or (fused if fused in e.flash else None),
     )  # fmt: skip
     group = cluster(a, p.data_parallel, between=between(a, setup.network))
-    count = shape["parameters"]
-    holders = p.shards if p.sharding in ("zero2", "zero3") else 1  # of the parameters and gradients, as they are sent
-    parameters = holders * shape["parameter_bytes"] if setup.parameter_width is None else count * setup.parameter_width
-    gradients = holders * shape["gradient_bytes"] if setup.gradient_width is None else count * setup.gradient_width
-    sent = messages(p.sharding, parameters, gradients, np.asarray(sizes["L"]) + 1, turns)
+    sent = messages(form, sizes, turns, setup.parameter_width, setup.gradient_width)
     compute = {phase.value: s for phase, s in work.phases.items()}
-    waited = exposed(sent, group, e, compute, turns, overlap=setup.overlap, latency=setup.latency)
+    waited = exposed(sent, axes(group, p), e, compute, turns, overlap=setup.overlap, latency=setup.latency)
     if group.nodes > 1:  # the slowest node is waited for
         part = straggling() if setup.straggling is None else setup.straggling
         waited = waited + part * np.log2(group.nodes) * (waited + sum(compute.values()))
@@ -238,6 +236,28 @@ def times(
     if setup.stack_factor is not None:
         found = {name: setup.stack_factor.factor * x for name, x in found.items()}
     return found
+
+
+def axes(group: Cluster, p: Plan) -> dict[str, Cluster]:
+    """The accelerators of each axis of the mesh: those that share shards lie side by side, in as few nodes as can be.
+
+    Raises:
+        ConfigError: a group of them does not come out even with the nodes.
+    """
+    if p.replicas == 1 or p.sharding == "none":
+        return {DATA: group}
+    inner = min(p.shards, group.per_node)
+    if group.per_node % inner or p.shards % inner:
+        raise ConfigError(
+            f"shard_group = {p.shard_group}: must divide the {group.per_node} accelerators of a node, or be a multiple "
+            "of them"
+        )
+    here = group.per_node // inner  # groups inside one node
+    nodes = p.replicas // here
+    return {
+        DATA: replace(group, nodes=p.shards // inner, per_node=inner),
+        REPLICATE: replace(group, nodes=nodes, per_node=here),
+    }
 
 
 def between(a: Accelerator, given: str | float | None = None) -> float | None:

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.float64]
 
-# Steps of a ring: an all-gather and a reduce-scatter each pass (n - 1) / n of the tensor, an all-reduce does both.
-RINGS = {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 2}
+# Steps of a ring: an all-gather and a reduce-scatter each pass (n - 1) / n of the tensor, an all-reduce does both; so
+# do the broadcasts of all accelerators, each of its part.
+RINGS = {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 2, "broadcast": 1}
 
 
 def seconds(message: Message, cluster: Cluster, e: Efficiency, latency: float | None = None) -> Array:
@@ -41,7 +42,7 @@ def seconds(message: Message, cluster: Cluster, e: Efficiency, latency: float | 
 
 def exposed(
     sent: Sequence[Message],
-    cluster: Cluster,
+    clusters: Mapping[str, Cluster],
     e: Efficiency,
     compute: Mapping[str, Array],
     turns: Any = 1,
@@ -51,22 +52,25 @@ def exposed(
 ) -> Array:
     """Seconds of a step that its messages cost, `compute` being the seconds of kernels in each phase.
 
-    Of what runs beside kernels, the first piece has no kernel to run beside, and no more can hide than there are; what
+    `clusters` are the accelerators of each axis of the mesh. What the whole step waits for hides behind nothing. Of
+    what runs beside kernels, the first piece has no kernel to run beside, and no more can hide than there are; what
     hides takes a part of the device from what hides it (`Efficiency.contention`). An all-reduce of gradients is sent
     once, in the last of `turns` micro-batches, so that only that one's backward hides it. Without `overlap` it is sent
     when backward is over, and waited for.
     """
     cost: Any = 0.0
     for phase, behind in compute.items():
-        those = [m for m in sent if m.phase == phase]
-        if not those or cluster.count == 1:
+        taken = [(m, seconds(m, clusters[m.axis], e, latency)) for m in sent if m.phase == phase]
+        cost = cost + sum(took for m, took in taken if m.waits == "step")
+        those = [m for m, _ in taken if m.waits != "step"]
+        if not those:
             continue
-        total = sum(seconds(m, cluster, e, latency) for m in those)
+        total = sum(took for m, took in taken if m.waits != "step")
         summed = all(m.collective == "all-reduce" for m in those)
-        if phase == "optimizer" or (summed and not overlap):
+        if summed and not overlap:
             cost = cost + total
             continue
-        first = sum(seconds(m, cluster, e, latency) / m.pieces for m in those[-1:])
+        first = sum(took / m.pieces for m, took in taken if m is those[-1])
         hidden = np.minimum(total - first, behind / turns if summed else behind)
         cost = cost + (total - hidden) + e.contention * hidden
     return np.atleast_1d(np.asarray(cost, dtype=np.float64))

@@ -1,4 +1,4 @@
-"""Started by torchrun: measures each case of a JSON file and writes what the first process holds."""
+"""Started by torchrun: measures each case of a JSON file and writes what each process holds, or sends."""
 
 import json
 import os
@@ -6,20 +6,43 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 
 from estimator.describe.model import ModelConfig
 from estimator.describe.plan import Plan
 from trainer.parallel.distributed import World
-from trainer.referee.replicas import measure_shared
+from trainer.referee.replicas import measure_shared, messages
+
+
+def of_plan(ask):
+    """`ask` of a model and a plan that come as plain fields."""
+    return lambda m, p, world: ask(ModelConfig(**m), Plan(**p), world)
+
+
+def shapes(processes, shapes, world):
+    """name -> (bytes, elements) of each parameter's shard, where the first so many processes share them."""
+    mesh = DeviceMesh("cpu", list(range(processes)))
+    if world.rank >= processes:
+        return None
+    module = nn.ParameterDict({name: nn.Parameter(torch.zeros(shape)) for name, shape in shapes.items()})
+    fully_shard(module, mesh=mesh)
+    local = {name: p.to_local() for name, p in module.items()}
+    return {name: (x.untyped_storage().nbytes(), x.numel()) for name, x in local.items()}
+
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     world = World("cpu")
-    source, target = map(Path, sys.argv[1:])
-    cases = [(ModelConfig(**m), Plan(**p)) for m, p in json.loads(source.read_text())]
-    found = [measure_shared(m, p, world) for m, p in cases]
+    source, target = map(Path, sys.argv[1:3])
+    ask = {"bytes": of_plan(measure_shared), "messages": of_plan(messages), "shapes": shapes}[sys.argv[3]]
+    mine = [ask(*case, world) for case in json.loads(source.read_text())]
+    everyones = [None] * world.size
+    dist.all_gather_object(everyones, mine)
     if world.rank == 0:
-        target.write_text(json.dumps(found))
+        target.write_text(json.dumps(list(zip(*everyones, strict=True))))
     world.barrier()
     sys.stdout.flush()
     os._exit(0)  # now and then a thread of gloo's or the profiler's outlives the interpreter, which then aborts

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
 
 import pytest
 from hypothesis import given, settings
@@ -16,7 +17,15 @@ from estimator.accounting.accounts import account, sizes_for
 from estimator.describe.checks import ConfigError
 from estimator.describe.model import ModelConfig
 from estimator.describe.plan import SHARDINGS, Plan
+from estimator.eager.letters import ONE, evaluate, letter
+from estimator.eager.repetition import layout
+from estimator.eager.sizes import ShapeClass
+from estimator.eager.tensor import Machine
 from estimator.memory.device import rounded_peak, timeline
+from estimator.models.layers import Module
+from estimator.parallel.data import Sharing
+from estimator.parallel.sharded import FullySharded
+from estimator.timing import communication
 
 quick = settings(derandomize=True, deadline=None, max_examples=12)
 
@@ -57,14 +66,20 @@ REAL = [
 ]
 
 
-def measured(processes, cases, folder):
+def measured(processes, cases, folder, what="bytes"):
+    """What each of so many real processes says of each model and plan."""
+    return asked(what, processes, [(m.to_dict(), p.to_dict()) for m, p in cases], folder)
+
+
+def asked(what, processes, cases, folder):
+    """What each of so many real processes says of each case."""
     source, target = folder / f"cases{processes}.json", folder / f"found{processes}.json"
-    source.write_text(json.dumps([(m.to_dict(), p.to_dict()) for m, p in cases]))
+    source.write_text(json.dumps(cases))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     worker = Path(__file__).with_name("sharding_worker.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(trainer.__file__).parents[1])}
     done = subprocess.run(
-        [*command, str(worker), str(source), str(target)],
+        [*command, str(worker), str(source), str(target), what],
         env=environment, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     said = [line for line in done.stderr.splitlines() if line and "USDT" not in line]
@@ -77,9 +92,130 @@ def test_each_process_holds_what_the_account_says_to_the_byte(processes, tmp_pat
     cases = [(m, Plan(batch_size=2, data_parallel=processes, **plan)) for m, plan in REAL]
     if processes == 3:  # where little divides
         cases = cases[::3]
-    for (m, p), real in zip(cases, measured(processes, cases, tmp_path), strict=True):
-        v = account(m, p, "cpu").evaluate(m, p, threads=1)
-        assert {name: getattr(v, name) for name in real} == real, (m, p)
+    for (m, p), ranks in zip(cases, measured(processes, cases, tmp_path), strict=True):
+        for rank, real in enumerate(ranks):
+            v = account(m, p, "cpu", rank).evaluate(m, p, threads=1)
+            assert {name: getattr(v, name) for name in real} == real, (m, p, rank)
+
+
+def drawn(random, processes):
+    """A model and how so many processes share it."""
+    m = random.choice([GPT2, LLAMA, TIED, WORDS, ONE_BLOCK]).replace(num_layers=random.randint(1, 4))
+    m = m.replace(vocab_size=random.randint(20, 90), d_ff=random.randint(9, 40))
+    plan = {
+        "batch_size": random.randint(1, 3),
+        "data_parallel": processes,
+        "sharding": random.choice(["zero2", "zero3", "zero3"]),
+        "precision": random.choice(["bf16-fsdp", "bf16-fsdp", "bf16-fsdp", "fp32"]),
+        "attention": random.choice(["naive", "sdpa"]),
+        "checkpointing": random.choice(["none", "block", "attention", "selective"]),
+        "loss": random.choice(["bundled", "torch", "torch-fp32", "chunked"]),
+        "optimizer": random.choice(["adamw", "sgd", "sgd-momentum", "lion"]),
+        "grad_accumulation": random.choice([1, 1, 2, 3]),
+        "max_grad_norm": random.choice([None, None, 1.0]),
+    }
+    if plan["precision"] == "bf16-fsdp":
+        plan |= {"reduce_dtype": random.choice(["fp32", "bf16"]), "autocast": random.random() < 0.2}
+    if processes == 4:
+        plan |= {"shard_group": random.choice([None, 2])}
+        if plan["sharding"] == "zero3":
+            plan |= {"reshard_after_forward": random.choice([None, None, 2])}
+    return m, Plan(**plan)
+
+
+@pytest.mark.parametrize(("processes", "runs"), [(2, 24), (3, 16), (4, 24)])
+def test_random_recipes_of_fully_shard_are_exact_in_each_process(processes, runs, tmp_path):
+    random = Random(processes)
+    cases = [drawn(random, processes) for _ in range(runs)]
+    for (m, p), ranks in zip(cases, measured(processes, cases, tmp_path), strict=True):
+        for rank, real in enumerate(ranks):
+            v = account(m, p, "cpu", rank).evaluate(m, p, threads=1)
+            assert {name: getattr(v, name) for name in real} == real, (m, p, rank)
+
+
+def test_parameters_of_any_shape_are_shared_out_as_fully_shard_does(tmp_path):
+    """Shapes and names that no model has, over 2 to 8 processes: bytes of each shard, and rows that fill it."""
+    random = Random(0)
+    cases = []
+    for processes in range(2, 9):
+        for _ in range(4):
+            shapes = [[random.randint(1, 40) for _ in range(random.randint(1, 4))] for _ in range(random.randint(2, 6))]
+            words = [f"{a}_{b}" for a in ("w", "router", "lora_A", "_", "Σ") for b in range(9)]
+            names = random.sample(words, len(shapes))
+            cases.append((processes, dict(zip(names, shapes, strict=True))))
+    for (processes, shapes), ranks in zip(cases, asked("shapes", 8, cases, tmp_path), strict=True):
+        for rank in range(processes):
+            assert shares(shapes, processes, rank) == ranks[rank], (shapes, processes, rank)
+
+
+class Anything(Module):
+    """A model of parameters of any shapes, the first of them in a block."""
+
+    def __init__(self, machine, shapes):
+        super().__init__(machine, "")
+        self.buffers, self.blocks, self.named = [], [Module(machine, "blocks.0", 0)], {}
+        self.child(self.blocks[0])
+        for at, (name, shape) in enumerate(shapes.items()):
+            sizes = [letter(f"{name}_{i}_{n}", "a size") if n > 1 else ONE for i, n in enumerate(shape)]
+            self.named[name] = (self if at else self.blocks[0]).parameter(*sizes)
+
+
+def shares(shapes, processes, rank):
+    """[bytes of the storage, elements] of each parameter's shard on a rank, by the ledger."""
+    sizes = {f"{name}_{i}_{n}": n for name, shape in shapes.items() for i, n in enumerate(shape)} | {"D": processes}
+    kinds = ShapeClass(frozenset(), shared_width=False, grouped=True)
+    machine = Machine(kinds, "cpu", layout((), ("any",), 1).stack, sizes)
+    model = Anything(machine, shapes)
+    replica = FullySharded(model, Sharing(rank=rank))
+    shard = dict(zip(replica.parameters, replica.updated, strict=True))
+    held = {name: shard[p] for name, p in model.named.items()}
+    return {n: [evaluate(x.storage.nbytes, machine.sizes), evaluate(x.numel, machine.sizes)] for n, x in held.items()}
+
+
+SENT = [  # wide enough for several buckets, of a first megabyte and of 25 more
+    (GPT2.replace(d_model=256, num_heads=4), {"sharding": "none", "grad_accumulation": 2}),
+    (LLAMA.replace(num_layers=9, d_model=256, num_heads=4, d_ff=512), {"sharding": "none", "max_grad_norm": 1.0}),
+    (TIED.replace(num_layers=9, d_model=256, num_heads=4, d_ff=512, vocab_size=2000), {"sharding": "none"}),
+    (LLAMA, {"sharding": "zero1", "max_grad_norm": 1.0, "grad_accumulation": 3}),
+    (GPT2, {"sharding": "zero1", "precision": "fp16-mixed"}),
+    (TIED, {"sharding": "zero2", "grad_accumulation": 2, "checkpointing": "block"}),
+    (GPT2, {"sharding": "zero2", "precision": "bf16-fsdp", "reduce_dtype": "bf16"}),
+    (LLAMA, {"sharding": "zero3", "grad_accumulation": 3, "max_grad_norm": 1.0}),
+    (GPT2, {"sharding": "zero3", "precision": "bf16-fsdp", "checkpointing": "block"}),
+    (ONE_BLOCK, {"sharding": "zero3", "precision": "fp16-mixed", "grad_accumulation": 2}),
+]
+MESHES = [
+    (LLAMA, {"sharding": "zero3", "shard_group": 2, "max_grad_norm": 1.0}),
+    (GPT2, {"sharding": "zero2", "shard_group": 2, "precision": "bf16-fsdp", "grad_accumulation": 2}),
+    (GPT2, {"sharding": "zero3", "reshard_after_forward": 2, "precision": "bf16-fsdp", "reduce_dtype": "bf16"}),
+]
+
+
+def totals(real):
+    """kind -> (messages, bytes), of what a process was seen to send."""
+    found = {}
+    for kind, nbytes, count in real:
+        messages, total = found.get(kind, (0, 0))
+        found[kind] = messages + count, total + count * nbytes
+    return found
+
+
+def accounted(m, p):
+    """The same, of the ledger."""
+    found = {}
+    a, sizes = account(m, p, "cpu"), sizes_for(m, p, threads=1)
+    for message in communication.messages(a, sizes, p.grad_accumulation):
+        messages, total = found.get(message.collective, (0, 0))
+        found[message.collective] = messages + message.count, total + message.nbytes
+    return found
+
+
+@pytest.mark.parametrize(("processes", "cases"), [(2, SENT), (4, MESHES)])
+def test_each_process_sends_the_messages_of_the_ledger(processes, cases, tmp_path):
+    cases = [(m, Plan(batch_size=2, data_parallel=processes, **plan)) for m, plan in cases]
+    for (m, p), ranks in zip(cases, measured(processes, cases, tmp_path, "messages"), strict=True):
+        for rank, real in enumerate(ranks):
+            assert accounted(m, p) == totals(real), (m, p, rank)
 
 
 @st.composite

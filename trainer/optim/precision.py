@@ -15,13 +15,16 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from estimator.describe.plan import Plan
+
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "fp16-mixed": torch.float16}  # the dtype of matrix products
 PARAMETERS = {"bf16": torch.bfloat16, "bf16-master": torch.bfloat16}  # where it is not float32
 
 
-def autocast(precision: str, device: str) -> AbstractContextManager[Any]:
+def autocast(plan: Plan, device: str) -> AbstractContextManager[Any]:
     """The context of forward and loss; backward runs outside of it."""
-    return torch.autocast(device, AUTOCAST[precision]) if precision in AUTOCAST else nullcontext()
+    dtype = torch.bfloat16 if plan.autocast else AUTOCAST.get(plan.precision)
+    return nullcontext() if dtype is None else torch.autocast(device, dtype)
 
 
 class ShardedScaler(torch.amp.GradScaler):
@@ -47,6 +50,8 @@ def loss_scaler(precision: str, device: str, *, sharded: bool = False, **options
 
 def products_in(precision: str) -> torch.dtype:
     """The dtype of matrix products."""
+    if precision == "bf16-fsdp":
+        return torch.bfloat16
     return AUTOCAST.get(precision) or PARAMETERS.get(precision, torch.float32)
 
 

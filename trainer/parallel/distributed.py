@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from estimator.describe.checks import ConfigError
@@ -97,7 +97,7 @@ class World:
         if self.size > 1:
             dist.barrier()
 
-    def wrap(self, model: nn.Module, sharding: str) -> nn.Module:
+    def wrap(self, model: nn.Module, plan: Plan, sharding: str) -> nn.Module:
         """What to call instead of `model`: DDP, or `model` itself with its parameters sharded in place by FSDP2.
 
         ZeRO-3 empties a block's parameters after its forward and gathers them again for its backward; ZeRO-2 does not.
@@ -106,15 +106,26 @@ class World:
             return model
         if sharding in ("none", "zero1"):
             return nn.parallel.DistributedDataParallel(model, [self.device] if self.device.type == "cuda" else None)
-        return self.shard(model, **({"reshard_after_forward": False} if sharding == "zero2" else {}))
+        return self.shard(model, plan, policy(plan), keeps=sharding == "zero2")
 
-    def shard(self, model: nn.Module, **keeps: Any) -> nn.Module:
-        """`model`, of whose parameters each process holds its rows, by FSDP2."""
-        mesh = init_device_mesh(self.device.type, (self.size,))
+    def shard(
+        self, model: nn.Module, plan: Plan, mixed: MixedPrecisionPolicy | None = None, *, keeps: bool = False
+    ) -> nn.Module:
+        """`model`, of whose parameters each process holds its rows, by FSDP2; `keeps` them whole until backward."""
+        options: dict[str, Any] = {"mesh": self.mesh(plan), "mp_policy": mixed or MixedPrecisionPolicy()}
+        root: dict[str, Any] = {"reshard_after_forward": False} if keeps else {}
+        inner = root if plan.reshard_after_forward is None else {"reshard_after_forward": plan.reshard_after_forward}
         for block in model.get_submodule("blocks").children():  # one block is gathered at a time
-            fully_shard(block, mesh=mesh, **keeps)
-        fully_shard(model, mesh=mesh, **keeps)
+            fully_shard(block, **options, **inner)
+        fully_shard(model, **options, **root)
         return model
+
+    def mesh(self, plan: Plan) -> DeviceMesh:
+        """The processes that share shards; with `shard_group` a row of them for each group that has all (HSDP)."""
+        group = plan.shard_group
+        if group is None or group == self.size:
+            return init_device_mesh(self.device.type, (self.size,))
+        return init_device_mesh(self.device.type, (self.size // group, group), mesh_dim_names=("replicate", "data"))
 
     def prepare(
         self, model: nn.Module, plan: Plan, sharding: str
@@ -125,10 +136,10 @@ class World:
         weights are one and the same.
         """
         copied = float32_copy(model) if plan.precision == "bf16-master" else None
-        module, held = self.wrap(model, sharding), self.weights(model, sharding)
+        module, held = self.wrap(model, plan, sharding), self.weights(model, sharding)
         if copied is None:
             return module, held, held, None
-        updated = Weights(self.shard(copied) if self.shares(sharding) else copied)
+        updated = Weights(self.shard(copied, plan) if self.shares(sharding) else copied)
         return module, held, updated, Masters(held.named, updated.named, fp32_gradients=plan.fp32_gradients)
 
     def shares(self, sharding: str) -> bool:
@@ -183,7 +194,7 @@ class Weights:
         """This process's rows of a parameter `name` or of a tensor of its shape: a DTensor's own, else a view."""
         if isinstance(x, DTensor):
             return x.to_local()
-        mesh = self.mesh or getattr(self.originals[name], "device_mesh", None)
+        mesh = self.mesh or shard_mesh(self.originals[name])
         return x if mesh is None else rows(x, mesh.size(), mesh.get_local_rank())
 
     def spread(self) -> None:
@@ -201,7 +212,8 @@ class Weights:
             return gradient_clipping(self.originals.values(), max_norm, eps)
         gradients = [p.grad for p in self.named.values() if p.grad is not None]
         squares = torch.stack([torch.linalg.vector_norm(g) for g in gradients]).square().sum()
-        dist.all_reduce(squares)
+        mesh = self.mesh or next(filter(None, map(shard_mesh, self.originals.values())))
+        dist.all_reduce(squares, group=mesh.get_group())
         norm = squares.sqrt()
         factor = torch.where(norm.isfinite(), (max_norm / (norm + eps)).clamp(max=1.0), 1.0)
         torch._foreach_mul_(gradients, factor)  # what torch.nn.utils.clip_grad_norm_ calls
@@ -218,9 +230,23 @@ class Weights:
         mesh = original.device_mesh if isinstance(original, DTensor) else self.mesh
         if mesh is None:
             return shard
-        return DTensor.from_local(
-            shard, mesh, [Shard(0)], run_check=False, shape=original.shape, stride=original.stride()
-        )
+        placed = original.placements if isinstance(original, DTensor) else [Shard(0)]
+        return DTensor.from_local(shard, mesh, placed, run_check=False, shape=original.shape, stride=original.stride())
+
+
+def policy(plan: Plan) -> MixedPrecisionPolicy | None:
+    """In which dtypes `fully_shard` gathers parameters and sums gradients; None for those that they have."""
+    if plan.precision != "bf16-fsdp":
+        return None
+    summed = torch.float32 if plan.reduce_dtype == "fp32" else torch.bfloat16
+    return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=summed)
+
+
+def shard_mesh(x: Tensor) -> DeviceMesh | None:
+    """The processes that share the rows of a DTensor; None of other tensors."""
+    if not isinstance(x, DTensor):
+        return None
+    return x.device_mesh["data"] if x.device_mesh.ndim > 1 else x.device_mesh
 
 
 def local(x: Tensor) -> Tensor:
@@ -241,7 +267,9 @@ def piece(value: Tensor, like: Tensor) -> Tensor:
     """The part of the whole tensor `value` that this process holds if it is sharded as the parameter `like`."""
     if not isinstance(like, DTensor):
         return value
-    return rows(value, like.device_mesh.size(), like.device_mesh.get_local_rank())
+    mesh = shard_mesh(like)
+    assert mesh is not None
+    return rows(value, mesh.size(), mesh.get_local_rank())
 
 
 def save_run(

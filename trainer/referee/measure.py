@@ -89,7 +89,7 @@ class Step:
     def forward(self) -> Tensor:
         """The loss of one micro-batch, divided by their number."""
         ids, targets = self.inputs
-        with autocast(self.plan.precision, ids.device.type):
+        with autocast(self.plan, ids.device.type):
             loss = loss_of(self.module, self.plan, ids, targets)
         if self.plan.grad_accumulation == 1:
             return loss

@@ -2,12 +2,15 @@
 
 A process that torchrun has started measures itself, by the profiler's raw memory events as `referee.measure` does.
 What gloo's own threads are the last to hold they free where no profiler looks: a steady step whose events do not add up
-to zero has missed such a free, and is run again.
+to zero has missed such a free, and is run again. One that has missed both ends of a buffer does add up, to a lower
+peak: the greatest of three counts.
 """
 
 from __future__ import annotations
 
+import math
 import time
+from collections import Counter
 from contextlib import contextmanager
 from copy import deepcopy
 from itertools import accumulate
@@ -15,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from estimator.describe.checks import ConfigError
 from trainer.optim.precision import loss_scaler
@@ -27,7 +31,8 @@ if TYPE_CHECKING:
     from estimator.describe.model import ModelConfig
     from estimator.describe.plan import Plan
 
-TRIES = 200  # most steps to wait for one whose events are complete
+TRIES = 200  # most steps to wait for those whose events are complete
+COMPLETE = 3  # so many of them
 MOMENT = 1e-3  # seconds
 
 
@@ -80,6 +85,35 @@ def bucket_bytes(model: nn.Module) -> int:
     return sum(n for _, n in events) - nbytes([*model.parameters(), *model.buffers()])
 
 
+# What the profiler calls a collective when it is asked for, which of its tensors is whole, and our word for it.
+ASKED = {"c10d::_allgather_base_": (0, "all-gather"), "c10d::_reduce_scatter_base_": (1, "reduce-scatter")}
+SENT = {"gloo:all_reduce": "all-reduce", "gloo:broadcast": "broadcast"}
+ITEMSIZES = {"float": 4, "c10::BFloat16": 2, "c10::Half": 2}
+
+
+def messages(m: ModelConfig, p: Plan, world: World, seed: int = 0) -> list[tuple[str, int, int]]:
+    """(kind, bytes, count): the collectives of a steady step of this process, as PyTorch's profiler sees them sent.
+
+    gloo reduces and scatters by an all-reduce, which is no message of its own here.
+    """
+    step = SharedStep(m, p, world, seed)
+    for _ in range(2):
+        step()
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as prof:
+        step()
+    results = prof.profiler.kineto_results
+    assert results is not None
+    found: Counter[tuple[str, int]] = Counter()
+    for event in results.events():
+        at, kind = ASKED.get(event.name(), (0, SENT.get(event.name())))
+        if kind is not None:
+            nbytes = math.prod(event.shapes()[at]) * ITEMSIZES[event.dtypes()[at]]
+            found[kind, nbytes] += 1
+            if kind == "reduce-scatter":
+                found["all-reduce", nbytes] -= 1
+    return sorted((kind, nbytes, count) for (kind, nbytes), count in found.items() if count)
+
+
 @contextmanager
 def longer_waits() -> Iterator[None]:
     """A moment more after each message, in which gloo's thread lets go of its buffers: this thread will free them."""
@@ -98,9 +132,9 @@ def longer_waits() -> Iterator[None]:
 
 
 def measure_shared(m: ModelConfig, p: Plan, world: World, seed: int = 0) -> dict[str, int]:
-    """Bytes of a steady step in the first process, which holds the most: parameters, gradients, states and the peak.
+    """Bytes of a steady step in this process: parameters, gradients, states and the peak.
 
-    All processes call it; what it returns in the others is theirs, without a peak.
+    All processes call it; each gets its own.
 
     Raises:
         ConfigError: torchrun has started another number of processes than p.data_parallel.
@@ -120,12 +154,13 @@ def measure_shared(m: ModelConfig, p: Plan, world: World, seed: int = 0) -> dict
         "gradient_bytes": gradients,
         "optimizer_bytes": nbytes(step.state()),
     }
+    peaks: list[int] = []
     for _ in range(TRIES):
         # oneDNN's products in half precision take scratch that depends on the machine.
         with onednn(enabled=False), longer_waits():
             live = list(accumulate(n for _, n in allocator_events(step)))
-        if world.rank == 0 and live[-1] == 0:
-            found["peak_bytes"] = resident + max(live)
-        if not world.any(world.rank == 0 and "peak_bytes" not in found):  # all take the same number of steps
-            return found
+        if live[-1] == 0:
+            peaks.append(resident + max(live))
+        if not world.any(len(peaks) < COMPLETE):  # all take the same number of steps
+            return found | {"peak_bytes": max(peaks)}
     raise RuntimeError(f"the profiler has missed events in each of {TRIES} steps")

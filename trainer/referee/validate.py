@@ -126,7 +126,8 @@ def _case(family: str, rng: random.Random, fixed: dict[str, int], turn: int) -> 
         m = ModelConfig(family, L, d, h, V, C, k, e, rng.randint(3, 70), tied, bias)
     optimizers = (("adamw", "loop"), ("adamw", "foreach"), ("adamw", "fused"), ("adamw", "bundled"), ("sgd", "bundled"))
     optimizer, implementation = optimizers[turn % 5]
-    precision = rng.choice(("fp32", "fp32", *(x for x in PRECISIONS if x != "tf32")))  # tf32 differs in time only
+    # tf32 differs in time only, bf16-fsdp takes several processes
+    precision = rng.choice(("fp32", "fp32", *(x for x in PRECISIONS if x not in ("tf32", "bf16-fsdp"))))
     checkpointing = rng.choice(CHECKPOINTINGS[1:]) if turn // 10 % 2 else "none"
     p = Plan(
         batch_size=B,

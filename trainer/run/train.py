@@ -91,7 +91,7 @@ def _train(config: TrainConfig, world: World) -> int:
 
     def forward(split: str, index: int) -> Tensor:
         inputs, targets = data.get_batch(split, index)
-        with autocast(plan.precision, device.type):
+        with autocast(plan, device.type):
             return loss_of(module, plan, inputs[share.rows], targets[share.rows])
 
     def save(step: int) -> Path:

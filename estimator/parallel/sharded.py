@@ -1,0 +1,340 @@
+"""`fully_shard`, FSDP2: units that hold shards and are whole only while they are needed, on a mesh of one or two axes.
+
+The docstrings have the names of torch/distributed/fsdp/_fully_shard. The collectives are NCCL's, which allocate nothing
+that PyTorch counts, or on the CPU gloo's, which do.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from estimator.eager.autograd import attach, record
+from estimator.eager.ledger import Category, Phase
+from estimator.eager.letters import ZERO, D
+from estimator.eager.ops import python_number
+from estimator.eager.tensor import Tensor, converted, op
+from estimator.eager.views import cast
+from estimator.parallel.data import HELD, Buckets, Replica, ShardedUpdate, by_block, clip_shards, elements
+from estimator.parallel.placement import DATA, REPLICATE, rows_on
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from estimator.eager.autograd import Context
+    from estimator.eager.letters import Size
+    from estimator.eager.tensor import Dtype, Shape
+    from estimator.parallel.data import Model, Sharing
+
+
+class Unit:
+    """Parameters that are gathered together, `FSDPParamGroup`: those of a block, or all others (the root).
+
+    Attributes:
+        shards: this accelerator's rows of each parameter.
+        padded: the shapes of full shards, which is what every accelerator's storages hold.
+        dtype: of the parameters while they are whole, and so of their gradients.
+        gathered: the buffer of an all-gather that has not been copied out yet.
+        kept: what is held of each parameter from forward to backward where that is more than the shard.
+        whole: whether the parameters are there.
+    """
+
+    def __init__(self, fsdp: FullySharded, parameters: Sequence[Tensor], *, root: bool) -> None:
+        self.fsdp, self.parameters, self.root = fsdp, parameters, root
+        self.machine = parameters[0].machine
+        self.kept_dtype = parameters[0].dtype
+        self.dtype = fsdp.sharing.param_dtype or self.kept_dtype
+        self.padded: list[Shape] = [(rows_on(self.machine, p.shape[0], 0), *p.shape[1:]) for p in parameters]
+        self.shards = [self._shard(p, shape) for p, shape in zip(parameters, self.padded, strict=True)]
+        self.gathered: Tensor | None = None
+        self.kept: list[Tensor] = []
+        self.summed: Tensor | None = None
+        self.whole = False
+
+    def _shard(self, p: Tensor, padded: Shape) -> Tensor:
+        """`FSDPParam._init_sharded_param`: the parameter's storage is emptied; full, it is as long as D shards."""
+        machine, where = self.machine, p.storage.where
+        with machine.ledger.at(where.module, where.block, "fully_shard"):
+            full = machine.empty(padded, p.dtype, category=Category.PARAMETER)
+            rows = rows_on(machine, p.shape[0], self.fsdp.sharing.rank)
+            shard = Tensor(machine, full.storage, (rows, *padded[1:]), full.stride, p.dtype).hold()
+            full.discard()
+            machine.ledger.free(p.storage)
+        p.placement = {DATA: 0}
+        p.dtype = self.dtype
+        p.storage.category, p.storage.itemsize = HELD, self.dtype.itemsize
+        p.storage.nbytes = self.dtype.itemsize * D * machine.product(padded)
+        return shard
+
+    @property
+    def _elements(self) -> Size:
+        """Of a full shard of the whole unit."""
+        return sum((self.machine.product(shape) for shape in self.padded), ZERO)
+
+    def gather(self) -> None:
+        """`unshard`: all-gather into one buffer, through a flat cast; nothing to do if that has been done."""
+        if self.whole or self.gathered is not None:
+            return
+        with self._doing("all_gather"):
+            held = self.kept or self.shards
+            flat = None
+            if self.dtype != self.kept_dtype:  # `foreach_all_gather` holds it until it returns
+                flat = self._buffer(elements(self.kept) if self.kept else self._elements, self.dtype).hold()
+                self.machine.kernel("_foreach_copy_", held, held)
+            self.gathered = self._buffer(D * self._elements, self.dtype).hold()
+            self.machine.kernel("all_gather_copy_in", held, held)
+            self.machine.collective("all-gather", DATA, self.gathered, waits="unit")
+            if self.fsdp.gloo:  # it receives into a buffer of its own
+                self._buffer(D * self._elements, self.dtype).discard()
+            if flat is not None:
+                flat.drop()
+
+    def copy_out(self) -> None:
+        """`wait_for_unshard`: from the buffer into each parameter's storage.
+
+        In forward the buffer stays until the next unit has copied its own out, so that the two gathers may overlap.
+        """
+        gathered, self.gathered = self.gathered, None
+        if gathered is None:
+            return
+        with self._doing("all_gather_copy_out"):
+            for p in self.parameters:
+                self.machine.ledger.refill(p.storage)
+            self.machine.kernel("split_with_sizes_copy", self.parameters, self.parameters)
+            self._drop_kept()
+            self.whole = True
+            if self.machine.ledger.phase is Phase.FORWARD:
+                self.fsdp.keep(gathered)
+            gathered.drop()
+
+    def _drop_kept(self) -> None:
+        for piece in self.kept:
+            piece.drop()
+        self.kept = []
+
+    def reshard(self) -> None:
+        """`to_sharded`: empty the parameters' storages."""
+        if self.whole:
+            with self._doing("reshard"):
+                for p in self.parameters:
+                    self.machine.ledger.free(p.storage)
+        self.whole = False
+
+    def reshard_to(self, size: int) -> None:
+        """`to_sharded_post_forward`: each of `size` accelerators keeps its part of every parameter until backward."""
+        with self._doing("reshard"):
+            for p, shape in zip(self.parameters, self.padded, strict=True):
+                self.kept.append(self._buffer(D * self.machine.product(shape) / size, self.dtype).hold())
+                self.machine.kernel("clone", (p,), (self.kept[-1],))
+                self.machine.ledger.free(p.storage)
+        self.whole = False
+
+    def cast_inputs(self, args: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        """`cast_forward_inputs`: floating arguments come in the dtype of the whole parameters."""
+        if self.dtype == self.kept_dtype:
+            return args
+        return tuple(cast(x, self.dtype) if x is not None and x.dtype.is_floating else x for x in args)
+
+    def before_forward(self, args: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        """`pre_forward`; a node is put before the arguments that will have a gradient, behind which that is reduced."""
+        self.gather()
+        self.copy_out()
+        return tuple(self._behind(x) if x is not None and x.requires_grad else x for x in args)
+
+    def after_forward(self, out: Tensor) -> None:
+        """`post_forward`; before the result's backward the unit will be whole."""
+        if self.root:
+            self.fsdp.keep(None)
+        elif self.fsdp.reshards and self.fsdp.sharing.reshard is not None:
+            self.reshard_to(self.fsdp.sharing.reshard)
+        elif self.fsdp.reshards:
+            self.reshard()
+        assert out.grad_fn is not None
+        out.grad_fn.hook = self.before_backward
+
+    def before_backward(self) -> None:
+        """`pre_backward`: whole, and the next one's all-gather is under way."""
+        self.gather()
+        self.copy_out()
+        position = self.fsdp.units.index(self)
+        if position > 0:
+            self.fsdp.units[position - 1].gather()
+
+    @op
+    def _behind(self, x: Tensor) -> Tensor:
+        """`RegisterPostBackwardFunction`."""
+
+        def backward(_: Context, grad: Tensor) -> list[Tensor | None]:
+            self.after_backward()
+            return [grad]
+
+        node = record("RegisterPostBackwardFunctionBackward", (x,), backward)
+        return attach(node, x.view(x.shape, x.stride))
+
+    def after_backward(self) -> None:
+        """`post_backward`: empty the parameters, reduce-scatter the gradients, keep one's rows of the sums."""
+        self.reshard()
+        self.fsdp.reduced(None)
+        with self._doing("reduce_scatter"):
+            dtype = self.fsdp.sharing.reduce_dtype or self.dtype
+            source = self._buffer(D * self._elements, dtype).hold()
+            self._copy_in(source)
+            last = self.parameters[-1].grad
+            assert last is not None
+            last.hold()  # by the name of a loop in `foreach_reduce`, until that returns
+            for p in self.parameters:
+                assert p.grad is not None
+                p.grad.drop()
+                p.grad = None
+            rows = self._buffer(self._elements, dtype).hold()
+            self.machine.collective("reduce-scatter", DATA, source, waits="update")
+            if self.fsdp.gloo:  # reduces all of it in a copy, and divides that
+                copy = self._buffer(D * self._elements, dtype).hold()
+                self._divide(dtype)
+                copy.drop()
+            if self.fsdp.sharing.replicated:
+                self.machine.collective("all-reduce", REPLICATE, rows, waits="update")
+                if self.fsdp.gloo:
+                    self._divide(dtype)
+                self.summed = rows.hold()  # `_all_reduce_state`, until backward is over
+            if dtype != self.kept_dtype:
+                wide = converted(rows, self.kept_dtype).hold()
+                rows.drop()
+                rows = wide
+            self._take(rows)
+            rows.drop()
+            last.drop()
+            self.fsdp.reduced(source)
+            source.drop()
+
+    def _divide(self, dtype: Dtype) -> None:
+        """gloo's mean: the sum, divided in place by a number."""
+        with python_number(self.machine, dtype):
+            pass
+
+    def _take(self, rows: Tensor) -> None:
+        """The sums become the shards' gradients, or are added to them."""
+        first = self.shards[0].grad is None
+        rows.storage.category = Category.GRADIENT if first else HELD
+        for shard, padded in zip(self.shards, self.padded, strict=True):
+            if first:
+                stride = self.machine.contiguous(shard.shape)
+                shard.grad = Tensor(self.machine, rows.storage, shard.shape, stride, rows.dtype).hold()
+                mine = shard.storage.where, rows.dtype.itemsize * self.machine.product(padded)
+                self.machine.ledger.gradients.setdefault(rows.storage, []).append(mine)
+            else:
+                assert shard.grad is not None
+                self.machine.kernel("add_", (shard.grad,), (shard.grad,))
+
+    def end_backward(self) -> None:
+        """`finalize_backward`."""
+        if self.summed is not None:
+            where = self.shards[0].storage.where
+            with self.machine.ledger.at(where.module, where.block, "finalize_backward"):
+                self.summed.drop()
+            self.summed = None
+
+    def _copy_in(self, source: Tensor) -> None:
+        """`chunk_cat`: on the CPU through padded copies of those whose rows D does not divide.
+
+        Where the source has another dtype, the CPU's cat takes each of them through one more copy, one after the other.
+        """
+        machine = self.machine
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        machine.kernel("chunk_cat", gradients, gradients)
+        if machine.device != "cpu":
+            return
+        padded = []
+        for p, shape in zip(self.parameters, self.padded, strict=True):
+            if not machine.divides(D, p.shape[0]):
+                padded.append(self._buffer(D * machine.product(shape), self.dtype).hold())
+        if source.dtype != self.dtype:
+            for shape in self.padded:
+                self._buffer(D * machine.product(shape), self.dtype).discard()
+        for x in padded:
+            x.drop()
+
+    def _buffer(self, count: Size, dtype: Dtype) -> Tensor:
+        return self.machine.empty((count,), dtype, category=HELD)
+
+    @contextmanager
+    def _doing(self, name: str) -> Iterator[None]:
+        """What happens in this context is this unit's communication, and belongs to the place where the step is."""
+        ledger = self.machine.ledger
+        with ledger.at(ledger.module, ledger.block, f"FSDP {name}"):
+            yield
+
+
+class FullySharded(Replica):
+    """FSDP2, `fully_shard` on each block and on the model.
+
+    Attributes:
+        units: the blocks' in order, and last the root's.
+        reshards: the blocks' parameters are emptied after forward (ZeRO-3); else only after backward (ZeRO-2).
+        gloo: the collectives are the CPU's.
+    """
+
+    reshards = True
+
+    def __init__(self, model: Model, sharing: Sharing) -> None:
+        super().__init__(model, sharing)
+        self.gloo = self.machine.device == "cpu"
+        groups = by_block(self.parameters)
+        rest = groups.pop(None)
+        self.units = [Unit(self, part, root=False) for part in groups.values()]
+        for block, unit in zip(model.blocks, self.units, strict=True):
+            block.unit = unit
+        model.unit = Unit(self, rest, root=True)
+        self.units.append(model.unit)
+        of = {p: at for unit in self.units for p, at in zip(unit.parameters, _shards(unit), strict=True)}
+        self.updated = [of[p][0] for p in self.parameters]
+        self.padded = [of[p][1] for p in self.parameters]
+        self.machine.on_backward_end = self.after_backward
+        self._gathered: Tensor | None = None
+        self._reduced: Tensor | None = None
+
+    def keep(self, gathered: Tensor | None) -> None:
+        """Hold on to the buffer of the last all-gather in forward in place of the one before."""
+        before, self._gathered = self._gathered, gathered.hold() if gathered is not None else None
+        if before is not None:
+            before.drop()
+
+    def reduced(self, source: Tensor | None) -> None:
+        """Hold on to the input of the last reduce-scatter in place of the one before."""
+        before, self._reduced = self._reduced, source.hold() if source is not None else None
+        if before is not None:
+            before.drop()
+
+    def after_backward(self) -> None:
+        """`_root_post_backward_final_callback`: no argument of the model has a gradient, so the root's turn is here."""
+        self.units[-1].after_backward()
+        for unit in self.units:
+            unit.end_backward()
+        self.reduced(None)
+
+    def agree_on_overflow(self, found: Tensor) -> None:
+        """Ask the others."""
+        self.machine.collective("all-reduce", DATA, found, waits="step")
+
+    def clip(self, parameters: Sequence[Tensor]) -> None:
+        """Each accelerator has its shards' part of the norm."""
+        clip_shards(parameters)
+
+
+def _shards(unit: Unit) -> Iterator[tuple[Tensor, Shape]]:
+    yield from zip(unit.shards, unit.padded, strict=True)
+
+
+class ShardedGradients(FullySharded):
+    """ZeRO-2: `fully_shard(reshard_after_forward=False)`, as FSDP1's SHARD_GRAD_OP."""
+
+    reshards = False
+
+
+REPLICAS: dict[str, type[Replica]] = {
+    "alone": Replica,
+    "ddp": Buckets,
+    "zero1": ShardedUpdate,
+    "zero2": ShardedGradients,
+    "zero3": FullySharded,
+}
