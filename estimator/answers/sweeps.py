@@ -13,6 +13,7 @@ from estimator.accounting.vectorised import FOLLOWING, whole_numbers
 from estimator.describe.checks import LIMITS, POINTS, ConfigError, choose, shown
 from estimator.describe.units import JOULES_PER_KILOWATT_HOUR, SECONDS_PER_HOUR
 from estimator.hardware.accelerators import accelerator
+from estimator.memory.device import NCCL_BYTES
 from estimator.pricing.money import cost
 from estimator.timing.speed import times
 
@@ -88,9 +89,10 @@ def sweep(
     """Figures over the grid of `axes` (one or two of `AXES`), by name, each of the grid's shape.
 
     "peak" is bytes of live tensors, exact below 2^53; "needed" adds what hardly varies: the cuBLAS workspace, the CUDA
-    context and the allocator's rounding at the request's own sizes. "flops" are a step's model FLOPs. Where the
-    request has a time, "seconds" are those of an optimizer step, "tokens_per_second" is the job's, "hours" the run's,
-    and "dollars" and "kilowatt_hours" what it takes, if there is a price and a power.
+    context, NCCL's buffers where there are several accelerators, and the allocator's rounding at the request's own
+    sizes. "flops" are a step's model FLOPs. Where the request has a time, "seconds" are those of an optimizer step,
+    "tokens_per_second" is the job's, "hours" the run's, and "dollars" and "kilowatt_hours" what it takes, if there is a
+    price and a power.
 
     Args:
         request: what is the same at every point.
@@ -137,7 +139,10 @@ def sweep(
     for form, sign in (("forward_flops", 1), ("backward_flops", 1), ("recompute_flops", -1)):
         flops = flops + sign * r.account.compiled.greatest([(form,)], arrays)
     flops = flops * sequences / sizes["B"]
-    found = {"peak": peak, "needed": peak + (r.memory.needed - r.memory.peak), "flops": flops}
+    buffers = sum(r.memory.nccl) // 2
+    shared = buffers or (sum(NCCL_BYTES) // 2 if r.account.device == "cuda" else 0)
+    beside = r.memory.needed - r.memory.peak - buffers + np.where(count > 1, shared, 0)
+    found = {"peak": peak, "needed": peak + beside, "flops": flops}
     if r.time is not None:
         steps = grid.get("steps", r.time.steps or 1)
         if r.time.predicted:

@@ -58,8 +58,6 @@ class Plan:
             'for zero2 and zero3, where "bf16-mixed" is autocast over fp32 parameters and keeps bf16 copies of them '
             "beside these)."
         ),
-        "reduce_dtype": '"fp32" or "bf16": of bf16-fsdp, in what gradients are summed; they are kept in fp32.',
-        "autocast": "of bf16-fsdp, forward and loss run under `torch.autocast` as well, as accelerate has it.",
         "fp32_gradients": "of bf16-master, add the gradients of the micro-batches in fp32, in buffers that stay.",
         "attention": (
             '"naive" (scores, mask, softmax and product as separate ops); "naive-fp32" (the same, the softmax in '
@@ -117,6 +115,8 @@ class Plan:
         ),
         "adapter_dropout": "the probability to drop an element of what goes into an adapter.",
         "adapter_alpha": "what an adapter's result is multiplied with, times r; of no account to bytes.",
+        "reduce_dtype": '"fp32" or "bf16": of bf16-fsdp, in what gradients are summed; they are kept in fp32.',
+        "autocast": "of bf16-fsdp, forward and loss run under `torch.autocast` as well, as accelerate has it.",
         "reshard_after_forward": (
             "of zero3, among how many accelerators a block's parameters stay shared from its forward to its backward; "
             "None or True for all that share it, False to keep them whole, which is zero2."
