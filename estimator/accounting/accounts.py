@@ -93,13 +93,15 @@ class Values(Forms):
     modules: Mapping[str, Forms]
 
 
+_executing = RLock()  # one step at a time is executed
+
+
 class _Known:
     """The accounts made so far: of one recipe, shape class and stack, one for each set of answers that its step got."""
 
     def __init__(self, size: int) -> None:
         self._size = size
         self._found: OrderedDict[tuple[Any, ...], list[Account]] = OrderedDict()
-        self._lock = RLock()
 
     def at(self, recipe: Recipe, sizes: Mapping[str, int], device: str) -> Account:
         """The account that holds at `sizes`."""
@@ -107,7 +109,7 @@ class _Known:
         stack = recipe.layout(values["L"]).stack
         shapes = ShapeClass.at(values, recipe.halved)
         key = (recipe, shapes, device, stack)
-        with self._lock:
+        with _executing:
             alike = self._found.setdefault(key, [])
             self._found.move_to_end(key)
             for known in alike:
@@ -122,15 +124,7 @@ class _Known:
 
 def _account(recipe: Recipe, shapes: ShapeClass, device: str, stack: Stack, sizes: Sizes) -> Account:
     traced = Trace(run_step(recipe, shapes, device, stack, sizes), stack)
-    whole, parts = _forms(traced)
-    general, enough = ShapeClass.general(sizes), _longer(recipe, sizes["L"])
-    longer = recipe.layout(enough).stack if recipe.order.executed(enough) <= BLOCKS else stack
-    if shapes != general or stack != longer:
-        common, common_parts = _forms(Trace(run_step(recipe, general, device, longer, general.large(sizes)), longer))
-        to = {**shapes.letters, "L": stack.blocks}
-        whole = _restored(whole, common, shapes, to)
-        parts = {name: _restored(form, common_parts[name], shapes, to) for name, form in parts.items()}
-    return Account(recipe, shapes, device, traced, whole, parts, peak_pieces(traced, shapes))
+    return Account(recipe, shapes, device, traced, *_forms(traced), peak_pieces(traced, shapes), sizes)
 
 
 def _longer(recipe: Recipe, num_layers: int) -> int:
@@ -286,18 +280,48 @@ class Account:
         shapes: the shape class whose peak this is.
         device: whose rules.
         traced: the ledger behind it.
-        forms: sums over the step, as polynomials.
-        modules: the same by part of the model.
+        executed: sums over the step, as polynomials in the letters that are not 1 in the class.
+        executed_modules: the same by part of the model.
         pieces: the polynomials of the peak's maximum, each with its moment and its categories.
+        first: sizes at which it holds.
     """
 
     recipe: Recipe
     shapes: ShapeClass
     device: str
     traced: Trace
-    forms: Forms
-    modules: Mapping[str, Forms]
+    executed: Forms
+    executed_modules: Mapping[str, Forms]
     pieces: tuple[Piece, ...]
+    first: Sizes
+
+    @property
+    def forms(self) -> Forms:
+        """Sums over the step, as polynomials in all letters where these say the same."""
+        return self._in_general[0]
+
+    @property
+    def modules(self) -> Mapping[str, Forms]:
+        """The same by part of the model."""
+        return self._in_general[1]
+
+    @cached_property
+    def _in_general(self) -> tuple[Forms, Mapping[str, Forms]]:
+        """The sums of a step at large sizes where they are these as well; it is executed when a formula is asked for.
+
+        A batch of 1 is then still a B in the formula.
+        """
+        recipe, shapes, sizes, stack = self.recipe, self.shapes, self.first, self.traced.stack
+        general, enough = ShapeClass.general(sizes), _longer(recipe, sizes["L"])
+        longer = recipe.layout(enough).stack if recipe.order.executed(enough) <= BLOCKS else stack
+        if shapes == general and stack == longer:
+            return self.executed, self.executed_modules
+        with _executing:
+            ledger = run_step(recipe, general, self.device, longer, general.large(sizes))
+        common, common_parts = _forms(Trace(ledger, longer))
+        to = {**shapes.letters, "L": stack.blocks}
+        parts = {name: _restored(form, common_parts[name], shapes, to) for name, form in self.executed_modules.items()}
+        return _restored(self.executed, common, shapes, to), parts
 
     def __getattr__(self, name: str) -> sympy.Expr:
         """The form `name` (`FORMS`) as a sympy expression."""
@@ -346,21 +370,24 @@ class Account:
         Raises:
             TooLargeError: one of them is beyond 64 bits.
         """
-        point = self.compiled.at(sizes)
+        point = self._compiled.at(sizes)
         ruling = self._ruling(point)
         piece = self.pieces[ruling]
-        value = self.compiled.value
+        value, values = self._compiled.value, as_sizes(sizes)
         whole = {form: value((form,), point) for form in FORMS}
         peak = value(("live", ruling), point)
+        alive = {c: int(values.value(size)) for c, size in piece.categories.items()}
         given = {field: sizes[letter] for letter, field in GIVEN.items() if letter in sizes}
         for form, figure in (*whole.items(), ("peak_bytes", peak)):
             check_figure(form, figure, given)
         return Values(
             **whole,
             peak_bytes=peak,
-            peak_categories={c.value: value((c, ruling), point) if c in piece.categories else 0 for c in Category},
+            peak_categories={c.value: alive.get(c, 0) for c in Category},
             peak_where=self.traced.named(piece.where, self.turns(sizes)),
-            modules={name: Forms(**{form: value((form, name), point) for form in FORMS}) for name in self.modules},
+            modules={
+                name: Forms(**{form: value((form, name), point) for form in FORMS}) for name in self.executed_modules
+            },
         )
 
     def turns(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
@@ -376,15 +403,14 @@ class Account:
     def symbols_at(self, sizes: Mapping[str, int]) -> dict[sympy.Symbol, int]:
         """The numbers behind the symbols of the closed forms, for `sympy.Expr.subs`."""
         values = as_sizes(sizes)
-        keys = self.compiled.written(list(self.compiled.keys))
-        return {SYMBOLS[LETTERS[i].name]: values.of(i) for i in keys}
+        return {SYMBOLS[LETTERS[i].name]: values.of(i) for i in self.compiled.written(self.compiled.keys)}
 
     def ruling(self, sizes: Mapping[str, int]) -> int:
         """Which of `pieces` is the greatest at `sizes`, and so the peak."""
-        return self._ruling(self.compiled.at(sizes))
+        return self._ruling(self._compiled.at(sizes))
 
     def _ruling(self, point: Sequence[int]) -> int:
-        return max(range(len(self.pieces)), key=lambda i: self.compiled.value(("live", i), point))
+        return max(range(len(self.pieces)), key=lambda i: self._compiled.value(("live", i), point))
 
     def lambdify(self) -> Callable[..., NDArray[np.int64]]:
         """A vectorised function `peak(B=..., T=..., ...)` of numbers or numpy arrays that broadcast: peak bytes.
@@ -398,11 +424,18 @@ class Account:
 
     @cached_property
     def compiled(self) -> Polynomials:
-        """All polynomials, ready to evaluate."""
-        rows: dict[tuple[Any, ...], Size] = {(form,): getattr(self.forms, form) for form in FORMS}
-        rows |= {(form, name): getattr(part, form) for name, part in self.modules.items() for form in FORMS}
+        """All closed forms, ready to evaluate at any sizes: (form,), (form, module), ("live", piece)."""
+        return self._polynomials(self.forms, self.modules)
+
+    @cached_property
+    def _compiled(self) -> Polynomials:
+        """The same for sizes in the shape class."""
+        return self._polynomials(self.executed, self.executed_modules)
+
+    def _polynomials(self, whole: Forms, modules: Mapping[str, Forms]) -> Polynomials:
+        rows: dict[tuple[Any, ...], Size] = {(form,): getattr(whole, form) for form in FORMS}
+        rows |= {(form, name): getattr(part, form) for name, part in modules.items() for form in FORMS}
         rows |= {("live", i): piece.live for i, piece in enumerate(self.pieces)}
-        rows |= {(c, i): size for i, piece in enumerate(self.pieces) for c, size in piece.categories.items()}
         return Polynomials(rows)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from functools import lru_cache
+from fractions import Fraction
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,13 +31,32 @@ class Piece:
 
     Attributes:
         live: live bytes at that moment.
-        where: phase, module, block and operator of the allocation that makes it so many.
-        categories: the same bytes by what they are for; their sum is `live`.
+        moment: the allocation that makes it so many.
+        trace: the step that it is of.
     """
 
     live: Size
-    where: Where
-    categories: Mapping[Category, Size]
+    moment: Moment
+    trace: Trace
+
+    @property
+    def where(self) -> Where:
+        """Phase, module, block and operator of the allocation."""
+        return self.moment.where
+
+    @cached_property
+    def categories(self) -> Mapping[Category, Size]:
+        """The same bytes by what they are for; their sum is `live`. Of one piece in a hundred anybody asks."""
+        found: dict[Category, Size] = {}
+        for times, counts in zip((ONE, *self.trace.stack.repetitions), self.moment.counts, strict=True):
+            terms: dict[Category, dict[Monomial, int | Fraction]] = {}
+            for (size, category), count in zip(self.trace.classes, counts.tolist(), strict=True):
+                own = terms.setdefault(category, {}) if count else {}
+                for monomial, coefficient in size.terms if count else ():
+                    own[monomial] = own.get(monomial, 0) + count * coefficient
+            for category, own in terms.items():
+                found[category] = found.get(category, ZERO) + Size({x: c for x, c in own.items() if c}) * times
+        return found
 
 
 def peak_pieces(trace: Trace, shapes: ShapeClass) -> tuple[Piece, ...]:
@@ -45,18 +66,26 @@ def peak_pieces(trace: Trace, shapes: ShapeClass) -> tuple[Piece, ...]:
     least value plus something (a size that is not 1 is at least 2), and once known products are multiplied out (d is
     h e, h is g k): then it is at least as great at every point of the class.
     """
-    monomials, coefficients, moments = _polynomials(trace)
-    kept: list[int] = []
+    monomials, coefficients, denominator, moments = _polynomials(trace)
     shifted = coefficients @ _shift_matrix(monomials, shapes, trace.stack)
-    for i in np.argsort(-shifted.sum(1, dtype=np.float64), kind="stable"):
-        if not any(bool((shifted[k] >= shifted[i]).all()) for k in kept):
-            kept = [k for k in kept if not bool((shifted[i] >= shifted[k]).all())]
-            kept.append(int(i))
-    return tuple(_piece(trace, moments[i]) for i in kept)
+    kept: list[int] = []
+    for i in np.argsort(-shifted.sum(1, dtype=np.float64), kind="stable").tolist():
+        others = shifted[kept]
+        if not bool((others >= shifted[i]).all(1).any()):
+            beaten = (shifted[i] >= others).all(1)
+            kept = [k for k, less in zip(kept, beaten.tolist(), strict=True) if not less]
+            kept.append(i)
+    return tuple(Piece(_size(monomials, coefficients[i].tolist(), denominator), moments[i], trace) for i in kept)
 
 
-def _polynomials(trace: Trace) -> tuple[list[Monomial], NDArray[np.int64], list[Moment]]:
-    """(monomials, coefficients of each distinct moment, those moments)."""
+def _size(monomials: list[Monomial], coefficients: list[int], denominator: int) -> Size:
+    """The polynomial of these whole coefficients over one denominator."""
+    found = ((x, Fraction(c, denominator)) for x, c in zip(monomials, coefficients, strict=True) if c)
+    return Size({x: c.numerator if c.denominator == 1 else c for x, c in found})
+
+
+def _polynomials(trace: Trace) -> tuple[list[Monomial], NDArray[np.int64], int, list[Moment]]:
+    """(monomials, whole coefficients of each distinct moment, the denominator of all, those moments)."""
     _, first = np.unique(trace.moment_counts.reshape(len(trace.moments), -1), axis=0, return_index=True)
     moments = [trace.moments[i] for i in np.sort(first)]
     index: dict[Monomial, int] = {}
@@ -65,13 +94,14 @@ def _polynomials(trace: Trace) -> tuple[list[Monomial], NDArray[np.int64], list[
         for times in (ONE, *trace.stack.repetitions)
         for size, _ in trace.classes
     ]
+    denominator = math.lcm(*{c.denominator for terms in columns for _, c in terms})
     matrix = np.zeros((len(columns), len(index)), dtype=np.int64)
     for row, terms in enumerate(columns):
         for column, coefficient in terms:
-            matrix[row, column] = int(coefficient * trace.stack.denominator)  # whole, and no different to compare
+            matrix[row, column] = int(coefficient * denominator)
     rows = np.array([moment.counts.ravel() for moment in moments], dtype=np.int64)
     coefficients, first = np.unique(rows @ matrix, axis=0, return_index=True)
-    return list(index), coefficients, [moments[i] for i in first]
+    return list(index), coefficients, denominator, [moments[i] for i in first]
 
 
 def _shift_matrix(monomials: list[Monomial], shapes: ShapeClass, stack: Stack) -> NDArray[np.int64]:
@@ -103,12 +133,3 @@ def _shifted_letter(shapes: ShapeClass, letter: int, stack: Stack) -> Size:
     if entry.name == "C" and shapes.letters["T"].number is None:
         return own + _shifted_letter(shapes, index_of("T"), stack)
     return own + entry.least
-
-
-def _piece(trace: Trace, moment: Moment) -> Piece:
-    categories: dict[Category, Size] = {}
-    for times, counts in zip((ONE, *trace.stack.repetitions), moment.counts, strict=True):
-        for (size, category), count in zip(trace.classes, counts.tolist(), strict=True):
-            if count:
-                categories[category] = categories.get(category, ZERO) + count * size * times
-    return Piece(sum(categories.values(), ZERO), moment.where, categories)

@@ -47,7 +47,7 @@ class Polynomials:
         """The names of the polynomials."""
         return self._rows.keys()
 
-    def written(self, keys: Sequence[tuple[Any, ...]]) -> set[int]:
+    def written(self, keys: Iterable[tuple[Any, ...]]) -> set[int]:
         """The letters in whose symbols the polynomials `keys` are written."""
         return set(spelled({letter for key in keys for i, _ in self._rows[key] for letter, _ in self._monomials[i]}))
 

@@ -38,6 +38,14 @@ GOALS: dict[str, Callable[[Change], float]] = {
 MOST = 4  # changes at once: more is another recipe
 TRIED = 8  # combinations of each number of changes: those that promise most by what each change does alone
 COUNTS = tuple(2**i for i in range(1, 11))  # accelerators that are tried where one is too small
+LEAST_BITS = 4  # of a parameter at rest, whatever the recipe (NF4)
+# What shares of a model leave room with, where no accelerator holds it: each with all that is in those before it.
+THRIFTY: tuple[dict[str, Any], ...] = (
+    {},
+    {"checkpointing": "block"},
+    {"checkpointing": "block", "attention": "sdpa"},
+    {"checkpointing": "block", "attention": "sdpa", "precision": "bf16"},
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +176,9 @@ class Advisor:
             ConfigError: an unknown goal.
         """
         choose("goal", goal, GOALS)
+        if not self.now.fits and self.beyond_one:
+            # If all together are not enough, none is.
+            return self.machines(THRIFTY) if self.machines(THRIFTY[-1:]) else ()
         alone = self.single()
         if self.now.fits:
             return self._towards(goal, alone)
@@ -187,6 +198,11 @@ class Advisor:
         kept = sorted((c for c in alone if not c.alters), key=GOALS["memory"])
         recipes = [{}, *(c.fields for c in (*kept[:3], *least))]
         return (*(fitting or least[-1:]), *self.machines(recipes))
+
+    @property
+    def beyond_one(self) -> bool:
+        """No recipe leaves room for the parameters on one of these accelerators."""
+        return self.now.values.parameters * LEAST_BITS > 8 * self.now.accelerator.memory_bytes
 
     def _held_is_too_much(self, changes: Sequence[Change]) -> bool:
         """Parameters, gradients and states alone do not fit, and none of `changes` shares them."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-from estimator.answers.advice import NOTICEABLE, Advisor
+from estimator.answers.advice import COUNTS, LEAST_BITS, NOTICEABLE, Advisor
 from estimator.answers.estimates import max_batch_size
 from estimator.show.formatting import size
 
@@ -21,10 +21,18 @@ SHOWN = 8  # rows: who wants more asks for a goal
 def advise(r: Estimate, goal: str, global_batch_size: int | None, options: Mapping[str, Any]) -> None:
     """Print what would make `r` fit, or where it does, what is better for `goal`; each as options to add."""
     largest = max_batch_size(r.model, r.plan, r.accelerator, global_batch_size=global_batch_size)
-    found = Advisor(r, global_batch_size, **options).improvements(goal)
+    advisor = Advisor(r, global_batch_size, **options)
+    found = advisor.improvements(goal)
     title = f"What is better for {goal}" if r.fits else "What would make it fit"
     write = sys.stdout.write
-    write(f"\n{title}{'' if found else ': nothing of up to four changes'}\n")
+    nothing = ": nothing of up to four changes"
+    if not r.fits and advisor.beyond_one:
+        nothing = (
+            f": nothing on one such accelerator, whatever the recipe (the parameters alone, at {LEAST_BITS} bits each, "
+            f"are {size(r.values.parameters * LEAST_BITS / 8)}), nor ZeRO-3 with checkpointing and bf16 over up to "
+            f"{COUNTS[-1]:,} of them"
+        )
+    write(f"\n{title}{'' if found else nothing}\n")
     for change in found[:SHOWN]:
         write(f"  {options_of(change)}\n    {effect(change, largest)}\n")
     if any(change.alters for change in found[:SHOWN]):

@@ -90,7 +90,7 @@ def table(account: Account, variant: Variant = EAGER) -> Table:
         at = stack.repeats(block)
         launches = counts.setdefault(row, [0] * (1 + len(stack.repeated)))
         launches[0 if at is None else 1 + at] += 1
-    totals = {name: getattr(account.forms, name) for name in TOTALS}
+    totals = {name: getattr(account.executed, name) for name in TOTALS}
     every = recipe.checkpoint_every if recipe.checkpointing != "none" else None
     return Table(list(counts), list(counts.values()), totals, stack.repetitions, every)
 

@@ -5,6 +5,7 @@ from dataclasses import fields
 import pytest
 
 import estimator as est
+from estimator.accounting import accounts
 from estimator.answers.advice import GOALS, MOST, Advisor, advice, choices, single_changes
 from estimator.show import commands
 
@@ -132,3 +133,19 @@ def test_the_command_says_it_as_options_that_work(capsys):
     assert "Fits: needs" in capsys.readouterr().out
     assert commands.main(["gpt2", "--gpu", LARGE, "--optimise-for", "speed"]) == 0
     assert "What is better for speed" in capsys.readouterr().out
+
+
+def test_what_no_accelerator_holds_is_said_so_after_a_step_or_two(monkeypatch):
+    steps, run_step = [], accounts.run_step
+    monkeypatch.setattr(accounts, "run_step", lambda *args: steps.append(args) or run_step(*args))
+    now = est.estimate("deepseek-v3", est.Plan(seq_len=4096), "h100-80gb-sxm")
+    assert Advisor(now).improvements() == ()
+    assert len(steps) <= 3  # as it is, and of its thriftiest shares
+
+
+def test_what_only_many_accelerators_hold_is_shared_among_the_fewest():
+    now = est.estimate("llama-3.1-405b", est.Plan(seq_len=4096), "h100-80gb-sxm")
+    (change, *_) = Advisor(now).improvements()
+    assert change.fits
+    fewer = now.plan.replace(**change.fields, data_parallel=change.machine["count"] // 2)
+    assert not est.estimate("llama-3.1-405b", fewer, "h100-80gb-sxm").fits
