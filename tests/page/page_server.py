@@ -36,8 +36,8 @@ def page_server(limit=60):
         wait_for(url, limit)
         yield url, server
     finally:
-        server.terminate()
-        server.wait(timeout=20)
+        server.kill()  # asked politely it would first end what it computes for visitors who have left
+        server.wait()
 
 
 def wait_for(url, limit):
