@@ -10,17 +10,14 @@ the exit status is 1 if any differs.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from estimator.describe.checks import ConfigError
-from estimator.describe.hf import from_hf
-from estimator.describe.plan import Plan
 from trainer.referee.measure import onednn
 from trainer.referee.validate import compare, describe
 
@@ -28,62 +25,18 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from estimator.describe.model import ModelConfig
+    from estimator.describe.plan import Plan
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "exact"))
-from random_parts import draw  # noqa: E402 - a module of the tests
-
-# The recipe of each of a family's two sizes.
-PLANS = (
-    Plan(batch_size=2, seq_len=40),
-    Plan(
-        batch_size=3,
-        seq_len=21,
-        precision="bf16-mixed",
-        attention="sdpa",
-        loss="torch",
-        checkpointing="block",
-        optimizer_impl="foreach",
-        grad_accumulation=2,
-        max_grad_norm=1.0,
-    ),
-)
-
-
-def resized(m: ModelConfig) -> ModelConfig:
-    """The same parts and pattern in other sizes, most of them odd."""
-    changes: dict[str, Any] = {"num_layers": m.num_layers + 3, "vocab_size": 131}
-    if m.made_of.attention.latent == "none":
-        changes["head_dim"] = m.e
-    if m.family != "gpt2":  # whose width is that of its heads
-        changes["d_model"] = 44
-    for name, value in (("d_ff", 53), ("d_expert", 19), ("d_shared", 23), ("kv_rank", 14), ("query_rank", 18)):
-        if getattr(m, name) is not None:
-            changes[name] = value
-    if m.num_experts is not None:
-        changes["num_experts"] = 2 * m.num_experts
-    for name, value in (("sliding_window", 9), ("attention_chunk", 8)):
-        if getattr(m, name) is not None:
-            changes[name] = value
-    return m.replace(**changes)
-
-
-def families(names: list[str]) -> Iterator[tuple[str, ModelConfig, Plan]]:
-    """Each row of tiny.jsonl as it is, and in other sizes."""
-    for line in (ROOT / "tests" / "data" / "hf" / "tiny.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        if names and row["family"] not in names:
-            continue
-        m = from_hf(row["config"])
-        for size, p in zip((m, resized(m)), PLANS, strict=True):
-            fits = p if m.made_of.attention.sinks is False else p.replace(attention="naive")
-            yield row["name"], size, fits
+from families_at_sizes import families  # noqa: E402 - a module of the tests
+from random_parts import draw  # noqa: E402 - likewise
 
 
 def draws(first: int, end: int) -> Iterator[tuple[str, ModelConfig, Plan]]:
     """The draws of these seeds."""
     for seed in range(first, end):
-        yield f"seed {seed}", *draw(Random(seed))
+        yield f"seed {seed}", *draw(Random(seed))  # noqa: S311 - no secret
 
 
 def check(cases: Iterator[tuple[str, ModelConfig, Plan]]) -> bool:
