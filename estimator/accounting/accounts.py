@@ -15,6 +15,7 @@ from estimator.accounting.trace import Trace
 from estimator.accounting.vectorised import VectorisedPeak
 from estimator.describe.checks import BLOCKS, ConfigError, check_figure, choose
 from estimator.describe.plan import FULLY_SHARDED
+from estimator.describe.schedules import accumulation
 from estimator.describe.selection import part_of
 from estimator.eager.ledger import Category, Phase
 from estimator.eager.letters import LETTERS, SYMBOLS, ZERO, Size, Sizes, as_sizes, expression, substituted
@@ -193,7 +194,8 @@ def recipe_of(m: ModelConfig, p: Plan, device: str, rank: int = 0) -> Recipe:
         optimizer=p.optimizer,
         optimizer_impl=p.implementation(device),
         clips=p.max_grad_norm is not None,
-        micro_batches=min(p.grad_accumulation, 2),  # the second adds to gradients that exist, and so do all after it
+        # The second micro-batch adds to gradients that exist, and so do all after it.
+        schedule=accumulation(min(p.grad_accumulation, 2)),
         parallel="alone" if p.data_parallel == 1 else {"none": "ddp"}.get(p.sharding, p.sharding),
         selection=p.selection,
         adapter=p.adapter,

@@ -25,6 +25,7 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
 from estimator.describe.checks import ConfigError
+from estimator.describe.schedules import FORWARD, accumulation, micro_batches
 from trainer.model.adapters import to_precision
 from trainer.model.decoder import build_model
 from trainer.model.loss import cross_entropy
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
     from estimator.describe.model import ModelConfig
     from estimator.describe.plan import Plan
+    from estimator.describe.schedules import Schedule
     from trainer.parallel.distributed import Weights
 
 
@@ -53,6 +55,7 @@ class Step:
         inputs: (ids, targets), each (B, T) int64; every micro-batch of the step is the same one.
         masters: what the optimizer moves in place of the model's parameters; None if it moves these.
         scaler: of the loss; does nothing but in float16.
+        schedule: in which order the micro-batches go forward and backward.
     """
 
     def __init__(
@@ -62,7 +65,9 @@ class Step:
         inputs: tuple[Tensor, Tensor],
         p: Plan,
         masters: Masters | None = None,
+        schedule: Schedule | None = None,
     ) -> None:
+        self.schedule = schedule or accumulation(p.grad_accumulation)
         self.model, self.optimizer, self.inputs, self.plan, self.masters = model, optimizer, inputs, p, masters
         self.module = model  # what is called, where that is not the model itself
         self.updated = [
@@ -74,8 +79,12 @@ class Step:
 
     def __call__(self) -> None:
         """Run it."""
-        for _ in range(self.plan.grad_accumulation):
-            self.backward(self.forward())
+        losses: dict[int, Tensor] = {}
+        for kind, turn in self.schedule:
+            if kind == FORWARD:
+                losses[turn] = self.forward()
+            else:
+                self.backward(losses.pop(turn))
         if self.masters is not None:
             self.masters.take_gradients()
         self.scaler.unscale_(self.optimizer)
@@ -90,12 +99,11 @@ class Step:
 
     def forward(self) -> Tensor:
         """The loss of one micro-batch, divided by their number."""
+        turns = micro_batches(self.schedule)
         ids, targets = self.inputs
         with autocast(self.plan, ids.device.type):
             loss = loss_of(self.module, self.plan, ids, targets)
-        if self.plan.grad_accumulation == 1:
-            return loss
-        return loss / self.plan.grad_accumulation
+        return loss if turns == 1 else loss / turns
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of one micro-batch."""
@@ -188,8 +196,10 @@ def build_updates(
     return InBackward(parts, weights.originals, weights.shard)
 
 
-def build_step(m: ModelConfig, p: Plan, device: str = "cpu", seed: int = 0) -> Step:
+def build_step(m: ModelConfig, p: Plan, device: str = "cpu", seed: int = 0, schedule: Schedule | None = None) -> Step:
     """A step of `m` run as `p` says, on `device`, its weights and tokens drawn from `seed`.
+
+    `schedule` is the order of its micro-batches, in place of the plan's accumulation.
 
     Raises:
         ConfigError: the sequence is longer than the model's positions, the device has not the attention's kernel, or
@@ -202,7 +212,7 @@ def build_step(m: ModelConfig, p: Plan, device: str = "cpu", seed: int = 0) -> S
     if p.precision == "bf16-master":
         masters = Masters(named, trained(float32_copy(model)), fp32_gradients=p.fp32_gradients)
         named = dict(masters.named)
-    return Step(model, build_updates(named, p, torch.device(device).type), inputs, p, masters)
+    return Step(model, build_updates(named, p, torch.device(device).type), inputs, p, masters, schedule)
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -259,11 +269,18 @@ class Measurement:
         return asdict(self)
 
 
-def measure(m: ModelConfig, p: Plan, device: str = "cpu", seed: int = 0, timed_steps: int = 3) -> Measurement:
-    """Run real steps of `m` and `p` on `device` and count; see `Measurement`."""
+def measure(
+    m: ModelConfig,
+    p: Plan,
+    device: str = "cpu",
+    seed: int = 0,
+    timed_steps: int = 3,
+    schedule: Schedule | None = None,
+) -> Measurement:
+    """Run real steps of `m` and `p` on `device` and count; see `Measurement` and, for `schedule`, `build_step`."""
     cuda = torch.device(device).type == "cuda"
     allocated, reserved = allocator_peaks(m, p, device, seed) if cuda else (None, None)
-    step = build_step(m, p, device, seed)
+    step = build_step(m, p, device, seed, schedule)
     step()  # the first step makes the optimizer's state; the steady ones are alike
     parameters = list(step.model.parameters())
     base = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in _resident(step, device)}
