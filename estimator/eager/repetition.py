@@ -138,7 +138,7 @@ class Layout(NamedTuple):
 
     @property
     def values(self) -> dict[str, int]:
-        """The numbers behind L_1, L_2, ...; also of groups of one or two turns, for which a deeper model's sums hold."""
+        """The numbers behind L_1, L_2, ...; of groups of one or two turns too: a deeper model's sums hold for them."""
         return {f"L_{i + 1}": turns for i, turns in enumerate(self.turns)}
 
 
