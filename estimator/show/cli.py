@@ -181,7 +181,7 @@ def _calibrate_by_log(args: argparse.Namespace) -> int:
     return 0
 
 
-def _network(word: str | None) -> str | float | None:
+def network_named(word: str | None) -> str | float | None:
     """A number of bytes/s, or a name."""
     if word is None:
         return None
@@ -191,8 +191,8 @@ def _network(word: str | None) -> str | float | None:
         return word
 
 
-def _described(args: argparse.Namespace) -> tuple[ModelConfig, Plan]:
-    """The model and the plan that the arguments describe."""
+def model_of(args: argparse.Namespace) -> ModelConfig:
+    """The model that the arguments describe."""
     from estimator.describe.hf import from_hf  # noqa: PLC0415 - only here
     from estimator.describe.presets import preset  # noqa: PLC0415 - only here
 
@@ -200,7 +200,12 @@ def _described(args: argparse.Namespace) -> tuple[ModelConfig, Plan]:
         from_hf(Path(args.model)) if args.model.endswith(".json") or os.path.isdir(args.model) else preset(args.model)  # noqa: PTH112 - Path.is_dir raises where a name is too long to be a path
     )
     given = vars(args)
-    model = named.replace(**{f.name: given[f.name] for f in fields(ModelConfig) if given.get(f.name) is not None})
+    return named.replace(**{f.name: given[f.name] for f in fields(ModelConfig) if given.get(f.name) is not None})
+
+
+def _described(args: argparse.Namespace) -> tuple[ModelConfig, Plan]:
+    """The model and the plan that the arguments describe."""
+    model, given = model_of(args), vars(args)
     wanted = {f.name: given[f.name] for f in fields(Plan) if given[f.name] is not None}
     several = max(given["count"] or 1, wanted.get("data_parallel", 1)) > 1
     sharding = str(wanted.get("sharding"))
@@ -241,7 +246,7 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
 
     return {
         "mfu": args.mfu,
-        "network": _network(args.network),
+        "network": network_named(args.network),
         "network_latency": args.network_latency,
         "attention_kernel": args.attention_kernel,
         "overlap": args.overlap,
