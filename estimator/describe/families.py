@@ -206,6 +206,7 @@ DENSE: dict[str, Family] = {
         mlp={"bias": yes("mlp_bias")},
         ends={"embedding_scale": number("embedding_multiplier"), "logits_scale": number("logits_scaling")},
     ),
+    "internlm2": Family(attention=all_four("bias") | {"fused": True}),
     "internlm3": Family(attention=all_four("attention_bias"), mlp={"bias": yes("mlp_bias")}),
     "iquestcoder": Family(
         attention=all_four("attention_bias"),
@@ -214,6 +215,11 @@ DENSE: dict[str, Family] = {
     ),
     "jais2": Family(norm=LN, attention=all_four("attention_bias"), mlp={"gated": False, "bias": yes("mlp_bias")}),
     "llama": Family(attention=all_four("attention_bias"), mlp={"bias": yes("mlp_bias")}),
+    "minicpm": Family(
+        attention=all_four("attention_bias"),
+        residual_scale=residual_of_depth,
+        ends={"embedding_scale": number("scale_emb"), "logits_scale": logits_of_base},
+    ),
     "minicpm3": Family(
         attention=LATENT,
         residual_scale=residual_of_depth,

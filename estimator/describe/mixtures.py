@@ -41,6 +41,7 @@ from estimator.describe.rules import (
     one_for_all,
     query_scaling,
     shared_of,
+    shared_width,
     size,
     windows_if_used,
     with_rope,
@@ -64,6 +65,16 @@ MIXTURES: dict[str, Family] = {
         },
         free_heads=False,
         refused=(("tie_word_embeddings", False, "the family's class has a head of its own"),),
+    ),
+    "deepseek": Family(
+        attention=all_four("attention_bias"),
+        experts={
+            "normalised": yes("norm_topk_prob"),
+            "shared": lambda c: "plain" if shared_width(c) else "none",
+        },
+        sizes={"d_shared": shared_width},
+        sparse=after_first,
+        refused=(EVERY_LAYER, ("scoring_func", "softmax", "the family's router has a softmax")),
     ),
     "deepseek_v2": Family(
         attention=LATENT,
