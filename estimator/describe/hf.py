@@ -7,17 +7,19 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from estimator.describe.checks import PATH_SHOWN, ConfigError, shown
 from estimator.describe.families import FAMILIES
-from estimator.describe.family import Family
 from estimator.describe.fields import Fields
 from estimator.describe.model import ModelConfig
 from estimator.describe.parts import FAMILIES as NAMED
 from estimator.describe.parts import MLP, Attention, Ends, Experts, Layer, Parts, Pattern, Positions
 from estimator.describe.refusals import built_of, refusal
 from estimator.describe.rules import Rule, size
+
+if TYPE_CHECKING:
+    from estimator.describe.family import Family
 
 
 class TakenForAnother(UserWarning):
