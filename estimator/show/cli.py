@@ -27,6 +27,7 @@ from estimator.describe.plan import (
     Plan,
 )
 from estimator.describe.units import GIB
+from estimator.describe.words import in_words
 from estimator.show.commands import Parser, TopicHelp
 
 if TYPE_CHECKING:
@@ -313,6 +314,12 @@ def gib(nbytes: float) -> str:
     return f"{nbytes / GIB:,.2f} GiB"
 
 
+def parameters(values: Values) -> str:
+    """How many there are, and how many of them a token goes through."""
+    total, active = values.parameters, values.active_parameters
+    return f"{total:,} parameters" + (f", {active:,} of them active" if active != total else "")
+
+
 def trained(values: Values) -> str:
     """How many of the parameters are trained."""
     share = values.trained_parameters / values.parameters
@@ -381,6 +388,7 @@ def _tables(name: str, r: Estimate, largest: int, price: float | None = None) ->
         highlight=False,
     )
     console.print(at_a_glance(r, largest, price), style="bold", highlight=False)
+    console.print(f"{in_words(r.model)}; {parameters(r.values)}", highlight=False)
     if r.values.trained_parameters != r.values.parameters:
         console.print(trained(r.values), highlight=False)
     console.print(verdict(r, largest) + "\n", style="bold green" if r.fits else "bold red", highlight=False)
