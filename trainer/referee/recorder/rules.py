@@ -1,0 +1,63 @@
+"""What PyTorch decides by the device, decided as on a device that is not here: choices, kernels, hidden composites."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from contextlib import contextmanager
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.library import Library
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+    from trainer.referee.recorder.assumptions import Assumptions
+
+has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key  # noqa: SLF001 - the dispatcher's own answer
+operators = torch._C._dispatch_get_all_op_names  # noqa: SLF001 - likewise
+
+
+# Kernels that make a tensor or change its form without computing anything, and those that are written in terms of
+# other operators and run as they are.
+FORMS = ("empty", "empty_strided", "resize_", "set_", "resize_as_", "_resize_output_", "record_stream", "pin_memory")
+WRITTEN = ("mean",)
+
+
+@cache
+def kernels_of(device: str) -> list[str]:
+    """Names of the operators that compute: they have a kernel of their own, and their results no storage of others."""
+    return [
+        name
+        for name, schema in schemas().items()
+        if has_kernel(name, "CPU")
+        and not any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
+        and name.removeprefix("aten::").partition(".")[0] not in (*FORMS, *WRITTEN)
+    ]
+
+
+@cache
+def schemas() -> dict[str, Any]:
+    """The schema of each operator, by its name as the dispatcher writes it."""
+    found = torch._C._jit_get_all_schemas()  # noqa: SLF001 - likewise
+    named = {f"{s.name}.{s.overload_name}" if s.overload_name else s.name: s for s in found}
+    return {name: named[name] for name in operators() if name in named}
+
+
+@contextmanager
+def device_rules(device: str, assumptions: Assumptions) -> Iterator[None]:
+    """Meta tensors are treated as `device`'s."""
+    library = Library("aten", "IMPL")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of kernels that are overridden: that is what it is for
+            library.impl("_local_scalar_dense", assumptions.number, "Meta", allow_override=True)
+        yield
+    finally:
+        library._destroy()  # noqa: SLF001 - it has no public name
+
+
