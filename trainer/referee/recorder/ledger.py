@@ -57,14 +57,11 @@ class Reading:
 
 @dataclass
 class _Running:
-    """An operator that has begun: its name, what it is, and for a node where in forward it was made."""
+    """An operator that has begun: its name, what it is, and what its kernel has for itself."""
 
     name: str
     kind: int
-    before: int  # of a node, the phase's node depth
     scratch: Sequence[Storage] = ()
-    after: Sequence[tuple[int, ...]] = ()
-    where: tuple[str, int] | None = None
 
 
 class Reader:
@@ -168,23 +165,17 @@ class Reader:
             self.line = line if line >= 0 and (not self.nodes or self.modules) else self.line
         if kind != NODE and sequence >= 0:
             self.made[sequence] = (self.modules[-1] if self.modules else "", self.line)
-        running = _Running(named, kind, len(self.nodes))
+        running = _Running(named, kind)
         self.running.append(running)
         if kind == LEFT_OUT and self.device == "cpu":
             inputs = self.log.values(operands)
-            before, running.after = scratch_of(named, inputs, self.threads)
-            running.scratch = [Storage(size(n), 1, Category.TEMPORARY, self._here) for n in before]
+            held = scratch_of(named, inputs, self.threads)
+            running.scratch = [Storage(size(n), 1, Category.TEMPORARY, self._here) for n in held]
             for storage in running.scratch:
                 self._event(1, storage, storage.where, 0)
 
     def _ended(self, _: tuple[int, ...]) -> None:
         running = self.running[-1]
-        for phase in running.after:
-            held = [Storage(size(n), 1, Category.TEMPORARY, self._here) for n in phase]
-            for storage in held:
-                self._event(1, storage, storage.where, 0)
-            for storage in reversed(held):
-                self._event(-1, storage, storage.where, 0)
         for storage in reversed(running.scratch):
             self._event(-1, storage, storage.where, 0)
         self.running.pop()

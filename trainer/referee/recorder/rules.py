@@ -26,6 +26,7 @@ operators = torch._C._dispatch_get_all_op_names  # noqa: SLF001 - likewise
 # other operators and run as they are.
 FORMS = ("empty", "empty_strided", "resize_", "set_", "resize_as_", "_resize_output_", "record_stream", "pin_memory")
 WRITTEN = ("mean",)
+COMPUTING = ("aten::copy_",)  # composites of all devices that compute nevertheless
 
 
 @cache
@@ -34,7 +35,7 @@ def kernels_of(device: str) -> list[str]:
     return [
         name
         for name, schema in schemas().items()
-        if has_kernel(name, "CPU")
+        if (has_kernel(name, "CPU") or name in COMPUTING)
         and not any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
         and name.removeprefix("aten::").partition(".")[0] not in (*FORMS, *WRITTEN)
     ]
