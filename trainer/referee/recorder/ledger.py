@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from typing import TYPE_CHECKING
 
 from estimator.eager.ledger import Category, Event, Ledger, Phase, Storage, Where
 from estimator.eager.letters import Size, constant
-from trainer.referee.recorder.log import LEFT_OUT, NODE, RUN, Kind, Mark
+from trainer.referee.recorder.log import ENGINE, LEFT_OUT, NODE, RUN, Kind, Mark
 from trainer.referee.recorder.scratch import scratch_of
 
 if TYPE_CHECKING:
@@ -16,10 +16,8 @@ if TYPE_CHECKING:
 
     from trainer.referee.recorder.log import Log
 
-ENGINE = "autograd::engine::evaluate_function: "
 
-
-@lru_cache(maxsize=None)
+@cache
 def size(nbytes: int) -> Size:
     """So many bytes, as the ledger has them."""
     return constant(nbytes)
@@ -117,7 +115,7 @@ class Reader:
             return
         if self.phase is Phase.OPTIMIZER and not self.updating:
             self.pending.append(len(self.ledger.events))
-        self.ledger.events.append(Event(sign, storage, where))
+        self.ledger.events.append(Event(sign, storage, where, self.ledger.micro_batch))
         self.reading.lines.append(self.line)
         self.reading.numbers.append(number)
 
@@ -154,8 +152,8 @@ class Reader:
         if named.startswith(ENGINE):
             kind = NODE
         if kind == NODE:
-            if self.phase is Phase.FORWARD:
-                self.phase = Phase.BACKWARD
+            if self.phase is not Phase.BACKWARD:
+                self._settle(Phase.BACKWARD)
             where = self.made.get(sequence, ("", -1)) if sequence >= 0 else ("", -1)
             if where != ("", -1) and self.nodes:  # the engine's own part of this node
                 self.nodes[-1] = where
@@ -190,12 +188,14 @@ class Reader:
             case Mark.MODULE:
                 self.modules.append(self.known.modules[value] if value >= 0 else "loss")
                 if not self.nodes and self.phase is not Phase.FORWARD:
-                    self._back_to_forward()
+                    self._settle(Phase.FORWARD)
             case Mark.MODULE_END:
                 self.modules.pop()
             case Mark.UPDATE:
                 self.phase, self.updating = Phase.OPTIMIZER, True
                 self.pending.clear()
+            case Mark.SAVED | Mark.LET_GO | Mark.REMADE | Mark.UPDATE_END:
+                pass
             case Mark.GRADIENT:
                 storage = self.live.get(value)
                 if storage is not None and storage.category is not Category.PARAMETER:
@@ -204,11 +204,13 @@ class Reader:
                     place = storage.where._replace(module=module)
                     self.ledger.gradients.setdefault(storage, [(place, storage.nbytes)])
 
-    def _back_to_forward(self) -> None:
-        """The next micro-batch has begun: what came since the last backward belongs to its forward."""
-        self.phase = Phase.FORWARD
-        self.ledger.micro_batch += 1
-        for i in self.pending:
+    def _settle(self, phase: Phase) -> None:
+        """It has turned out that the step goes on with `phase`: the update that might have begun has not."""
+        if phase is Phase.FORWARD and not self.updating:
+            self.ledger.micro_batch += 1
+        self.phase = phase
+        for i in () if self.updating else self.pending:
             event = self.ledger.events[i]
-            self.ledger.events[i] = event._replace(where=event.where._replace(phase=Phase.FORWARD))
+            place = event.where._replace(phase=phase)
+            self.ledger.events[i] = event._replace(where=place, micro_batch=self.ledger.micro_batch)
         self.pending.clear()

@@ -33,10 +33,13 @@ class Mark(IntEnum):
     GRADIENT = 4  # a parameter's gradient lies in a storage: the storage, the parameter
     SAVED = 5  # autograd keeps a storage
     LET_GO = 6
+    REMADE = 7  # a checkpoint has made a storage again, and keeps it
 
 
 # What an operator may be: a node of the autograd graph, a kernel of the device that has run, one that was left out.
 RUN, NODE, LEFT_OUT = 1, 2, 3
+
+ENGINE = "autograd::engine::evaluate_function: "
 
 # c10::ScalarType's order (c10/core/ScalarType.h, whose numbers are part of torch's file formats).
 DTYPES: dict[int, torch.dtype] = {
@@ -70,6 +73,16 @@ class Operand(NamedTuple):
         return int(np.prod(self.shape, dtype=np.int64))
 
     @property
+    def is_contiguous(self) -> bool:
+        """Row-major; the stride of a dimension of 1 does not matter."""
+        following = 1
+        for n, s in zip(reversed(self.shape), reversed(self.stride), strict=True):
+            if n != 1 and s != following:
+                return self.numel == 0
+            following *= n
+        return True
+
+    @property
     def nbytes(self) -> int:
         """Bytes of its elements."""
         return self.numel * self.dtype.itemsize
@@ -99,6 +112,10 @@ class Log:
         rows = np.frombuffer(extension.rows(), dtype=np.int64).reshape(-1, 6)
         operands = np.frombuffer(extension.operands(), dtype=np.int64)
         return cls(list(map(tuple, rows.tolist())), operands.tolist(), extension.names(), extension.lines())
+
+    def is_engine(self, name: int) -> bool:
+        """Whether that is the engine, about to evaluate a node."""
+        return self.names[name].startswith(ENGINE)
 
     def values(self, at: int) -> list[Any]:
         """The operands that begin there: an Operand, a number, a list of either, or None for anything else."""

@@ -59,6 +59,7 @@ struct Log {
   std::vector<std::pair<std::string, int64_t>> lines;  // (file, line)
   std::unordered_map<std::string, int64_t> line_index;
   std::unordered_set<std::string> kernels;  // operators that compute, on the device
+  std::unordered_set<std::string> dependent;  // those of them whose results' shapes depend on values
   std::vector<std::string> libraries;       // folders whose code is not the user's
   std::unordered_map<PyCodeObject*, bool> is_library;
   int64_t next = 1;  // number of the next storage
@@ -243,7 +244,7 @@ void kernel(const c10::OperatorHandle& op, DispatchKeySet keys, torch::jit::Stac
       known &= is_known(t);
       ours &= t.device().is_cpu();
     });
-  if (!ours || (known && writes(schema))) {
+  if (!ours || (known && (writes(schema) || log.dependent.count(name_of(op))))) {
     op.redispatchBoxed(below, stack);
     return;
   }
@@ -457,7 +458,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   });
   m.def("number_of", [](int64_t cdata) { return number_of(*reinterpret_cast<c10::StorageImpl*>(cdata)); },
         "The number of a storage, from its `_cdata`; 0 of one that was made before `install`.");
-  m.def("set_kernels", [](const std::vector<std::string>& names) { log_().kernels = {names.begin(), names.end()}; });
+  m.def("set_kernels", [](const std::vector<std::string>& names, const std::vector<std::string>& dependent) {
+    log_().kernels = {names.begin(), names.end()};
+    log_().dependent = {dependent.begin(), dependent.end()};
+  });
   m.def("set_libraries", [](std::vector<std::string> folders) {
     log_().libraries = std::move(folders);
     log_().is_library.clear();

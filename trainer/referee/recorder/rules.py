@@ -1,8 +1,7 @@
-"""What PyTorch decides by the device, decided as on a device that is not here: choices, kernels, hidden composites."""
+"""Which operators compute, and so are left out, and what is assumed of the values that they would have computed."""
 
 from __future__ import annotations
 
-import re
 import warnings
 from contextlib import contextmanager
 from functools import cache
@@ -14,8 +13,6 @@ from torch.library import Library
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from torch import Tensor
-
     from trainer.referee.recorder.assumptions import Assumptions
 
 has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key  # noqa: SLF001 - the dispatcher's own answer
@@ -26,11 +23,13 @@ operators = torch._C._dispatch_get_all_op_names  # noqa: SLF001 - likewise
 # other operators and run as they are.
 FORMS = ("empty", "empty_strided", "resize_", "set_", "resize_as_", "_resize_output_", "record_stream", "pin_memory")
 WRITTEN = ("mean",)
+# Kernels that answer with values, or whose results have a shape that depends on values.
+DEPENDENT = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_consecutive", "bincount", "equal")
 COMPUTING = ("aten::copy_",)  # composites of all devices that compute nevertheless
 
 
 @cache
-def kernels_of(device: str) -> list[str]:
+def kernels_of() -> list[str]:
     """Names of the operators that compute: they have a kernel of their own, and their results no storage of others."""
     return [
         name
@@ -42,6 +41,12 @@ def kernels_of(device: str) -> list[str]:
 
 
 @cache
+def dependent_kernels() -> list[str]:
+    """Names of the operators in `DEPENDENT`."""
+    return [name for name in operators() if name.removeprefix("aten::").partition(".")[0] in DEPENDENT]
+
+
+@cache
 def schemas() -> dict[str, Any]:
     """The schema of each operator, by its name as the dispatcher writes it."""
     found = torch._C._jit_get_all_schemas()  # noqa: SLF001 - likewise
@@ -50,15 +55,13 @@ def schemas() -> dict[str, Any]:
 
 
 @contextmanager
-def device_rules(device: str, assumptions: Assumptions) -> Iterator[None]:
-    """Meta tensors are treated as `device`'s."""
-    library = Library("aten", "IMPL")
+def device_rules(assumptions: Assumptions) -> Iterator[None]:
+    """What asks a tensor for values that nobody has computed gets those that are assumed."""
+    library = Library("aten", "IMPL")  # type: ignore[no-untyped-call]  # torch leaves Library untyped
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of kernels that are overridden: that is what it is for
-            library.impl("_local_scalar_dense", assumptions.number, "Meta", allow_override=True)
+            library.impl("_local_scalar_dense", assumptions.number, "Meta", allow_override=True)  # type: ignore[no-untyped-call]  # likewise
         yield
     finally:
-        library._destroy()  # noqa: SLF001 - it has no public name
-
-
+        library._destroy()  # type: ignore[no-untyped-call]  # noqa: SLF001 - it has no public name

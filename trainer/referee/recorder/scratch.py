@@ -148,6 +148,11 @@ def _index_add(inputs: Sequence[Any], threads: int) -> Sequence[int]:
     return [FLOAT * rows * prod(to.shape[1:])]
 
 
+def _embedding_backward(inputs: Sequence[Any], _: int) -> Sequence[int]:
+    """The gradient and the indices, made contiguous (aten/src/ATen/native/Embedding.cpp)."""
+    return [x.nbytes for x in inputs[:2] if not x.is_contiguous]
+
+
 ELEMENTWISE = (
     *("add", "sub", "mul", "div", "pow", "rsub", "maximum", "minimum", "fmod", "remainder", "atan2", "lerp"),
     *("add_", "sub_", "mul_", "div_", "pow_", "eq", "ne", "lt", "le", "gt", "ge", "addcmul", "addcdiv"),
@@ -159,6 +164,7 @@ KERNELS: dict[str, Rule] = {
     "gather": _element_moves,
     **dict.fromkeys(("scatter", "scatter_", "scatter_add", "scatter_add_"), _scatter),
     "index_add_": _index_add,
+    "embedding_dense_backward": _embedding_backward,
     "native_layer_norm_backward": _layer_norm_backward,
     "_scaled_dot_product_flash_attention_for_cpu": _flash,
     "_scaled_dot_product_flash_attention_for_cpu_backward": _flash_backward,

@@ -12,11 +12,13 @@ from torch.nn.modules import module as hooks
 from torch.optim import optimizer as optimizers
 
 from estimator.eager.ledger import Category
+from trainer.referee.measure import onednn
 from trainer.referee.recorder.assumptions import Assumptions
 from trainer.referee.recorder.extension import extension
 from trainer.referee.recorder.ledger import Known
 from trainer.referee.recorder.log import Kind, Log, Mark
-from trainer.referee.recorder.rules import device_rules, kernels_of
+from trainer.referee.recorder.rules import dependent_kernels, device_rules, kernels_of
+from trainer.referee.recorder.saved import number_of, saved_allocations, saving
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -27,12 +29,12 @@ LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent))  # wh
 
 
 @contextmanager
-def recording(device: str, assumptions: Assumptions | None = None) -> Iterator[Any]:
-    """The extension, its allocators in place and its log begun; PyTorch decides as on `device`."""
+def recording(assumptions: Assumptions | None = None) -> Iterator[Any]:
+    """The extension, all that it puts in place there and its log begun; oneDNN is off, as for the referee of bytes."""
     native = extension()
-    native.set_kernels(kernels_of(device))
+    native.set_kernels(kernels_of(), dependent_kernels())
     native.set_libraries(LIBRARIES)
-    with device_rules(device, assumptions or Assumptions(LIBRARIES)):
+    with device_rules(assumptions or Assumptions(LIBRARIES)), onednn(enabled=False):
         native.install()
         try:
             native.start()
@@ -75,27 +77,30 @@ def marks(step: Any, native: Any) -> Iterator[None]:
         yield
 
 
-def number_of(native: Any, t: torch.Tensor) -> int:
-    """The number of a tensor's storage in the log."""
-    return native.number_of(t.untyped_storage()._cdata)  # noqa: SLF001 - the storage's identity
-
-
-def recorded(native: Any, step: Any) -> tuple[Log, int, Known]:
-    """(the log, the row at which a steady step begins, what was alive then)."""
+def recorded(native: Any, step: Any) -> tuple[Log, int, Known, set[int]]:
+    """(the log, the row at which a steady step begins, what is alive then, which of its allocations autograd keeps)."""
     step()  # the first step makes the optimizer's state; the steady ones are alike
     with marks(step, native):
-        gc.collect()
-        native.observe(True)
-        native.mark(Mark.UPDATE_END, 0, 0)
-        gc.disable()
-        try:
-            step()
-        finally:
-            gc.enable()
-            native.observe(False)
+        log, first = _observed(native, step)
+        known = _known(native, step, log, first)
+        native.start()
+        again, begun = _observed(native, lambda: saving(native, step))
+    return log, first, known, saved_allocations(again, begun)
+
+
+def _observed(native: Any, step: Callable[[], object]) -> tuple[Log, int]:
+    """(the log so far and one more call of `step`, the row at which that begins)."""
+    gc.collect()
+    native.observe(True)
+    native.mark(Mark.UPDATE_END, 0, 0)
+    gc.disable()
+    try:
+        step()
+    finally:
+        gc.enable()
+        native.observe(False)
     log = Log.of(native)
-    first = next(i for i, row in enumerate(log.rows) if row[0] == Kind.MARKED)
-    return log, first, _known(native, step, log, first)
+    return log, next(i for i, row in enumerate(log.rows) if row[0] == Kind.MARKED)
 
 
 def _known(native: Any, step: Any, log: Log, first: int) -> Known:
