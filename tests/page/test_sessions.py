@@ -24,7 +24,9 @@ def visit(url, number):
     session = Session(url, f"model={model}&batch_size={2 + number}")
     for batch in (2 + number, 30 + number, 60 + number):
         session.change("Micro-batch", batch)
-        r = est.estimate(model, est.Plan(batch_size=batch), GPU, global_batch_size=scenarios.DEFAULTS["global_batch_size"])
+        r = est.estimate(
+            model, est.Plan(batch_size=batch), GPU, global_batch_size=scenarios.DEFAULTS["global_batch_size"]
+        )
         found.append((session.metric("Memory needed"), size(r.memory.needed)))
     assert session.exceptions == []
     session.close()
