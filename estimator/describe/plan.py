@@ -111,7 +111,7 @@ class Plan:
         "frozen": "the parts of these that are not trained after all, named alike.",
         "adapter": (
             '"lora" trains two narrow matrices beside each of some linear layers, in fp32, and nothing else, as '
-            'peft does; "none" trains the model itself.'
+            'peft does; "dora" (Liu et al. 2024) a magnitude for each output too; "none" trains the model itself.'
         ),
         "adapter_rank": "r, the width of the adapters' matrices.",
         "adapter_targets": (
