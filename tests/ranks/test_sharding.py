@@ -140,7 +140,8 @@ def partly_trained(random, processes):
     """A model of which a part is trained, or adapters, in any sharding."""
     m = random.choice([GPT2, LLAMA, TIED, WORDS, ONE_BLOCK]).replace(num_layers=random.randint(1, 5))
     names = ["qkv", "out", "up", "down"] if m.family == "gpt2" else ["q", "k", "v", "out", "gate", "up", "down"]
-    kind, sharding = random.choice(["lora", "lora", "frozen", "trained"]), random.choice(list(SHARDINGS))
+    kind = random.choice(["lora", "dora", "frozen", "trained"])
+    sharding = random.choice(FULLY_SHARDED if processes == 4 else SHARDINGS)
     plan = {
         "batch_size": random.randint(1, 3),
         "data_parallel": processes,
@@ -154,9 +155,9 @@ def partly_trained(random, processes):
     }
     if sharding in FULLY_SHARDED and random.random() < 0.5:
         plan |= {"precision": "bf16-fsdp", "reduce_dtype": random.choice(["fp32", "bf16"])}
-    if kind == "lora":
+    if kind in ("lora", "dora"):
         some = ",".join(random.sample([*names, "head"], random.randint(1, 3)))
-        plan |= {"adapter": "lora", "adapter_rank": random.choice([1, 3, 4])}
+        plan |= {"adapter": kind, "adapter_rank": random.choice([1, 3, 4])}
         plan |= {"adapter_targets": random.choice(["all-linear", some])}
         plan |= {"adapter_dropout": random.choice([0.0, 0.1])}
     else:
