@@ -14,6 +14,7 @@ from estimator.eager.losses import cross_entropy, torch_cross_entropy, torch_cro
 from estimator.eager.ops import div_number
 from estimator.eager.tensor import BFLOAT16, FLOAT32, INT64, Machine, Tensor
 from estimator.models.decoder import Transformer
+from estimator.optim.in_backward import InBackward
 from estimator.optim.masters import Masters
 from estimator.optim.optimizers import OPTIMIZERS
 from estimator.optim.scaling import GradScaler
@@ -59,7 +60,8 @@ def run_step(recipe: Recipe, shapes: ShapeClass, device: str, stack: Stack, size
         updated = masters.masters
     if recipe.precision == "fp16-mixed":
         scaler = GradScaler(machine)
-    optimizer = OPTIMIZERS[recipe.optimizer, recipe.optimizer_impl](updated)
+    kind = OPTIMIZERS[recipe.optimizer, recipe.optimizer_impl]
+    optimizer = InBackward(kind, updated) if recipe.in_backward else kind(updated)
 
     losses: dict[int, Tensor] = {}  # of the micro-batches whose graphs are alive
 

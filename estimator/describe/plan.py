@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 PRECISIONS = ("fp32", "tf32", "bf16", "bf16-mixed", "fp16-mixed", "bf16-master", "bf16-fsdp")
 REDUCE_DTYPES = ("fp32", "bf16")
+UPDATES = ("after", "in-backward")
 FULLY_SHARDED = ("zero2", "zero3")  # what PyTorch's fully_shard does
 ATTENTIONS = ("naive", "naive-fp32", "sdpa", "sdpa-math", "sdpa-flash", "sdpa-efficient")
 LOSSES = ("bundled", "torch", "torch-fp32", "chunked")
@@ -91,6 +92,10 @@ class Plan:
             '"bundled": the trainer\'s own; "auto": what torch picks for the device (loop on CPU, foreach on '
             "CUDA), for sgd and lion the bundled one."
         ),
+        "update": (
+            '"after" backward, all parameters at once; "in-backward": each as soon as its gradient is there, which is '
+            "then freed (`register_post_accumulate_grad_hook`), so that the gradients are never there all together."
+        ),
         "grad_accumulation": "micro-batches whose gradients are added before one optimizer step.",
         "max_grad_norm": "clip the gradients to this global norm before the step; None means no clipping.",
         "compile": "`torch.compile` fuses the elementwise kernels; time knows it, memory is eager's.",
@@ -154,6 +159,7 @@ class Plan:
     autocast: bool = False
     reshard_after_forward: int | bool | None = None
     shard_group: int | None = None
+    update: str = "after"
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -204,6 +210,7 @@ class Plan:
             raise ConfigError(
                 f"sharding = {self.sharding!r}: {self.optimizer} works on whole matrices; allowed is none (DDP)"
             )
+        self._check_update()
         for name in ("trained", "frozen"):
             put(self, name, parts_listed(name, getattr(self, name)))
         if self.selection != Selection() and self.data_parallel > 1:
@@ -253,6 +260,34 @@ class Plan:
                     f"{name} = {size}: must be at least 2 and divide the {whole} accelerators that share; "
                     "None is all of them"
                 )
+
+    def _check_update(self) -> None:
+        """An update in backward sees one gradient, and only once."""
+        choose("update", self.update, UPDATES)
+        if self.update == "after":
+            return
+        said = "update = 'in-backward': "
+        if self.grad_accumulation > 1:
+            raise ConfigError(
+                f"{said}each backward moves the parameters, so that nothing adds up over grad_accumulation = "
+                f"{self.grad_accumulation} micro-batches; allowed is 1"
+            )
+        if self.max_grad_norm is not None:
+            raise ConfigError(
+                f"{said}the gradients' norm is known when the first of them are gone; max_grad_norm = "
+                f"{self.max_grad_norm} must be None"
+            )
+        if self.precision in ("fp16-mixed", "bf16-master"):
+            why = {"fp16-mixed": "GradScaler looks at all gradients before any update"}
+            raise ConfigError(
+                f"precision = {self.precision!r}: {why.get(self.precision, 'the masters take all gradients at once')}, "
+                "and update is 'in-backward'; allowed are all other precisions"
+            )
+        if self.data_parallel > 1 and self.sharding not in FULLY_SHARDED:
+            raise ConfigError(
+                f"{said}DDP sums a bucket of gradients after their hooks have run; allowed on several accelerators "
+                f"is sharding {', '.join(FULLY_SHARDED)}"
+            )
 
     def _check_adapter(self) -> None:
         choose("adapter", self.adapter, ADAPTERS)

@@ -159,11 +159,21 @@ class Ledger:
     block: int | None = None
     op: str = ""
     recompute: bool = False
+    updates: bool = False  # what runs is the optimizer's, whatever the phase
 
     @property
     def here(self) -> Where:
         """The place that the next event will carry."""
         return Where(self.phase, self.module, self.block, self.op)
+
+    @contextmanager
+    def updating(self) -> Iterator[None]:
+        """Kernels in this context are the optimizer's, in the phase that the step is in."""
+        before, self.updates = self.updates, True
+        try:
+            yield
+        finally:
+            self.updates = before
 
     def allocate(self, elements: Size, itemsize: int, category: Category) -> Storage:
         """A new storage of so many elements."""

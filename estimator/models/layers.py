@@ -133,6 +133,7 @@ class Recipe:
     autocast: bool = False
     replicated: bool = False  # HSDP
     reshard: int | None = None
+    in_backward: bool = False  # each parameter is updated as soon as its gradient is there
     rank: int = 0  # which of those that share the shards
 
     @property

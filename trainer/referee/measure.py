@@ -31,6 +31,7 @@ from trainer.model.decoder import build_model
 from trainer.model.loss import cross_entropy
 from trainer.optim.clip import gradient_clipping
 from trainer.optim.eight_bit import AdamW8bit
+from trainer.optim.in_backward import InBackward, no_updates
 from trainer.optim.optimizers import SGD, AdamW, Lion, MuonAdamW, is_for_muon
 from trainer.optim.precision import AUTOCAST, PARAMETERS, Masters, autocast, float32_copy, loss_scaler
 
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from estimator.describe.model import ModelConfig
     from estimator.describe.plan import Plan
     from estimator.describe.schedules import Schedule
+    from trainer.parallel.distributed import Weights
 
 
 class Step:
@@ -182,6 +184,18 @@ def build_optimizer(named: Mapping[str, nn.Parameter], p: Plan, device: str) -> 
             return torch.optim.AdamW(parameters, **torchs)
 
 
+def build_updates(
+    named: Mapping[str, nn.Parameter], p: Plan, device: str, weights: Weights | None = None
+) -> torch.optim.Optimizer:
+    """`build_optimizer` or, in backward, one for each parameter; `weights` are those of a sharded model."""
+    if p.update == "after":
+        return build_optimizer(named, p, device)
+    parts = {name: build_optimizer({name: x}, p, device) for name, x in named.items()}
+    if weights is None:
+        return InBackward(parts, named)
+    return InBackward(parts, weights.originals, weights.shard)
+
+
 def build_step(m: ModelConfig, p: Plan, device: str = "cpu", seed: int = 0, schedule: Schedule | None = None) -> Step:
     """A step of `m` run as `p` says, on `device`, its weights and tokens drawn from `seed`.
 
@@ -198,7 +212,7 @@ def build_step(m: ModelConfig, p: Plan, device: str = "cpu", seed: int = 0, sche
     if p.precision == "bf16-master":
         masters = Masters(named, trained(float32_copy(model)), fp32_gradients=p.fp32_gradients)
         named = dict(masters.named)
-    return Step(model, build_optimizer(named, p, torch.device(device).type), inputs, p, masters, schedule)
+    return Step(model, build_updates(named, p, torch.device(device).type), inputs, p, masters, schedule)
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -346,8 +360,11 @@ def _count_micro_batch(step: Step) -> tuple[int, int, int, int]:
     step.model.zero_grad()
     with FlopCounterMode(display=False) as forward:
         loss = step.forward()
-    with FlopCounterMode(display=False) as backward:
+    with FlopCounterMode(display=False) as backward, no_updates(step.optimizer):  # whose products are not backward's
         step.backward(loss)
+    if step.plan.update == "in-backward":
+        step.model.zero_grad()
+        step.backward(step.forward())
     gradients = nbytes(step.gradients())
     step.model.zero_grad()
     return saved, forward.get_total_flops(), gradients, backward.get_total_flops()
