@@ -12,7 +12,7 @@ from app_pages import charts
 from app_pages.compute import largest_batch
 from app_pages.estimate import answer
 from app_pages.inputs import HIDDEN, supported
-from app_pages.labels import explained, label
+from app_pages.labels import explained, label, plain
 from app_pages.model_input import LIMIT, called
 from estimator.answers.advice import choices
 from estimator.describe.checks import ConfigError
@@ -61,7 +61,7 @@ def show(s: Setup) -> None:
         try:
             answers[name] = request.estimate()
         except ConfigError as error:
-            below.error(f"{name}: {error}", icon=":material/error:")
+            below.error(plain(f"{name}: {error}"), icon=":material/error:")
     charts.draw(charts.memory_bars({name: r.memory for name, r in answers.items()}, s.unit))
     frame = pd.DataFrame({name: _figures(s, requests[name], r) for name, r in answers.items()}).fillna("—")
     st.table(frame.style.apply(_differences, axis=1))
@@ -134,7 +134,7 @@ def _other(name: str, base: Request) -> Request | None:
     try:
         plan = base.plan.replace(**wanted)
     except ConfigError as error:
-        st.error(str(error), icon=":material/error:")
+        st.error(plain(str(error)), icon=":material/error:")
         return None
     q = replace(base, plan=plan, gpu=gpu or base.gpu)
     return q if model is None else replace(q, name=model, model=preset(model))

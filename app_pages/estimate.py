@@ -11,8 +11,8 @@ import streamlit as st
 from app_pages import charts, scenarios
 from app_pages.compute import changes, cost_of, costs_between, largest_batch
 from app_pages.inputs import HIDDEN
-from app_pages.labels import label
-from app_pages.model_input import called
+from app_pages.labels import label, plain
+from app_pages.model_input import REFUSED, called, forget
 from estimator.answers import derivations
 from estimator.answers.advice import GOALS, NOTICEABLE
 from estimator.describe.checks import ConfigError
@@ -73,12 +73,20 @@ def show(s: Setup) -> None:
 
 def answer(s: Setup) -> Estimate | None:
     """The estimate of what the sidebar says; None, with the reason drawn, if there is none."""
+    if REFUSED in st.session_state:
+        name = called(s.request.name)
+        st.error(
+            plain(f"The configuration was refused: {st.session_state[REFUSED]} No figures are shown for it."),
+            icon=":material/error:",
+        )
+        st.button(f"Go on with {name}", on_click=forget, key="go on")
+        return None
     if s.problems:
         st.warning("Shown without the inputs that cannot be; the sidebar says why.", icon=":material/warning:")
     try:
         return s.request.estimate()
     except ConfigError as error:
-        st.error(str(error), icon=":material/error:")
+        st.error(plain(str(error)), icon=":material/error:")
         return None
 
 

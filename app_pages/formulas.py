@@ -10,6 +10,7 @@ import streamlit as st
 
 from app_pages import charts
 from app_pages.estimate import answer, derivation, heading, result
+from app_pages.labels import plain
 from estimator.accounting.accounts import FORMS
 from estimator.answers import derivations
 from estimator.answers.sweeps import spaced
@@ -94,7 +95,7 @@ def _other_numbers(s: Setup, d: Derivation) -> None:
         try:
             other = derivations.at_sizes(d, changed)
         except ConfigError as error:
-            st.error(str(error), icon=":material/error:")
+            st.error(plain(str(error)), icon=":material/error:")
             return
         said = f"{other.result:,}" if isinstance(other.result, int) else f"{other.result:,.6g}"
         st.markdown(f"= **{said}** {other.unit}" + (f" = {result(other, s.unit)}" if other.unit == "bytes" else ""))

@@ -33,6 +33,12 @@ def label(name: str) -> str:
     return LABELS.get(name, name.replace("_", " ").capitalize())
 
 
+def plain(text: str) -> str:
+    """A text as Markdown that looks as it is written: what a user wrote in it becomes no link, image or formula."""
+    escaped = "".join(f"\\{c}" if c in "\\`*[]<>$~!@^|" else c for c in text)
+    return escaped.replace("://", "\\://").replace("www.", "www\\.")
+
+
 def explained(cls: type[ModelConfig | Plan]) -> dict[str, str]:
     """What each field of a dataclass is."""
     return cls.HELP

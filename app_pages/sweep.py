@@ -11,7 +11,7 @@ import streamlit as st
 from app_pages import charts
 from app_pages.compute import cost_of, swept
 from app_pages.estimate import answer, heading
-from app_pages.labels import label
+from app_pages.labels import label, plain
 from estimator.answers.sweeps import AXES, python
 from estimator.describe.checks import ConfigError
 from estimator.show.formatting import BYTE_UNITS, dollars, duration, figures, hours, in_unit, prefixed, size
@@ -76,7 +76,7 @@ def show(s: Setup) -> None:
         ranges = {name: (*_range(s, name), points, logarithmic) for name in chosen}
         axes, found = swept(s.request, tuple((name, *given) for name, given in ranges.items()), s.price)
     except ConfigError as error:
-        st.error(str(error), icon=":material/error:")
+        st.error(plain(str(error)), icon=":material/error:")
         return
     if metric not in found:
         spent = cost_of(s)

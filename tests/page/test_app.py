@@ -1,6 +1,7 @@
 """The page without a browser: every figure on it is the library's, every input reaches the library."""
 
 import json
+import re
 import shlex
 from dataclasses import replace
 
@@ -294,13 +295,47 @@ def test_a_pasted_configuration_becomes_the_model():
         ("[" * 100_000, "not JSON"),
     ],
 )
-def test_a_bad_configuration_shows_one_message_and_leaves_the_rest(text, said):
+def test_a_bad_configuration_is_refused_and_the_figures_of_the_model_before_it_are_gone(text, said):
     at = opened(model="gpt2-xl")
+    before = metrics(at)["Memory needed"]
     at.text_area(key="paste").set_value(text)
     ran(at)
-    assert len(at.error) == 1
-    assert said in at.error[0].value
-    assert metrics(at)["Memory needed"] == size(est.estimate("gpt2-xl", **RUN).memory.needed)
+    assert [said in error.value for error in at.error] == [True, True]  # on the page, and at the input
+    assert not at.metric
+    assert not at.code
+    at.button(key="go on").click()
+    ran(at)
+    assert not at.error
+    assert metrics(at)["Memory needed"] == before == size(est.estimate("gpt2-xl", **RUN).memory.needed)
+
+
+@pytest.mark.usefixtures("unadvised")
+def test_what_a_link_says_in_vain_is_named():
+    at = opened(
+        model="gpt2", batchsize="8", optimizer="adamv", seq_len="1e400", count="0", steps="00500", precision="bf16"
+    )
+    (said,) = [w.value for w in at.warning]
+    assert "'batchsize': this page has no such input. Was batch_size meant?" in said
+    assert "optimizer = 'adamv': cannot be, and is adamw here" in said
+    assert "seq_len = '1e400': cannot be, and is empty here" in said
+    assert "count = '0': cannot be, and is 1 here" in said
+    assert "steps" not in said
+    assert "precision" not in said
+    at.button(key="link dismissed").click()
+    ran(at)
+    assert not at.warning
+    assert not opened(model="gpt2", batch_size="8", goal="speed", compile="TRUE").warning
+
+
+@pytest.mark.usefixtures("unadvised")
+def test_what_a_user_writes_becomes_no_markup():
+    evil = "![x](http://a.example/b.png)<b>www.a.example $x$ `c`"
+    at = opened(model="gpt2", adapter_targets=evil, adapter="lora", **{evil: evil})
+    texts = [x.value for x in (*at.error, *at.warning)]
+    assert len(texts) == 3
+    for text in texts:
+        assert re.search(r"(?<!\\)[\[<`$]|(?<!\\)://|www\.", text) is None
+    assert all("a.example" in text for text in texts if not text.startswith("Shown without"))
 
 
 @pytest.mark.usefixtures("unadvised")
