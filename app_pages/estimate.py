@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import streamlit as st
 
-from app_pages import charts, scenarios
+from app_pages import charts, scenarios, vega
 from app_pages.compute import changes, cost_of, costs_between, largest_batch
 from app_pages.inputs import HIDDEN
 from app_pages.labels import label, plain
@@ -221,7 +221,7 @@ def _metric(name: str, value: str, under: str, said: str, *, fits: bool = True) 
 
 def _memory(s: Setup, r: Estimate) -> None:
     st.subheader("Memory at the peak")
-    charts.draw(charts.memory_bars({"": r.memory}, s.unit))
+    vega.draw(charts.memory_bars({"": r.memory}, s.unit))
     parts = charts.memory_parts(r.memory) | {"needed": r.memory.needed}
     rows = [(what, in_unit(held, s.unit), held / r.memory.needed) for what, held in parts.items()]
     frame = pd.DataFrame(rows, columns=["what", "number", "share"])
@@ -246,7 +246,7 @@ def _memory(s: Setup, r: Estimate) -> None:
 def _timeline(s: Setup, r: Estimate) -> None:
     st.subheader("One step, allocation by allocation")
     drawing = charts.timeline_chart(r, s.unit)
-    charts.draw(drawing)
+    vega.draw(drawing)
     st.caption(drawing.text)
     with st.expander("The peak's formula"):
         derivation(derivations.peak(r), s.unit)
@@ -262,12 +262,16 @@ def _work(s: Setup, r: Estimate) -> None:
     with left:
         st.subheader("Work by module")
         title = "FLOPs of the matrix products of one micro-batch, by module"
-        charts.draw(charts.icicle("one micro-batch", passes, lambda x: prefixed(x, "FLOP"), title))
+        vega.draw(charts.icicle("one micro-batch", passes, lambda x: prefixed(x, "FLOP"), title))
     if right is not None and r.time is not None:
         with right:
             st.subheader("Time of a step")
-            spent = {name: {"": seconds} for name, seconds in parts.items()}
-            charts.draw(charts.icicle("one step", spent, duration, "Time of a step, by part"))
+            spent = sorted(parts.items(), key=lambda part: -part[1])
+            total = sum(parts.values())
+            rows = [
+                (name, seconds, f"{duration(seconds)}, {seconds / total:.0%}") for name, seconds in spent if seconds
+            ]
+            vega.draw(charts.bars(rows, "Time of a step, by part"))
     if r.time is not None and r.time.predicted:
         with st.expander("How sure is the time?"):
             rests = [(x.name, x.value, x.origin, "; ".join(x.changes())) for x in r.assumptions]

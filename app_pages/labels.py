@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import streamlit as st
+
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from estimator.describe.model import ModelConfig
     from estimator.describe.plan import Plan
 
 LABELS = {
     "num_layers": "Layers",
-    "d_model": "d_model",
+    "d_model": "Width",
     "num_heads": "Heads",
     "num_kv_heads": "Key/value heads",
     "head_dim": "Head width",
-    "d_ff": "d_ff",
+    "d_ff": "Feed-forward width",
     "vocab_size": "Vocabulary",
     "tie_embeddings": "Head shares the embedding",
     "qkv_bias": "Biases on q, k, v",
@@ -31,6 +35,19 @@ LABELS = {
 def label(name: str) -> str:
     """What the input of a field is called on the page."""
     return LABELS.get(name, name.replace("_", " ").capitalize())
+
+
+def accept_names(words: Mapping[str, Mapping[str, str]]) -> None:
+    """Let a link name options by the library's names too, and start again with their words, which inputs have.
+
+    Args:
+        words: of each input, by the key that it has in links: its options' words by their names.
+    """
+    link = st.query_params
+    given = {key: of[link[key]] for key, of in words.items() if link.get(key) in of and of[link[key]] != link[key]}
+    if given:
+        st.query_params.update(given)
+        st.rerun()
 
 
 def plain(text: str) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import streamlit as st
 
-from app_pages import charts, scenarios
+from app_pages import charts, scenarios, vega
 from app_pages.compute import planned
 from app_pages.labels import plain
 from app_pages.model_input import OWN
@@ -62,7 +62,7 @@ def show(s: Setup) -> None:
             for o in priced
         ]
         drawing = charts.options(rows)
-        charts.draw(drawing)
+        vega.draw(drawing)
         st.caption(drawing.text.replace("$", "\\$"))
     _rows(s, found)
     for text in found.assumptions:

@@ -43,14 +43,14 @@ def visitor(browser, url, *, width=1440, height=1000, dark=False):
 
 
 def drawn(page):
-    """Wait until the foot of the page is drawn and the server has nothing more to say.
+    """Wait until the foot of the page is drawn, its parts' code is loaded, and the server has nothing more to say.
 
     It says nothing of a change that was made just before and has not reached the server: wait for what the change does.
     """
     page.get_by_text("The page's address holds everything").wait_for()
     page.wait_for_function(
         "document.querySelector('[data-testid=stApp]').dataset.testScriptState === 'notRunning'"
-        " && !document.querySelector('[data-stale=true]')"
+        " && !document.querySelector('[data-stale=true], [data-testid=stSkeleton]')"
     )
 
 

@@ -1,6 +1,7 @@
 """The page without a browser: every figure on it is the library's, every input reaches the library."""
 
 import json
+import math
 import re
 import shlex
 from dataclasses import replace
@@ -11,9 +12,10 @@ from hypothesis import strategies as st
 
 import estimator as est
 from estimator.accounting import accounts
-from estimator.answers import derivations
+from estimator.answers import derivations, sweeps
 from estimator.answers.advice import Advisor, choices
 from estimator.answers.request import Request
+from estimator.answers.sweeps import reach
 from estimator.describe.hf import from_hf
 from estimator.show import commands
 from estimator.show.formatting import dollars, hours, prefixed, size
@@ -395,7 +397,21 @@ def test_the_notes_answers_stand_beside_the_right_ones():
 def test_the_sweep_says_how_many_fit():
     at = viewed("sweep")
     most = est.max_batch_size("gpt2-xl", est.Plan(), GPU, global_batch_size=1024)
-    assert f"64 configurations, of which {most} fit" in at.caption[0].value
+    shown = f"{math.ceil(1.5 * most)} configurations, of which {most} fit"
+    assert shown in at.caption[0].value
+    assert at.selectbox(key="x").options[0] == "Micro-batch"
+    assert shown in viewed("sweep", x="Micro-batch", show="Memory needed").caption[0].value
+
+
+def test_a_sweep_ends_where_it_matters():
+    """Half as much again as the largest that fits, found by the library's own answer to that."""
+    q = Request("gpt2-xl", est.preset("gpt2-xl"), est.Plan(attention="sdpa", checkpointing="block"), GPU, **RUN)
+    for axis in ("num_layers", "d_ff"):
+        end = reach(q, axis)
+        fits = [sweeps.point(q, {axis: at}).estimate().fits for at in (int(end / 1.7), end)]
+        assert fits == [True, False]
+    assert reach(q, "seq_len") == 1024
+    assert reach(q, "steps") == 1_600_000
 
 
 @pytest.mark.parametrize("metric", sweep.METRICS)
@@ -415,24 +431,35 @@ def test_a_range_that_cannot_be_is_said():
 
 def test_compare_shows_each_configurations_own_figures():
     at = viewed("compare", columns="3", **{"B.model": "gpt2", "B.gpu": "l4-24gb", "C.checkpointing": "block"})
-    table = at.table[0].value
-    assert list(table.columns) == ["A", "B", "C"]
+    differs, same = (table.value for table in at.table)
+    assert list(differs.columns) == ["A", "B", "C"]
+    assert "precision" in same.index
+    assert set(differs.index) == {"model", "accelerator", "checkpointing", *differs.index[3:]}
+    assert not set(differs.index) & set(same.index)
     for name, model, plan, gpu in (
         ("A", "gpt2-xl", est.Plan(), GPU),
         ("B", "gpt2", est.Plan(), "l4-24gb"),
         ("C", "gpt2-xl", est.Plan(checkpointing="block"), GPU),
     ):
         r = est.estimate(model, plan, gpu, **RUN)
-        assert table.loc["parameters", name] == f"{r.values.parameters:,}"
-        assert table.loc["memory needed", name] == size(r.memory.needed)
-        assert table.loc["training time", name] == hours(r.time.seconds)
+        for what, text in (
+            ("parameters", f"{r.values.parameters:,}"),
+            ("memory needed", size(r.memory.needed)),
+            ("training time", hours(r.time.seconds)),
+        ):
+            assert differs.loc[what, name].split(" (")[0] == text
+    first = est.estimate("gpt2-xl", est.Plan(), GPU, **RUN)
+    again = est.estimate("gpt2-xl", est.Plan(checkpointing="block"), GPU, **RUN)
+    said = next(m.value for m in at.markdown if m.value.startswith("**C, "))
+    assert f"checkpointing block: {again.time.hours / first.time.hours:.1f}x slower" in said
+    assert f"{size(first.memory.needed - again.memory.needed)} less memory" in said
 
 
 def test_a_configuration_that_cannot_be_is_said_in_its_column():
     at = viewed("compare", optimizer_impl="fused", **{"B.optimizer_impl": "bundled", "B.optimizer": "muon"})
     assert len(at.error) == 1
     assert "muon has loop, foreach, fused" in at.error[0].value
-    assert list(at.table[0].value.columns) == ["A"]
+    assert not any(m.value.startswith("**B, ") for m in at.markdown)
 
 
 def test_the_measurement_is_equal_to_the_estimate():
