@@ -27,6 +27,7 @@ from estimator.describe.plan import (
     Plan,
 )
 from estimator.describe.units import GIB
+from estimator.describe.words import in_words
 from estimator.show.commands import Parser, TopicHelp
 
 if TYPE_CHECKING:
@@ -182,7 +183,7 @@ def _calibrate_by_log(args: argparse.Namespace) -> int:
     return 0
 
 
-def _network(word: str | None) -> str | float | None:
+def network_named(word: str | None) -> str | float | None:
     """A number of bytes/s, or a name."""
     if word is None:
         return None
@@ -192,8 +193,8 @@ def _network(word: str | None) -> str | float | None:
         return word
 
 
-def _described(args: argparse.Namespace) -> tuple[ModelConfig, Plan]:
-    """The model and the plan that the arguments describe."""
+def model_of(args: argparse.Namespace) -> ModelConfig:
+    """The model that the arguments describe."""
     from estimator.describe.hf import TakenForAnother, from_hf  # noqa: PLC0415 - only here
     from estimator.describe.presets import preset  # noqa: PLC0415 - only here
 
@@ -206,7 +207,12 @@ def _described(args: argparse.Namespace) -> tuple[ModelConfig, Plan]:
         )
     sys.stderr.writelines(f"estimate: note: {warning.message}\n" for warning in said)
     given = vars(args)
-    model = named.replace(**{f.name: given[f.name] for f in fields(ModelConfig) if given.get(f.name) is not None})
+    return named.replace(**{f.name: given[f.name] for f in fields(ModelConfig) if given.get(f.name) is not None})
+
+
+def _described(args: argparse.Namespace) -> tuple[ModelConfig, Plan]:
+    """The model and the plan that the arguments describe."""
+    model, given = model_of(args), vars(args)
     wanted = {f.name: given[f.name] for f in fields(Plan) if given[f.name] is not None}
     several = max(given["count"] or 1, wanted.get("data_parallel", 1)) > 1
     sharding = str(wanted.get("sharding"))
@@ -247,7 +253,7 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
 
     return {
         "mfu": args.mfu,
-        "network": _network(args.network),
+        "network": network_named(args.network),
         "network_latency": args.network_latency,
         "attention_kernel": args.attention_kernel,
         "overlap": args.overlap,
@@ -306,6 +312,12 @@ def _formulas(r: Estimate) -> None:
 def gib(nbytes: float) -> str:
     """Bytes as GiB."""
     return f"{nbytes / GIB:,.2f} GiB"
+
+
+def parameters(values: Values) -> str:
+    """How many there are, and how many of them a token goes through."""
+    total, active = values.parameters, values.active_parameters
+    return f"{total:,} parameters" + (f", {active:,} of them active" if active != total else "")
 
 
 def trained(values: Values) -> str:
@@ -376,6 +388,7 @@ def _tables(name: str, r: Estimate, largest: int, price: float | None = None) ->
         highlight=False,
     )
     console.print(at_a_glance(r, largest, price), style="bold", highlight=False)
+    console.print(f"{in_words(r.model)}; {parameters(r.values)}", highlight=False)
     if r.values.trained_parameters != r.values.parameters:
         console.print(trained(r.values), highlight=False)
     console.print(verdict(r, largest) + "\n", style="bold green" if r.fits else "bold red", highlight=False)
