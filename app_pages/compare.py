@@ -14,10 +14,10 @@ from app_pages.estimate import answer
 from app_pages.inputs import HIDDEN, supported
 from app_pages.labels import explained, label
 from app_pages.model_input import LIMIT, called
-from estimator.answers.advice import choices
 from estimator.describe.checks import ConfigError
 from estimator.describe.plan import Plan
 from estimator.describe.presets import preset, presets
+from estimator.describe.settings import choices
 from estimator.pricing.money import cost
 from estimator.show.formatting import dollars, duration, figures, hours, prefixed, size
 
@@ -74,7 +74,7 @@ def show(s: Setup) -> None:
 
 def _more() -> tuple[str, ...]:
     """The other fields of a plan that are one of a few names."""
-    return tuple(field for field in choices() if field not in SHOWN + HIDDEN)
+    return tuple(field for field in choices(Plan) if field not in SHOWN + HIDDEN)
 
 
 def _own(q: Request) -> Request:
@@ -106,7 +106,7 @@ def _other(name: str, base: Request) -> Request | None:
             key=f"{name}.{field}",
             bind="query-params",
             placeholder=AS_IN_A,
-            help=explained(Plan).get(field, f"Empty is as in A. {label(field)} of this column."),
+            help=explained(field, f"Empty is as in A. {label(field)} of this column."),
         )
         return chosen
 
@@ -122,12 +122,12 @@ def _other(name: str, base: Request) -> Request | None:
             key=f"{name}.batch_size",
             bind="query-params",
             placeholder=AS_IN_A,
-            help=explained(Plan)["batch_size"],
+            help=explained("batch_size"),
         )
     }
-    wanted |= {field: pick(field, choices()[field]) for field in SHOWN}
+    wanted |= {field: pick(field, choices(Plan)[field]) for field in SHOWN}
     with st.expander("More of the recipe"):
-        wanted |= {field: pick(field, choices()[field]) for field in _more()}
+        wanted |= {field: pick(field, choices(Plan)[field]) for field in _more()}
     wanted = {field: value for field, value in wanted.items() if value is not None}
     if wanted.get("optimizer", base.plan.optimizer) != base.plan.optimizer:  # which may have other implementations
         wanted.setdefault("optimizer_impl", Plan().optimizer_impl)

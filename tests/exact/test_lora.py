@@ -9,7 +9,8 @@ from random_plans import random_model, random_plan
 from estimator.describe.adapters import ALL
 from estimator.describe.checks import ConfigError
 from estimator.describe.model import ModelConfig
-from estimator.describe.plan import CHECKPOINTINGS, Plan
+from estimator.describe.plan import Plan
+from estimator.describe.settings import choices
 from trainer.referee.validate import compare
 
 LLAMA = ModelConfig("llama", 5, 24, 4, 31, 13, 2, 6, 40)
@@ -54,7 +55,7 @@ def test_random_models_and_recipes(turn):
 
 
 @pytest.mark.parametrize("m", [GPT2, LLAMA], ids=["gpt2", "llama"])
-@pytest.mark.parametrize("checkpointing", CHECKPOINTINGS)
+@pytest.mark.parametrize("checkpointing", choices(Plan)["checkpointing"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-mixed"])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_adapters_under_every_precision_and_checkpointing(m, precision, checkpointing, dropout):

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 import estimator as est
 from estimator.accounting import accounts
 from estimator.answers import derivations
-from estimator.answers.advice import Advisor, choices
+from estimator.answers.advice import Advisor
 from estimator.answers.request import Request
 from estimator.describe.hf import from_hf
+from estimator.describe.settings import choices
 from estimator.show import commands
 from estimator.show.formatting import dollars, hours, prefixed, size
 from estimator.show.planning import headline
@@ -306,7 +307,7 @@ def test_a_bad_configuration_shows_one_message_and_leaves_the_rest(text, said):
 @pytest.mark.usefixtures("unadvised")
 def test_every_input_of_the_recipe_is_drawn_and_explained():
     at = opened()
-    for name, names in choices().items():
+    for name, names in choices(est.Plan).items():
         if name not in HIDDEN:
             assert tuple(at.selectbox(key=name).options) == names
     widgets = [*at.selectbox, *at.number_input, *at.toggle]

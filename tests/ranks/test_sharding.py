@@ -16,7 +16,8 @@ import trainer
 from estimator.accounting.accounts import account, sizes_for
 from estimator.describe.checks import ConfigError
 from estimator.describe.model import ModelConfig
-from estimator.describe.plan import SHARDINGS, Plan
+from estimator.describe.plan import Plan
+from estimator.describe.settings import choices
 from estimator.eager.letters import ONE, evaluate, letter
 from estimator.eager.repetition import layout
 from estimator.eager.sizes import ShapeClass
@@ -27,6 +28,7 @@ from estimator.parallel.data import Sharing
 from estimator.parallel.sharded import FullySharded
 from estimator.timing import communication
 
+SHARDINGS = choices(Plan)["sharding"]
 quick = settings(derandomize=True, deadline=None, max_examples=12)
 
 GPT2 = ModelConfig("gpt2", 4, 24, 3, 31, 16)  # a vocabulary that nothing divides
