@@ -15,6 +15,7 @@ from estimator.accounting.trace import Trace
 from estimator.accounting.vectorised import VectorisedPeak
 from estimator.describe.checks import BLOCKS, ConfigError, check_figure, choose
 from estimator.describe.plan import FULLY_SHARDED
+from estimator.describe.schedules import accumulation
 from estimator.describe.selection import part_of
 from estimator.eager.ledger import Category, Phase
 from estimator.eager.letters import LETTERS, SYMBOLS, ZERO, Size, Sizes, as_sizes, expression, substituted
@@ -193,7 +194,8 @@ def recipe_of(m: ModelConfig, p: Plan, device: str, rank: int = 0) -> Recipe:
         optimizer=p.optimizer,
         optimizer_impl=p.implementation(device),
         clips=p.max_grad_norm is not None,
-        micro_batches=min(p.grad_accumulation, 2),  # the second adds to gradients that exist, and so do all after it
+        # The second micro-batch adds to gradients that exist, and so do all after it.
+        schedule=accumulation(min(p.grad_accumulation, 2)),
         parallel="alone" if p.data_parallel == 1 else {"none": "ddp"}.get(p.sharding, p.sharding),
         selection=p.selection,
         adapter=p.adapter,
@@ -203,6 +205,7 @@ def recipe_of(m: ModelConfig, p: Plan, device: str, rank: int = 0) -> Recipe:
         autocast=p.autocast,
         replicated=p.replicas > 1 and p.sharding in FULLY_SHARDED,
         reshard=None if p.reshard_after_forward in (None, p.shards) else int(p.reshard_after_forward),
+        in_backward=p.update == "in-backward",
         rank=rank % p.shards,
     )
     masked = m.sliding_window is not None and tokens > m.sliding_window
@@ -236,9 +239,11 @@ def _forms(traced: Trace) -> tuple[Forms, dict[str, Forms]]:
     ledger = traced.ledger
     for event in ledger.events:
         storage = event.storage
-        if event.sign > 0 and storage.category in _RESIDENT:
+        # A gradient that is gone when backward is over was never held.
+        gone = event.where.phase is Phase.BACKWARD and storage.category is Category.GRADIENT
+        if storage.category in _RESIDENT and (event.sign > 0 or gone):
             for where, nbytes in ledger.gradients.get(storage, [(storage.where, storage.nbytes)]):
-                enter(_RESIDENT[storage.category], where, nbytes)
+                enter(_RESIDENT[storage.category], where, event.sign * nbytes)
     for where, elements in ledger.parameters:
         enter("parameters", where, elements)
     for where, elements in ledger.trained:

@@ -1,10 +1,11 @@
-"""One symbolic training step: build the model, its inputs and its optimizer, run the step, keep the ledger."""
+"""One symbolic training step: build the model, its inputs and its optimizer, run its schedule, keep the ledger."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from estimator.describe.checks import ConfigError
+from estimator.describe.schedules import BACKWARD, FORWARD, accumulation, written
 from estimator.describe.selection import NOTHING_TRAINED
 from estimator.eager.autocast import LOWER
 from estimator.eager.autograd import backward
@@ -13,6 +14,7 @@ from estimator.eager.losses import cross_entropy, torch_cross_entropy, torch_cro
 from estimator.eager.ops import div_number
 from estimator.eager.tensor import BFLOAT16, FLOAT32, INT64, Machine, Tensor
 from estimator.models.decoder import Transformer
+from estimator.optim.in_backward import InBackward
 from estimator.optim.masters import Masters
 from estimator.optim.optimizers import OPTIMIZERS
 from estimator.optim.scaling import GradScaler
@@ -37,6 +39,11 @@ def run_step(recipe: Recipe, shapes: ShapeClass, device: str, stack: Stack, size
 
     `sizes` answer what the execution asks of them; the answers are in the ledger.
     """
+    if recipe.parallel != "alone" and recipe.schedule != accumulation(recipe.micro_batches):
+        raise ConfigError(
+            f"schedule = {written(recipe.schedule)}: accelerators that share a step run each micro-batch's backward "
+            "directly after its forward"
+        )
     machine = Machine(shapes, device, stack, sizes, PARAMETERS.get(recipe.precision, FLOAT32))
     ledger = machine.ledger
     model = Transformer(machine, recipe)
@@ -53,10 +60,13 @@ def run_step(recipe: Recipe, shapes: ShapeClass, device: str, stack: Stack, size
         updated = masters.masters
     if recipe.precision == "fp16-mixed":
         scaler = GradScaler(machine)
-    optimizer = OPTIMIZERS[recipe.optimizer, recipe.optimizer_impl](updated)
+    kind = OPTIMIZERS[recipe.optimizer, recipe.optimizer_impl]
+    optimizer = InBackward(kind, updated) if recipe.in_backward else kind(updated)
 
-    def micro_batch() -> None:
-        ledger.phase = Phase.FORWARD
+    losses: dict[int, Tensor] = {}  # of the micro-batches whose graphs are alive
+
+    def forward(turn: int) -> None:
+        ledger.phase, ledger.micro_batch = Phase.FORWARD, turn
         replica.before_forward()
         with machine.autocast(BFLOAT16 if recipe.autocast else LOWER.get(recipe.precision)):
             if recipe.loss == "chunked":
@@ -69,17 +79,22 @@ def run_step(recipe: Recipe, shapes: ShapeClass, device: str, stack: Stack, size
             if recipe.micro_batches > 1:
                 mean, loss = loss, div_number(loss).hold()
                 mean.drop()
+        losses[turn] = loss
+        if turn == 0:  # what a checkpoint saved of arguments that want no gradient is gone
+            ledger.saved = [storage for storage in ledger.saved if storage.owners]
+
+    def backpropagate(turn: int) -> None:
+        ledger.phase, ledger.micro_batch = Phase.FORWARD, turn
+        loss = losses.pop(turn)
+        with ledger.inside("loss"):
             scaled = loss.hold() if scaler is None else scaler.scale(loss).hold()
-            if ledger.micro_batch == 0:  # what a checkpoint saved of arguments that want no gradient is gone
-                ledger.saved = [storage for storage in ledger.saved if storage.owners]
             ledger.phase = Phase.BACKWARD
             backward(scaled)
         scaled.drop()
         loss.drop()
 
-    for turn in range(recipe.micro_batches):
-        ledger.micro_batch = turn
-        micro_batch()
+    for move in recipe.schedule:
+        {FORWARD: forward, BACKWARD: backpropagate}[move.kind](move.micro_batch)
     ledger.phase = Phase.OPTIMIZER
     replica.before_update()
     if masters is not None:

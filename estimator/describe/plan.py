@@ -299,6 +299,42 @@ class Plan:
         needs=(Needs("sharding", FULLY_SHARDED, "sharding is {sharding!r}"),),
     )
 
+    update: str = choice(
+        "after",
+        "When the optimizer moves the parameters.",
+        {
+            "after": "after backward, all parameters at once",
+            "in-backward": (
+                "each as soon as its gradient is there, which is then freed (`register_post_accumulate_grad_hook`), so "
+                "that the gradients are never there all together"
+            ),
+        },
+        needs=(
+            Needs(
+                "grad_accumulation",
+                (1,),
+                "each backward moves the parameters, so that nothing adds up over grad_accumulation = "
+                "{grad_accumulation} micro-batches",
+            ),
+            Needs(
+                "max_grad_norm",
+                (None,),
+                "the gradients' norm is known when the first of them are gone, and max_grad_norm is {max_grad_norm}",
+            ),
+            Needs(
+                "precision",
+                ("fp32", "tf32", "bf16", "bf16-mixed", "bf16-fsdp"),
+                "precision {precision!r} takes all gradients at once, for its GradScaler or its masters",
+            ),
+            Needs(
+                "shared_by",
+                ("one accelerator", *FULLY_SHARDED),
+                "DDP sums a bucket of gradients after their hooks have run",
+                say=f"allowed on several accelerators is sharding {', '.join(FULLY_SHARDED)}",
+            ),
+        ),
+    )
+
     def __post_init__(self) -> None:
         check_values(self)
         self._take_reshard()
@@ -414,6 +450,11 @@ class Plan:
         if why:
             raise ConfigError(f"attention = {self.attention!r}: {why}")
         return kernel
+
+    @property
+    def shared_by(self) -> str:
+        """What several accelerators share their work by, `sharding`; or "one accelerator"."""
+        return self.sharding if self.data_parallel > 1 else "one accelerator"
 
     @property
     def shards(self) -> int:

@@ -262,8 +262,6 @@ def _accumulate_grad(variable: Tensor, buffer: Buffer) -> None:
     machine = variable.machine
     gathered = variable.storage.category is Category.COMMUNICATION  # then its gradient is to be scattered
     category = Category.COMMUNICATION if gathered else Category.GRADIENT
-    if variable.main_grad is not None:
-        category = Category.TEMPORARY
     if variable.grad is not None:
         machine.kernel("add_", (variable.grad, grad), (variable.grad,))
     elif grad.owners == 1 and grad.is_contiguous:
@@ -275,10 +273,8 @@ def _accumulate_grad(variable: Tensor, buffer: Buffer) -> None:
     # The first op that made a gradient of it may be elsewhere: the head's, where that shares the embedding's matrix.
     held = variable.grad.storage
     machine.ledger.gradients.setdefault(held, [(variable.storage.where, held.nbytes)])
-    if variable.main_grad is not None:
-        add_wider(variable.main_grad, variable.grad)
-        variable.grad.drop()
-        variable.grad = None
+    if variable.after_accumulation is not None:
+        variable.after_accumulation(variable)
     grad.drop()
 
 

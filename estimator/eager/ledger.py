@@ -65,11 +65,12 @@ class Where(NamedTuple):
 
 
 class Event(NamedTuple):
-    """An allocation (sign 1) or a free (sign -1)."""
+    """An allocation (sign 1) or a free (sign -1), in the forward or backward of a micro-batch."""
 
     sign: int
     storage: Storage
     where: Where
+    micro_batch: int
 
 
 class Gemm(NamedTuple):
@@ -158,28 +159,38 @@ class Ledger:
     block: int | None = None
     op: str = ""
     recompute: bool = False
+    updates: bool = False  # what runs is the optimizer's, whatever the phase
 
     @property
     def here(self) -> Where:
         """The place that the next event will carry."""
         return Where(self.phase, self.module, self.block, self.op)
 
+    @contextmanager
+    def updating(self) -> Iterator[None]:
+        """Kernels in this context are the optimizer's, in the phase that the step is in."""
+        before, self.updates = self.updates, True
+        try:
+            yield
+        finally:
+            self.updates = before
+
     def allocate(self, elements: Size, itemsize: int, category: Category) -> Storage:
         """A new storage of so many elements."""
         nbytes = itemsize * elements
         storage = Storage(nbytes, itemsize, category, self.here)
         if nbytes is not ZERO:
-            self.events.append(Event(1, storage, storage.where))
+            self.events.append(Event(1, storage, storage.where, self.micro_batch))
         return storage
 
     def free(self, storage: Storage) -> None:
         """The last owner of `storage` is gone."""
         if storage.nbytes is not ZERO:
-            self.events.append(Event(-1, storage, self.here))
+            self.events.append(Event(-1, storage, self.here, self.micro_batch))
 
     def refill(self, storage: Storage) -> None:
         """A storage that was freed, but not forgotten, is allocated again (`untyped_storage().resize_`)."""
-        self.events.append(Event(1, storage, self.here))
+        self.events.append(Event(1, storage, self.here, self.micro_batch))
 
     @contextmanager
     def inside(self, module: str, block: int | None = None) -> Iterator[None]:

@@ -12,7 +12,7 @@ import functools
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar, cast
 
-from estimator.eager.ledger import Category, Gemm, Kernel, Ledger, Message, Operand, Storage
+from estimator.eager.ledger import Category, Gemm, Kernel, Ledger, Message, Operand, Phase, Storage
 from estimator.eager.letters import ONE, ZERO, Size, as_sizes, constant
 from estimator.eager.sizes import Fact, ShapeClass
 
@@ -168,6 +168,8 @@ class Machine:
             flops = ZERO if gemm is None else 2 * self.product((gemm.b, gemm.m, gemm.n, gemm.k))
         here, recompute, turn = ledger.here, ledger.recompute, ledger.micro_batch
         repeated = flops if recompute else repeated
+        if ledger.updates:
+            here = here._replace(phase=Phase.OPTIMIZER)
         ledger.kernels.append(
             Kernel(
                 name, here, flops, arithmetic, nbytes, gemm, recompute, turn, repeated, tuple(operands),
@@ -215,13 +217,13 @@ class Tensor:
 
     __slots__ = (
         "accumulator",
+        "after_accumulation",
         "base",
         "dtype",
         "grad",
         "grad_fn",
         "is_wrapped_number",
         "machine",
-        "main_grad",
         "output_nr",
         "owners",
         "placement",
@@ -247,7 +249,7 @@ class Tensor:
         self.output_nr = 0
         self.requires_grad = False
         self.grad: Tensor | None = None
-        self.main_grad: Tensor | None = None  # a hook adds the gradient to it
+        self.after_accumulation: Callable[[Tensor], None] | None = None  # `register_post_accumulate_grad_hook`
         self.placement: dict[str, int] = {}  # of a parameter, which dimension each axis of the mesh cuts
         self.accumulator: Node | None = None
         self.is_wrapped_number = False

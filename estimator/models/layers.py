@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from estimator.describe.checks import BLOCKS, ConfigError
+from estimator.describe.schedules import micro_batches
 from estimator.describe.selection import Selection
 from estimator.eager import ops
 from estimator.eager.checkpointing import checkpoint
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from estimator.describe.parts import Layer, Parts, Pattern
+    from estimator.describe.schedules import Schedule
     from estimator.eager.letters import Size
     from estimator.eager.repetition import Layout
     from estimator.parallel.sharded import Unit
@@ -121,7 +123,7 @@ class Recipe:
     optimizer: str
     optimizer_impl: str
     clips: bool
-    micro_batches: int
+    schedule: Schedule  # of the micro-batches that set a step apart
     parallel: str = "alone"
     selection: Selection = EVERYTHING
     adapter: str = "none"
@@ -131,7 +133,13 @@ class Recipe:
     autocast: bool = False
     replicated: bool = False  # HSDP
     reshard: int | None = None
+    in_backward: bool = False  # each parameter is updated as soon as its gradient is there
     rank: int = 0  # which of those that share the shards
+
+    @property
+    def micro_batches(self) -> int:
+        """Forward and backward passes in the step that is executed."""
+        return micro_batches(self.schedule)
 
     @property
     def order(self) -> BlockOrder:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from estimator.eager.autograd import add_wider
 from estimator.eager.ledger import Category
 from estimator.eager.tensor import FLOAT32, Tensor, converted
 from estimator.optim.updates import at_parameter, zero_grad
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from estimator.eager.tensor import Shape
 
@@ -31,7 +32,7 @@ class Masters:
                 full.discard()
                 if fp32_gradients:
                     master.grad = p.machine.empty(p.shape, FLOAT32, category=Category.GRADIENT).hold()
-                    p.main_grad = master.grad
+                    p.after_accumulation = _adds_to(master.grad)
             self.pairs.append((p, master))
 
     @property
@@ -58,3 +59,13 @@ class Masters:
                     p.machine.kernel("zero_", (), (master.grad,))
         if not self.fp32_gradients:
             zero_grad(self.masters)
+
+
+def _adds_to(total: Tensor) -> Callable[[Tensor], None]:
+    def hook(p: Tensor) -> None:
+        assert p.grad is not None
+        add_wider(total, p.grad)
+        p.grad.drop()
+        p.grad = None
+
+    return hook

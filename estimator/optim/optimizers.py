@@ -105,13 +105,20 @@ class AdamW8bit(Optimizer):
     A matrix's state is a byte an element and a float32 a block, for each moment.
     """
 
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
+    def __init__(self, parameters: Sequence[Tensor], *, tables: bool = True) -> None:
         self.machine = parameters[0].machine
         super().__init__([p for p in parameters if len(p.shape) >= 2])
         self.vectors = BundledAdamW([p for p in parameters if len(p.shape) < 2])
+        if not tables:
+            return
         with self.machine.ledger.at("", None, "tables"):
             for elements in (256, 256, 255, 255):
                 self.new_state(elements * ONE)
+
+    @classmethod
+    def of_each(cls, parameters: Sequence[Tensor]) -> list[Optimizer]:
+        """All look up the first one's tables."""
+        return [cls([p], tables=at == 0) for at, p in enumerate(parameters)]
 
     def new_states(self, p: Tensor) -> list[Tensor]:
         count = ceiling(p.numel, STATE_BLOCK)

@@ -57,6 +57,11 @@ class Optimizer:
                     self.new_state()
                 self.states.append(self.new_states(p))
 
+    @classmethod
+    def of_each(cls, parameters: Sequence[Tensor]) -> list[Optimizer]:
+        """One for each parameter."""
+        return [cls([p]) for p in parameters]
+
     def new_states(self, p: Tensor) -> list[Tensor]:
         """A parameter's state."""
         return [self.new_state(*shape, dtype=p.dtype) for shape in self.state_shapes(p)]

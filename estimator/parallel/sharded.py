@@ -225,6 +225,8 @@ class Unit:
             else:
                 assert shard.grad is not None
                 self.machine.kernel("add_", (shard.grad,), (shard.grad,))
+            if shard.after_accumulation is not None:
+                shard.after_accumulation(shard)
 
     def end_backward(self) -> None:
         """`finalize_backward`."""

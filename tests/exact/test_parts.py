@@ -1,4 +1,7 @@
-"""Random decoders of parts under random recipes: every figure equal to what PyTorch does, to the last byte."""
+"""Random decoders of parts under random recipes, and families: every figure is what PyTorch does, to the last byte.
+
+A sample: `python tools/check_decoders.py` holds all families at two sizes, and any number of draws.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from random import Random
 
 import pytest
 import torch
+from families_at_sizes import families
 from random_parts import draw
 
 from trainer.referee.validate import compare
@@ -25,4 +29,10 @@ def plain_kernels():
 @pytest.mark.parametrize("seed", range(160, 200))
 def test_a_drawn_model_and_recipe(seed):
     m, p = draw(Random(seed))
+    assert [row for row in compare(m, p) if row.difference] == [], (m, p)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "gemma3_text", "gpt_oss", "llama4_text"])
+def test_a_family_in_other_sizes(family):
+    _, m, p = list(families([family]))[1]
     assert [row for row in compare(m, p) if row.difference] == [], (m, p)

@@ -36,8 +36,8 @@ def page_server(limit=60):
         wait_for(url, limit)
         yield url, server
     finally:
-        server.terminate()
-        server.wait(timeout=20)
+        server.kill()  # asked politely it would first end what it computes for visitors who have left
+        server.wait()
 
 
 def wait_for(url, limit):
@@ -58,7 +58,7 @@ class Session:
     """One visitor: what was drawn last, and changes of inputs.
 
     Attributes:
-        drawn: the newest element of each place on the page.
+        drawn: the elements of the last run, by their place on the page: what a browser shows once the run has ended.
         inputs: by label, those that were drawn.
         first: seconds of the first run, or until the element for which `until` is true.
         exceptions: messages of the tracebacks that were drawn.
@@ -85,13 +85,15 @@ class Session:
         while True:
             answer = ForwardMsg.FromString(self.socket.recv(timeout=120))
             kind = answer.WhichOneof("type")
+            if kind == "new_session":  # a run begins: what it does not draw again will go
+                self.drawn = {}
             if kind == "delta" and answer.delta.WhichOneof("type") == "new_element":
                 element = answer.delta.new_element
                 self.drawn[tuple(answer.metadata.delta_path)] = element
                 self._note(element)
                 if found is None and until is not None and until(element):
                     found = time.perf_counter() - start
-            if kind == "script_finished":
+            if kind == "script_finished" and answer.script_finished != ForwardMsg.FINISHED_EARLY_FOR_RERUN:
                 return found if until is not None else time.perf_counter() - start
 
     def _note(self, element):

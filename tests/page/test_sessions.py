@@ -10,6 +10,8 @@ from estimator.show.formatting import size
 pytest.importorskip("streamlit", reason="the page needs the app extra: pip install -e '.[app]'")
 from page_server import Session, page_server, resident
 
+from app_pages import scenarios
+
 VISITORS = 20
 MEMORY = 600e6  # bytes
 MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # one recipe, so that they share their accounts
@@ -22,7 +24,9 @@ def visit(url, number):
     session = Session(url, f"model={model}&batch_size={2 + number}")
     for batch in (2 + number, 30 + number, 60 + number):
         session.change("Micro-batch", batch)
-        r = est.estimate(model, est.Plan(batch_size=batch), GPU)
+        r = est.estimate(
+            model, est.Plan(batch_size=batch), GPU, global_batch_size=scenarios.DEFAULTS["global_batch_size"]
+        )
         found.append((session.metric("Memory needed"), size(r.memory.needed)))
     assert session.exceptions == []
     session.close()

@@ -29,6 +29,7 @@ from estimator.parallel.sharded import FullySharded
 from estimator.timing import communication
 
 SHARDINGS = choices(Plan)["sharding"]
+RUNS = int(os.environ.get("RANKS_DRAWS", "0"))  # random recipes for each number of processes
 quick = settings(derandomize=True, deadline=None, max_examples=12)
 
 GPT2 = ModelConfig("gpt2", 4, 24, 3, 31, 16)  # a vocabulary that nothing divides
@@ -118,6 +119,8 @@ def drawn(random, processes):
     }
     if plan["precision"] == "bf16-fsdp":
         plan |= {"reduce_dtype": random.choice(["fp32", "bf16"]), "autocast": random.random() < 0.2}
+    if random.random() < 0.25:
+        plan |= {"update": "in-backward", "grad_accumulation": 1, "max_grad_norm": None}
     if processes == 4:
         plan |= {"shard_group": random.choice([None, 2])}
         if plan["sharding"] == "zero3":
@@ -125,7 +128,7 @@ def drawn(random, processes):
     return m, Plan(**plan)
 
 
-@pytest.mark.parametrize(("processes", "runs"), [(2, 24), (3, 16), (4, 24)])
+@pytest.mark.parametrize(("processes", "runs"), [(2, RUNS or 24), (3, RUNS or 16), (4, RUNS or 24)])
 def test_random_recipes_of_fully_shard_are_exact_in_each_process(processes, runs, tmp_path):
     random = Random(processes)
     cases = [drawn(random, processes) for _ in range(runs)]

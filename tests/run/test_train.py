@@ -279,9 +279,14 @@ def test_the_decaying_sgd_trains(corpus, tmp_path):
     assert values[-1] < values[0]
 
 
-@pytest.mark.parametrize("optimizer", sorted(OPTIMIZERS))
-def test_every_optimizer_trains_and_resumes_bit_for_bit(corpus, tmp_path, optimizer):
-    changes = {"plan": {"optimizer": optimizer, "optimizer_impl": "auto"}, "save_every": 3, "keep": 9}
+IN_BACKWARD = {"update": "in-backward", "max_grad_norm": None}
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "plan"), [*((name, {}) for name in sorted(OPTIMIZERS)), ("adamw-8bit", IN_BACKWARD)], ids=str
+)
+def test_every_optimizer_trains_and_resumes_bit_for_bit(corpus, tmp_path, optimizer, plan):
+    changes = {"plan": {"optimizer": optimizer, "optimizer_impl": "auto", **plan}, "save_every": 3, "keep": 9}
     changes["optim"] = OptimSection(lr=1e-2, min_lr=1e-2, warmup_steps=0)
     train(configure(corpus, tmp_path, **changes))
     values = losses(tmp_path)

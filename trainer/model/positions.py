@@ -33,7 +33,9 @@ class Sinusoids(nn.Module):
     def __init__(self, context_length: int, d_model: int) -> None:
         super().__init__()
         cos, sin = rope_tables(context_length, d_model)
-        self.register_buffer("table", torch.cat((sin, cos), -1)[:, :d_model].contiguous(), persistent=False)
+        # A clone: of a context of 1 the slice is contiguous, and would keep the column that an odd width has over.
+        table = torch.cat((sin, cos), -1)[:, :d_model].clone(memory_format=torch.contiguous_format)
+        self.register_buffer("table", table, persistent=False)
 
     def forward(self, start: int, length: int) -> Tensor:
         return self.table[start : start + length]

@@ -14,7 +14,7 @@ import torch
 from trainer.optim.optimizers import CPU_SLICE, CUDA_SLICE, AdamW, local
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from torch import Tensor
 
@@ -60,8 +60,7 @@ class AdamW8bit(AdamW):
     def load_state_dict(self, state_dict: Any) -> None:
         """As torch's, which makes every state tensor of the parameter's dtype: the codes are bytes again."""
         super().load_state_dict(state_dict)
-        for state in self.state.values():
-            state.update((name, state[name].to(torch.uint8)) for name in CODES if name in state)
+        bytes_again(self.state)
 
     def update(self, group: dict[str, Any], parameters: list[Tensor], scratch: Scratch) -> None:
         """Matrices slice by slice, then all vectors."""
@@ -116,6 +115,12 @@ class AdamW8bit(AdamW):
         torch.div(x, scale.clamp_min_(TINY)[:, None], out=scratch)
         torch.bucketize(scratch, self.tables[2 + moment], out_int32=True, out=index)
         code.copy_(index)
+
+
+def bytes_again(states: Mapping[Tensor, dict[str, Any]]) -> None:
+    """Make the codes bytes, where `load_state_dict` has made them of the parameter's dtype."""
+    for state in states.values():
+        state.update((name, state[name].to(torch.uint8)) for name in CODES if name in state)
 
 
 def _spans(elements: int, size: int) -> Iterator[tuple[slice, slice, tuple[int, int]]]:

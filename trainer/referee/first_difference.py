@@ -13,17 +13,19 @@ import argparse
 import ast
 import sys
 from bisect import bisect_right
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from estimator.accounting.accounts import account, sizes_for
+from estimator.accounting.accounts import account_at, recipe_of, sizes_for
 from estimator.describe.checks import ConfigError
 from estimator.describe.hf import from_hf
 from estimator.describe.plan import Plan
 from estimator.describe.presets import preset
+from estimator.describe.schedules import read
 from estimator.memory.device import timeline
 from trainer.referee.measure import build_step, onednn
 
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from estimator.describe.model import ModelConfig
+    from estimator.describe.schedules import Schedule
     from trainer.referee.measure import Step
 
 BEFORE, AFTER = 10, 5  # events that are printed around the first difference
@@ -43,9 +46,11 @@ class Event(NamedTuple):
     place: str
 
 
-def symbolic_events(m: ModelConfig, p: Plan) -> list[Event]:
-    """The events of the symbolic step, the setup left out."""
-    line = timeline(account(m, p, "cpu"), sizes_for(m, p))
+def symbolic_events(m: ModelConfig, p: Plan, schedule: Schedule | None = None) -> list[Event]:
+    """The events of the symbolic step, the setup left out; of `schedule` in place of the plan's accumulation."""
+    recipe, sizes = recipe_of(m, p, "cpu"), sizes_for(m, p, threads=1)
+    known = account_at(recipe if schedule is None else replace(recipe, schedule=schedule), sizes, "cpu")
+    line = timeline(known, sizes_for(m, p))
     events = (line.where(i) for i in range(len(line)))
     return [
         Event(int(delta), f"{where.phase} {where.module or 'model'} {where.op}")
@@ -112,10 +117,10 @@ def report(ours: Sequence[Event], real: Sequence[Event]) -> str:
     return "\n".join(lines)
 
 
-def compare(m: ModelConfig, p: Plan, seed: int = 0) -> str:
+def compare(m: ModelConfig, p: Plan, seed: int = 0, schedule: Schedule | None = None) -> str:
     """`report` of a model and plan on the CPU."""
-    real = real_events(build_step(m, p, "cpu", seed))
-    return report(in_one_order(symbolic_events(m, p)), in_one_order(real))
+    real = real_events(build_step(m, p, "cpu", seed, schedule))
+    return report(in_one_order(symbolic_events(m, p, schedule)), in_one_order(real))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -125,10 +130,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("model", help="a preset or the path of a config.json")
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="sizes of the model")
     parser.add_argument("--plan", nargs="*", default=[], metavar="FIELD=VALUE", help="fields of the plan")
+    parser.add_argument("--schedule", metavar="MOVES", help='micro-batches in another order: "F0 F1 B0 B1"')
     args = parser.parse_args(argv)
     try:
         named = from_hf(Path(args.model)) if Path(args.model).exists() else preset(args.model)
-        said = compare(named.replace(**_fields(args.set)), Plan(**_fields(args.plan)))
+        schedule = None if args.schedule is None else read(args.schedule)
+        said = compare(named.replace(**_fields(args.set)), Plan(**_fields(args.plan)), schedule=schedule)
     except ConfigError as error:
         parser.exit(2, f"first_difference: error: {error}\n")
     sys.stdout.write(said + "\n")

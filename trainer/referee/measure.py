@@ -25,11 +25,13 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
 from estimator.describe.checks import ConfigError
+from estimator.describe.schedules import FORWARD, accumulation, micro_batches
 from trainer.model.adapters import to_precision
 from trainer.model.decoder import build_model
 from trainer.model.loss import cross_entropy
 from trainer.optim.clip import gradient_clipping
 from trainer.optim.eight_bit import AdamW8bit
+from trainer.optim.in_backward import InBackward, no_updates
 from trainer.optim.optimizers import SGD, AdamW, Lion, MuonAdamW, is_for_muon
 from trainer.optim.precision import AUTOCAST, PARAMETERS, Masters, autocast, float32_copy, loss_scaler
 
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
 
     from estimator.describe.model import ModelConfig
     from estimator.describe.plan import Plan
+    from estimator.describe.schedules import Schedule
+    from trainer.parallel.distributed import Weights
 
 
 class Step:
@@ -51,6 +55,7 @@ class Step:
         inputs: (ids, targets), each (B, T) int64; every micro-batch of the step is the same one.
         masters: what the optimizer moves in place of the model's parameters; None if it moves these.
         scaler: of the loss; does nothing but in float16.
+        schedule: in which order the micro-batches go forward and backward.
     """
 
     def __init__(
@@ -60,7 +65,9 @@ class Step:
         inputs: tuple[Tensor, Tensor],
         p: Plan,
         masters: Masters | None = None,
+        schedule: Schedule | None = None,
     ) -> None:
+        self.schedule = schedule or accumulation(p.grad_accumulation)
         self.model, self.optimizer, self.inputs, self.plan, self.masters = model, optimizer, inputs, p, masters
         self.module = model  # what is called, where that is not the model itself
         self.updated = [
@@ -72,8 +79,12 @@ class Step:
 
     def __call__(self) -> None:
         """Run it."""
-        for _ in range(self.plan.grad_accumulation):
-            self.backward(self.forward())
+        losses: dict[int, Tensor] = {}
+        for kind, turn in self.schedule:
+            if kind == FORWARD:
+                losses[turn] = self.forward()
+            else:
+                self.backward(losses.pop(turn))
         if self.masters is not None:
             self.masters.take_gradients()
         self.scaler.unscale_(self.optimizer)
@@ -88,12 +99,11 @@ class Step:
 
     def forward(self) -> Tensor:
         """The loss of one micro-batch, divided by their number."""
+        turns = micro_batches(self.schedule)
         ids, targets = self.inputs
         with autocast(self.plan, ids.device.type):
             loss = loss_of(self.module, self.plan, ids, targets)
-        if self.plan.grad_accumulation == 1:
-            return loss
-        return loss / self.plan.grad_accumulation
+        return loss if turns == 1 else loss / turns
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of one micro-batch."""
@@ -174,8 +184,22 @@ def build_optimizer(named: Mapping[str, nn.Parameter], p: Plan, device: str) -> 
             return torch.optim.AdamW(parameters, **torchs)
 
 
-def build_step(m: ModelConfig, p: Plan, device: str = "cpu", seed: int = 0) -> Step:
+def build_updates(
+    named: Mapping[str, nn.Parameter], p: Plan, device: str, weights: Weights | None = None
+) -> torch.optim.Optimizer:
+    """`build_optimizer` or, in backward, one for each parameter; `weights` are those of a sharded model."""
+    if p.update == "after":
+        return build_optimizer(named, p, device)
+    parts = {name: build_optimizer({name: x}, p, device) for name, x in named.items()}
+    if weights is None:
+        return InBackward(parts, named)
+    return InBackward(parts, weights.originals, weights.shard)
+
+
+def build_step(m: ModelConfig, p: Plan, device: str = "cpu", seed: int = 0, schedule: Schedule | None = None) -> Step:
     """A step of `m` run as `p` says, on `device`, its weights and tokens drawn from `seed`.
+
+    `schedule` is the order of its micro-batches, in place of the plan's accumulation.
 
     Raises:
         ConfigError: the sequence is longer than the model's positions, the device has not the attention's kernel, or
@@ -188,7 +212,7 @@ def build_step(m: ModelConfig, p: Plan, device: str = "cpu", seed: int = 0) -> S
     if p.precision == "bf16-master":
         masters = Masters(named, trained(float32_copy(model)), fp32_gradients=p.fp32_gradients)
         named = dict(masters.named)
-    return Step(model, build_optimizer(named, p, torch.device(device).type), inputs, p, masters)
+    return Step(model, build_updates(named, p, torch.device(device).type), inputs, p, masters, schedule)
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -245,11 +269,18 @@ class Measurement:
         return asdict(self)
 
 
-def measure(m: ModelConfig, p: Plan, device: str = "cpu", seed: int = 0, timed_steps: int = 3) -> Measurement:
-    """Run real steps of `m` and `p` on `device` and count; see `Measurement`."""
+def measure(
+    m: ModelConfig,
+    p: Plan,
+    device: str = "cpu",
+    seed: int = 0,
+    timed_steps: int = 3,
+    schedule: Schedule | None = None,
+) -> Measurement:
+    """Run real steps of `m` and `p` on `device` and count; see `Measurement` and, for `schedule`, `build_step`."""
     cuda = torch.device(device).type == "cuda"
     allocated, reserved = allocator_peaks(m, p, device, seed) if cuda else (None, None)
-    step = build_step(m, p, device, seed)
+    step = build_step(m, p, device, seed, schedule)
     step()  # the first step makes the optimizer's state; the steady ones are alike
     parameters = list(step.model.parameters())
     base = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in _resident(step, device)}
@@ -329,8 +360,11 @@ def _count_micro_batch(step: Step) -> tuple[int, int, int, int]:
     step.model.zero_grad()
     with FlopCounterMode(display=False) as forward:
         loss = step.forward()
-    with FlopCounterMode(display=False) as backward:
+    with FlopCounterMode(display=False) as backward, no_updates(step.optimizer):  # whose products are not backward's
         step.backward(loss)
+    if step.plan.update == "in-backward":
+        step.model.zero_grad()
+        step.backward(step.forward())
     gradients = nbytes(step.gradients())
     step.model.zero_grad()
     return saved, forward.get_total_flops(), gradients, backward.get_total_flops()

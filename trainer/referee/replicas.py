@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 from estimator.describe.checks import ConfigError
 from trainer.optim.precision import loss_scaler
 from trainer.parallel.distributed import World, local
-from trainer.referee.measure import Step, allocator_events, build_optimizer, build_parts, nbytes, onednn
+from trainer.referee.measure import Step, allocator_events, build_parts, build_updates, nbytes, onednn
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -45,7 +45,8 @@ class SharedStep(Step):
         model, inputs = build_parts(m, p, str(world.device), seed)
         self.buckets = bucket_bytes(model) if p.sharding in ("none", "zero1") else 0
         module, self.held, self.weights, masters = world.prepare(model, p, p.sharding)
-        super().__init__(model, build_optimizer(self.weights.named, p, world.device.type), inputs, p, masters)
+        optimizer = build_updates(self.weights.named, p, world.device.type, self.weights)
+        super().__init__(model, optimizer, inputs, p, masters)
         self.module, self.world = module, world
         self.scaler = loss_scaler(p.precision, world.device.type, sharded=world.shares(p.sharding), init_scale=2.0**8)
 

@@ -152,7 +152,9 @@ def _case(family: str, rng: random.Random, fixed: dict[str, int], turn: int) -> 
 def describe(m: ModelConfig, p: Plan) -> str:
     """A case in a line."""
     run = f"B{p.batch_size} T{p.tokens(m)}"
-    sizes = f"{run} L{m.num_layers} d{m.d_model} h{m.num_heads} k{m.num_kv_heads} e{m.e} f{m.f}"
+    sizes = f"{run} L{m.num_layers} d{m.d_model} h{m.num_heads} k{m.num_kv_heads} e{m.e}"
+    sizes += f" f{m.d_ff}" if m.d_ff else ""
+    sizes += f" E{m.num_experts} K{m.experts_per_token} f_e{m.d_expert}" if m.num_experts else ""
     sizes += f" window {m.sliding_window}" if m.sliding_window else ""
     recipe = f"{p.precision}{' fp32 gradients' if p.fp32_gradients else ''} {p.attention} {p.checkpointing}"
     recipe = f"{recipe}{f' every {p.checkpoint_every}' if p.checkpoint_every > 1 else ''} {p.loss}"

@@ -20,6 +20,7 @@ from trainer.files.data import Dataset
 from trainer.model.adapters import to_precision
 from trainer.model.decoder import build_model
 from trainer.optim.eight_bit import AdamW8bit
+from trainer.optim.in_backward import InBackward
 from trainer.optim.optimizers import SGD, AdamW, Lion, MuonAdamW, is_for_muon, is_matrix
 from trainer.optim.precision import PARAMETERS, autocast, loss_scaler, products_in
 from trainer.optim.schedule import lr_cosine_schedule
@@ -30,7 +31,7 @@ from trainer.run.folder import check_settings, keep_inputs, locked, newest, prun
 from trainer.run.progress import Reporter, duration
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from pathlib import Path
     from types import FrameType
 
@@ -265,8 +266,15 @@ def build_optimizer(weights: Weights, p: Plan, o: OptimSection, device: str) -> 
     """
     if weights.sharded and p.optimizer in WHOLE_MATRICES:
         raise ConfigError(f"plan.optimizer = {p.optimizer!r}: works on whole matrices; allowed is --sharding none")
-    matrices = {name: p for name, p in weights.named.items() if is_matrix(name, p)}
-    others = {name: p for name, p in weights.named.items() if name not in matrices}
+    if p.update == "after":
+        return _optimizer_of(weights.named, p, o, device)
+    parts = {name: _optimizer_of({name: x}, p, o, device) for name, x in weights.named.items()}
+    return InBackward(parts, weights.originals, weights.shard)
+
+
+def _optimizer_of(named: Mapping[str, nn.Parameter], p: Plan, o: OptimSection, device: str) -> torch.optim.Optimizer:
+    matrices = {name: p for name, p in named.items() if is_matrix(name, p)}
+    others = {name: p for name, p in named.items() if name not in matrices}
     groups = [
         {"params": list(part.values()), "names": list(part), "weight_decay": decay}
         for part, decay in ((matrices, o.weight_decay), (others, 0.0))
@@ -290,7 +298,7 @@ def build_optimizer(weights: Weights, p: Plan, o: OptimSection, device: str) -> 
         case "adamw-8bit":
             return AdamW8bit(groups, lr=o.lr, betas=o.betas, eps=o.eps)
         case "muon":
-            return build_muon(weights, o, kind)
+            return build_muon(named, o, kind)
         case _ if kind == "bundled":
             return AdamW(groups, lr=o.lr, betas=o.betas, eps=o.eps)
         case _:
@@ -299,9 +307,8 @@ def build_optimizer(weights: Weights, p: Plan, o: OptimSection, device: str) -> 
             )
 
 
-def build_muon(weights: Weights, o: OptimSection, kind: str) -> torch.optim.Optimizer:
+def build_muon(named: Mapping[str, nn.Parameter], o: OptimSection, kind: str) -> torch.optim.Optimizer:
     """Muon for the blocks' matrices, AdamW for all else, experts' tensors of three dimensions included."""
-    named = weights.named
     inside = [name for name, p in named.items() if is_for_muon(name, p)]
     outside = [name for name in named if name not in inside]
     optimizer = MuonAdamW(
@@ -312,7 +319,7 @@ def build_muon(weights: Weights, o: OptimSection, kind: str) -> torch.optim.Opti
         foreach=kind == "foreach",
         fused=kind == "fused",
     )
-    for group, names in zip(optimizer.param_groups, (inside, outside), strict=True):
+    for group, names in zip(optimizer.param_groups, filter(None, (inside, outside)), strict=True):
         group["names"] = names
     return optimizer
 
