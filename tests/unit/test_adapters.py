@@ -158,7 +158,7 @@ def test_adapters_and_the_weights_under_them_are_saved_and_loaded(tmp_path):
         ({"adapter_alpha": 0}, "adapter_alpha = 0"),
         ({"trained": "norms"}, "it freezes the model"),
         ({"precision": "bf16-master"}, "adapters are fp32 by themselves"),
-        ({"data_parallel": 2}, "data_parallel = 2: adapters are known"),
+        ({"data_parallel": 2}, "adapters are known for one accelerator alone"),
     ],
     ids=str,
 )
