@@ -22,7 +22,7 @@ from estimator.describe.plan import Plan
 from estimator.describe.run import Run
 from estimator.describe.settings import limits
 from estimator.eager.letters import Sizes
-from estimator.eager.sizes import COUNTS, GIVEN, cpu_threads
+from estimator.eager.sizes import GIVEN, cpu_threads, is_count
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -67,10 +67,8 @@ class VectorisedPeak:
             keys = [("live", i) for i in range(len(account.pieces))]
             used = account.compiled.letters(keys)
             arrays = {name: x[here].astype(np.float64) for name, x in varying.items() if name in used}
-            deep = int(np.max(sizes["L"]))
-            turns = self.recipe.layout(deep).values
             try:
-                out[here] = account.compiled.greatest(keys, Sizes({**fixed, **turns, **arrays}))
+                out[here] = account.compiled.greatest(keys, Sizes({**fixed, **arrays}))
             except OverflowError:
                 most = {field: int(np.max(sizes[letter])) for letter, field in GIVEN.items() if letter in sizes}
                 check_figure("peak_bytes", FIGURE + 1, most)
@@ -95,9 +93,7 @@ class VectorisedPeak:
             while len(here):
                 points = {name: x[here] if np.ndim(x) else x for name, x in sizes.items()}
                 first = {name: int(x[0]) if np.ndim(x) else int(x) for name, x in points.items()}
-                first |= self.recipe.layout(
-                    first["L"]
-                ).values  # the turns of all groups but the last, in which L counts
+                first |= self.recipe.layout(first["L"]).values
                 account = self.account_at(self.recipe, Sizes(first), self.device)
                 holds, values = np.ones(len(here), dtype=bool), Sizes(points)
                 for fact, answer in account.traced.ledger.facts.items():
@@ -147,7 +143,7 @@ class VectorisedPeak:
         And how many blocks it takes to run one of each.
         """
         halved = self.recipe.halved
-        facts = [sizes[name] < 4 if name in halved else sizes[name] == 1 for name in sizes if name not in COUNTS]
+        facts = [sizes[name] < 4 if name in halved else sizes[name] == 1 for name in sizes if not is_count(name)]
         facts += [sizes[name] == 2 for name in sorted(halved)]
         facts += [sizes["k"] == sizes["h"], sizes["h"] * sizes["e"] == sizes["d"]]
         code: Any = np.zeros(1, dtype=np.int64)

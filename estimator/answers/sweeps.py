@@ -172,8 +172,8 @@ def _letters(request: Request, grid: Mapping[str, NDArray[np.int64]], count: int
     p = request.plan
     sizes = [sizes_for(m, p) for m in models]
     letters = {}
-    for letter in sizes[0]:
-        column = np.array([of[letter] for of in sizes], dtype=np.int64)
+    for letter in dict.fromkeys(letter for of in sizes for letter in of):
+        column = np.array([of.get(letter, 0) for of in sizes], dtype=np.int64)  # turns of groups that another has not
         letters[letter] = column[which.ravel()] if np.ptp(column) else column[0]
     return letters | {
         "B": grid.get("batch_size", np.int64(p.batch_size)),
@@ -198,7 +198,8 @@ def _peak(
     # Two of each are as good as many: the statements are the same.
     for plan, here in _kinds(np.minimum(count, 2), np.minimum(turns, 2)):
         account = vectorised_peak(recipe_of(request.model, request.plan.replace(**plan), device), device)
-        given = {name: x for name, x in sizes.items() if name not in FOLLOWING or name == "D"}
+        needed = [name for name in account.recipe.letters if name not in FOLLOWING]
+        given = {name: x for name, x in sizes.items() if name in (*needed, "D")}
         at = {name: x[here] if np.ndim(x) else x for name, x in given.items()}
         out[here] = account(sliding_window=request.model.sliding_window, **at)
     return out

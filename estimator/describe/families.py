@@ -1,201 +1,72 @@
-"""What each family of decoders is made of: one entry a `model_type`, from the fields of a file to parts and sizes.
-
-Read from the modelling code of transformers 5.24.0. An entry says only what differs from a llama. A value is a
-constant, or a rule: a function of the file's `Fields`.
-"""
+"""What each family of decoders is made of: one entry a `model_type`; see `estimator.describe.family`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
-
+from estimator.describe.family import (
+    ALL_BIASED,
+    BIASED,
+    CLIPPED,
+    COHERE,
+    GEMMA,
+    GEMMA2,
+    GEMMA2_SCALE,
+    GLM,
+    GPT2_SCORES,
+    GRANITE,
+    LATENT,
+    LATENT_SIZES,
+    LEARNED,
+    LN,
+    LN1,
+    LN_NO_BIAS,
+    MPT_REFUSED,
+    NO_BIASES,
+    NO_CROSS,
+    OLD,
+    PLAIN,
+    QK_NORMED,
+    RMS1,
+    SCALED,
+    Family,
+    own_norms,
+)
+from estimator.describe.mixtures import MIXTURES
 from estimator.describe.parts import Norm
 from estimator.describe.rules import (
-    Rule,
     act,
-    after_first,
     all_four,
-    at_moe_layers,
     blocks_of_kinds,
-    by_group_limit,
     cycle,
     either,
-    every_step,
+    exaone_windows,
     falcon_heads,
     falcon_order,
     four_d,
     gemma_activation,
-    if_grouped,
     in_one_operator,
+    in_windows,
     last_of,
-    latent_scale,
-    lower_windows,
-    normalised_by_sum,
+    logits_of_base,
     number,
-    one_for_all,
     openai_activation,
     or_four_d,
-    query_scaling,
+    residual_of_depth,
     root_of_d,
-    shared_width,
     size,
     smollm3_windows,
     upper_windows,
-    windows_if_used,
     with_rope,
+    with_theta,
     yes,
 )
 
-Settings = Mapping[str, Any]  # attribute of a part, or size -> constant or rule
-
-
-RMS = Norm()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Family:
-    """What sets a family apart from a llama.
-
-    Attributes:
-        norm, order, residual_scale: as in `Parts`.
-        attention, positions, mlp, experts, ends: attributes of these parts; `experts` None for a dense family.
-        sizes: of the ModelConfig, where the rule of `SIZES` is not the family's.
-        kinds: the kind of each layer's attention where the file has no `layer_types`; None where all are full and
-            the class knows no other.
-        window: the field that says how many tokens a window or chunk has.
-        rotates: for each layer, whether positions are rotary there.
-        sparse: for each layer, whether it has experts.
-        partial: part of a head may be rotated.
-        free_heads: the class reads `head_dim`; else a head is d / h wide.
-        refused: fields that change the model in a way that no part says: (field, what is allowed, why).
-    """
-
-    norm: Norm | Rule = RMS
-    order: str | Rule = "pre"
-    residual_scale: Rule | None = None
-    attention: Settings = field(default_factory=dict)
-    positions: Settings = field(default_factory=dict)
-    mlp: Settings = field(default_factory=dict)
-    experts: Settings | None = None
-    ends: Settings = field(default_factory=dict)
-    sizes: Settings = field(default_factory=dict)
-    kinds: Rule | None = None
-    window: str = "sliding_window"
-    rotates: Rule = lambda c: [True] * c.layers
-    sparse: Rule = lambda c: [True] * c.layers
-    partial: bool = False
-    free_heads: bool = True
-    refused: tuple[tuple[str, Any, str], ...] = ()
-
-
-RMS1 = Norm(weight="plus-one")
-LN = Norm("layer", bias=True)
-LN_NO_BIAS = Norm("layer")
-LN1 = Norm("layer", "plus-one", bias=True)
-
-PLAIN = {"gated": False}
-BIASED = {"gated": False, "bias": True}
-ALL_BIASED = {"fused": True, "bias": True, "out_bias": True}
-CLIPPED = all_four("attention_bias") | {"clip": lambda c: c.number_or_none("clip_qkv")}
-LLAMA4_NORM: dict[str, Any] = {
-    "qk_norm": either("use_qk_norm", "head", "none"),
-    "qk_norm_kind": either("use_qk_norm", Norm(weight="none"), Norm()),
-    "qk_norm_late": yes("use_qk_norm"),
-}
-
-
-def own_norms(flag: str) -> dict[str, Rule]:
-    """Each head its own LayerNorm without bias on queries and keys, by a flag."""
-    return {
-        "qk_norm": either(flag, "head-own", "none"),
-        "qk_norm_kind": either(flag, LN_NO_BIAS, Norm()),
-    }
-
-
-NO_CROSS = ("add_cross_attention", False, "the model would have a second attention in each block")
-SCALED = ("scale_attn_weights", True, "the family scales its attention scores")
-QK_NORMED = ("use_qk_norm", True, "the family's class always has norms on queries and keys")
-GPT2_SCORES = (
-    ("scale_attn_by_inverse_layer_idx", False, "the blocks would not be alike"),
-    ("reorder_and_upcast_attn", False, "the scores would be cast"),
-)
-MPT_REFUSED = (
-    ("no_bias", True, "the family's class has no biases"),
-    ("expansion_ratio", 4, "the family's class has a feed-forward of 4 d"),
-    ("logit_scale", None, "the family's class leaves logits as they are"),
-    ("attn_config.alibi", True, "the family's class has no other positions"),
-    ("attn_config.qk_ln", False, "the family's class has no norms on queries and keys"),
-    ("attn_config.prefix_lm", False, "a prefix would see itself in full"),
-    ("attn_config.attn_type", "multihead_attention", "the family's class has a key/value head for each head"),
-)
-NO_BIASES = tuple(
-    (name, False, "the family has no such bias") for name in ("attention_bias", "mlp_bias", "lm_head_bias")
-)
-EVERY_LAYER = ("moe_layer_freq", 1, "experts would not be in every layer after the first")
-
-GEMMA: dict[str, Any] = {"embedding_scale": root_of_d}
-GEMMA2: dict[str, Any] = GEMMA | {"logits_softcap": lambda c: c.number_or_none("final_logit_softcapping")}
-GEMMA2_SCALE: dict[str, Any] = {
-    "scale": lambda c: c.number("query_pre_attn_scalar") ** -0.5,
-    "softcap": lambda c: c.number_or_none("attn_logit_softcapping"),
-}
-GRANITE: dict[str, Any] = {
-    "attention": all_four("attention_bias") | {"scale": number("attention_multiplier")},
-    "residual_scale": number("residual_multiplier"),
-    "ends": {
-        "embedding_scale": number("embedding_multiplier"),
-        "logits_scale": lambda c: 1 / c.number("logits_scaling"),
-    },
-}
-COHERE: dict[str, Any] = {
-    "norm": LN_NO_BIAS,
-    "order": "parallel",
-    "positions": {"pairs": "neighbours"},
-    "ends": {"logits_scale": number("logit_scale")},
-}
-GLM: dict[str, Any] = {
-    "attention": {"bias": yes("attention_bias")},
-    "positions": {"pairs": "neighbours"},
-    "mlp": {"fused": True},
-    "partial": True,
-}
-# DeepSeek-V3's router: sigmoids, a correction where experts are chosen, the best groups first.
-GROUPED: dict[str, Any] = {
-    "score": "sigmoid",
-    "normalised": yes("norm_topk_prob"),
-    "corrected": True,
-    "grouped": True,
-    "scaling": number("routed_scaling_factor"),
-    "shared": lambda c: "plain" if shared_width(c) else "none",
-}
-GROUP_SIZES: dict[str, Any] = {
-    "expert_groups": size("n_group"),
-    "groups_per_token": size("topk_group"),
-    "d_shared": shared_width,
-}
-LATENT_SIZES: dict[str, Any] = {
-    "query_rank": lambda c: c.size_or_none("q_lora_rank"),
-    "kv_rank": size("kv_lora_rank"),
-    "rope_dim": size("qk_rope_head_dim"),
-    "nope_dim": size("qk_nope_head_dim"),
-    "value_dim": size("v_head_dim"),
-    "head_dim": lambda c: c.size("qk_nope_head_dim") + c.size("qk_rope_head_dim"),
-}
-LATENT: dict[str, Any] = all_four("attention_bias") | {
-    "latent": lambda c: "keys" if c("q_lora_rank") is None else "keys-and-queries",
-    "scale": latent_scale,
-}
-
-OLD: dict[str, Any] = {"norm": LN, "free_heads": False}
-LEARNED: dict[str, Any] = OLD | {"positions": {"kind": "learned"}}
-
-FAMILIES: dict[str, Family] = {
+DENSE: dict[str, Family] = {
     "apertus": Family(
         attention=all_four("attention_bias") | {"qk_norm": "head"},
         mlp=PLAIN,
         refused=(("qk_norm", True, QK_NORMED[2]),),
     ),
+    "arcee": Family(attention=all_four("attention_bias"), mlp={"gated": False, "bias": yes("mlp_bias")}),
     "biogpt": Family(
         **OLD,
         attention={"bias": True, "out_bias": True},
@@ -215,6 +86,16 @@ FAMILIES: dict[str, Family] = {
         sizes={"d_ff": four_d},
         refused=(("apply_residual_connection_post_layernorm", False, "the stream would start anew at each norm"),),
     ),
+    "codegen": Family(
+        **OLD,
+        order="parallel",
+        attention={"fused": True},
+        positions={"pairs": "neighbours"},
+        mlp=BIASED | {"activation": act("activation_function")},
+        ends={"head_bias": True},
+        sizes={"d_ff": or_four_d("n_inner")},
+        partial=True,
+    ),
     "cohere": Family(**COHERE, attention=all_four("attention_bias") | own_norms("use_qk_norm")),
     "cohere2": Family(
         **COHERE,
@@ -231,47 +112,11 @@ FAMILIES: dict[str, Family] = {
         sizes={"d_ff": size("dff")},
     ),
     "cwm": Family(mlp={"bias": yes("mlp_bias")}, kinds=cycle("full", "window", "window", "window")),
-    "dbrx": Family(
-        norm=LN_NO_BIAS,
-        attention={"fused": True, "clip": lambda c: c.inside("attn_config").number_or_none("clip_qkv")},
-        experts={
-            "normalised": normalised_by_sum,
-            "activation": lambda c: c.inside("ffn_config").inside("ffn_act_fn").activation("name"),
-        },
-        sizes={
-            "num_kv_heads": lambda c: c.inside("attn_config").size("kv_n_heads"),
-            "d_expert": lambda c: c.inside("ffn_config").size("ffn_hidden_size"),
-            "num_experts": lambda c: c.inside("ffn_config").size("moe_num_experts"),
-            "experts_per_token": lambda c: c.inside("ffn_config").size("moe_top_k"),
-        },
-        free_heads=False,
-        refused=(("tie_word_embeddings", False, "the family's class has a head of its own"),),
-    ),
-    "deepseek_v2": Family(
-        attention=LATENT,
-        positions={"pairs": "neighbours"},
-        experts=GROUPED | {"score": "softmax", "corrected": False, "normalised": False, "grouped": by_group_limit},
-        sizes=LATENT_SIZES
-        | GROUP_SIZES
-        | {"expert_groups": if_grouped("n_group"), "groups_per_token": if_grouped("topk_group")},
-        sparse=after_first,
-        refused=(
-            EVERY_LAYER,
-            ("scoring_func", "softmax", "the family's router has a softmax"),
-            ("mlp_bias", False, "the shared experts would have biases too"),
-        ),
-    ),
-    "deepseek_v3": Family(
-        attention=LATENT,
-        positions={"pairs": either("rope_interleave", "neighbours", "halves")},
-        experts=GROUPED,
-        sizes=LATENT_SIZES | GROUP_SIZES,
-        sparse=after_first,
-        refused=(EVERY_LAYER, ("scoring_func", "sigmoid", "the family's router has sigmoids")),
-    ),
     "ernie4_5": Family(
         attention=all_four("use_bias"), positions={"pairs": "neighbours"}, mlp={"bias": yes("use_bias")}
     ),
+    "exaone": Family(attention=all_four("attention_bias"), mlp={"bias": yes("mlp_bias")}),
+    "exaone4": Family(order="post", attention={"qk_norm": "head"}, kinds=exaone_windows, rotates=in_windows),
     "falcon": Family(
         **OLD,
         order=falcon_order,
@@ -299,13 +144,6 @@ FAMILIES: dict[str, Family] = {
     ),
     "glm": Family(**GLM),
     "glm4": Family(**GLM, order="sandwich"),
-    "glm4_moe": Family(
-        attention={"bias": yes("attention_bias"), "qk_norm": either("use_qk_norm", "head", "none")},
-        experts=GROUPED,
-        sizes=GROUP_SIZES,
-        sparse=after_first,
-        partial=True,
-    ),
     "gpt2": Family(
         **LEARNED,
         attention=ALL_BIASED,
@@ -335,11 +173,6 @@ FAMILIES: dict[str, Family] = {
         mlp=BIASED,
         partial=True,
     ),
-    "gpt_oss": Family(
-        attention=all_four("attention_bias") | {"sinks": True},
-        experts={"score": "logits", "router_bias": True, "bias": True, "activation": "clamped-swiglu"},
-        kinds=cycle("window", "full"),
-    ),
     "gptj": Family(
         **OLD,
         order="parallel",
@@ -350,45 +183,54 @@ FAMILIES: dict[str, Family] = {
         partial=True,
     ),
     "granite": Family(**GRANITE, mlp={"bias": yes("mlp_bias")}),
-    "granitemoe": Family(**GRANITE, experts={"score": "logits"}),
-    "hunyuan_v1_moe": Family(
+    "granite_swa": Family(
+        **GRANITE | {"attention": GRANITE["attention"] | {"sinks": True}},
+        mlp={"bias": yes("mlp_bias")},
+        kinds=cycle("full", "window", "window", "window"),
+        rotates=with_theta,
+    ),
+    "helium": Family(
+        attention={"bias": yes("attention_bias")},
+        positions={"pairs": "neighbours"},
+        mlp={"bias": yes("mlp_bias")},
+        free_heads=False,
+    ),
+    "hunyuan_v1_dense": Family(
         attention=all_four("attention_bias") | {"qk_norm": "head", "qk_norm_late": True},
-        experts={"shared": "plain"},
-        sizes={
-            "num_experts": one_for_all("num_experts"),
-            "experts_per_token": one_for_all("moe_topk"),
-            "d_shared": size("intermediate_size"),
-        },
         refused=(QK_NORMED, *NO_BIASES[1:]),
     ),
-    "jetmoe": Family(
-        attention={"experts": True, "fused": True},
-        experts={"score": "logits", "out_bias": True, "activation": act("activation_function")},
-        sizes={
-            "num_heads": lambda c: c.size("num_key_value_heads") * c.size("num_experts_per_tok"),
-            "head_dim": size("kv_channels"),
-        },
+    "hyperclovax": Family(
+        order=either("use_post_norm", "sandwich", "pre"),
+        attention=all_four("attention_bias") | {"scale": lambda c: c.number_or_none("attention_multiplier")},
+        residual_scale=number("residual_multiplier"),
+        mlp={"bias": yes("mlp_bias")},
+        ends={"embedding_scale": number("embedding_multiplier"), "logits_scale": number("logits_scaling")},
     ),
+    "internlm2": Family(attention=all_four("bias") | {"fused": True}),
+    "internlm3": Family(attention=all_four("attention_bias"), mlp={"bias": yes("mlp_bias")}),
+    "iquestcoder": Family(
+        attention=all_four("attention_bias"),
+        mlp={"bias": yes("mlp_bias")},
+        refused=(("clip_qkv", None, "the family's class clamps nothing"),),
+    ),
+    "jais2": Family(norm=LN, attention=all_four("attention_bias"), mlp={"gated": False, "bias": yes("mlp_bias")}),
     "llama": Family(attention=all_four("attention_bias"), mlp={"bias": yes("mlp_bias")}),
-    "llama4_text": Family(
-        attention=all_four("attention_bias") | LLAMA4_NORM | {"query_scaling": query_scaling},
-        positions={"pairs": "neighbours"},
-        experts={"score": "sigmoid-all", "shared": "plain"},
-        sizes={"d_ff": size("intermediate_size_mlp"), "d_shared": size("intermediate_size")},
-        kinds=lambda c: ["chunk" if rotary else "full" for rotary in with_rope(c)],
-        window="attention_chunk_size",
-        rotates=with_rope,
-        sparse=at_moe_layers,
+    "minicpm": Family(
+        attention=all_four("attention_bias"),
+        residual_scale=residual_of_depth,
+        ends={"embedding_scale": number("scale_emb"), "logits_scale": logits_of_base},
     ),
-    "minimax_m2": Family(
-        attention={"qk_norm": "width"},
-        experts={"score": "sigmoid", "corrected": True},
-        partial=True,
-        refused=(QK_NORMED, ("shared_intermediate_size", 0, "the family's class has no shared expert"), *NO_BIASES),
+    "minicpm3": Family(
+        attention=LATENT,
+        residual_scale=residual_of_depth,
+        mlp={"bias": yes("mlp_bias")},
+        ends={"embedding_scale": number("scale_emb"), "logits_scale": logits_of_base},
+        sizes=LATENT_SIZES
+        | {"value_dim": lambda c: c.size("v_head_dim", c.size("hidden_size") // c.size("num_attention_heads"))},
     ),
+    "ministral": Family(kinds=cycle("window"), refused=NO_BIASES),
     "ministral3": Family(attention={"query_scaling": "all"}, kinds=cycle("window"), refused=NO_BIASES),
     "mistral": Family(kinds=cycle("window"), refused=NO_BIASES),
-    "mixtral": Family(experts={}, kinds=cycle("window"), refused=NO_BIASES),
     "mpt": Family(
         norm=LN_NO_BIAS,
         attention={
@@ -402,6 +244,13 @@ FAMILIES: dict[str, Family] = {
         free_heads=False,
         refused=MPT_REFUSED,
     ),
+    "nanochat": Family(
+        norm=Norm(weight="none"),
+        attention=all_four("attention_bias")
+        | {"qk_norm": "head", "qk_norm_kind": Norm(weight="none"), "qk_norm_late": True},
+        mlp=PLAIN,
+        ends={"embedding_norm": True, "logits_softcap": lambda c: c.number_or_none("final_logit_softcapping")},
+    ),
     "nemotron": Family(
         norm=LN1,
         attention=all_four("attention_bias"),
@@ -414,9 +263,6 @@ FAMILIES: dict[str, Family] = {
         order="post",
         attention=all_four("attention_bias") | {"qk_norm": "width"},
         kinds=cycle("window", "window", "window", "full"),
-    ),
-    "olmoe": Family(
-        attention=CLIPPED | {"qk_norm": "width"}, experts={"normalised": yes("norm_topk_prob")}, free_heads=False
     ),
     "openai-gpt": Family(
         **LEARNED,
@@ -436,6 +282,13 @@ FAMILIES: dict[str, Family] = {
         sizes={"d_ff": size("ffn_dim"), "embedding_dim": lambda c: c.size_or_none("word_embed_proj_dim")},
         free_heads=False,
     ),
+    "persimmon": Family(
+        **OLD,
+        attention=ALL_BIASED
+        | {"qk_norm": either("qk_layernorm", "head", "none"), "qk_norm_kind": either("qk_layernorm", LN, Norm())},
+        mlp=BIASED,
+        partial=True,
+    ),
     "phi": Family(
         norm=LN,
         order="parallel",
@@ -448,28 +301,10 @@ FAMILIES: dict[str, Family] = {
     "phi3": Family(
         attention={"fused": True}, mlp={"fused": True}, kinds=cycle("window"), partial=True, refused=NO_BIASES
     ),
-    "phimoe": Family(
-        norm=LN,
-        attention=all_four("attention_bias"),
-        experts={"score": "sparse-mixer"},
-        ends={"head_bias": yes("lm_head_bias")},
-        kinds=cycle("window"),
-    ),
     "qwen2": Family(attention={"bias": True}, kinds=upper_windows),
-    "qwen2_moe": Family(
-        attention={"bias": yes("qkv_bias")},
-        experts={"normalised": yes("norm_topk_prob"), "shared": "gated"},
-        sizes={"d_shared": size("shared_expert_intermediate_size")},
-        kinds=lower_windows,
-        sparse=every_step,
-    ),
     "qwen3": Family(attention=all_four("attention_bias") | {"qk_norm": "head"}, kinds=upper_windows),
-    "qwen3_moe": Family(
-        attention=all_four("attention_bias") | {"qk_norm": "head"},
-        experts={"normalised": yes("norm_topk_prob")},
-        kinds=windows_if_used,
-        sparse=every_step,
-        refused=(("shared_expert_intermediate_size", 0, "the family's class has no shared expert"),),
+    "seed_oss": Family(
+        attention={"bias": yes("attention_bias"), "out_bias": yes("attention_out_bias")}, mlp={"bias": yes("mlp_bias")}
     ),
     "smollm3": Family(
         attention=all_four("attention_bias"), mlp={"bias": yes("mlp_bias")}, kinds=smollm3_windows, rotates=with_rope
@@ -486,4 +321,27 @@ FAMILIES: dict[str, Family] = {
         mlp={"gated": False, "bias": yes("use_bias")},
         kinds=cycle("window"),
     ),
+    "vaultgemma": Family(
+        norm=RMS1,
+        attention=all_four("attention_bias") | GEMMA2_SCALE,
+        mlp={"activation": act("hidden_activation")},
+        ends=GEMMA2,
+        kinds=cycle("window", "full"),
+    ),
+    "xglm": Family(
+        **OLD,
+        attention={"bias": True, "out_bias": True},
+        positions={"kind": "sinusoidal"},
+        mlp=BIASED | {"activation": act("activation_function")},
+        ends={"embedding_scale": lambda c: root_of_d(c) if c.flag("scale_embedding") else None},
+        sizes={"d_ff": size("ffn_dim")},
+        refused=(NO_CROSS,),
+    ),
+    "youtu": Family(
+        attention=LATENT,
+        positions={"pairs": either("rope_interleave", "neighbours", "halves")},
+        sizes=LATENT_SIZES,
+    ),
 }
+
+FAMILIES = dict(sorted((DENSE | MIXTURES).items()))

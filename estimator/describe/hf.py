@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from estimator.describe.checks import PATH_SHOWN, ConfigError, shown
-from estimator.describe.families import FAMILIES, Family
+from estimator.describe.families import FAMILIES
 from estimator.describe.fields import Fields
 from estimator.describe.model import ModelConfig
 from estimator.describe.parts import FAMILIES as NAMED
 from estimator.describe.parts import MLP, Attention, Ends, Experts, Layer, Parts, Pattern, Positions
-from estimator.describe.refusals import refusal
+from estimator.describe.refusals import built_of, refusal
 from estimator.describe.rules import Rule, size
+
+if TYPE_CHECKING:
+    from estimator.describe.family import Family
+
+
+class TakenForAnother(UserWarning):
+    """A file says another type than the family that it was read as."""
+
 
 SIZE_LIMIT = 5_000_000  # bytes; a config.json has a few thousand, so anything larger is another file
 
@@ -67,7 +76,8 @@ def from_hf(source: str | Path | bytes | Mapping[str, Any]) -> ModelConfig:
     default of its `model_type`'s class, as in transformers. Not part of a ModelConfig, and ignored, is what changes
     neither bytes nor FLOPs of a training step: how rotary angles are scaled, the norm's epsilon, how the file's own
     weights are stored (`quantization_config`). Dropout is ignored too: the step is trained without. So are layers that
-    predict further tokens (`num_nextn_predict_layers`), which transformers does not build.
+    predict further tokens (`num_nextn_predict_layers`), which transformers does not build. A `model_type` that is in no
+    table is taken for the family whose class `architectures` names, and a warning says so.
 
     Args:
         source: the path of a config.json or of its folder, the file's content (bytes), or the parsed object.
@@ -93,7 +103,18 @@ def read_config(raw: Mapping[str, Any]) -> ModelConfig:
     reason = refusal(raw, tuple(FAMILIES))
     if reason:
         raise ConfigError(reason)
-    kind = raw["model_type"]
+    kind = raw.get("model_type")
+    if kind not in FAMILIES:
+        taken = built_of(raw, tuple(FAMILIES))
+        assert taken is not None
+        cls, family = taken
+        warnings.warn(
+            f"model_type = {shown(kind)}: not a type that is read; taken for {family}, whose class {cls} architectures "
+            "names",
+            TakenForAnother,
+            stacklevel=3,
+        )
+        kind = family
     return _model(kind, FAMILIES[kind], Fields.of(kind, raw))
 
 

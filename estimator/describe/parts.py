@@ -188,6 +188,7 @@ class Experts:
             gate), both clamped to 7).
         shared: an expert that all tokens go through, of width d_shared: "none", "plain", or "gated" (times
             sigmoid of a learned score a token: Qwen2-MoE).
+        shared_fused: its gate and up are one matrix, whose result is split (Granite).
     """
 
     score: str = "softmax"
@@ -200,6 +201,7 @@ class Experts:
     out_bias: bool = False
     activation: str = "silu"
     shared: str = "none"
+    shared_fused: bool = False
 
     def __post_init__(self) -> None:
         check(
@@ -208,6 +210,8 @@ class Experts:
             activation=(*(name for name in ACTIVATIONS if name != "xielu"), "clamped-swiglu"),
             shared=("none", "plain", "gated"),
         )
+        if self.shared_fused and self.shared == "none":
+            raise ConfigError("Experts.shared_fused = True: there is no shared expert; allowed with plain or gated")
         if self.activation not in ACTIVATIONS and self.shared != "none":
             raise ConfigError(
                 f"Experts.shared = {self.shared!r}: a shared expert is an MLP, which has no {self.activation}; allowed "

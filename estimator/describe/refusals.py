@@ -43,9 +43,10 @@ BLOCKS = (
 # Types that their fields do not give away: what they are.
 KINDS = {
     "an encoder, which predicts no next token": (
-        "albert bert camembert convbert deberta deberta-v2 distilbert electra ernie esm eurobert flaubert funnel "
-        "ibert layoutlm longformer luke mobilebert modernbert mpnet nystromformer rembert roberta roberta-prelayernorm "
-        "roformer splinter squeezebert xlm xlm-roberta xlm-roberta-xl xlnet"
+        "albert bert bert-generation big_bird camembert convbert data2vec-text deberta deberta-v2 distilbert electra "
+        "ernie esm eurobert flaubert funnel ibert layoutlm longformer luke megatron-bert mobilebert modernbert mpnet "
+        "nystromformer rembert roberta roberta-prelayernorm roc_bert roformer splinter squeezebert xlm xlm-roberta "
+        "xlm-roberta-xl xlnet xmod"
     ),
     "an encoder of images or sound": (
         "beit clip convnext deit dinov2 dinov3_vit hubert resnet siglip siglip2 swin vit wav2vec2 wavlm"
@@ -74,10 +75,27 @@ KINDS = {
 IS = {kind: what for what, kinds in KINDS.items() for kind in kinds.split()}
 
 # Decoders with a block of their own: (what no part says, the nearest family that is read).
+GEMMA3 = "gemma3_text"
+GATED = "what its attention finds goes through a gate"
+INDEXED = "an indexer picks the keys that a token sees"
 ONE_OFF = {
-    "deepseek_v32": ("an indexer picks the keys that a token sees", "deepseek_v3"),
+    "afmoe": (GATED, "glm4_moe"),
+    "baichuan": (
+        "one name stands for rotary positions and for ALiBi, and for a head whose rows are normalised",
+        "llama",
+    ),
+    "chatglm": ("its code and the names of its fields are its own", "glm4"),
+    "cohere2_moe": ("its shared experts are averaged with the others", "cohere2"),
+    "deepseek_v32": (INDEXED, "deepseek_v3"),
     "deepseek_v4": ("its stream is several streams side by side, and its keys are compressed", "deepseek_v3"),
-    "glm_moe_dsa": ("an indexer picks the keys that a token sees", "deepseek_v3"),
+    "diffllama": ("its attention is the difference of two", "llama"),
+    "doge": ("its attention weighs keys with a mask that is learned", "llama"),
+    "ernie4_5_moe": ("the correction of its router's scores is a parameter that no gradient moves", "glm4_moe"),
+    "gemma3n_text": ("its stream is several streams side by side, and its layers have embeddings of their own", GEMMA3),
+    "gemma4_text": ("keys, values and heads differ between its layers", GEMMA3),
+    "glm_moe_dsa": (INDEXED, "deepseek_v3"),
+    "laguna": (GATED, "glm4_moe"),
+    "longcat_flash": ("a layer has two attentions, and experts that compute nothing", "deepseek_v3"),
     "mimo": ("it predicts further tokens with a layer of its own", "qwen2"),
     "mimo_v2_flash": ("keys, values and heads differ between its layers", "gpt_oss"),
     "qwen": ("it is the first Qwen, with code of its own", "qwen2"),
@@ -87,8 +105,15 @@ AS_TEXT = "its text part alone can be asked by passing the object in"
 
 
 def refusal(raw: Mapping[str, Any], families: Sequence[str]) -> str | None:
-    """Why this file is not read; None if it is a decoder of one of `families`, and nothing else."""
+    """Why this file is not read; None if it is a decoder of one of `families`, and nothing else.
+
+    A type that is in no list is taken for the family whose class `architectures` names (`built_of`), unless the file
+    comes with code of its own.
+    """
     kind = raw.get("model_type")
+    taken = built_of(raw, families)
+    if kind is None and taken is not None:
+        kind = taken[1]
     if not isinstance(kind, str) or not kind:
         return (
             f"model_type = {shown(kind)}: a configuration of transformers names its family here; allowed are "
@@ -101,8 +126,8 @@ def refusal(raw: Mapping[str, Any], families: Sequence[str]) -> str | None:
         inner = raw[text].get("model_type")
         beside = f"{' and '.join(parts)} beside the text ({', '.join(f for f in BESIDE_TEXT if raw.get(f))})"
         around = beside if parts else f"{IS.get(kind, 'another model')} around its {text}"
-        taken = f"{AS_TEXT} {text} as the whole configuration"
-        hint = taken if inner in families else f"{text} is {shown(inner)}, not read"
+        alone = f"{AS_TEXT} {text} as the whole configuration"
+        hint = alone if inner in families else f"{text} is {shown(inner)}, not read"
         return f"{name}: {around}, which would be lost; {hint}"
     if parts:
         return f"{name}: {' and '.join(parts)} beside the text, which would be lost; {NEAREST} a decoder of text alone"
@@ -117,12 +142,12 @@ def refusal(raw: Mapping[str, Any], families: Sequence[str]) -> str | None:
         what = "an encoder-decoder"
     if what is not None:
         return f"{name}: {what}; read are decoders that are attention and feed-forward throughout, such as llama"
-    built_of = _built_of(raw, families)
-    if built_of is not None:
-        said, family = built_of
+    if taken is not None and not raw.get("auto_map"):
+        return None
+    if taken is not None:
         return (
-            f"{name}: not a type that is read, but architectures says {said}, the class of {family}; if the model is "
-            f'built like that, give model_type "{family}"'
+            f"{name}: code of its own (auto_map), which is never run, but architectures says {taken[0]}, the class of "
+            f'{taken[1]}; if the model is built like that, give model_type "{taken[1]}"'
         )
     same = [family for family in families if squash(family) == squash(kind)]
     hint = f"did you mean {same[0]}? " if same else ""
@@ -130,8 +155,8 @@ def refusal(raw: Mapping[str, Any], families: Sequence[str]) -> str | None:
     return f"{name}: {own}{hint}allowed are {', '.join(families)}"
 
 
-def _built_of(raw: Mapping[str, Any], families: Sequence[str]) -> tuple[str, str] | None:
-    """The class that `architectures` names, and its family."""
+def built_of(raw: Mapping[str, Any], families: Sequence[str]) -> tuple[str, str] | None:
+    """The class that `architectures` names, and its family; None where that is no family that is read."""
     said = raw.get("architectures")
     if isinstance(said, list):
         for family in families:

@@ -225,3 +225,63 @@ def four_d(c: Fields) -> int:
 def or_four_d(name: str) -> Rule:
     """A size; null means 4 d."""
     return lambda c: c.size_or_none(name) or four_d(c)
+
+
+def exaone_windows(c: Fields) -> list[str]:
+    """Every `sliding_window_pattern`-th layer is full, the others have a window; "LLLG" says the same as 4."""
+    given = c("sliding_window_pattern")
+    every = len(given) if isinstance(given, str) and given else c.size("sliding_window_pattern", c.layers + 1)
+    return ["full" if (i + 1) % every == 0 else "window" for i in range(c.layers)]
+
+
+def dots_windows(c: Fields) -> list[str]:
+    """The layers from `max_window_layers` up have a window."""
+    return ["full" if i < c.count("max_window_layers") else "window" for i in range(c.layers)]
+
+
+def in_windows(c: Fields) -> list[bool]:
+    """Positions are rotary in layers with a window only; in all where the file has no window."""
+    return [kind == "window" or c("sliding_window") is None for kind in c.kinds]
+
+
+def with_theta(c: Fields) -> list[bool]:
+    """Layers whose base of rotary positions is 0 or null have none (Granite 4)."""
+    given = c.raw.get("layer_rope_theta")
+    if given is None:
+        return [True] * c.layers
+    if not isinstance(given, list) or len(given) != c.layers:
+        raise ConfigError(f"layer_rope_theta: must be a list with one entry for each of the {c.layers} layers")
+    return [bool(theta) for theta in given]
+
+
+def listed_or(rule: Rule) -> Rule:
+    """The layers that `mlp_layer_types` calls sparse have experts; without such a list those of another rule."""
+
+    def layers(c: Fields) -> list[bool]:
+        if c.raw.get("mlp_layer_types") is None:
+            found: list[bool] = rule(c)
+            return found
+        return [kind == "sparse" for kind in c.listed("mlp_layer_types", ("dense", "sparse"))]
+
+    return layers
+
+
+listed_or_after_first = listed_or(after_first)
+listed_or_after_one = listed_or(lambda c: [i > 0 for i in range(c.layers)])
+listed_or_all = listed_or(lambda c: [True] * c.layers)
+
+
+def shared_of(name: str) -> Rule:
+    """So many experts that all tokens go through are one of so many times the width of an expert."""
+    return lambda c: c.size(name) * c.size("moe_intermediate_size")
+
+
+def residual_of_depth(c: Fields) -> float:
+    """MiniCPM's scale_depth / sqrt(L); null is sqrt(L) / sqrt(L)."""
+    return 1.0 if c("scale_depth") is None else c.number("scale_depth") / sqrt(c.layers)
+
+
+def logits_of_base(c: Fields) -> float:
+    """MiniCPM divides what goes into the head by d_model / dim_model_base."""
+    d = c.size("hidden_size")
+    return c.size("dim_model_base", d) / d

@@ -43,8 +43,8 @@ class Place(NamedTuple):
 class Stack:
     """The blocks of a model, as many of each group as are executed.
 
-    Two models whose stacks are equal execute the same; how many blocks they have are letters: L for all blocks, and
-    where several groups repeat, L_1, L_2, ... for the turns of those but the last.
+    Two models whose stacks are equal execute the same; how many blocks they have are letters: L for all blocks where
+    one group repeats, and where several do, for the turns of each a letter with the number of its group: L_1, L_2, ...
 
     Attributes:
         groups: the groups, `turns` at most `TURNS`.
@@ -73,30 +73,31 @@ class Stack:
         return tuple(i for i, group in enumerate(self.groups) if group.repeats)
 
     @cached_property
-    def denominator(self) -> int:
-        """What the numbers of repetitions are multiples of one over: blocks of the last pattern that repeats."""
-        return len(self.groups[self.repeated[-1]].pattern) if self.repeated else 1
-
-    @cached_property
     def repetitions(self) -> tuple[Size, ...]:
         """How often the middle turn of each group in `repeated` happens, in letters."""
         if not self.repeated:
             return ()
-        *some, last = self.repeated
-        turns = [
-            letter(f"L_{i + 1}", f"turns of the {_ordinal(i + 1)} group of blocks", TURNS) for i in range(len(some))
-        ]
-        once = sum(len(group.pattern) * group.turns for group in self.groups if not group.repeats)
-        rest = L - once
-        for group, count in zip(some, turns, strict=True):
-            rest = rest - len(self.groups[group].pattern) * count
-        turns.append(rest / len(self.groups[last].pattern))
+        if len(self.repeated) == 1:
+            turns = [(L - self._once) / len(self.groups[self.repeated[0]].pattern)]
+        else:
+            turns = [
+                letter(f"L_{i + 1}", f"turns of the {_ordinal(i + 1)} group of blocks", TURNS) for i in self.repeated
+            ]
         return tuple(count - (TURNS - 1) for count in turns)
 
     @cached_property
+    def _once(self) -> int:
+        """Blocks of the groups that do not repeat."""
+        return sum(len(group.pattern) * group.turns for group in self.groups if not group.repeats)
+
+    @cached_property
     def blocks(self) -> Size:
-        """The number of blocks: L where a group repeats."""
-        return L if self.repeated else constant(len(self.places))
+        """The number of blocks: L where one group repeats, of several their turns."""
+        if len(self.repeated) == 1:
+            return L
+        repeated = zip(self.repeated, self.repetitions, strict=True)
+        own = (len(self.groups[group].pattern) * (count + (TURNS - 1)) for group, count in repeated)
+        return sum(own, constant(self._once))
 
     @cached_property
     def _weights(self) -> tuple[int | None, ...]:
@@ -137,8 +138,8 @@ class Layout(NamedTuple):
 
     @property
     def values(self) -> dict[str, int]:
-        """The numbers behind L_1, L_2, ..."""
-        return {f"L_{i + 1}": self.turns[group] for i, group in enumerate(self.stack.repeated[:-1])}
+        """The numbers behind L_1, L_2, ...; of groups of one or two turns too: a deeper model's sums hold for them."""
+        return {f"L_{i + 1}": turns for i, turns in enumerate(self.turns)}
 
 
 def executed(groups: Sequence[Group]) -> Layout:

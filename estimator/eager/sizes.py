@@ -61,6 +61,11 @@ FIELDS = {
 GIVEN = {"B": "batch_size", "T": "seq_len", **FIELDS, "D": "data_parallel"}
 
 
+def is_count(name: str) -> bool:
+    """Whether a letter counts something, so that no shape is another where it is 1: `COUNTS`, and L_1, L_2, ..."""
+    return name in COUNTS or name.startswith("L_")
+
+
 class Fact(NamedTuple):
     """A question about sizes: whether the first divides the second, or is at most the second."""
 
@@ -96,7 +101,7 @@ class ShapeClass:
         numbers = frozenset(
             (name, int(size))
             for name, size in sizes.items()
-            if name not in COUNTS and is_letter(name) and _is_number(name, size, halved)
+            if not is_count(name) and is_letter(name) and _is_number(name, size, halved)
         )
         named = {name for name, _ in numbers}
         degenerate = bool(halved) and (
@@ -112,7 +117,7 @@ class ShapeClass:
 
     def large(self, sizes: Mapping[str, int]) -> Sizes:
         """`sizes` made large enough that none is a number, and so that what coincides in this class still does."""
-        values = Sizes({name: size if name in COUNTS else max(size, 4) for name, size in sizes.items()})
+        values = Sizes({name: size if is_count(name) else max(size, 4) for name, size in sizes.items()})
         values["g"] = max(values["g"], 4) if self.grouped else 1
         values["h"] = values["k"] * values["g"]
         if self.shared_width:

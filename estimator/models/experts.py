@@ -189,7 +189,7 @@ class SparseFeedForward(Module):
             self.router = self.child(Router(machine, recipe))
             self.experts = self.child(Experts(machine, recipe))
             if part.shared != "none":
-                mlp = MLP(activation=part.activation)
+                mlp = MLP(activation=part.activation, fused=part.shared_fused)
                 shared = GatedFeedForward(machine, "shared", mlp, size["d"], size["f_s"], recipe, drops=False)
                 self.shared = self.child(shared)
             if part.shared == "gated":

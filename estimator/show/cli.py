@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -170,12 +171,17 @@ def _calibrate_by_log(args: argparse.Namespace) -> int:
 
 def _described(args: argparse.Namespace) -> tuple[ModelConfig, Plan]:
     """The model and the plan that the arguments describe."""
-    from estimator.describe.hf import from_hf  # noqa: PLC0415 - only here
+    from estimator.describe.hf import TakenForAnother, from_hf  # noqa: PLC0415 - only here
     from estimator.describe.presets import preset  # noqa: PLC0415 - only here
 
-    named = (
-        from_hf(Path(args.model)) if args.model.endswith(".json") or os.path.isdir(args.model) else preset(args.model)  # noqa: PTH112 - Path.is_dir raises where a name is too long to be a path
-    )
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", TakenForAnother)
+        named = (
+            from_hf(Path(args.model))
+            if args.model.endswith(".json") or os.path.isdir(args.model)  # noqa: PTH112 - Path.is_dir raises where a name is too long to be a path
+            else preset(args.model)
+        )
+    sys.stderr.writelines(f"estimate: note: {warning.message}\n" for warning in said)
     given = vars(args)
     model = named.replace(**{name: given[name] for name in settings(ModelConfig) if given.get(name) is not None})
     wanted = {name: given[name] for name in settings(Plan) if given[name] is not None}

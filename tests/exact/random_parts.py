@@ -83,7 +83,7 @@ def mlp(rng: Random) -> MLP:
 
 def experts(rng: Random) -> Experts:
     """Any mixture."""
-    score = rng.choice(tuple(SCORES))
+    score, shared = rng.choice(tuple(SCORES)), rng.choice(("none", "plain", "gated"))
     return Experts(
         score,
         normalised=rng.random() < 0.5,
@@ -94,7 +94,8 @@ def experts(rng: Random) -> Experts:
         bias=rng.random() < 0.3,
         out_bias=rng.random() < 0.3,
         activation=rng.choice((*(name for name in ACTIVATIONS if name != "xielu"), "clamped-swiglu")),
-        shared=rng.choice(("none", "plain", "gated")),
+        shared=shared,
+        shared_fused=shared != "none" and rng.random() < 0.4,
     )
 
 

@@ -51,7 +51,8 @@ def _experts(m):
     shapes = [(n, 2 * f, d), (n, d, f), *_linear(n, d, x.router_bias)]
     shapes += [(n, 2 * f), (n, d)] if x.bias else []
     shapes += [(d,)] if x.out_bias else []
-    shapes += [(m.d_shared, d)] * 2 + [(d, m.d_shared)] if x.shared != "none" else []
+    up = [(2 * m.d_shared, d)] if x.shared_fused else [(m.d_shared, d)] * 2 if m.d_shared else []
+    shapes += [*up, (d, m.d_shared)] if x.shared != "none" else []
     return shapes + ([(1, d)] if x.shared == "gated" else [])
 
 

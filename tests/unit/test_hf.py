@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from estimator.describe.checks import ConfigError
 from estimator.describe.families import FAMILIES
 from estimator.describe.fields import class_defaults
-from estimator.describe.hf import SIZE_LIMIT, from_hf
+from estimator.describe.hf import SIZE_LIMIT, TakenForAnother, from_hf
 from estimator.describe.model import ModelConfig
 from estimator.describe.parts import Layer, Pattern
 from estimator.describe.presets import preset
@@ -233,13 +233,27 @@ def test_a_model_around_a_text_is_refused_and_says_how_to_ask_for_the_text():
     assert from_hf(inner) == preset("llama-3.2-1b")
 
 
+def test_an_unknown_type_is_taken_for_the_family_of_its_class_and_that_is_said():
+    inner = json.loads((HF / "llama-3.2-1b.json").read_text())
+    for kind in ("own", None):
+        with pytest.warns(TakenForAnother, match=f"model_type = {kind!r}: .* taken for llama, whose class LlamaFor"):
+            m = from_hf({**inner, "model_type": kind, "architectures": ["LlamaForCausalLM"]})
+        assert m == preset("llama-3.2-1b")
+
+
 @pytest.mark.parametrize(
     ("kind", "change", "message"),
     [
         ("mixtrall", {}, r"model_type = 'mixtrall': allowed are apertus, "),
         ("Llama", {}, r"model_type = 'Llama': did you mean llama\? allowed are"),
         ("mimo", {}, "model_type = 'mimo': .* the nearest that can be asked is qwen2"),
-        ("own", {"architectures": ["LlamaForCausalLM"]}, "LlamaForCausalLM, the class of llama; .* give model_type"),
+        ("cohere2_moe", {"architectures": ["Cohere2ForCausalLM"]}, "its shared experts are averaged"),
+        (
+            "own",
+            {"architectures": ["LlamaForCausalLM"], "auto_map": {"AutoModel": "x"}},
+            "LlamaForCausalLM, the class of llama; .* give model_type",
+        ),
+        ("own", {"architectures": ["LlamaForCausalLM"], "mm_vision_tower": "x"}, "a vision part beside the text"),
         ("own", {"architectures": ["NoneForCausalLM"]}, "model_type = 'own': allowed are"),
         ("own", {"auto_map": {}, "is_encoder_decoder": True}, "model_type = 'own': an encoder-decoder"),
         (None, {}, r"model_type = None: .*allowed are apertus, "),

@@ -37,14 +37,15 @@ def test_gpt2_xl():
     assert [evaluate(found.stack.times(i), {"L": 48}) for i in range(3)] == [1, 46, 1]
     assert [found.stack.real_index(i, found.turns) for i in range(3)] == [0, 1, 47]
     assert found.stack.real_index(1, found.turns, turn=45) == 46
-    assert found.values == {}
+    assert found.values == {"L_1": 48}
 
 
 def test_deepseek_v3():
     """61 layers, the first three dense (its config.json: first_k_dense_replace 3): one dense and 56 sparse repeat."""
     found = layout(("dense",) * 3, ("sparse",), 61)
     assert found.stack.groups == (Group(("dense",), 3), Group(("sparse",), 3))
-    assert [written(x) for x in found.stack.repetitions] == ["L_1 - 2", "L - L_1 - 2"]
+    assert [written(x) for x in found.stack.repetitions] == ["L_1 - 2", "L_2 - 2"]
+    assert written(found.stack.blocks) == "L_1 + L_2"
     sizes = Sizes(L=61, **found.values)
     assert [evaluate(x, sizes) for x in found.stack.repetitions] == [1, 56]
     assert [found.stack.real_index(i, found.turns) for i in range(6)] == [0, 1, 2, 3, 4, 60]
@@ -55,7 +56,6 @@ def test_gemma3_27b():
     found = layout((), ("window",) * 5 + ("full",), 62)
     assert found.turns == (10, 1)
     assert len(found.stack.places) == 3 * 6 + 2
-    assert found.stack.denominator == 6
     assert [evaluate(x, {"L": 62}) for x in found.stack.repetitions] == [8]
     assert found.stack.kinds[-2:] == ("window", "window")
     assert [found.stack.real_index(i, found.turns) for i in (0, 6, 12, 17, 18, 19)] == [0, 6, 54, 59, 60, 61]

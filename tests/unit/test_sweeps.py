@@ -61,6 +61,15 @@ def test_every_point_of_a_line_is_the_estimate(request_, axis, values):
         holds(found, i, point(request_, {axis: value}))
 
 
+def test_layers_of_a_model_with_two_groups_of_blocks():
+    """DeepSeek-V3's dense layers and its sparse ones, of which a shallow model has one or two that do not repeat."""
+    request = Request("deepseek-v3", est.preset("deepseek-v3"), est.Plan(precision="bf16", seq_len=64), "h100-80gb-sxm")
+    layers = [3, 4, 5, 6, 61]
+    found = sweep(request, {"num_layers": layers})
+    for i, value in enumerate(layers):
+        holds(found, i, point(request, {"num_layers": value}))
+
+
 @pytest.mark.parametrize(
     "axes",
     [

@@ -15,7 +15,7 @@ NORMS = {  # by the order of a block, what the norms are called; the first that 
         "attention_norm": r"input_layernorm|ln_1|self_attn_layer_norm|(norm_attn_norm\.)?norm_1|attention_layernorm"
         r"|layernorm1",
         "ffn_norm": r"post_attention_layernorm|ln_2|final_layer_norm|(norm_attn_norm\.)?norm_2"
-        r"|feedforward_layernorm|layernorm2",
+        r"|feedforward_layernorm|layernorm2|pre_feedforward_layernorm",
     },
     "parallel": {"attention_norm": r"input_layernorm|ln_1"},
     "parallel-two": {"attention_norm": r"input_layernorm|ln_attn", "ffn_norm": r"post_attention_layernorm|ln_mlp"},
@@ -35,6 +35,12 @@ NORMS = {  # by the order of a block, what the norms are called; the first that 
         "attention_post_norm": r"post_self_attn_layernorm",
         "ffn_norm": r"post_attention_layernorm",
         "ffn_post_norm": r"post_mlp_layernorm",
+    },
+    "hyperclovax": {
+        "attention_norm": r"input_layernorm",
+        "attention_post_norm": r"post_norm1",
+        "ffn_norm": r"post_attention_layernorm",
+        "ffn_post_norm": r"post_norm2",
     },
 }
 ATTENTION = r"(self_attn|self_attention|attn\.attention|norm_attn_norm\.attn|attention|attn|multi_head_attention)\."
@@ -66,9 +72,10 @@ IN_A_BLOCK = {
     "ffn.experts.down_bias": MLP + r"experts\.down_proj_bias",
     "ffn.out_bias": "mlp",
     "ffn.shared_gate": MLP + "shared_expert_gate",
+    "ffn.shared.gate_up": r"shared_mlp\.input_linear",
     "ffn.shared.gate": MLP + r"(shared_experts?|shared_mlp)\.gate_proj",
     "ffn.shared.up": MLP + r"(shared_experts?|shared_mlp)\.up_proj",
-    "ffn.shared.down": MLP + r"(shared_experts?|shared_mlp)\.down_proj",
+    "ffn.shared.down": rf"{MLP}(shared_experts?|shared_mlp)\.down_proj|shared_mlp\.output_linear",
     "ffn.gate_up": MLP + "gate_up_proj",
     "ffn.gate": MLP + "gate_proj",
     "ffn.up": rf"({MLP}(up_proj|c_fc|fc1|fc_in|dense_h_to_4h|0)|fc1)",
@@ -94,6 +101,7 @@ INTERLEAVED = (
     "gpt_neox",
     "falcon",
     "gpt_bigcode",
+    "persimmon",
 )  # of each head its query, key and value, unless there is one key
 
 
@@ -130,6 +138,11 @@ def laid_out(name, x, m):
         k, e, g = m.kv_heads, m.e, m.num_heads // m.kv_heads
         by_head = x.unflatten(0, (k, g + 2, e))
         return torch.cat([by_head[:, :g].flatten(0, 2), by_head[:, g].flatten(0, 1), by_head[:, g + 1].flatten(0, 1)])
+    if ".qkv." in name and family == "codegen":  # four parts, each with its queries, values and keys
+        q, v, k = x.unflatten(0, (4, 3, -1)).unbind(1)
+        return torch.cat([q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)])
+    if name.endswith(("q.weight", "k.weight")) and family == "nanochat":  # it rotates the other way round
+        return x.unflatten(0, (-1, 2, m.e // 2)).flip(1).flatten(0, 2)
     if family in ("gpt_oss", "llama4_text") and name.endswith(("experts.gate_up", "experts.down")):
         x = x.transpose(1, 2)
     if family == "gpt_oss" and "experts.gate_up" in name:
@@ -154,7 +167,7 @@ def copy_weights(model, theirs, m):
     """Fill `model`, of the configuration `m`, with the named parameters of transformers' model: each of them once."""
     own, theirs = dict(model.named_parameters()), each_heads_norms(theirs)
     found = dbrx_experts(theirs, m) if m.family == "dbrx" else {}
-    order = "glm4" if m.family == "glm4" else m.made_of.order
+    order = m.family if m.family in NORMS else m.made_of.order
     for name, x in theirs.items():
         ours = renamed(name, order, own)
         assert ours not in found, (name, ours)

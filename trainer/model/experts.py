@@ -75,7 +75,8 @@ class SparseFeedForward(nn.Module):
         self.shared = self.shared_gate = None
         if part.shared != "none":
             assert m.d_shared is not None
-            self.shared = GatedFeedForward(MLP(activation=part.activation), m.d_model, m.d_shared, dropout=0.0)
+            mlp = MLP(activation=part.activation, fused=part.shared_fused)
+            self.shared = GatedFeedForward(mlp, m.d_model, m.d_shared, dropout=0.0)
         if part.shared == "gated":
             self.shared_gate = Linear(m.d_model, 1, bias=False)
         self.out_bias = nn.Parameter(torch.zeros(m.d_model)) if part.out_bias else None
