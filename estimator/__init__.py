@@ -22,6 +22,7 @@ from estimator.describe.plan import Plan
 if TYPE_CHECKING:
     from estimator.accounting.accounts import Account, account
     from estimator.answers.estimates import Estimate, estimate, max_batch_size
+    from estimator.answers.layouts import layouts
     from estimator.answers.plans import budget, plan
     from estimator.describe.hf import from_hf
     from estimator.describe.presets import preset, presets
@@ -38,6 +39,7 @@ _HOME = {
     "cost": "pricing.money",
     "Estimate": "answers.estimates",
     "estimate": "answers.estimates",
+    "layouts": "answers.layouts",
     "budget": "answers.plans",
     "plan": "answers.plans",
     "max_batch_size": "answers.estimates",
@@ -67,6 +69,7 @@ __all__ = [
     "cost",
     "estimate",
     "from_hf",
+    "layouts",
     "max_batch_size",
     "plan",
     "preset",

@@ -37,11 +37,20 @@ if TYPE_CHECKING:
     from estimator.eager.repetition import Stack
 
 DEVICES = ("cpu", "cuda")
-COMPONENTS = ("embedding", "attention", "feed-forward", "norms", "residual", "head", "loss")
+COMPONENTS = ("embedding", "attention", "feed-forward", "router", "experts", "norms", "residual", "head", "loss")
+OF_EXPERTS = ("router", "experts")  # parts that a model without experts has not
+
+
+def components(recipe: Recipe) -> tuple[str, ...]:
+    """The parts of a model, in this order: with a router and experts of their own where it has some."""
+    return tuple(name for name in COMPONENTS if name not in OF_EXPERTS or recipe.parts.experts is not None)
 
 
 def component(module: str) -> str:
-    """The part of the model that a module path belongs to."""
+    """The part of the model that a module path belongs to; a shared expert is of the feed-forward."""
+    named = next((name for name in module.split(".") if name in OF_EXPERTS), None)
+    if named is not None:
+        return named
     return "loss" if module.split(".", maxsplit=1)[0] == "loss" else part_of(module)
 
 
@@ -51,6 +60,7 @@ class Forms:
 
     Attributes:
         parameters: number of parameters of the whole model, shared ones once.
+        active_parameters: number of those that a token goes through: K of E experts, and all else.
         trained_parameters: number of those that are trained.
         parameter_bytes, gradient_bytes, optimizer_bytes: bytes of each that this accelerator holds.
         activation_bytes: bytes that autograd keeps from a micro-batch's forward for its backward; parameters, inputs
@@ -63,6 +73,7 @@ class Forms:
     """
 
     parameters: Any
+    active_parameters: Any
     trained_parameters: Any
     parameter_bytes: Any
     gradient_bytes: Any
@@ -125,7 +136,7 @@ class _Known:
 
 def _account(recipe: Recipe, shapes: ShapeClass, device: str, stack: Stack, sizes: Sizes) -> Account:
     traced = Trace(run_step(recipe, shapes, device, stack, sizes), stack)
-    return Account(recipe, shapes, device, traced, *_forms(traced), peak_pieces(traced, shapes), sizes)
+    return Account(recipe, shapes, device, traced, *_forms(traced, recipe, shapes), peak_pieces(traced, shapes), sizes)
 
 
 def _longer(recipe: Recipe, num_layers: int) -> int:
@@ -229,7 +240,15 @@ _RESIDENT = {
 }
 
 
-def _forms(traced: Trace) -> tuple[Forms, dict[str, Forms]]:
+def _active(where: Where, elements: Size, recipe: Recipe, shapes: ShapeClass) -> Size:
+    """The elements of a parameter that a token goes through: of a tensor of E experts those of K."""
+    if recipe.parts.experts is None or component(where.module) == "router":
+        return elements
+    # Experts of attention have k heads each, which are h together.
+    return substituted(elements, {"E": shapes.letters["g" if recipe.parts.attention.experts else "K"]})
+
+
+def _forms(traced: Trace, recipe: Recipe, shapes: ShapeClass) -> tuple[Forms, dict[str, Forms]]:
     """(the whole, by component): every sum is over the ledger's entries of a component."""
     entries: dict[tuple[str, str], list[tuple[int | None, Size]]] = {}
 
@@ -246,6 +265,7 @@ def _forms(traced: Trace) -> tuple[Forms, dict[str, Forms]]:
                 enter(_RESIDENT[storage.category], where, event.sign * nbytes)
     for where, elements in ledger.parameters:
         enter("parameters", where, elements)
+        enter("active_parameters", where, _active(where, elements, recipe, shapes))
     for where, elements in ledger.trained:
         enter("trained_parameters", where, elements)
     for storage in ledger.saved:
@@ -259,7 +279,8 @@ def _forms(traced: Trace) -> tuple[Forms, dict[str, Forms]]:
         if kernel.where.phase is Phase.OPTIMIZER and (kernel.arithmetic or kernel.flops):
             enter("optimizer_flops", kernel.where, kernel.arithmetic + kernel.flops)
     parts = {
-        name: Forms(**{form: traced.total(entries.get((form, name), [])) for form in FORMS}) for name in COMPONENTS
+        name: Forms(**{form: traced.total(entries.get((form, name), [])) for form in FORMS})
+        for name in components(recipe)
     }
     whole = Forms(**{form: sum((getattr(p, form) for p in parts.values()), ZERO) for form in FORMS})
     return whole, parts
@@ -323,7 +344,7 @@ class Account:
             return self.executed, self.executed_modules
         with _executing:
             ledger = run_step(recipe, general, self.device, longer, general.large(sizes))
-        common, common_parts = _forms(Trace(ledger, longer))
+        common, common_parts = _forms(Trace(ledger, longer), recipe, general)
         to = {**shapes.letters, "L": stack.blocks}
         parts = {name: _restored(form, common_parts[name], shapes, to) for name, form in self.executed_modules.items()}
         return _restored(self.executed, common, shapes, to), parts

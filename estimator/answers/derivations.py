@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 LEDGER = "read off the ledger of one symbolic step, by the rules of PyTorch eager"
 TITLES = {
     "parameters": "Parameters",
+    "active_parameters": "Parameters that a token goes through",
     "trained_parameters": "Parameters that are trained",
     "parameter_bytes": "Bytes of parameters",
     "gradient_bytes": "Bytes of gradients",
@@ -43,6 +44,7 @@ SYMBOL_OF = {
     "needed": r"M_{\mathrm{needed}}",
     "hours": r"t_{\mathrm{run}}",
     "parameters": "N",
+    "active_parameters": r"N_{\mathrm{active}}",
     "trained_parameters": r"N_{\mathrm{trained}}",
     "parameter_bytes": r"M_{\mathrm{param}}",
     "gradient_bytes": r"M_{\mathrm{grad}}",

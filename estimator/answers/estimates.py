@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from estimator.accounting.accounts import COMPONENTS, Account, Values, account, sizes_for
+from estimator.accounting.accounts import Account, Values, account, sizes_for
 from estimator.answers.assumptions import Assumption, assumptions
 from estimator.describe.catalogue import number
 from estimator.describe.checks import ConfigError, TooLargeError, choose
@@ -14,6 +14,7 @@ from estimator.describe.plan import FULLY_SHARDED, Plan
 from estimator.describe.presets import preset
 from estimator.describe.run import Run
 from estimator.describe.settings import checked, limits
+from estimator.describe.words import in_words
 from estimator.hardware.accelerators import Accelerator, accelerator
 from estimator.hardware.networks import network as network_of
 from estimator.memory.device import Memory, memory
@@ -112,10 +113,12 @@ class Estimate:
         modules = {name: asdict(form) for name, form in self.values.modules.items()}
         return {
             "model": self.model.to_dict(),
+            "model_in_words": in_words(self.model),
             "plan": self.plan.to_dict() | {"seq_len": self.plan.tokens(self.model)},
             "accelerator": self.accelerator.id,
             "fits": self.fits,
             "parameters": self.values.parameters,
+            "active_parameters": self.values.active_parameters,
             "trained_parameters": self.values.trained_parameters,
             "memory": self.memory.to_dict(),
             "activation_bytes": self.values.activation_bytes,
@@ -131,7 +134,7 @@ class Estimate:
         import pandas as pd  # noqa: PLC0415 - half a second that only this needs
 
         rows = {name: asdict(form) for name, form in self.values.modules.items()}
-        frame = pd.DataFrame.from_dict(rows, orient="index").loc[list(COMPONENTS)]
+        frame = pd.DataFrame.from_dict(rows, orient="index")
         frame.loc["total"] = frame.sum()
         return frame.rename_axis("module")
 
@@ -240,10 +243,10 @@ def estimate(
     time = None
     if run.mfu is not None:
         peak = device.peak_flops(p.product_dtype)
-        time = at_mfu(run.mfu, m, p, peak, flops, values.parameters, run.steps, count)
+        time = at_mfu(run.mfu, m, p, peak, flops, values.active_parameters, run.steps, count)
     else:
         try:
-            time = predicted(m, p, device, flops, values.parameters, run.steps, count, setup)
+            time = predicted(m, p, device, flops, values.active_parameters, run.steps, count, setup)
         except ConfigError as error:  # no peak, no link, no calibration: marked, never guessed
             notes.append(f"No time is predicted: {error}.")
     return Estimate(m, p, device, a, values, memory(a, values, sizes, device), flops, time, tuple(notes), setup)

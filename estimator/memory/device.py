@@ -10,7 +10,7 @@ import numpy as np
 
 from estimator.describe.checks import ConfigError
 from estimator.eager.ledger import Category, Phase
-from estimator.eager.letters import ONE, evaluate
+from estimator.eager.letters import ONE, as_sizes, evaluate
 from estimator.memory.allocator import GRANULE, reserved_bytes
 
 if TYPE_CHECKING:
@@ -248,23 +248,49 @@ class Memory:
 def memory(account: Account, values: Values, sizes: Mapping[str, int], accelerator: Accelerator | None) -> Memory:
     """The memory of a step whose figures are `values`, on `accelerator` if there is one."""
     cuda = account.device == "cuda"
-    workspace = 0
-    communicators = len({message.axis for message in account.traced.ledger.messages}) if cuda else 0
-    if cuda:
-        late = accelerator is not None and accelerator.architecture.lower() in HOPPER_AND_LATER
-        workspace = CUBLAS_WORKSPACE_HOPPER if late else CUBLAS_WORKSPACE
+    workspace, context, nccl = beside(account, accelerator)
     return Memory(
         peak=values.peak_bytes,
         **values.peak_categories,
         where=values.peak_where,
         allocated=values.peak_bytes if not cuda else rounded_peak(account, sizes) + workspace,
         workspace=workspace,
-        context=CONTEXT_BYTES if cuda else (0, 0),
-        nccl=(communicators * NCCL_BYTES[0], communicators * NCCL_BYTES[1]),
+        context=context,
+        nccl=nccl,
         capacity=accelerator.memory_bytes if accelerator is not None else None,
         account=account,
         sizes=sizes,
     )
+
+
+def beside(account: Account, accelerator: Accelerator | None) -> tuple[int, tuple[int, int], tuple[int, int]]:
+    """(cuBLAS's workspace, the context's least and most bytes, NCCL's): what a step takes beside its tensors."""
+    if account.device != "cuda":
+        return 0, (0, 0), (0, 0)
+    communicators = len({message.axis for message in account.traced.ledger.messages})
+    late = accelerator is not None and accelerator.architecture.lower() in HOPPER_AND_LATER
+    workspace = CUBLAS_WORKSPACE_HOPPER if late else CUBLAS_WORKSPACE
+    return workspace, CONTEXT_BYTES, (communicators * NCCL_BYTES[0], communicators * NCCL_BYTES[1])
+
+
+def needed(account: Account, sizes: Mapping[str, Any], accelerator: Accelerator | None) -> NDArray[np.int64]:
+    """(points,): `Memory.needed` at each point of `sizes`, numbers or arrays of one length in the account's class."""
+    workspace, context, nccl = beside(account, accelerator)
+    granule = GRANULE if account.device == "cuda" else 1
+    return rounded_peaks(account, sizes, granule) + workspace + sum(context) // 2 + sum(nccl) // 2
+
+
+def rounded_peaks(account: Account, sizes: Mapping[str, Any], granule: int = GRANULE) -> NDArray[np.int64]:
+    """(points,): `rounded_peak` at each point of `sizes`, numbers or arrays of one length."""
+    traced, values = account.traced, as_sizes(sizes)
+    columns = [np.atleast_1d(np.asarray(values.value(n))).astype(np.int64) for n, _ in traced.classes]
+    times = [np.atleast_1d(np.asarray(values.value(n))).astype(np.int64) for n in traced.stack.repetitions]
+    points = max(map(len, (*columns, *times)))
+    size = np.stack([np.broadcast_to(-(-column // granule) * granule, points) for column in columns])
+    live = traced.moment_counts[:, 0] @ size
+    for at, turns in enumerate(times, 1):
+        live += (traced.moment_counts[:, at] @ size) * turns
+    return np.asarray(live.max(0))
 
 
 def rounded_peak(account: Account, sizes: Mapping[str, int], granule: int = GRANULE) -> int:

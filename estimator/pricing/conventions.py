@@ -32,8 +32,8 @@ def flops_per_token(m: ModelConfig, seq_len: int, parameters: int, convention: s
     Args:
         m: the model.
         seq_len: T.
-        parameters: N, all parameters, shared ones once. Those of the experts that a token does not go through are not
-            counted, as everybody does for models with experts.
+        parameters: N, shared ones once. Of experts those that a token goes through (`active_parameters`), as everybody
+            does for models with experts.
         convention: one of `CONVENTIONS`.
         ledger: the same FLOPs as the ledger has them.
 
@@ -43,23 +43,13 @@ def flops_per_token(m: ModelConfig, seq_len: int, parameters: int, convention: s
     choose("convention", convention, CONVENTIONS)
     positions = m.context_length * m.d_model if m.made_of.positions.kind == "learned" else 0
     attention = 12 * m.num_layers * m.width_of_heads * seq_len  # 2 products of 2 T h e FLOPs, three times
-    active = parameters - idle_parameters(m)
     if convention == "6N":
-        return 6 * active
+        return 6 * parameters
     if convention == "palm":
-        return 6 * (active - positions) + attention
+        return 6 * (parameters - positions) + attention
     if convention == "llm-foundry":
-        return 6 * active + 12 * m.num_layers * m.d_model * seq_len
+        return 6 * parameters + 12 * m.num_layers * m.d_model * seq_len
     return ledger - attention / 2 if convention == "causal" else ledger
-
-
-def idle_parameters(m: ModelConfig) -> int:
-    """Parameters of the experts that a token does not go through; 0 without experts."""
-    if m.num_experts is None or m.experts_per_token is None or m.d_expert is None:
-        return 0
-    sparse = sum(layer.sparse for layer in m.layers)
-    # An expert's matrices are gate, up and down.
-    return sparse * (m.num_experts - m.experts_per_token) * 3 * m.d_model * m.d_expert
 
 
 def model_flops_utilisation(
@@ -70,7 +60,7 @@ def model_flops_utilisation(
     Args:
         m: the model.
         seq_len: T.
-        parameters: N.
+        parameters: N, those that a token goes through.
         tokens_per_second: of one accelerator.
         peak_flops: FLOP/s of one accelerator.
         ledger: model FLOPs of a token, as the ledger has them.

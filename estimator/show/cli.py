@@ -19,6 +19,7 @@ from estimator.describe.plan import FULLY_SHARDED, Plan
 from estimator.describe.run import Run
 from estimator.describe.settings import settings
 from estimator.describe.units import GIB
+from estimator.describe.words import in_words
 from estimator.show.commands import Parser, TopicHelp
 
 if TYPE_CHECKING:
@@ -169,8 +170,8 @@ def _calibrate_by_log(args: argparse.Namespace) -> int:
     return 0
 
 
-def _described(args: argparse.Namespace) -> tuple[ModelConfig, Plan]:
-    """The model and the plan that the arguments describe."""
+def model_of(args: argparse.Namespace) -> ModelConfig:
+    """The model that the arguments describe."""
     from estimator.describe.hf import TakenForAnother, from_hf  # noqa: PLC0415 - only here
     from estimator.describe.presets import preset  # noqa: PLC0415 - only here
 
@@ -183,7 +184,12 @@ def _described(args: argparse.Namespace) -> tuple[ModelConfig, Plan]:
         )
     sys.stderr.writelines(f"estimate: note: {warning.message}\n" for warning in said)
     given = vars(args)
-    model = named.replace(**{name: given[name] for name in settings(ModelConfig) if given.get(name) is not None})
+    return named.replace(**{name: given[name] for name in settings(ModelConfig) if given.get(name) is not None})
+
+
+def _described(args: argparse.Namespace) -> tuple[ModelConfig, Plan]:
+    """The model and the plan that the arguments describe."""
+    model, given = model_of(args), vars(args)
     wanted = {name: given[name] for name in settings(Plan) if given[name] is not None}
     several = max(given["count"] or 1, wanted.get("data_parallel", 1)) > 1
     if several and settings(Plan)["sharding"].checked(wanted.get("sharding", "none")) in FULLY_SHARDED:
@@ -279,6 +285,12 @@ def gib(nbytes: float) -> str:
     return f"{nbytes / GIB:,.2f} GiB"
 
 
+def parameters(values: Values) -> str:
+    """How many there are, and how many of them a token goes through."""
+    total, active = values.parameters, values.active_parameters
+    return f"{total:,} parameters" + (f", {active:,} of them active" if active != total else "")
+
+
 def trained(values: Values) -> str:
     """How many of the parameters are trained."""
     share = values.trained_parameters / values.parameters
@@ -347,6 +359,7 @@ def _tables(name: str, r: Estimate, largest: int, price: float | None = None) ->
         highlight=False,
     )
     console.print(at_a_glance(r, largest, price), style="bold", highlight=False)
+    console.print(f"{in_words(r.model)}; {parameters(r.values)}", highlight=False)
     if r.values.trained_parameters != r.values.parameters:
         console.print(trained(r.values), highlight=False)
     console.print(verdict(r, largest) + "\n", style="bold green" if r.fits else "bold red", highlight=False)

@@ -46,6 +46,7 @@ COMMANDS = (
     ),
     Command("plan", "from money, a deadline, tokens or a size: what to train, on what", "estimator.show.planning:run"),
     Command("budget", "the same as plan", "estimator.show.planning:run"),
+    Command("layouts", "the ways to lay a run out on so many accelerators, by time", "estimator.show.layouts:run"),
     Command("course", "the course's question on GPT-2 XL, worked in three columns", "estimator.show.course:run"),
     Command("calibrate", "measure this machine, or the factor of your own log", "estimator.show.cli:calibrate"),
     Command("app", "the page, in a browser", "estimator.show.app:run"),
@@ -57,6 +58,7 @@ examples:
   estimate gpt2-xl --gpu a100-80gb-sxm --batch-size 4 --attention sdpa
   estimate llama-3.1-8b --gpu h100-80gb-sxm --count 8 --sharding fsdp --precision bf16-mixed
   estimate path/to/config.json --json
+  estimate layouts llama-3.1-8b --gpu h100-80gb-sxm --count 64 --global-batch-size 256
   estimate plan --budget 5000
   estimate plan --parameters 1.3e9 --tokens 26e9 --max-days 3
 """

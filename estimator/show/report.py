@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from estimator.describe.words import in_words
 from estimator.show.formatting import dollars, duration, hours, prefixed, size, verdict
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ def to_markdown(request: Request, cost: Cost | None = None, unit: str = "GiB") -
         "",
         verdict(r, unit),
         "",
+        f"Model: {in_words(r.model)}.",
+        "",
         f"Recipe: {plan}.",
     ]
     lines += ["", "| memory at the peak | bytes | |", "|---|---:|---:|"]
@@ -60,6 +63,8 @@ def to_markdown(request: Request, cost: Cost | None = None, unit: str = "GiB") -
     lines.append(f"| allocator and context | {reserve:,} | {size(reserve, unit)} |")
     lines.append(f"| needed | {r.memory.needed:,} | {size(r.memory.needed, unit)} |")
     lines += ["", "| figure | |", "|---|---:|", f"| parameters | {r.values.parameters:,} |"]
+    if r.values.active_parameters != r.values.parameters:
+        lines.append(f"| parameters that a token goes through | {r.values.active_parameters:,} |")
     if r.values.trained_parameters != r.values.parameters:
         lines.append(f"| parameters that are trained | {r.values.trained_parameters:,} |")
     lines.append(f"| FLOPs of a step | {prefixed(r.flops.step, 'FLOP')} |")

@@ -285,7 +285,7 @@ def predicted(
         p: how.
         a: the accelerator.
         flops: the `estimator.answers.estimates.Flops` of the step.
-        parameters: N.
+        parameters: N, those that a token goes through.
         steps: optimizer steps, None if it was not said how many.
         count: accelerators.
         setup: what of a run a plan does not say.

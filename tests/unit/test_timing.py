@@ -11,7 +11,7 @@ from estimator.describe.checks import ConfigError
 from estimator.describe.model import ModelConfig
 from estimator.hardware.accelerators import accelerator, accelerators
 from estimator.hardware.networks import network, networks, straggling
-from estimator.pricing.conventions import CONVENTIONS, flops_per_token, idle_parameters
+from estimator.pricing.conventions import CONVENTIONS, flops_per_token
 from estimator.timing.roofline import PARTS, efficiency
 from estimator.timing.speed import step_times
 
@@ -175,12 +175,14 @@ def test_conventions_give_the_published_flops():
     [
         ("mixtral-8x7b", 12.9e9),  # Jiang et al. 2024, arXiv:2401.04088, section 1: 13B active
         ("qwen3-30b-a3b", 3.3e9),  # its model card: 3.3B activated
+        ("deepseek-v3", 37e9),  # DeepSeek-AI 2024, arXiv:2412.19437, abstract: 37B activated
+        ("gpt-oss-120b", 5.13e9 + 201_088 * 2_880),  # its model card, table 1, which leaves out the embedding
     ],
 )
 def test_a_token_goes_through_the_published_number_of_parameters(name, active):
     m, plan = est.preset(name), est.Plan(seq_len=512, precision="bf16")
     values = est.account(m, plan).evaluate(m, plan)
-    assert values.parameters - idle_parameters(m) == pytest.approx(active, rel=0.04)
+    assert values.active_parameters == pytest.approx(active, rel=0.04)
 
 
 def test_a_model_with_experts_has_a_time_and_an_mfu_by_every_convention():

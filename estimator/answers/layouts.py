@@ -1,0 +1,373 @@
+"""Every way to lay a run out on so many accelerators: which fit, how fast they are, and why the others are not.
+
+A layout is data parallelism with a sharding, the accelerators that share the shards (HSDP), a micro-batch and what is
+checkpointed. One account a recipe holds for all micro-batches and counts, so that thousands of layouts take seconds.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from estimator.accounting.accounts import recipe_of, sizes_for, vectorised_peak
+from estimator.answers.estimates import check_kernel
+from estimator.answers.plans import RECIPE
+from estimator.describe.checks import ConfigError
+from estimator.describe.plan import FULLY_SHARDED, Plan
+from estimator.describe.presets import preset
+from estimator.describe.run import Run
+from estimator.describe.settings import checked, choices
+from estimator.describe.units import GIB, SECONDS_PER_HOUR
+from estimator.hardware.accelerators import Accelerator, accelerator
+from estimator.hardware.networks import network as network_of
+from estimator.memory.device import needed
+from estimator.pricing.money import cost
+from estimator.timing.roofline import PARTS
+from estimator.timing.speed import Setup, between, regime, times
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterator, Mapping
+    from pathlib import Path
+
+    import pandas as pd
+    from numpy.typing import NDArray
+
+    from estimator.describe.model import ModelConfig
+
+AXES = ("sharding", "shard_group", "batch_size", "checkpointing")  # the fields of a plan that are searched
+KINDS = ("none", "selective", "block")  # of checkpointing; "attention" only where the plan has it
+MOST = 16_384  # accelerators, where the smallest number is looked for
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """A layout that fits.
+
+    Attributes:
+        plan: the plan, with every searched field and the accumulation that the global batch takes.
+        needed: bytes on the accelerator that holds the most (`Memory.needed`).
+        headroom: bytes that are left of its memory.
+        parts: seconds of a step by part (`estimator.timing.roofline.PARTS`).
+        tokens_per_second: of one accelerator.
+        mfu: model FLOPs utilisation.
+        dollars: of a billion tokens; None where no price is on file.
+        best: no other layout is both faster and leaves more room.
+    """
+
+    plan: Plan
+    needed: int
+    headroom: int
+    parts: Mapping[str, float]
+    tokens_per_second: float
+    mfu: float
+    dollars: float | None
+    best: bool = False
+
+    @property
+    def seconds(self) -> float:
+        """Of an optimizer step."""
+        return sum(self.parts.values())
+
+    @property
+    def bound(self) -> str:
+        """What most of the time goes to."""
+        return regime(self.parts)
+
+    def behind(self, first: Option) -> str:
+        """Why this is slower than `first`: the parts of a step that take longer, the worst two."""
+        more = {name: self.parts[name] - first.parts[name] for name in PARTS}
+        worst = sorted((name for name in more if more[name] > 0.001 * first.seconds), key=lambda name: -more[name])[:2]
+        return ", ".join(f"{name} +{more[name] / first.seconds:.1%}" for name in worst)
+
+
+@dataclass(frozen=True, slots=True)
+class Layouts:
+    """The layouts of a run.
+
+    Attributes:
+        options: those that fit, the fastest first.
+        refused: how many others there are, by reason.
+        smallest: the least number of these accelerators on which a step of this global batch fits at all; None if
+            `MOST` do not suffice.
+        network: what was taken between nodes, a sentence.
+    """
+
+    options: tuple[Option, ...]
+    refused: Mapping[str, int]
+    smallest: int | None
+    network: str
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row a layout, the fastest first; `attrs` has `refused`, `smallest` and `network`."""
+        import pandas as pd  # noqa: PLC0415 - half a second that only this needs
+
+        rows = [
+            {
+                "data_parallel": o.plan.data_parallel,
+                "sharding": o.plan.sharding,
+                "shard_group": o.plan.shards,
+                "precision": o.plan.precision,
+                "batch_size": o.plan.batch_size,
+                "grad_accumulation": o.plan.grad_accumulation,
+                "checkpointing": o.plan.checkpointing,
+                "seconds_per_step": o.seconds,
+                "tokens_per_second_per_accelerator": o.tokens_per_second,
+                "mfu": o.mfu,
+                "needed": o.needed,
+                "headroom": o.headroom,
+                "dollars_per_billion_tokens": o.dollars,
+                "bound": o.bound,
+                "behind": o.behind(self.options[0]),
+                "best": o.best,
+            }
+            for o in self.options
+        ]
+        frame = pd.DataFrame(rows)
+        frame.attrs |= {"refused": dict(self.refused), "smallest": self.smallest, "network": self.network}
+        return frame
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain, JSON-ready."""
+        frame = self.to_frame()
+        rows = [{str(k): _plain(x) for k, x in row.items()} for row in frame.to_dict("records")]
+        return {str(k): x for k, x in frame.attrs.items()} | {"layouts": rows}
+
+
+def layouts(
+    model: ModelConfig | str, plan: Plan | None = None, on: Accelerator | str | Path = "h100-80gb-sxm", **how: Any
+) -> pd.DataFrame:
+    """Every layout that fits, the fastest first: `search(...).to_frame()`, with the same arguments."""
+    return search(model, plan, on, **how).to_frame()
+
+
+def search(
+    model: ModelConfig | str,
+    plan: Plan | None = None,
+    on: Accelerator | str | Path = "h100-80gb-sxm",
+    *,
+    count: int,
+    global_batch_size: int,
+    fixed: Collection[str] = (),
+    network: str | float | None = None,
+    price: float | None = None,
+    progress: Callable[[float], object] = lambda _: None,
+) -> Layouts:
+    """Every layout of a run on `count` accelerators.
+
+    Args:
+        model: a configuration or the name of a preset.
+        plan: how a step is run, save the searched fields (`AXES`); by default `estimator.answers.plans.RECIPE`. With a
+            precision of "bf16-mixed" or "bf16-fsdp" each sharding takes its own: fully_shard's policy, or autocast
+            where parameters are whole.
+        on: the accelerator, its name, or the path of a profile.
+        count: accelerators; all of them work.
+        global_batch_size: sequences in an optimizer step of the whole job.
+        fixed: fields of `AXES` that stay as the plan has them.
+        network: between nodes, as for `estimator.estimate`; by default 12.5 GB/s an accelerator, or its own if less.
+        price: US dollars of an accelerator-hour; by default the median of those on file.
+        progress: told how much is done, of 1; it may raise to give up.
+
+    Raises:
+        ConfigError: a name is unknown, the global batch is less than a sequence for each accelerator, the accelerators
+            do not fill whole nodes, or no time can be predicted.
+    """
+    m = preset(model) if isinstance(model, str) else model
+    a = accelerator(on)
+    choose("device", a.device, ("cuda", "cpu"))
+    for name in fixed:
+        choose("fixed", name, AXES)
+    asked = _Search(m, plan or RECIPE, a, Setup(network=network), frozenset(fixed), checked(Run, "count", count))
+    sequences = checked(Run, "global_batch_size", global_batch_size)
+    if sequences < asked.count:
+        raise ConfigError(
+            f"global_batch_size = {sequences}: {asked.count} accelerators each take a sequence at least; allowed is at "
+            f"least {asked.count}"
+        )
+    check_kernel(asked.plan, a)
+    refused: Counter[str] = Counter()
+    found: list[Option] = []
+    rate = cost(a, SECONDS_PER_HOUR, price=price).dollars
+    ways = list(asked.ways(refused))
+    for i, way in enumerate(ways):
+        progress(i / (len(ways) + 1))
+        found += asked.fitting(way, sequences, None if rate is None else rate.median, refused)
+    found.sort(key=lambda o: (o.seconds, -o.headroom))
+    smallest = asked.smallest(sequences)
+    most, options = -1, []
+    for o in found:
+        options.append(replace(o, best=o.headroom > most))
+        most = max(most, o.headroom)
+    given = between(a, network)
+    default = network_of(network if network is not None else None)
+    rate_of = f"{given / 1e9:g} GB/s an accelerator" if given is not None else f"{default.bandwidth / 1e9:g} GB/s"
+    return Layouts(tuple(options), dict(refused), smallest, f"between nodes {rate_of} ({default.source})")
+
+
+@dataclass(frozen=True)
+class _Search:
+    """A question, and the layouts that answer it."""
+
+    model: ModelConfig
+    plan: Plan
+    accelerator: Accelerator
+    setup: Setup
+    fixed: frozenset[str]
+    count: int
+
+    def ways(self, refused: Counter[str]) -> Iterator[Plan]:
+        """Each sharding, group of shards and checkpointing, in micro-batches of one; why others cannot be."""
+        shardings = choices(Plan)["sharding"] if self.count > 1 else ("none",)
+        if "sharding" in self.fixed:
+            shardings = (self.plan.sharding,)
+        for sharding in shardings:
+            groups: tuple[int | None, ...] = (None,)
+            if "shard_group" in self.fixed:
+                groups = (self.plan.shard_group,)
+            elif sharding in FULLY_SHARDED:
+                groups = (None, *(n for n in range(self.count // 2, 1, -1) if self.count % n == 0))
+            for group in groups:
+                for kind in self._checkpointings():
+                    try:
+                        yield self._way(self.count, sharding, group, kind)
+                    except ConfigError as why:
+                        refused[str(why)] += 1
+
+    def _checkpointings(self) -> tuple[str, ...]:
+        if "checkpointing" in self.fixed:
+            return (self.plan.checkpointing,)
+        return (*KINDS, self.plan.checkpointing) if self.plan.checkpointing not in KINDS else KINDS
+
+    def _way(self, count: int, sharding: str, group: int | None, checkpointing: str) -> Plan:
+        """The plan so laid out.
+
+        Raises:
+            ConfigError: it cannot be.
+        """
+        checked(Plan, "checkpointing", checkpointing)
+        changes: dict[str, Any] = {
+            "data_parallel": count,
+            "sharding": sharding,
+            "shard_group": group,
+            "checkpointing": checkpointing,
+            "checkpoint_every": self.plan.checkpoint_every if checkpointing == self.plan.checkpointing else 1,
+            "grad_accumulation": 1,
+        }
+        if self.plan.precision in ("bf16-mixed", "bf16-fsdp"):
+            whole = sharding not in FULLY_SHARDED or count == 1
+            changes["precision"] = "bf16-mixed" if whole else "bf16-fsdp"
+            if whole:
+                changes |= {"reduce_dtype": "fp32", "autocast": False}
+        if sharding != "zero3":
+            changes["reshard_after_forward"] = None
+        return self.plan.replace(**changes)
+
+    def fitting(self, way: Plan, sequences: int, rate: float | None, refused: Counter[str]) -> list[Option]:
+        """The micro-batches of `way` that fit."""
+        if "batch_size" in self.fixed:
+            batches = np.array([way.batch_size])
+        else:  # of those that take the same number of turns the smallest: a last one that is not full takes its time
+            share = -(-sequences // self.count)
+            batches = np.unique([-(-share // turns) for turns in range(1, share + 1)])
+        turns = -(-sequences // (batches * self.count))
+        found: list[Option] = []
+        try:
+            for points, memory, spent, flops in self._figures(way, batches, turns):
+                spare = self.accelerator.memory_bytes - memory
+                for i in np.flatnonzero(spare >= 0):
+                    at = points[i]
+                    parts = {name: float(x[i]) for name, x in spent.items()}
+                    plan = way.replace(batch_size=int(batches[at]), grad_accumulation=int(turns[at]))
+                    work = float(flops[i]) * sequences / plan.batch_size
+                    found.append(self._option(plan, int(memory[i]), parts, work, sequences, rate))
+                if len(points) > (fit := int((spare >= 0).sum())):
+                    least = f"{way.sharding}, checkpointing {way.checkpointing}"
+                    refused[f"more than {self.accelerator.memory_bytes / GIB:.1f} GiB: {least}"] += len(points) - fit
+        except ConfigError as why:
+            refused[str(why)] += len(batches)
+        return found
+
+    def _figures(
+        self, way: Plan, batches: NDArray[np.int64], turns: NDArray[np.int64]
+    ) -> Iterator[tuple[NDArray[np.intp], NDArray[np.int64], dict[str, NDArray[np.float64]], NDArray[np.float64]]]:
+        """(points, bytes needed, seconds by part, model FLOPs of a micro-batch), alike points together."""
+        device = self.accelerator.device
+        for several in np.unique(turns > 1):
+            points = np.flatnonzero((turns > 1) == several)
+            plan = way.replace(grad_accumulation=2 if several else 1)
+            sizes = dict(sizes_for(self.model, plan)) | {"B": batches[points]}
+            for form, alike in vectorised_peak(recipe_of(self.model, plan, device), device).accounts(sizes):
+                here = {**sizes, "B": batches[points][alike]}
+                every = np.ones(len(alike))
+                memory = np.broadcast_to(needed(form, here, self.accelerator), len(alike))
+                spent = times(form, here, plan, self.accelerator, self.setup, turns[points][alike])
+                signs = {"forward_flops": 1, "backward_flops": 1, "recompute_flops": -1}
+                flops = sum(sign * form.compiled.greatest([(name,)], _floats(here)) for name, sign in signs.items())
+                yield points[alike], memory, {name: x * every for name, x in spent.items()}, flops * every
+
+    def _option(
+        self, plan: Plan, memory: int, parts: Mapping[str, float], flops: float, sequences: int, rate: float | None
+    ) -> Option:
+        seconds = sum(parts.values())
+        tokens = sequences * plan.tokens(self.model) / (seconds * self.count)
+        peak = self.accelerator.peak_flops(plan.product_dtype)
+        return Option(
+            plan=plan,
+            needed=memory,
+            headroom=self.accelerator.memory_bytes - memory,
+            parts=parts,
+            tokens_per_second=tokens,
+            mfu=flops / (seconds * peak * self.count),
+            dollars=None if rate is None else rate * 1e9 / (tokens * SECONDS_PER_HOUR),
+        )
+
+    def smallest(self, sequences: int) -> int | None:
+        """The least number of accelerators on which a micro-batch of one (or the fixed one) fits."""
+        batch = self.plan.batch_size if "batch_size" in self.fixed else 1
+        node = self.accelerator.per_node
+        most = min(MOST, sequences // batch)
+        counts = [*range(1, min(node, most) + 1), *range(2 * node, most + 1, node)]
+        for first, last in _doubling(len(counts)):
+            fitting = [n for n in counts[first:last] if self._fits(n, batch, sequences)]
+            if fitting:
+                return min(fitting)
+        return None
+
+    def _fits(self, count: int, batch: int, sequences: int) -> bool:
+        turns = -(-sequences // (batch * count))
+        group = self.plan.shard_group if "shard_group" in self.fixed else None
+        shardings = (
+            (self.plan.sharding,) if "sharding" in self.fixed else choices(Plan)["sharding"] if count > 1 else ("none",)
+        )
+        for kind in reversed(self._checkpointings()):
+            for sharding in reversed(shardings):
+                try:
+                    way = self._way(count, sharding, group, kind).replace(
+                        batch_size=batch, grad_accumulation=min(turns, 2)
+                    )
+                    sizes = sizes_for(self.model, way)
+                    recipe = recipe_of(self.model, way, self.accelerator.device)
+                except ConfigError:
+                    continue
+                (form, _), *_ = vectorised_peak(recipe, self.accelerator.device).accounts(sizes)
+                if needed(form, sizes, self.accelerator)[0] <= self.accelerator.memory_bytes:
+                    return True
+        return False
+
+
+def _doubling(count: int) -> Iterator[tuple[int, int]]:
+    """0 to 1, 1 to 2, 2 to 4, 4 to 8 ... up to `count`."""
+    first, last = 0, 1
+    while first < count:
+        yield first, min(last, count)
+        first, last = last, 2 * last
+
+
+def _floats(sizes: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: x.astype(np.float64) if np.ndim(x) else int(x) for name, x in sizes.items()}
+
+
+def _plain(x: Any) -> Any:
+    return x.item() if isinstance(x, np.generic) else x

@@ -1,0 +1,131 @@
+"""The search over layouts against a loop over `estimate`, one layout at a time."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+
+import estimator as est
+from estimator.answers.layouts import KINDS, search
+from estimator.describe.checks import ConfigError
+from estimator.hardware.accelerators import accelerator
+from estimator.show.layouts import said
+
+MODEL = est.preset("gpt2").replace(num_layers=8)
+PLAN = est.Plan(precision="bf16-mixed", attention="sdpa", seq_len=512, loss="torch-fp32")
+CARD = replace(accelerator("a100-80gb-sxm"), id="small", memory_bytes=int(3.7 * 2**30), per_node=4)
+SEQUENCES, COUNT = 24, 8
+FIELDS = ("data_parallel", "sharding", "shard_group", "batch_size", "grad_accumulation", "checkpointing")
+
+
+@pytest.fixture(scope="module")
+def found():
+    return search(MODEL, PLAN, CARD, count=COUNT, global_batch_size=SEQUENCES)
+
+
+def estimated(**changes):
+    """The estimate of one layout, or None where it cannot be."""
+    sharded = changes["sharding"] in ("zero2", "zero3") and changes["data_parallel"] > 1
+    try:
+        p = PLAN.replace(precision="bf16-fsdp" if sharded else "bf16-mixed", **changes)
+        return est.estimate(MODEL, p, CARD, global_batch_size=SEQUENCES)
+    except ConfigError:
+        return None
+
+
+def brute(count):
+    """Every layout of so many accelerators that fits, by its fields."""
+    groups = [(s, g) for s in ("zero2", "zero3") for g in (None, *range(2, count)) if g is None or count % g == 0]
+    for (sharding, group), kind in itertools.product([("none", None), ("zero1", None), *groups], KINDS):
+        for batch in range(1, SEQUENCES // count + 1):
+            r = estimated(
+                data_parallel=count, sharding=sharding, shard_group=group, checkpointing=kind, batch_size=batch
+            )
+            if r is not None and r.fits:
+                p = r.plan
+                yield (sharding, p.shards, batch, p.grad_accumulation, kind), r
+
+
+def key(o):
+    return o.plan.sharding, o.plan.shards, o.plan.batch_size, o.plan.grad_accumulation, o.plan.checkpointing
+
+
+def test_it_finds_what_a_loop_over_all_layouts_finds(found):
+    expected = dict(brute(COUNT))
+    listed = {key(o): o for o in found.options}
+    assert 20 < len(listed) < 3 * len(expected)
+    useful = {k for k in expected if k[2] * k[3] == SEQUENCES // COUNT or (k[2], k[3]) == (2, 2)}
+    assert set(listed) == useful
+    assert sum(found.refused.values()) > 0
+    best = min(expected.values(), key=lambda r: r.time.seconds_per_step)
+    assert found.options[0].seconds == pytest.approx(best.time.seconds_per_step)
+    for k, o in listed.items():
+        r = expected[k]
+        assert o.needed == r.memory.needed
+        assert o.seconds == pytest.approx(r.time.seconds_per_step)
+        assert o.mfu == pytest.approx(r.time.mfu)
+        assert o.tokens_per_second == pytest.approx(r.time.tokens_per_second_per_accelerator)
+
+
+def test_those_on_the_front_are_not_bettered(found):
+    for o in found.options:
+        better = [x for x in found.options if x.seconds < o.seconds and x.headroom >= o.headroom]
+        assert o.best == (not better)
+
+
+def test_the_smallest_number_is_the_first_on_which_anything_fits():
+    card = replace(CARD, memory_bytes=int(2.3 * 2**30))
+    smallest = search(MODEL, PLAN, card, count=8, global_batch_size=SEQUENCES).smallest
+
+    def fits(count):
+        shardings = ("none", "zero1", "zero2", "zero3") if count > 1 else ("none",)
+        for sharding, kind in itertools.product(shardings, KINDS):
+            r = estimated(data_parallel=count, sharding=sharding, checkpointing=kind)
+            if r is not None and r.memory.needed <= card.memory_bytes:
+                return True
+        return False
+
+    assert smallest is not None
+    assert smallest > 1
+    assert [fits(n) for n in (1, 2, 3, 4, 8)] == [n >= smallest for n in (1, 2, 3, 4, 8)]
+
+
+def test_a_field_that_is_fixed_stays_and_the_frame_has_the_plans_fields():
+    p = PLAN.replace(checkpointing="block", batch_size=3)
+    frame = est.layouts(MODEL, p, CARD, count=COUNT, global_batch_size=SEQUENCES, fixed=("checkpointing", "batch_size"))
+    assert set(frame["checkpointing"]) == {"block"}
+    assert set(frame["batch_size"]) == {3}
+    assert list(frame["seconds_per_step"]) == sorted(frame["seconds_per_step"])
+    row = frame.iloc[0]
+    again = estimated(**{name: row[name] if isinstance(row[name], str) else int(row[name]) for name in FIELDS
+                         if name != "shard_group" or row["sharding"] in ("zero2", "zero3")})  # fmt: skip
+    assert again.memory.needed == row["needed"]
+    assert frame.attrs["network"].startswith("between nodes 12.5 GB/s")
+
+
+def test_a_network_of_ones_own_is_said_and_makes_a_difference(found):
+    slow = search(MODEL, PLAN, CARD, count=COUNT, global_batch_size=SEQUENCES, network=1e9)
+    assert "1 GB/s" in slow.network
+    assert slow.options[0].seconds > found.options[0].seconds
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"count": 0}, "count"),
+        ({"global_batch_size": 7}, "global_batch_size"),
+        ({"fixed": ("d_model",)}, "fixed"),
+        ({"network": "ethernet"}, "network"),
+    ],
+)
+def test_what_cannot_be_asked(changes, field):
+    with pytest.raises(ConfigError, match=field):
+        search(MODEL, PLAN, CARD, **({"count": 8, "global_batch_size": 24} | changes))
+
+
+def test_where_nothing_fits_it_says_so():
+    card = replace(CARD, memory_bytes=2**30)
+    nothing = search(MODEL, PLAN, card, count=2, global_batch_size=4)
+    assert nothing.options == ()
+    assert nothing.smallest is None
+    assert said(nothing, 2, "small").startswith("No layout fits on 2 x small")
