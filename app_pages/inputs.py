@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import streamlit as st
 
 from app_pages import targets
-from app_pages.labels import explained, label
+from app_pages.labels import explained, label, plain
 from app_pages.model_input import LIMIT, model_input
 from estimator.accounting.accounts import DEVICES
 from estimator.answers.request import Request
@@ -67,7 +67,7 @@ def sidebar() -> Setup:
     problems: list[str] = []
 
     def problem(error: ConfigError) -> None:
-        st.error(str(error), icon=":material/error:")
+        st.error(plain(str(error)), icon=":material/error:")
         problems.append(str(error))
 
     with st.sidebar:
@@ -114,7 +114,7 @@ def _plan(model: ModelConfig, problems: list[str]) -> Plan:
 
     plan, refused = gathered(Plan, {name: drawn[name] for name in settings(Plan) if name in drawn}, accepts=model_takes)
     for name, error in refused.items():
-        slots[name].error(str(error), icon=":material/error:")
+        slots[name].error(plain(str(error)), icon=":material/error:")
         problems.append(str(error))
     return plan
 

@@ -15,7 +15,7 @@ import numpy as np
 from estimator.accounting.accounts import recipe_of, sizes_for, vectorised_peak
 from estimator.answers.estimates import check_kernel
 from estimator.answers.plans import RECIPE
-from estimator.describe.checks import ConfigError
+from estimator.describe.checks import ConfigError, choose
 from estimator.describe.plan import FULLY_SHARDED, Plan
 from estimator.describe.presets import preset
 from estimator.describe.run import Run

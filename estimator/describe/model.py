@@ -28,7 +28,7 @@ class ModelConfig:
         "are given, any name.",
     )
     num_layers: int = size(MISSING, "L, the number of blocks.", most=1_000, label="Layers")  # the deepest published
-    d_model: int = size(MISSING, "d, the width of the residual stream.", label="d_model")
+    d_model: int = size(MISSING, "d, the width of the residual stream.", label="Width")
     num_heads: int = size(MISSING, "h, query heads.", most=10_000, label="Heads")
     vocab_size: int = size(MISSING, "V, rows of the embedding.", most=10**9, label="Vocabulary")
     context_length: int = size(MISSING, "C, positions that the model holds.", most=10**9)
@@ -46,7 +46,7 @@ class ModelConfig:
         "f, the hidden width of the feed-forward.",
         most=10_000_000,
         optional="4 d for gpt2, must not be for all others, and is right where every layer has experts in its place",
-        label="d_ff",
+        label="Feed-forward width",
     )
     tie_embeddings: bool | None = flag(
         "The head shares the embedding's matrix.",
