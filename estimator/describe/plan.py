@@ -38,7 +38,6 @@ OPTIMIZERS = {
 }
 # What an update needs at once: an accelerator's rows are not enough.
 WHOLE_MATRICES = ("muon", "adafactor", "adamw-8bit")
-_ONE = Needs("data_parallel", (1,), "what is frozen is known for one accelerator alone")
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,14 +230,12 @@ class Plan:
         "The parts of the model that are trained, with commas: all, blocks, embedding, attention, feed-forward, norms, "
         "head, layers:0-3 (from the first to the last of these).",
         parse=parts_listed,
-        needs=(_ONE,),
         draws=("all", "blocks", "norms,head", "attention", "embedding,feed-forward"),
     )
     frozen: str = text(
         "",
         "The parts of these that are not trained after all, named alike.",
         parse=parts_listed,
-        needs=(_ONE,),
         draws=("", "embedding", "norms"),
     )
     adapter: str = choice(
@@ -247,6 +244,7 @@ class Plan:
         {
             "none": "the model itself is trained",
             "lora": "two narrow matrices in fp32 beside each of some linear layers, and nothing else, as peft does",
+            "dora": "a magnitude for each of their outputs too (Liu et al. 2024)",
         },
         needs=(
             Needs("trained", ("all",), "it freezes the model", say="leave trained at 'all'"),
@@ -256,7 +254,6 @@ class Plan:
                 ("fp32", "tf32", "bf16", "bf16-mixed", "fp16-mixed", "bf16-fsdp"),
                 "adapters are fp32 by themselves, and precision is {precision!r}",
             ),
-            Needs("data_parallel", (1,), "adapters are known for one accelerator alone"),
         ),
     )
     adapter_rank: int = integer(8, "r, the width of the adapters' matrices.", draws=(1, 4))
