@@ -14,8 +14,8 @@ PAGE = Path(__file__).parents[1] / "docs" / "settings.md"
 START = """# Settings
 
 Every setting, as it is declared in `estimator/describe/`. In Python they are the fields of `est.Plan`, the arguments of
-`est.estimate` and the fields of a `ModelConfig`; on the command line `--batch-size 4` and the like; in a link of the page
-`?batch_size=4`. `python tools/settings_page.py` makes this page.
+`est.estimate` and the fields of a `ModelConfig`; on the command line `--batch-size 4` and the like; in a link of the
+page `?batch_size=4`. `python tools/settings_page.py` makes this page.
 """
 PARTS = {
     "The plan: how a step is run": Plan,
