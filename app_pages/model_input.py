@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import streamlit as st
 
 from app_pages.labels import explained, label, plain
-from estimator.describe.checks import LIMITS, ConfigError
+from estimator.describe.checks import ConfigError
 from estimator.describe.hf import TakenForAnother, essential, from_hf
 from estimator.describe.model import ModelConfig
 from estimator.describe.presets import preset, preset_groups, presets, starting_points
+from estimator.describe.settings import limits
 from estimator.describe.words import in_words
 
 if TYPE_CHECKING:
@@ -174,12 +175,12 @@ def _sizes(name: str, published: ModelConfig) -> dict[str, Any]:
         value = columns[i % 2].number_input(
             label(field),
             min_value=1,
-            max_value=min(LIMITS[field], LIMIT),
+            max_value=min(limits(ModelConfig)[field], LIMIT),
             value=None if field in FOLLOWING else own,
             placeholder="none" if shown is None else f"{shown:,}",
             key=f"{name}.{field}",
             bind="query-params",
-            help=explained(ModelConfig)[field],
+            help=explained(field),
         )
         if value is not None and value != own:
             changes[field] = value
@@ -189,9 +190,7 @@ def _sizes(name: str, published: ModelConfig) -> dict[str, Any]:
         own = getattr(published, field)
         if not _can_be(published, **{field: not own}):
             continue
-        value = st.toggle(
-            label(field), own, key=f"{name}.{field}", bind="query-params", help=explained(ModelConfig)[field]
-        )
+        value = st.toggle(label(field), own, key=f"{name}.{field}", bind="query-params", help=explained(field))
         if value != own:
             changes[field] = value
     return changes

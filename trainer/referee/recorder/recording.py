@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from estimator.accounting.recorded import RecordedAccount
 from estimator.describe.checks import choose
 from estimator.eager.ledger import Phase
-from trainer.referee.recorder.account import RecordedAccount
 from trainer.referee.recorder.assumptions import Assumptions
 from trainer.referee.recorder.ledger import Reader
 from trainer.referee.recorder.session import LIBRARIES, recorded, recording
@@ -86,11 +87,24 @@ class Recording:
         """Bytes at the peak by the module that made them, most first; they add up to it."""
         return self.account.peak_modules
 
+    @cached_property
+    def _live(self) -> NDArray[np.int64]:
+        return self.account.delta.cumsum()
+
+    def live_at(self, event: int) -> int:
+        """Live bytes after an event of the ledger."""
+        return int(self._live[event])
+
+    def most_in(self, phase: Phase) -> int | None:
+        """The event of a phase after which most bytes are alive; None where nothing happens in it."""
+        own = [i for i, e in enumerate(self.ledger.events) if e.where.phase is phase]
+        return max(own, key=self.live_at, default=None)
+
     @property
     def timeline(self) -> NDArray[np.int64]:
         """Live bytes after each event of the step."""
         setup = sum(e.where.phase is Phase.SETUP for e in self.ledger.events)
-        return self.account.delta.cumsum()[setup:]
+        return self._live[setup:]
 
     def __str__(self) -> str:
         where = f"{self.peak_where.phase}, {self.peak_where.module or 'the model'}, {self.peak_where.op}"

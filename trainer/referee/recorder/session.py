@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.modules import module as hooks
 from torch.optim import optimizer as optimizers
+from torch.utils._pytree import tree_leaves
 
 from estimator.eager.ledger import Category
 from trainer.referee.measure import onednn
@@ -113,7 +114,7 @@ def _known(native: Any, step: Any, log: Log, first: int) -> Known:
     found = dict.fromkeys(alive, (Category.BUFFER, ""))
     for name, t in step.model.named_buffers():
         found[number_of(native, t)] = Category.BUFFER, name.rpartition(".")[0]
-    for t in step.inputs:
+    for t in (x for x in tree_leaves(step.inputs) if isinstance(x, torch.Tensor)):
         found[number_of(native, t)] = Category.INPUT, ""
     names = {id(p): name for name, p in step.model.named_parameters()}
     for p, state in step.optimizer.state.items():

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from estimator.describe.checks import ConfigError
 from estimator.describe.plan import Plan
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
+
+PRECISIONS = ("fp32", "tf32", "bf16", "bf16-mixed", "fp16-mixed")  # of a module of one's own
 
 
 class ModuleStep(Step):
@@ -33,7 +36,7 @@ class ModuleStep(Step):
         self, module: nn.Module, loss: Callable[..., Tensor], inputs: tuple[Any, ...], p: Plan, device: str = "cpu"
     ) -> None:
         self.loss, self.given = loss, inputs
-        tensors: Any = tuple(x for x in inputs if isinstance(x, torch.Tensor)) or (torch.zeros(1),)
+        tensors: Any = tuple(x for x in tree_leaves(inputs) if isinstance(x, torch.Tensor)) or (torch.zeros(1),)
         super().__init__(module, build_optimizer(trained(module), p, device), tensors, p)
 
     def forward(self) -> Tensor:
@@ -58,8 +61,7 @@ def as_step(built: Any, plan: Plan | None = None) -> Any:
         raise ConfigError(f"build returned a {kind}: must be (module, loss, inputs), a module, or a step")
     module, loss, inputs = built
     p = plan or Plan()
-    if p.precision not in ("fp32", "tf32", "bf16", "bf16-mixed", "fp16-mixed"):
-        allowed = "fp32, tf32, bf16, bf16-mixed, fp16-mixed"
-        raise ConfigError(f"precision = {p.precision!r}: allowed for a module of your own are {allowed}")
+    if p.precision not in PRECISIONS:
+        raise ConfigError(f"precision = {p.precision!r}: allowed for a module of your own are {', '.join(PRECISIONS)}")
     module = module.to(PARAMETERS[p.precision]) if p.precision in PARAMETERS else module
     return ModuleStep(module, loss, inputs if isinstance(inputs, tuple) else (inputs,), p)

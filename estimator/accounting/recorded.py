@@ -41,10 +41,6 @@ class RecordedAccount:
         """Groups of blocks that a few turns stand for: none."""
         return (1,)
 
-    def logits(self, _: Mapping[str, int]) -> int:
-        """Bytes of logits at the peak: which tensors these are, nobody knows of a module that we have not written."""
-        return 0
-
     @cached_property
     def delta(self) -> NDArray[np.int64]:
         """Bytes that each event allocates or, negative, frees; the setup's first."""
