@@ -21,11 +21,11 @@ from estimator.describe.model import ModelConfig
 from estimator.describe.plan import OPTIMIZERS, Plan
 from trainer.files.checkpoint import checkpoints, read_checkpoint
 from trainer.files.prepare import PrepareConfig, prepare
-from trainer.optim.build import build_optimizer
 from trainer.optim.optimizers import AdamW
 from trainer.run.announce import matmul_peak
 from trainer.run.commands import main, parse_train
 from trainer.run.curve import WIDTH
+from trainer.run.optimizer import build_optimizer
 from trainer.run.progress import duration
 from trainer.run.settings import CONFIGS, ModelSection, OptimSection, TrainConfig, load_config
 from trainer.run.train import Share, TrainingError, train

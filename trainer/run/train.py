@@ -18,13 +18,13 @@ from trainer.files.checkpoint import CheckpointError, export_safetensors, random
 from trainer.files.data import Dataset
 from trainer.model.adapters import to_precision
 from trainer.model.decoder import build_model
-from trainer.optim.build import build_optimizer
 from trainer.optim.precision import PARAMETERS, autocast, loss_scaler, products_in
 from trainer.optim.schedule import lr_cosine_schedule
 from trainer.parallel.distributed import Weights, World, load_run, local, save_run
 from trainer.referee.measure import loss_of
 from trainer.run.announce import announce, matmul_peak
 from trainer.run.folder import check_settings, keep_inputs, locked, newest, prune, start_point
+from trainer.run.optimizer import build_optimizer
 from trainer.run.progress import Reporter, duration
 
 if TYPE_CHECKING:
