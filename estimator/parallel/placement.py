@@ -61,7 +61,11 @@ def buckets(ready: Sequence[Tensor]) -> Size:
 @lru_cache(maxsize=1024)
 def _bucket_count(lengths: tuple[int, ...]) -> Function:
     def compute(*values: Any) -> Any:
-        return np.vectorize(one, otypes=[np.int64])(*values)
+        points = np.broadcast_arrays(*values)  # np.vectorize takes no more than 64
+        found = np.empty(points[0].shape, dtype=np.int64)
+        for at in np.ndindex(found.shape):
+            found[at] = one(*(point[at] for point in points))
+        return found
 
     def one(*values: Any) -> int:
         at, closed, held, limit = 0, 0, 0, FIRST_BUCKET
