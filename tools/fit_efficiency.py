@@ -407,8 +407,10 @@ def fit_links():
 
 
 def architectures(best):
-    """(of each architecture its text, products, the name of its kernels of memory, link and attention; those kernels;
-    what power allows)."""
+    """(what is fitted to each architecture, the kernels that move memory, what power allows).
+
+    Of an architecture: its text, products, the name of its kernels that move memory, its link, its attention.
+    """
     kernels, moving = fit_memory()
     products, product, power = fit_products(best, kernels["ampere"]["gap"])
     flash, attention = fit_attention()
@@ -418,6 +420,8 @@ def architectures(best):
         f"without in-switch reduction 368 of 450 GB/s; tiles and waves of products by {product['hopper']}, their level "
         "by what A100 and B200 sustain of the best timed, between them by power"
     )
+    hopper_text = f"Fitted to {attention['hopper']}; {attention['newer']}; {moving['hopper']}; {link['hopper']}, "
+    hopper_text += f"{hopper_rest}."
     older = "A100's efficiencies, unmeasured here, with its first fused attention: the second needs Ampere."
     first, second = flash["ampere"]["flash-1"], flash["ampere"]["flash-2"]
     newest = f"fitted to {product['blackwell']}; {attention['blackwell']}; {link['blackwell']}."
@@ -427,8 +431,7 @@ def architectures(best):
             ampere, "ampere", links["ampere"], flash["ampere"],
         ),
         "hopper": (
-            f"Fitted to {attention['hopper']}; {attention['newer']}; {moving['hopper']}; {link['hopper']}, "
-            f"{hopper_rest}.",
+            hopper_text,
             hopper, "hopper", {**links["hopper"], "within": HOPPER_RING}, flash["hopper"],
         ),
         "blackwell": (f"F{newest[1:]}", blackwell, "blackwell", links["blackwell"], flash["blackwell"]),
