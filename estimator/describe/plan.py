@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from estimator.describe import tensor
 from estimator.describe.adapters import ADAPTERS, ALL, targets_listed
 from estimator.describe.checks import NORM, ConfigError, choose, known_fields, positive_int, shown
 from estimator.describe.selection import Selection, parts_listed
@@ -130,6 +131,10 @@ class Plan:
             "of zero2 and zero3, how many accelerators share what is sharded, while groups of so many replicate it "
             "(HSDP); None for all."
         ),
+        "tensor_parallel": (
+            "accelerators that share each block's matrices, as PyTorch's DTensor does: each has a part of the heads "
+            "and of the feed-forward's columns, and all have embedding, norms and head."
+        ),
     }
 
     batch_size: int = 1
@@ -159,6 +164,7 @@ class Plan:
     autocast: bool = False
     reshard_after_forward: int | bool | None = None
     shard_group: int | None = None
+    tensor_parallel: int = 1
     update: str = "after"
 
     def __post_init__(self) -> None:
@@ -219,6 +225,7 @@ class Plan:
                 "or trained = 'all' and frozen = ''"
             )
         self._check_adapter()
+        tensor.check_plan(self)
         norm = self.max_grad_norm
         if norm is not None and (isinstance(norm, bool) or not isinstance(norm, (int, float)) or not 0 < norm <= NORM):
             raise ConfigError(
@@ -345,6 +352,7 @@ class Plan:
     def check_model(self, model: ModelConfig) -> None:
         """Raise ConfigError if the model's parts have something that the plan's attention or loss has not."""
         self.selection.check(model)
+        tensor.check_model(self, model)
         parts = model.made_of
         if model.unfused is not None and self.attention.startswith("sdpa"):
             raise ConfigError(
@@ -409,6 +417,11 @@ class Plan:
         if self.data_parallel == 1 or self.sharding == "none":
             return 1
         return self.shard_group or self.data_parallel
+
+    @property
+    def accelerators(self) -> int:
+        """How many work together."""
+        return self.data_parallel * self.tensor_parallel
 
     @property
     def replicas(self) -> int:

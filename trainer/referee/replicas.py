@@ -40,10 +40,10 @@ class SharedStep(Step):
     """One process's part of an optimizer step that `p.data_parallel` processes take together."""
 
     def __init__(self, m: ModelConfig, p: Plan, world: World, seed: int = 0) -> None:
-        if world.size != p.data_parallel:
-            raise ConfigError(f"data_parallel = {p.data_parallel}: torchrun has started {world.size} processes")
+        if world.size != p.accelerators:
+            raise ConfigError(f"accelerators = {p.accelerators}: torchrun has started {world.size} processes")
         model, inputs = build_parts(m, p, str(world.device), seed)
-        self.buckets = bucket_bytes(model) if p.sharding in ("none", "zero1") else 0
+        self.buckets = bucket_bytes(model) if p.data_parallel > 1 and p.sharding in ("none", "zero1") else 0
         module, self.held, self.weights, masters = world.prepare(model, p, p.sharding)
         optimizer = build_updates(self.weights.named, p, world.device.type, self.weights)
         super().__init__(model, optimizer, inputs, p, masters)

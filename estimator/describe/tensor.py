@@ -1,0 +1,59 @@
+"""What tensor parallelism goes with: of a plan, and of a model whose heads and columns are to be shared out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from estimator.describe.checks import ConfigError, positive_int
+
+if TYPE_CHECKING:
+    from estimator.describe.model import ModelConfig
+    from estimator.describe.plan import Plan
+
+KNOWN = {  # of a plan's fields, the values that are known together with it
+    "data_parallel": (1,),
+    "adapter": ("none",),
+    "trained": ("all",),
+    "frozen": ("",),
+    "max_grad_norm": (None,),
+    "update": ("after",),
+}
+
+
+def check_plan(p: Plan) -> None:
+    """Raise ConfigError if `p` has something that is not known together with tensor parallelism."""
+    object.__setattr__(p, "tensor_parallel", positive_int("tensor_parallel", p.tensor_parallel))
+    if p.tensor_parallel == 1:
+        return
+    for name, known in KNOWN.items():
+        if getattr(p, name) not in known:
+            words = " or ".join(map(repr, known))
+            raise ConfigError(
+                f"tensor_parallel = {p.tensor_parallel}: {name} is {getattr(p, name)!r}; allowed with it is {words}"
+            )
+
+
+def check_model(p: Plan, m: ModelConfig) -> None:
+    """Raise ConfigError if `m`'s heads or columns cannot be shared out as `p` says."""
+    ranks, parts = p.tensor_parallel, m.made_of
+    if ranks == 1:
+        return
+    sizes = {"num_heads": m.num_heads, "num_kv_heads": m.kv_heads, "d_ff": m.f}
+    for name, size in sizes.items():
+        if size % ranks:
+            raise ConfigError(f"tensor_parallel = {ranks}: must divide {name}, which is {size}")
+    a, mlp = parts.attention, parts.mlp
+    other = {
+        "attention.latent": a.latent != "none",
+        "attention.experts": a.experts,
+        "attention.sinks": a.sinks,
+        "attention.out_norm": a.out_norm,
+        "attention.qk_norm": a.qk_norm in ("width", "head-own"),
+        "mlp.down_norm": mlp.down_norm,
+        "mlp.activation": mlp.activation == "xielu",
+        "experts": parts.experts is not None,
+        "positions.kind": parts.positions.kind == "alibi",
+    }
+    for name, has in other.items():
+        if has:
+            raise ConfigError(f"tensor_parallel = {ranks}: the model's {name} is not known to be shared out; allowed: 1")
