@@ -17,6 +17,8 @@ KNOWN = {  # of a plan's fields, the values that are known together with it
     "frozen": ("",),
     "max_grad_norm": (None,),
     "update": ("after",),
+    "precision": ("fp32", "tf32", "bf16", "bf16-mixed", "fp16-mixed"),
+    "optimizer": ("adamw", "adam", "sgd", "sgd-momentum", "lion"),
 }
 
 
@@ -38,10 +40,6 @@ def check_model(p: Plan, m: ModelConfig) -> None:
     ranks, parts = p.tensor_parallel, m.made_of
     if ranks == 1:
         return
-    sizes = {"num_heads": m.num_heads, "num_kv_heads": m.kv_heads, "d_ff": m.f}
-    for name, size in sizes.items():
-        if size % ranks:
-            raise ConfigError(f"tensor_parallel = {ranks}: must divide {name}, which is {size}")
     a, mlp = parts.attention, parts.mlp
     other = {
         "attention.latent": a.latent != "none",
@@ -56,4 +54,8 @@ def check_model(p: Plan, m: ModelConfig) -> None:
     }
     for name, has in other.items():
         if has:
-            raise ConfigError(f"tensor_parallel = {ranks}: the model's {name} is not known to be shared out; allowed: 1")
+            raise ConfigError(f"tensor_parallel = {ranks}: how {name} is shared out is not known; allowed is 1")
+    sizes = {"num_heads": m.num_heads, "num_kv_heads": m.kv_heads, "d_ff": m.f}
+    for name, size in sizes.items():
+        if size % ranks:
+            raise ConfigError(f"tensor_parallel = {ranks}: must divide {name}, which is {size}")

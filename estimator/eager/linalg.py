@@ -92,7 +92,10 @@ def bmm(a: Tensor, b: Tensor) -> Tensor:
 
 @op
 def addmm(bias: Tensor, a: Tensor, b: Tensor, read: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-    """Bias + a b; the kernel reads what `read` makes of the bias, if anything. Backward goes first factor, second factor, the bias's is the incoming one, which the engine sums."""
+    """Bias + a b; the kernel reads what `read` makes of the bias, if anything.
+
+    Backward goes first factor, second factor, the bias's is the incoming one, which the engine sums.
+    """
     column_major = _is_column_major(b)
 
     def backward(c: Context, grad: Tensor) -> Gradients:
@@ -106,20 +109,17 @@ def addmm(bias: Tensor, a: Tensor, b: Tensor, read: Callable[[Tensor], Tensor] |
 
 
 @op
-def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, read: Callable[[Tensor], Tensor] | None = None
-) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, read: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """F.linear: of a matrix a product; of three dimensions folded to one, multiplied, unfolded.
 
     A bias goes into the same kernel if x is contiguous; of a DTensor the kernel reads what `read` makes of it.
     """
-    return _linear(*lower(x, weight, bias), read)
+    x, weight, bias = lower(x, weight, bias)
+    return _linear(x, weight, bias, read)
 
 
 @op
-def _linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, read: Callable[[Tensor], Tensor] | None = None
-) -> Tensor:
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, read: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     if len(x.shape) == 2:
         w_t = transpose(weight, 0, 1)
         return mm(x, w_t) if bias is None else addmm(bias, x, w_t, read)

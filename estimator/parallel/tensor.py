@@ -1,8 +1,8 @@
 """Tensor parallelism as PyTorch's DTensor does it: `ColwiseParallel` and `RowwiseParallel` of a block's matrices.
 
 What goes into a matrix that is cut by its output is whole on every rank, and so is what comes out of one that is cut by
-its input, after an all-reduce: a functional collective, which reduces a clone in place. The docstrings have the names of
-torch/distributed/tensor.
+its input, after an all-reduce: a functional collective, which reduces a clone in place. The docstrings have the names
+of torch/distributed/tensor.
 """
 
 from __future__ import annotations
