@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import streamlit as st
 
 from app_pages import targets
-from app_pages.labels import explained, label
+from app_pages.labels import explained, label, plain
 from app_pages.model_input import LIMIT, model_input
 from estimator.accounting.accounts import DEVICES
 from estimator.answers.advice import choices
@@ -64,7 +64,7 @@ def sidebar() -> Setup:
     problems: list[str] = []
 
     def problem(error: ConfigError) -> None:
-        st.error(str(error), icon=":material/error:")
+        st.error(plain(str(error)), icon=":material/error:")
         problems.append(str(error))
 
     with st.sidebar:
@@ -112,7 +112,7 @@ def _plan(model: ModelConfig, problems: list[str]) -> Plan:
             wanted.tokens(model)
             plan = wanted
         except ConfigError as error:
-            slots[name].error(str(error), icon=":material/error:")
+            slots[name].error(plain(str(error)), icon=":material/error:")
             problems.append(str(error))
     return plan
 

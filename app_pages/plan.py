@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import streamlit as st
 
-from app_pages import charts, scenarios
+from app_pages import charts, scenarios, vega
 from app_pages.compute import planned
+from app_pages.labels import plain
 from app_pages.model_input import OWN
 from estimator.answers.plans import SORTS
 from estimator.describe.checks import ConfigError
@@ -46,7 +47,7 @@ def show(s: Setup) -> None:
         try:
             found = planned(tuple(sorted(asked.items())))
         except ConfigError as error:
-            st.error(str(error), icon=":material/error:")
+            st.error(plain(str(error)), icon=":material/error:")
             return
     waiting.empty()
     if not found.options:
@@ -61,7 +62,7 @@ def show(s: Setup) -> None:
             for o in priced
         ]
         drawing = charts.options(rows)
-        charts.draw(drawing)
+        vega.draw(drawing)
         st.caption(drawing.text.replace("$", "\\$"))
     _rows(s, found)
     for text in found.assumptions:

@@ -10,6 +10,7 @@ import numpy as np
 
 from estimator.accounting.accounts import recipe_of, sizes_for, vectorised_peak
 from estimator.accounting.vectorised import FOLLOWING, whole_numbers
+from estimator.answers.estimates import max_batch_size
 from estimator.describe.checks import LIMITS, POINTS, ConfigError, choose, shown
 from estimator.describe.units import JOULES_PER_KILOWATT_HOUR, SECONDS_PER_HOUR
 from estimator.hardware.accelerators import accelerator
@@ -31,6 +32,7 @@ MODEL_AXES = ("num_layers", "d_model", "num_heads", "d_ff", "vocab_size")
 PLAN_AXES = {"batch_size": "B", "seq_len": "T"}
 RUN_AXES = ("count", "global_batch_size", "steps")
 AXES = (*PLAN_AXES, *MODEL_AXES, *RUN_AXES)
+TIMES, TRIED = 16, 100  # how far beyond the request's own value to look for the largest that fits, in how many points
 LARGEST = 2**62  # bytes or FLOPs of a point: what 64-bit integers hold, with room for a sum
 
 
@@ -71,7 +73,8 @@ def axis_values(
     if axis not in MODEL_AXES or axis in ("num_layers", "d_ff", "vocab_size"):
         return wanted
     if axis == "d_model":
-        step = 1 if m.e * m.num_heads != m.d_model else m.num_heads * (2 if m.family == "llama" else 1)
+        pairs = m.made_of.positions.kind == "rotary" and m.rotary_dim is None
+        step = 1 if m.e * m.num_heads != m.d_model else m.num_heads * (2 if pairs else 1)
         wanted = np.unique(np.maximum(np.rint(wanted / step).astype(np.int64), 1) * step)
         found = wanted[(wanted >= least) & (wanted <= most)]
     else:
@@ -81,6 +84,34 @@ def axis_values(
     if not len(found):
         raise ConfigError(f"{axis} = {least} to {most}: no value between them makes a model, all else the same")
     return found
+
+
+def reach(request: Request, axis: str) -> int:
+    """Where a range of `axis` from 1 ends that shows what matters: half as much again as the largest that fits.
+
+    It holds the request's own value. A sequence ends at the model's positions; what says nothing of whether it fits
+    (accelerators, global batch, steps) ends at four times the request's own.
+    """
+    choose("axis", axis, AXES)
+    m, r = request.model, request.estimate()
+    own = {"seq_len": r.plan.tokens(m), "batch_size": r.plan.batch_size}
+    own |= {"count": request.count, "steps": request.steps or 1, "global_batch_size": r.flops.sequences}
+    now = own[axis] if axis in own else int(getattr(m, axis) or 1)
+    if axis in RUN_AXES:
+        return min(max(8, 4 * now), LIMITS[axis])
+    if axis == "num_heads":
+        return max(now, min(64, m.d_model))
+    if axis == "batch_size":
+        largest = max_batch_size(m, request.plan, request.gpu, global_batch_size=request.global_batch_size)
+        most = LIMITS[axis]
+    else:
+        most = m.context_length if axis == "seq_len" else min(LIMITS[axis], TIMES * now)
+        values = axis_values(request, axis, 1, most, TRIED, logarithmic=True)
+        fits = sweep(request, {axis: values})["needed"] <= (r.memory.capacity or 0)
+        largest = int(values[fits].max(initial=0))
+    end = max(1.5 * largest, 1.25 * now, 2)
+    digits = 10 ** max(0, math.floor(math.log10(end)) - 1)
+    return min(most, math.ceil(end / digits) * digits)
 
 
 def sweep(
