@@ -4,35 +4,26 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from estimator.describe.checks import ConfigError, positive_int
+from estimator.describe.checks import ConfigError
+from estimator.describe.settings import Needs
 
 if TYPE_CHECKING:
     from estimator.describe.model import ModelConfig
     from estimator.describe.plan import Plan
 
-KNOWN = {  # of a plan's fields, the values that are known together with it
-    "data_parallel": (1,),
-    "adapter": ("none",),
-    "trained": ("all",),
-    "frozen": ("",),
-    "max_grad_norm": (None,),
-    "update": ("after",),
-    "precision": ("fp32", "tf32", "bf16", "bf16-mixed", "fp16-mixed"),
-    "optimizer": ("adamw", "adam", "sgd", "sgd-momentum", "lion"),
-}
-
-
-def check_plan(p: Plan) -> None:
-    """Raise ConfigError if `p` has something that is not known together with tensor parallelism."""
-    object.__setattr__(p, "tensor_parallel", positive_int("tensor_parallel", p.tensor_parallel))
-    if p.tensor_parallel == 1:
-        return
-    for name, known in KNOWN.items():
-        if getattr(p, name) not in known:
-            words = " or ".join(map(repr, known))
-            raise ConfigError(
-                f"tensor_parallel = {p.tensor_parallel}: {name} is {getattr(p, name)!r}; allowed with it is {words}"
-            )
+NEEDS = tuple(
+    Needs(name, known, f"it is not known together with {name} = {{{name}!r}}")
+    for name, known in (
+        ("data_parallel", (1,)),
+        ("adapter", ("none",)),
+        ("trained", ("all",)),
+        ("frozen", ("",)),
+        ("max_grad_norm", (None,)),
+        ("update", ("after",)),
+        ("precision", ("fp32", "tf32", "bf16", "bf16-mixed", "fp16-mixed")),
+        ("optimizer", ("adamw", "adam", "sgd", "sgd-momentum", "lion")),
+    )
+)
 
 
 def check_model(p: Plan, m: ModelConfig) -> None:
