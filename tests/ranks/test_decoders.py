@@ -1,4 +1,4 @@
-"""Random decoders of parts, experts among them, that several accelerators share: what each process holds, to the byte."""
+"""Random decoders of parts, experts among them, that several accelerators share: each process to the byte."""
 
 import os
 import sys
