@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-"""Random decoders of parts, experts among them, on several accelerators: what real processes hold, to the byte."""
-=======
 """Random decoders, experts among them, shared by several accelerators: what real processes hold, to the byte."""
->>>>>>> main
 
 import os
 import sys
