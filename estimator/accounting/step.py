@@ -123,7 +123,7 @@ def run_step(recipe: Recipe, shapes: ShapeClass, device: str, stack: Stack, size
 
 def _stage(machine: Machine, model: Transformer, recipe: Recipe, size: Mapping[str, Size]) -> Stage:
     """One process of a pipeline, with the ids or the targets of all micro-batches where it needs them."""
-    shape, whole = (size["B"], size["T"]), (recipe.micro_batches * size["B"], size["T"])
+    shape, whole = (size["B"], size["T"]), (recipe.buffers * size["B"], size["T"])
     with machine.ledger.inside("inputs"):
         given = {name: _input(machine, *whole) for name in ("ids",) * recipe.enters + ("targets",) * recipe.leaves}
     pieces = {name: x.view(shape, machine.contiguous(shape)).hold() for name, x in given.items()}
@@ -135,7 +135,8 @@ def _stage(machine: Machine, model: Transformer, recipe: Recipe, size: Mapping[s
             mean.drop()
         return divided
 
-    return Stage(machine, recipe.stage, recipe.micro_batches, (*shape, size["d"]), model, pieces.get("ids"), loss)
+    counts = recipe.micro_batches, recipe.buffers
+    return Stage(machine, recipe.stage, counts, (*shape, size["d"]), model, pieces.get("ids"), loss)
 
 
 def sharing_of(recipe: Recipe) -> Sharing:

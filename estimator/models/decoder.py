@@ -55,7 +55,8 @@ class Transformer(Module):
             assert isinstance(kind, BlockKind)
             self.kinds.append(kind)
             self.blocks.append(self.child(Block(machine, index, recipe, kind)))
-        self.final_norm = self.child(build_norm(machine, "final_norm", norm, d) if parts.ends.final_norm and leaves else None)
+        normed = parts.ends.final_norm and leaves
+        self.final_norm = self.child(build_norm(machine, "final_norm", norm, d) if normed else None)
         self.project_out = self.child(
             Linear(machine, "project_out", d, width, bias=False) if projects and leaves else None
         )

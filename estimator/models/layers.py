@@ -140,6 +140,7 @@ class Recipe:
     tensor_parallel: bool = False
     pipeline: str = ""  # the schedule of a pipeline
     stage: tuple[int, int] = (0, 1)  # which of how many stages
+    buffers: int = 0  # micro-batches that a stage has room for
 
     @property
     def micro_batches(self) -> int:

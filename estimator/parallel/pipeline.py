@@ -21,10 +21,14 @@ if TYPE_CHECKING:
     from estimator.eager.tensor import Machine, Shape
 
 
+FILLED = 2  # micro-batches, after which come those that the executed ones stand for
+
+
 class Stage:
     """The blocks of one process, and the micro-batches that it has in flight.
 
     Attributes:
+        micro_batches: those that are executed; there are buffers for all of the step's.
         received: the buffer of each micro-batch that the stage before sends into; none in the first stage.
         gradients: the same of what the stage after sends back; none in the last one.
         cache: of each micro-batch in flight, what came out (`fwd_cache`).
@@ -35,7 +39,7 @@ class Stage:
         self,
         machine: Machine,
         place: tuple[int, int],
-        micro_batches: int,
+        micro_batches: tuple[int, int],
         shape: Shape,
         run: Callable[[Tensor], Tensor],
         inputs: Tensor | None,
@@ -43,9 +47,10 @@ class Stage:
     ) -> None:
         self.machine, self.run, self.inputs, self.loss = machine, run, inputs, loss
         self.index, self.stages = place
-        self.micro_batches = micro_batches
+        self.micro_batches, room = micro_batches
+        self.skipped = room - self.micro_batches
         self.last = self.index == self.stages - 1
-        buffers = range(micro_batches)
+        buffers = range(room)
         with machine.ledger.inside("pipeline"):
             self.received = [self._buffer(shape) for _ in buffers] if self.index else []
             self.gradients = [] if self.last else [self._buffer(shape) for _ in buffers]
@@ -53,6 +58,7 @@ class Stage:
             x.requires_grad = True
         self.cache: dict[int, Tensor] = {}
         self.losses: list[Tensor] = []
+        self.others: list[Tensor] = []  # losses of micro-batches that are not executed
 
     def _buffer(self, shape: Shape) -> Tensor:
         return self.machine.empty(shape, self.machine.dtype, category=HELD).hold()
@@ -102,11 +108,18 @@ class Stage:
         gradient.owners -= 1
         return gradient
 
+    def skip(self) -> None:
+        """The micro-batches that others stand for leave their losses."""
+        like = self.losses[0] if self.last else None
+        if like is not None:
+            self.others += [self.machine.empty(like.shape, like.dtype).hold() for _ in range(self.skipped)]
+
     def end(self) -> None:
         """`_update_losses`."""
-        for loss in self.losses:
+        for loss in (*self.losses, *self.others):
             loss.drop()
         self.losses.clear()
+        self.others.clear()
 
 
 def gpipe(stage: Stage) -> None:
@@ -145,6 +158,8 @@ def one_forward_one_backward(stage: Stage) -> None:
         while True:
             v.bwd_sends = stage.backward(backwards)
             backwards += 1
+            if backwards == FILLED:
+                stage.skip()
             if forwards == stage.micro_batches:
                 break
             stage.forward(v, forwards)

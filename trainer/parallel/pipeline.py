@@ -7,7 +7,7 @@ et al. 2019), 1F1B each backward as soon as it can (Narayanan et al. 2021, secti
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ class Stage(nn.Module):
     def __init__(self, model: Transformer, index: int, stages: int) -> None:
         super().__init__()
         self.index, self.stages = index, stages
-        first, last = index == 0, index == stages - 1
+        self.first, self.last = first, last = index == 0, index == stages - 1
         each = len(model.blocks) // stages
         self.layers = range(index * each, (index + 1) * each)
         model.blocks = nn.ModuleList(model.blocks[i] for i in self.layers)
@@ -46,6 +46,7 @@ class Stage(nn.Module):
         self.model = model
 
     def forward(self, x: Tensor) -> Tensor:
+        """What goes on to the next stage, or the logits."""
         model = self.model
         if self.index == 0:
             x = model.dropout(model.embedded(x, 0))
@@ -62,16 +63,16 @@ class Stage(nn.Module):
 
 def scheduled(
     stage: Stage, device: torch.device, kind: str, micro_batches: int, loss: Callable[[Tensor, Tensor], Tensor]
-) -> Callable[..., Any]:
-    """One call runs every micro-batch of a step through `stage`: of the first stage's ids, or nothing.
+) -> tuple[PipelineStage, Callable[..., None]]:
+    """(PyTorch's stage, a step): one call of that runs every micro-batch of the given ids and targets through `stage`.
 
     The loss of a micro-batch is divided by their number here, so that gradients need not be.
     """
     place = PipelineStage(stage, stage.index, stage.stages, device)
     run = SCHEDULES[kind](place, micro_batches, lambda x, y: loss(x, y) / micro_batches, scale_grads=False)
 
-    def step(ids: Tensor, targets: Tensor) -> None:
-        inputs = (ids,) if stage.index == 0 else ()
-        run.step(*inputs, target=targets if stage.index == stage.stages - 1 else None, return_outputs=False)
+    def step(ids: Tensor, targets: Tensor, losses: list[Tensor] | None = None) -> None:
+        inputs = (ids,) if stage.first else ()
+        run.step(*inputs, target=targets if stage.last else None, losses=losses, return_outputs=False)
 
-    return step
+    return place, step

@@ -220,14 +220,16 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: x for name, x in model.named_parameters() if x.requires_grad}
 
 
-def build_parts(m: ModelConfig, p: Plan, device: str, seed: int) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
-    """(the model, ids and targets), drawn from `seed`."""
+def build_parts(
+    m: ModelConfig, p: Plan, device: str, seed: int, sequences: int | None = None
+) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+    """(the model, ids and targets of so many sequences, by default a micro-batch), drawn from `seed`."""
     T = p.tokens(m)
     p.attention_kernel(torch.device(device).type, m)  # refuses one that the device has not
     torch.manual_seed(seed)
     with torch.device(device):
         model = to_precision(build_model(m, p), PARAMETERS.get(p.precision))
-        ids, targets = (torch.randint(m.vocab_size, (p.batch_size, T)) for _ in range(2))
+        ids, targets = (torch.randint(m.vocab_size, (sequences or p.batch_size, T)) for _ in range(2))
     return model, (ids, targets)
 
 
