@@ -139,7 +139,7 @@ def checkpoint(function: Callable[..., Tensor], *args: Tensor | None, selective:
 def not_repeated(machine: Machine, compute: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     """The results of an operator that selective checkpoints keep; where one recomputes, what it kept of them."""
     frame = machine.frames[-1] if machine.frames else None
-    if frame is None or not frame.selective:
+    if frame is None or not machine.dispatches_to_python:
         return compute()
     if frame.tensors is None:
         results = compute()
