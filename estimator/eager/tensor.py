@@ -47,6 +47,7 @@ UINT64 = Dtype("uint64", 8)
 INT32 = Dtype("int32", 4)
 BOOL = Dtype("bool", 1)
 UINT8 = Dtype("uint8", 1)
+INT8 = Dtype("int8", 1)
 
 
 class Machine:

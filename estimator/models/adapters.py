@@ -12,7 +12,7 @@ from estimator.eager.linalg import linear
 from estimator.eager.tensor import FLOAT32, Locals, op
 from estimator.eager.views import cast, clone, transpose, view
 from estimator.models.layers import Linear, Module, dropout_at
-from estimator.models.quantised import Quantised4bit
+from estimator.models.quantised import Quantised4bit, Quantised8bit
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -121,7 +121,11 @@ class QuantisedLoRA(LoRA):
         return v.take("result")
 
 
-QUANTISED: dict[str, type[Quantised4bit]] = {"nf4": Quantised4bit, "nf4-double": Quantised4bit}
+QUANTISED: dict[str, type[Quantised4bit | Quantised8bit]] = {
+    "nf4": Quantised4bit,
+    "nf4-double": Quantised4bit,
+    "int8": Quantised8bit,
+}
 KINDS = {"lora": LoRA, "dora": DoRA}
 
 

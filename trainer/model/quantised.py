@@ -45,7 +45,9 @@ def _quantised(bnb: Any, base: Linear, base_precision: str, dtype: torch.dtype) 
     d_out, d_in = base.weight.shape
     device = base.weight.device
     if device.type == "cpu" and base_precision != "int8" and d_in % 2:
-        raise ConfigError(f"base_precision = {base_precision!r}: a layer reads {d_in} numbers; on the CPU even ones are")
+        raise ConfigError(
+            f"base_precision = {base_precision!r}: a layer reads {d_in} numbers; the CPU's kernel takes even widths"
+        )
     weight = base.weight.detach().to(dtype)
     with torch.device("meta"):
         if base_precision == "int8":
@@ -74,14 +76,15 @@ def is_quantised(module: nn.Module) -> bool:
 
 def scales(model: nn.Module) -> Iterator[Tensor]:
     """What quantised layers keep beside their codes: scales, tables, and the scales of scales."""
-    for module in model.modules():
-        if type(module).__name__ == "Linear4bit":
-            state = module.weight.quant_state
-            yield from (state.absmax, state.code)  # type: ignore[union-attr]  # bitsandbytes' are untyped
-            if state.nested:  # type: ignore[union-attr]
-                yield from (state.offset, state.state2.absmax, state.state2.code)  # type: ignore[union-attr]
-        elif type(module).__name__ == "Linear8bitLt":
-            held = (module.state.SCB, module.weight.SCB, module.state.CB, module.weight.CB)  # type: ignore[union-attr]
+    layers: list[Any] = [module for module in model.modules() if is_quantised(module)]
+    for layer in layers:
+        if type(layer).__name__ == "Linear4bit":
+            state = layer.weight.quant_state
+            yield from (state.absmax, state.code)
+            if state.nested:
+                yield from (state.offset, state.state2.absmax, state.state2.code)
+        else:
+            held = (layer.state.SCB, layer.weight.SCB, layer.state.CB, layer.weight.CB)
             yield from (t for t in held if isinstance(t, Tensor))
 
 

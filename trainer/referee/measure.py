@@ -364,7 +364,10 @@ def _count_micro_batch(step: Step) -> tuple[int, int, int, int]:
     formulas = flop_formulas() if step.plan.base_precision != "none" else None
     with FlopCounterMode(display=False, custom_mapping=formulas) as forward:
         loss = step.forward()
-    with FlopCounterMode(display=False, custom_mapping=formulas) as backward, no_updates(step.optimizer):  # whose products are not backward's
+    with (
+        FlopCounterMode(display=False, custom_mapping=formulas) as backward,
+        no_updates(step.optimizer),
+    ):  # whose products are not backward's
         step.backward(loss)
     if step.plan.update == "in-backward":
         step.model.zero_grad()

@@ -78,7 +78,7 @@ def _train(config: TrainConfig, world: World) -> int:
     model = build_model(m, plan).to(device)
     if config.weights is not None:
         load_base(model, config.weights)
-    model = to_precision(model, plan)
+    to_precision(model, plan)
     if plan.precision == "tf32" and device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     scaler = loss_scaler(plan.precision, device.type, sharded=world.shares(config.sharding))
