@@ -4,14 +4,17 @@ from functools import partial
 
 import streamlit as st
 
-from app_pages import compare, course, estimate, formulas, inputs, keep, plan, scenarios, style, sweep, validate
+from app_pages import compare, course, estimate, formulas, inputs, keep, links, plan, scenarios, style, sweep, validate
 
 st.set_page_config(page_title="Transformer estimator", page_icon="🧮", layout="wide", initial_sidebar_state=380)
 
 style.apply()
+links.remember()
 inputs.drop_infinite()
 scenarios.open_on_the_first()
 setup = inputs.sidebar()
+refused = st.empty()
+links.say(refused, last=False)
 views = {
     "Estimate": estimate.show,
     "Plan": plan.show,
@@ -27,3 +30,4 @@ pages = [
 ]
 st.navigation(pages, position="top").run()
 keep.show(setup)
+links.say(refused, last=True)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-import streamlit as st
 
+from app_pages.vega import Drawing, Spec, chart, layer, tooltip
 from estimator.eager.ledger import Category
 from estimator.show.formatting import BYTE_UNITS, NOUNS, in_unit, place, size
 
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from estimator.answers.estimates import Estimate
     from estimator.memory.device import Memory, Timeline
 
-Spec = dict[str, Any]
-
 # The order of the colours in .streamlit/config.toml.
 CATEGORIES = tuple(NOUNS[c.value] for c in Category)
 RESERVE = "allocator and context"
@@ -36,18 +34,6 @@ READABLE = 0.045  # of an icicle's height: what is thinner has no room for its n
 HATCH = 20  # hatches across a map
 # Dark enough for white letters on them, in either theme.
 SOLID = ("#2468b8", "#12745a", "#8f5f00", "#5a48b8", "#b13436", "#565e6d", "#8a4f9e", "#a34a12")
-
-
-class Drawing(NamedTuple):
-    """A chart, and a sentence that says the same for those who do not see it."""
-
-    spec: Spec
-    text: str
-
-
-def draw(drawing: Drawing) -> None:
-    """Put a chart on the page."""
-    st.vega_lite_chart(drawing.spec, width="stretch", alt=drawing.text)
 
 
 def memory_parts(memory: Memory) -> dict[str, int]:
@@ -80,16 +66,41 @@ def memory_bars(memories: Mapping[str, Memory], unit: str) -> Drawing:
     seen = () if hidden else tuple(dict.fromkeys(row["what"] for row in bars))
     y: Spec = {"field": "name", "type": "nominal", "sort": None, "title": None}
     y["axis"] = None if hidden else {"ticks": False, "domain": False, "labelFontSize": 13}
-    bar = _layer(
-        "bar", bars, x=x, x2={"field": "end"}, y=y, color=_colour(seen), tooltip=_tips(what="What", text="Memory")
+    bar = layer(
+        "bar", bars, x=x, x2={"field": "end"}, y=y, color=_colour(seen), tooltip=tooltip(what="What", text="Memory")
     )
     bar["mark"]["height"] = {"band": 0.62}
-    rule = _layer("tick", ends, x=at, y=y, strokeWidth=2, color="gray")
+    rule = layer("tick", ends, x=at, y=y, strokeWidth=2, color="gray")
     rule["mark"]["height"] = {"band": 0.95}
     name_ = {"align": "right", "dx": -6, "dy": -22 if hidden else -20, "color": "gray", "fontSize": 11}
-    label = _layer("text", ends, x=at, y=y, text={"field": "said"}, **name_)
-    spec = _chart([bar, rule, label], height={"step": 62})
+    label = layer("text", ends, x=at, y=y, text={"field": "said"}, **name_)
+    spec = chart([bar, rule, label], height={"step": 62})
     return Drawing(spec, f"Memory in a step's greatest moment. {'. '.join(said)}.")
+
+
+def bars(rows: Sequence[tuple[str, float, str]], title: str) -> Drawing:
+    """A bar for each (name, amount, amount as text), the longest as wide as there is room for, with its text beside it.
+
+    Args:
+        rows: from the top down.
+        title: what the sentence begins with.
+    """
+    most = max((amount for _, amount, _ in rows), default=0) or 1
+    values = [
+        {"name": name, "amount": amount, "text": text, "colour": SOLID[i % len(SOLID)]}
+        for i, (name, amount, text) in enumerate(rows)
+    ]
+    scale = {"domain": [0, most * 1.45], "nice": False}  # room for the text
+    x: Spec = {"field": "amount", "type": "quantitative", "axis": None, "scale": scale}
+    style = {"ticks": False, "domain": False, "labelFontSize": 13, "labelLimit": 220}
+    y: Spec = {"field": "name", "type": "nominal", "sort": None, "title": None, "axis": style}
+    colour = {"field": "colour", "type": "nominal", "scale": None, "legend": None}
+    bar = layer("bar", values, x=x, y=y, color=colour, tooltip=tooltip(name="What", text="Amount"))
+    bar["mark"]["height"] = {"band": 0.6}
+    text = {"field": "text", "type": "nominal"}
+    label = layer("text", values, x=x, y=y, text=text, align="left", baseline="middle", dx=5, color="gray", fontSize=12)
+    words = "; ".join(f"{name} {text}" for name, _, text in rows)
+    return Drawing(chart([bar, label], height={"step": 30}), f"{title}: {words}.")
 
 
 def thinned(timeline: Timeline, points: int = POINTS) -> NDArray[np.intp]:
@@ -142,11 +153,11 @@ def timeline_chart(estimate: Estimate, unit: str) -> Drawing:
         return {"field": field, "type": "quantitative", "scale": y_scale, **more}
 
     bands = [{"start": a, "end": b, "bottom": 0, "top": top} for _, a, b in phases[1::2]]
-    band = _layer(
+    band = layer(
         "rect", bands, x=x("start"), x2={"field": "end"}, y=y("bottom"), y2={"field": "top"}, color="gray", opacity=0.1
     )
     named = [{"middle": (a + b) / 2, "phase": phase} for phase, a, b in phases if b - a > 0.04 * events]
-    names = _layer(
+    names = layer(
         "text",
         named,
         x=x("middle"),
@@ -156,7 +167,7 @@ def timeline_chart(estimate: Estimate, unit: str) -> Drawing:
         color="gray",
         fontSize=12,
     )
-    area = _layer(
+    area = layer(
         "area",
         None,
         x=x("event", title="allocations and frees of one step, in order", axis={"grid": False, "tickCount": 5}),
@@ -176,13 +187,13 @@ def timeline_chart(estimate: Estimate, unit: str) -> Drawing:
         {"calculate": f"indexof({present!r}, datum.what)", "as": "order"},
     ]
     shown = {"condition": {"param": "hover", "empty": False, "value": 0.8}, "value": 0}
-    tips = _tips(live="Live", phase="Phase", at="At")
-    ruler = _layer("rule", None, x=x("event"), opacity=shown, tooltip=tips, color="gray")
+    tips = tooltip(live="Live", phase="Phase", at="At")
+    ruler = layer("rule", None, x=x("event"), opacity=shown, tooltip=tips, color="gray")
     select = {"type": "point", "nearest": True, "on": "pointerover", "clear": "pointerout", "fields": ["event"]}
     ruler["params"] = [{"name": "hover", "select": select}]
     late = timeline.peak > events / 2
     mark = [{"event": timeline.peak, "number": peak}]
-    point = _layer(
+    point = layer(
         "point",
         mark,
         x=x("event"),
@@ -199,16 +210,16 @@ def timeline_chart(estimate: Estimate, unit: str) -> Drawing:
     at = " · ".join(part for part in (where.module or where.phase.value, where.op) if part)
     said = [f"peak {size(memory.peak, unit)}", at]
     style = {"baseline": "bottom", "dy": -5, "lineHeight": 15, "fontSize": 12, "fontWeight": 600, "color": "gray"}
-    called = _layer("text", mark, x=x("event"), y=y("number"), text={"value": said}, **side, **style)
+    called = layer("text", mark, x=x("event"), y=y("number"), text={"value": said}, **side, **style)
     layers = [band, area, names, ruler, point, called]
     if crowded:
         limit = [{"number": capacity}]
-        layers.insert(2, _layer("rule", limit, y=y("number"), strokeDash=[5, 3], strokeWidth=2, color="gray"))
+        layers.insert(2, layer("rule", limit, y=y("number"), strokeDash=[5, 3], strokeWidth=2, color="gray"))
     text = (
         f"Live memory over the {events:,} allocations and frees of one step. It starts and ends at "
         f"{size(timeline.start, unit)} and is greatest, {size(memory.peak, unit)}, in {place(estimate)}."
     )
-    spec = _chart(layers, height=340)
+    spec = chart(layers, height=340)
     spec["data"] = {"values": _records(frame)}
     return Drawing(spec, text)
 
@@ -257,17 +268,17 @@ def icicle(whole: str, parts: Mapping[str, Mapping[str, float]], say: Callable[[
     y = {"field": "y", "type": "quantitative", "axis": None, "scale": {"domain": [1, 0], "nice": False}}
     colours = {"domain": ["", *order], "range": ["#6b7280", *(SOLID[i % len(SOLID)] for i in range(len(order)))]}
     colour = {"field": "colour", "type": "nominal", "scale": colours, "legend": None}
-    tips = _tips(path="What", text="Amount")
+    tips = tooltip(path="What", text="Amount")
     opacity = {"field": "opacity", "type": "quantitative", "scale": None}
-    rect = _layer(
+    rect = layer(
         "rect", boxes, x=x, x2={"field": "x2"}, y=y, y2={"field": "y2"}, color=colour, opacity=opacity, tooltip=tips
     )
     rect["mark"] |= {"stroke": "white", "strokeWidth": 1, "strokeOpacity": 0.6, "cornerRadius": 2}
     middle = [b | {"x": (b["x"] + b["x2"]) / 2, "y": (b["y"] + b["y2"]) / 2} for b in boxes if b["label"]]
     style = {"color": "white", "fontSize": 12, "fontWeight": 500, "lineHeight": 16, "baseline": "middle"}
-    label = _layer("text", middle, x=x, y=y, text={"field": "label"}, tooltip=tips, **style)
+    label = layer("text", middle, x=x, y=y, text={"field": "label"}, tooltip=tips, **style)
     words = "; ".join(f"{name} {say(sums[name])} ({sums[name] / total:.0%})" for name in order)
-    return Drawing(_chart([rect, label], height=320), f"{title}: {words}.")
+    return Drawing(chart([rect, label], height=320), f"{title}: {words}.")
 
 
 class Axis(NamedTuple):
@@ -327,17 +338,17 @@ def cells(
     at = {"x": position("x", x, x_edges), "y": position("y", y, y_edges)}
     ends = {"x2": {"field": "x2"}, "y2": {"field": "y2"}}
     fields = [{"field": name} for name in (x.title, y.title, *tips)]
-    layers = [_layer("rect", None, **at, **ends, color=colour | {"field": "shown"}, tooltip=fields)]
+    layers = [layer("rect", None, **at, **ends, color=colour | {"field": "shown"}, tooltip=fields)]
     if hatched is not None and hatched.any():
         every = max(1, round(max(hatched.shape) / HATCH))
         drawn = np.flatnonzero(hatched.ravel() & ((i + j) % every == 0))
         lines = frame.loc[drawn, ["x", "x2", "y", "y2"]]
         crossed = _records(lines.rename(columns={"y": "y2", "y2": "y"}))
-        layers.append(_layer("rule", crossed, **at, **ends, color="#20242c", opacity=0.55, strokeWidth=1))
+        layers.append(layer("rule", crossed, **at, **ends, color="#20242c", opacity=0.55, strokeWidth=1))
     if here is not None:
         style = {"filled": True, "size": 90, "color": "white", "stroke": "#20242c", "strokeWidth": 2, "opacity": 1}
-        layers.append(_layer("point", [{"x": here[0], "y": here[1]}], **at, **style))
-    spec = _chart(layers, height=420)
+        layers.append(layer("point", [{"x": here[0], "y": here[1]}], **at, **style))
+    spec = chart(layers, height=420)
     spec["data"] = {"values": _records(frame)}
     return spec
 
@@ -363,23 +374,23 @@ def line(
         "axis": {"grid": False, "format": ",d", "tickMinStep": 1, "tickCount": 8},
     }
     height = {"field": "shown", "type": "quantitative", "title": y, "axis": {"format": "~s", "gridOpacity": 0.4}}
-    curve = _layer("line", rows, x=at, y=height, strokeWidth=2.5)
+    curve = layer("line", rows, x=at, y=height, strokeWidth=2.5)
     layers = [curve]
     wrong = [row for row in rows if not row["fits"]]
     if wrong:
         floor = {"value": "height"}
         every = wrong[:: max(1, len(wrong) // 60)]
-        bars = _layer("rule", every, x=at, y=height, y2=floor, color="#d43f42", opacity=0.35, strokeDash=[2, 4])
-        red = _layer("line", wrong, x=at, y=height, strokeWidth=3.5, color="#d43f42")
+        bars = layer("rule", every, x=at, y=height, y2=floor, color="#d43f42", opacity=0.35, strokeDash=[2, 4])
+        red = layer("line", wrong, x=at, y=height, strokeWidth=3.5, color="#d43f42")
         layers = [bars, curve, red]
     if limit is not None:
         mark = [{"shown": limit[0], "said": limit[1]}]
-        layers.append(_layer("rule", mark, y=height, strokeDash=[5, 3], color="gray"))
+        layers.append(layer("rule", mark, y=height, strokeDash=[5, 3], color="gray"))
         style = {"align": "right", "dx": -4, "dy": -7, "color": "gray"}
-        layers.append(_layer("text", mark, y=height, x={"value": "width"}, text={"field": "said"}, **style))
+        layers.append(layer("text", mark, y=height, x={"value": "width"}, text={"field": "said"}, **style))
     tips = [{"field": "at", "title": x}, {"field": "text", "title": y}, {"field": "fits", "title": "fits"}]
-    layers.append(_layer("point", rows, x=at, y=height, tooltip=tips, opacity=0, size=200))
-    return _chart(layers, height=420)
+    layers.append(layer("point", rows, x=at, y=height, tooltip=tips, opacity=0, size=200))
+    return chart(layers, height=420)
 
 
 def options(rows: Sequence[Mapping[str, Any]]) -> Drawing:
@@ -397,36 +408,17 @@ def options(rows: Sequence[Mapping[str, Any]]) -> Drawing:
     front = sorted((row for row in rows if row["best"]), key=lambda row: row["hours"])
     legend = {"orient": "bottom", "columns": 3, "title": None}
     colour = {"field": "accelerator", "type": "nominal", "legend": legend, "scale": {"scheme": "tableau20"}}
-    line = _layer("line", front, x=x, y=y, color="gray", strokeWidth=2, strokeDash=[4, 3], interpolate="linear")
-    tips = _tips(what="What", accelerator="Accelerator")
+    line = layer("line", front, x=x, y=y, color="gray", strokeWidth=2, strokeDash=[4, 3], interpolate="linear")
+    tips = tooltip(what="What", accelerator="Accelerator")
     size = {"condition": {"test": "datum.best", "value": 150}, "value": 45}
-    points = _layer("point", rows, x=x, y=y, color=colour, tooltip=tips, size=size, filled=True, opacity=0.85)
+    points = layer("point", rows, x=x, y=y, color=colour, tooltip=tips, size=size, filled=True, opacity=0.85)
     said = "; ".join(str(row["what"]) for row in front[:6])
     text = f"Cost against time of {len(rows):,} ways to do the run. None is both cheaper and faster than these: {said}."
-    return Drawing(_chart([line, points], height=360), text)
+    return Drawing(chart([line, points], height=360), text)
 
 
 def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
     return [{str(name): x for name, x in row.items()} for row in frame.to_dict("records")]
-
-
-def _layer(mark: str, rows: Sequence[Mapping[str, Any]] | None, **given: Any) -> Spec:
-    """One layer: the channels of its encoding, and all else the properties of its mark."""
-    channels = {"x", "x2", "y", "y2", "text", "tooltip", "order"}
-    by_data = {name: v for name, v in given.items() if name in channels or isinstance(v, dict)}
-    spec: Spec = {"mark": {"type": mark, **{name: v for name, v in given.items() if name not in by_data}}}
-    spec["encoding"] = by_data
-    if rows is not None:
-        spec["data"] = {"values": list(rows)}
-    return spec
-
-
-def _chart(layers: list[Spec], **properties: Any) -> Spec:
-    return {"layer": layers, "config": {"view": {"stroke": None}}, **properties}
-
-
-def _tips(**titles: str) -> list[Spec]:
-    return [{"field": field, "type": "nominal", "title": title} for field, title in titles.items()]
 
 
 def _colour(shown: Sequence[str] = ()) -> Spec:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from estimator.answers.advice import Advisor
 from estimator.answers.estimates import max_batch_size
 from estimator.answers.plans import plan
-from estimator.answers.sweeps import axis_values, sweep
+from estimator.answers.sweeps import axis_values, reach, sweep
 from estimator.pricing.money import Cost, cost
 
 if TYPE_CHECKING:
@@ -130,6 +130,12 @@ def costs_between(s: Setup) -> tuple[Cost, Cost] | None:
     ends = (spent.interval.low, spent.interval.high) if spent.interval is not None else (spent.seconds, spent.seconds)
     low, high = (cost(s.request.gpu, seconds, s.request.count, price=s.price) for seconds in ends)
     return low, high
+
+
+@lru_cache(maxsize=64)
+def reachable(request: Request, axis: str) -> int:
+    """`sweeps.reach`, remembered."""
+    return reach(request, axis)
 
 
 @lru_cache(maxsize=8)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import streamlit as st
 
 from app_pages import scenarios
+from app_pages.labels import plain
 from estimator.show.course import COLUMNS, parts
 
 if TYPE_CHECKING:
@@ -27,11 +28,6 @@ def show(_: Setup) -> None:
         columns = st.columns(3, gap="medium")
         for column, title, lines in zip(columns, COLUMNS, (part.notes, part.convention, part.pytorch), strict=True):
             column.markdown(f"**{title[0].upper()}{title[1:]}**")
-            column.markdown("\n".join(f"{i}. {_plain(line)}" for i, line in enumerate(lines, 1)))
+            column.markdown("\n".join(f"{i}. {plain(line)}" for i, line in enumerate(lines, 1)))
     name = next(name for name in scenarios.SCENARIOS if "course" in name)
     scenarios.link(st, scenarios.SCENARIOS[name], name)
-
-
-def _plain(line: str) -> str:
-    """A line as Markdown that looks as it is written."""
-    return line.replace("*", "\\*").replace("^", "\\^").replace("$", "\\$")

@@ -8,15 +8,14 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import streamlit as st
 
-from app_pages import charts, scenarios
+from app_pages import charts, scenarios, vega
 from app_pages.compute import changes, cost_of, costs_between, largest_batch
 from app_pages.inputs import HIDDEN
-from app_pages.labels import label
-from app_pages.model_input import called
+from app_pages.labels import label, plain
+from app_pages.model_input import REFUSED, called, forget
 from estimator.answers import derivations
 from estimator.answers.advice import GOALS, NOTICEABLE
 from estimator.describe.checks import ConfigError
-from estimator.describe.plan import SHARDINGS
 from estimator.show.formatting import (
     STRATEGIES,
     between,
@@ -73,12 +72,20 @@ def show(s: Setup) -> None:
 
 def answer(s: Setup) -> Estimate | None:
     """The estimate of what the sidebar says; None, with the reason drawn, if there is none."""
+    if REFUSED in st.session_state:
+        name = called(s.request.name)
+        st.error(
+            plain(f"The configuration was refused: {st.session_state[REFUSED]} No figures are shown for it."),
+            icon=":material/error:",
+        )
+        st.button(f"Go on with {name}", on_click=forget, key="go on")
+        return None
     if s.problems:
         st.warning("Shown without the inputs that cannot be; the sidebar says why.", icon=":material/warning:")
     try:
         return s.request.estimate()
     except ConfigError as error:
-        st.error(str(error), icon=":material/error:")
+        st.error(plain(str(error)), icon=":material/error:")
         return None
 
 
@@ -213,7 +220,7 @@ def _metric(name: str, value: str, under: str, said: str, *, fits: bool = True) 
 
 def _memory(s: Setup, r: Estimate) -> None:
     st.subheader("Memory at the peak")
-    charts.draw(charts.memory_bars({"": r.memory}, s.unit))
+    vega.draw(charts.memory_bars({"": r.memory}, s.unit))
     parts = charts.memory_parts(r.memory) | {"needed": r.memory.needed}
     rows = [(what, in_unit(held, s.unit), held / r.memory.needed) for what, held in parts.items()]
     frame = pd.DataFrame(rows, columns=["what", "number", "share"])
@@ -238,7 +245,7 @@ def _memory(s: Setup, r: Estimate) -> None:
 def _timeline(s: Setup, r: Estimate) -> None:
     st.subheader("One step, allocation by allocation")
     drawing = charts.timeline_chart(r, s.unit)
-    charts.draw(drawing)
+    vega.draw(drawing)
     st.caption(drawing.text)
     with st.expander("The peak's formula"):
         derivation(derivations.peak(r), s.unit)
@@ -254,12 +261,16 @@ def _work(s: Setup, r: Estimate) -> None:
     with left:
         st.subheader("Work by module")
         title = "FLOPs of the matrix products of one micro-batch, by module"
-        charts.draw(charts.icicle("one micro-batch", passes, lambda x: prefixed(x, "FLOP"), title))
+        vega.draw(charts.icicle("one micro-batch", passes, lambda x: prefixed(x, "FLOP"), title))
     if right is not None and r.time is not None:
         with right:
             st.subheader("Time of a step")
-            spent = {name: {"": seconds} for name, seconds in parts.items()}
-            charts.draw(charts.icicle("one step", spent, duration, "Time of a step, by part"))
+            spent = sorted(parts.items(), key=lambda part: -part[1])
+            total = sum(parts.values())
+            rows = [
+                (name, seconds, f"{duration(seconds)}, {seconds / total:.0%}") for name, seconds in spent if seconds
+            ]
+            vega.draw(charts.bars(rows, "Time of a step, by part"))
     if r.time is not None and r.time.predicted:
         with st.expander("How sure is the time?"):
             rests = [(x.name, x.value, x.origin, "; ".join(x.changes())) for x in r.assumptions]
@@ -371,7 +382,7 @@ def _price(change: Advice) -> str:
 def _said(value: object) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
-    return STRATEGIES.get(str(value), str(value)) if value in SHARDINGS[1:] else str(value)
+    return str(value) if value == "none" else STRATEGIES.get(str(value), str(value))
 
 
 def _take(machine: Mapping[str, Any], fields: Mapping[str, Any]) -> None:

@@ -8,8 +8,9 @@ import numpy as np
 import pandas as pd
 import streamlit as st
 
-from app_pages import charts
+from app_pages import charts, vega
 from app_pages.estimate import answer, derivation, heading, result
+from app_pages.labels import accept_names, plain
 from estimator.accounting.accounts import FORMS
 from estimator.answers import derivations
 from estimator.answers.sweeps import spaced
@@ -24,7 +25,22 @@ if TYPE_CHECKING:
     from estimator.answers.estimates import Estimate
     from estimator.studies.assignment import Note
 
-FIGURES = ("peak", "needed", "hours", *FORMS)
+# The figures that have a formula, by the library's names, in words.
+FIGURES = {
+    "peak": "Peak",
+    "needed": "Memory needed",
+    "hours": "Training time",
+    "parameters": "Parameters",
+    "trained_parameters": "Trained parameters",
+    "parameter_bytes": "Bytes of parameters",
+    "gradient_bytes": "Gradients",
+    "optimizer_bytes": "Optimizer state",
+    "activation_bytes": "Activations",
+    "forward_flops": "FLOPs forward",
+    "backward_flops": "FLOPs backward",
+    "recompute_flops": "FLOPs recomputed",
+    "optimizer_flops": "FLOPs of the optimizer",
+}
 CELLS = 48  # a side of the map
 
 
@@ -33,15 +49,17 @@ def show(s: Setup) -> None:
     r = answer(s)
     if r is None:
         return
+    accept_names({"figure": FIGURES})
     st.header(f"Formulas: {heading(s, r)}")
     name = st.pills(
         "Figure",
-        FIGURES,
+        tuple(FIGURES),
+        format_func=FIGURES.__getitem__,
         default="peak",
         required=True,
         key="figure",
         bind="query-params",
-        help="The names are those of the library: `est.account(...)` has each as a sympy expression.",
+        help="What the formula is of. The library has each as a sympy expression: `est.account(...)`.",
     )
     d = _derivation(s, r, name or "peak")  # an empty parameter in the link clears the choice
     if d is None:
@@ -94,7 +112,7 @@ def _other_numbers(s: Setup, d: Derivation) -> None:
         try:
             other = derivations.at_sizes(d, changed)
         except ConfigError as error:
-            st.error(str(error), icon=":material/error:")
+            st.error(plain(str(error)), icon=":material/error:")
             return
         said = f"{other.result:,}" if isinstance(other.result, int) else f"{other.result:,.6g}"
         st.markdown(f"= **{said}** {other.unit}" + (f" = {result(other, s.unit)}" if other.unit == "bytes" else ""))
@@ -147,7 +165,7 @@ def _map(r: Estimate) -> None:
     here = (r.plan.batch_size, length) if r.plan.batch_size > 1 else None
     spec = charts.cells(x, y, moments, colour, {"Peak in": moments}, here=here)
     text = f"Moments that are the peak at some micro-batch up to {batches[-1]:,} and sequence up to {length:,}: "
-    charts.draw(charts.Drawing(spec, text + "; ".join(seen)))
+    vega.draw(vega.Drawing(spec, text + "; ".join(seen)))
     st.caption("All other sizes as in the sidebar." + (" The white dot is the sidebar's own." if here else ""))
 
 
@@ -175,7 +193,7 @@ def _textbook(s: Setup, r: Estimate) -> None:
         (f"FLOPs forward {of}", prefixed(batch * t.forward_flops, "FLOP"), prefixed(v.forward_flops, "FLOP")),
         (f"FLOPs backward {of}", prefixed(batch * t.backward_flops, "FLOP"), prefixed(v.backward_flops, "FLOP")),
     ]
-    st.table(pd.DataFrame(rows, columns=["", "textbook", "exact, this recipe"]), hide_index=True)
+    st.table(pd.DataFrame(rows, columns=["what", "textbook", "exact, this recipe"]), hide_index=True)
     st.caption(
         "The textbook counts RMSNorm blocks with a feed-forward of two matrices and width 4 d, no biases, no table of "
         "positions, at the model's whole context in fp32, and each listed component's output once as an activation. "
@@ -186,7 +204,7 @@ def _textbook(s: Setup, r: Estimate) -> None:
 def _notes() -> None:
     st.subheader("What the seed notes say of GPT-2 XL")
     rows = [(n.question, n.said, _answered(n), n.wrong) for n in seed_notes()]
-    st.table(pd.DataFrame(rows, columns=["", "the notes say", "textbook", "what went wrong"]), hide_index=True)
+    st.table(pd.DataFrame(rows, columns=["what", "the notes say", "textbook", "what went wrong"]), hide_index=True)
 
 
 def _answered(n: Note) -> str:

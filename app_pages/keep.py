@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import streamlit as st
 
 from app_pages.compute import cost_of
+from app_pages.model_input import REFUSED
 from estimator.describe.checks import ConfigError
 from estimator.show.report import to_csv, to_json, to_markdown
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 def show(s: Setup) -> None:
     """Draw it; nothing where there is no estimate."""
+    if REFUSED in st.session_state:
+        return
     q = s.request
     try:
         spent = cost_of(s)

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import streamlit as st
 
-from app_pages.labels import explained, label
-from estimator.answers.request import BASES
-from estimator.describe.checks import LIMITS, ConfigError
+from app_pages.labels import explained, label, plain
+from estimator.describe.checks import ConfigError
 from estimator.describe.hf import from_hf
 from estimator.describe.model import ModelConfig
-from estimator.describe.presets import preset, presets
+from estimator.describe.presets import preset, presets, starting_points
+from estimator.describe.settings import limits
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 LIMIT = 10_000_000
 # May be left empty: as published, or following d_model and the heads.
 FOLLOWING = ("num_kv_heads", "head_dim", "d_ff", "sliding_window")
+BASES = {preset(name).family: name for name in starting_points()}  # what a model of one's own starts from, by family
 OWN = {f"own-{family}": family for family in BASES}
+REFUSED = "config_problem"  # in the session's state: why the last configuration was not taken
 FAMILIES = {"gpt2": "GPT-2 family", "llama": "Llama family"}
 
 
@@ -34,6 +36,7 @@ def model_input(problem: Callable[[ConfigError], None]) -> tuple[str, ModelConfi
         index=names.index("gpt2-xl"),
         key="model",
         bind="query-params",
+        on_change=forget,
         help="A published model, in the shape of its config.json on the Hugging Face hub; or one of your own: pick its "
         "family and give the sizes, or read them from a config.json below.",
     )
@@ -51,8 +54,8 @@ def model_input(problem: Callable[[ConfigError], None]) -> tuple[str, ModelConfi
             placeholder='{"model_type": "llama", ...}',
             help="A decoder's Hugging Face configuration. It is read as data, not stored.",
         )
-        if "config_problem" in st.session_state:
-            st.error(st.session_state["config_problem"], icon=":material/error:")
+        if REFUSED in st.session_state:
+            st.error(plain(st.session_state[REFUSED]), icon=":material/error:")
     try:
         return name, published.replace(**changes)
     except ConfigError as error:
@@ -65,19 +68,24 @@ def called(name: str) -> str:
     return f"your own, {FAMILIES[OWN[name]]}" if name in OWN else name
 
 
+def forget() -> None:
+    """Forget that a configuration was refused: the page goes on with the model that it had."""
+    st.session_state.pop(REFUSED, None)
+
+
 def _take(source: str) -> None:
     """Make the model of an uploaded or pasted file the one of the page; the link then carries its sizes."""
-    st.session_state.pop("config_problem", None)
+    forget()
     given = st.session_state[source]
     if not given:
         return
     try:
         m = from_hf(given.getvalue() if source == "upload" else given.encode())
     except ConfigError as error:
-        st.session_state["config_problem"] = str(error)
+        st.session_state[REFUSED] = str(error)
         return
     if m.family not in BASES or not set(m.to_dict()) <= set(preset(BASES[m.family]).to_dict()):
-        st.session_state["config_problem"] = f"config: read as {m.family}, whose parts have no inputs on this page yet"
+        st.session_state[REFUSED] = f"config: read as {m.family}, whose parts have no inputs on this page yet"
         return
     name = f"own-{m.family}"
     drawn = st.session_state["model"] == name
@@ -103,12 +111,12 @@ def _sizes(name: str, published: ModelConfig) -> dict[str, Any]:
         value = columns[i % 2].number_input(
             label(field),
             min_value=1,
-            max_value=min(LIMITS[field], LIMIT),
+            max_value=min(limits(ModelConfig)[field], LIMIT),
             value=None if field in FOLLOWING else own,
             placeholder="none" if shown is None else f"{shown:,}",
             key=f"{name}.{field}",
             bind="query-params",
-            help=explained(ModelConfig)[field],
+            help=explained(field),
         )
         if value is not None and value != own:
             changes[field] = value
@@ -116,9 +124,7 @@ def _sizes(name: str, published: ModelConfig) -> dict[str, Any]:
                 following = published.replace(**changes)
     for field in ["tie_embeddings"] + ([] if gpt2 else ["qkv_bias"]):
         own = getattr(published, field)
-        value = st.toggle(
-            label(field), own, key=f"{name}.{field}", bind="query-params", help=explained(ModelConfig)[field]
-        )
+        value = st.toggle(label(field), own, key=f"{name}.{field}", bind="query-params", help=explained(field))
         if value != own:
             changes[field] = value
     return changes

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import streamlit as st
 
-from app_pages import charts, scenarios
+from app_pages import charts, scenarios, vega
 from app_pages.compute import planned
+from app_pages.labels import plain
 from app_pages.model_input import OWN
 from estimator.answers.plans import SORTS
 from estimator.describe.checks import ConfigError
 from estimator.describe.plan import Plan
 from estimator.describe.presets import presets
+from estimator.describe.settings import settings
 from estimator.pricing.money import KINDS
 from estimator.show.formatting import STRATEGIES, count, dollars, duration, prefixed, size
 from estimator.show.planning import headline, sentence
@@ -46,7 +47,7 @@ def show(s: Setup) -> None:
         try:
             found = planned(tuple(sorted(asked.items())))
         except ConfigError as error:
-            st.error(str(error), icon=":material/error:")
+            st.error(plain(str(error)), icon=":material/error:")
             return
     waiting.empty()
     if not found.options:
@@ -61,7 +62,7 @@ def show(s: Setup) -> None:
             for o in priced
         ]
         drawing = charts.options(rows)
-        charts.draw(drawing)
+        vega.draw(drawing)
         st.caption(drawing.text.replace("$", "\\$"))
     _rows(s, found)
     for text in found.assumptions:
@@ -143,11 +144,10 @@ def inputs_of(o: Option) -> Mapping[str, Any]:
     if name in OWN:
         sizes = q.model.to_dict()
         found |= {f"{name}.{field}": x for field, x in sizes.items() if field != "family" and x is not None}
-    default = Plan()
-    for f in fields(Plan):
-        value = getattr(o.plan, f.name)
-        if f.name != "data_parallel" and value != getattr(default, f.name):
-            found[f.name] = value
+    for name, setting in settings(Plan).items():
+        value = getattr(o.plan, name)
+        if name != "data_parallel" and value != setting.default:
+            found[name] = value
     if o.dollars is not None:
         found["price"] = round(o.dollars / o.hours / o.count, 4)
     return found

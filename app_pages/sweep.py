@@ -8,11 +8,11 @@ import numpy as np
 import pandas as pd
 import streamlit as st
 
-from app_pages import charts
-from app_pages.compute import cost_of, swept
+from app_pages import charts, vega
+from app_pages.compute import cost_of, reachable, swept
 from app_pages.estimate import answer, heading
-from app_pages.labels import label
-from estimator.answers.sweeps import AXES, python
+from app_pages.labels import accept_names, label, plain
+from estimator.answers.sweeps import AXES, RUN_AXES, python
 from estimator.describe.checks import ConfigError
 from estimator.show.formatting import BYTE_UNITS, dollars, duration, figures, hours, in_unit, prefixed, size
 
@@ -34,17 +34,7 @@ METRICS = {
     "tokens_per_second": "Tokens a second",
     "flops": "FLOPs a step",
 }
-ENDS = {
-    "batch_size": 64,
-    "num_layers": 96,
-    "d_model": 8192,
-    "num_heads": 64,
-    "d_ff": 32_768,
-    "vocab_size": 262_144,
-    "count": 64,
-    "global_batch_size": 4096,
-    "steps": 1_000_000,
-}
+NAMES = {name: label(name) for name in AXES}
 LINE, PLANE = 200, 64  # points on a line and on each side of a plane: what a chart can show
 MOST = 10_000_000
 
@@ -54,19 +44,28 @@ def show(s: Setup) -> None:
     r = answer(s)
     if r is None:
         return
+    accept_names({"x": NAMES, "y": NAMES, "show": METRICS})
     st.header(f"Sweep: {heading(s, r)}")
     with st.grid("auto", min_column_width=150, gap="small", vertical_alignment="bottom"):
-        x = st.selectbox("Along", AXES, key="x", bind="query-params", help="The input that varies.")
+        x = st.selectbox("Along", AXES, format_func=label, key="x", bind="query-params", help="The input that varies.")
         y = st.selectbox(
             "and",
             AXES,
             index=None,
+            format_func=label,
             key="y",
             bind="query-params",
             placeholder="nothing else",
             help="A second input that varies; the chart is then a map.",
         )
-        metric = st.selectbox("Show", tuple(METRICS), key="show", bind="query-params", help="The figure of each point.")
+        metric = st.selectbox(
+            "Show",
+            tuple(METRICS),
+            format_func=METRICS.__getitem__,
+            key="show",
+            bind="query-params",
+            help="The figure of each point.",
+        )
         logarithmic = st.toggle(
             "Logarithmic", key="log", bind="query-params", help="As many points in each octave of the range."
         )
@@ -76,7 +75,7 @@ def show(s: Setup) -> None:
         ranges = {name: (*_range(s, name), points, logarithmic) for name in chosen}
         axes, found = swept(s.request, tuple((name, *given) for name, given in ranges.items()), s.price)
     except ConfigError as error:
-        st.error(str(error), icon=":material/error:")
+        st.error(plain(str(error)), icon=":material/error:")
         return
     if metric not in found:
         spent = cost_of(s)
@@ -89,7 +88,7 @@ def show(s: Setup) -> None:
         f"of which {int(fits.sum()):,} fit."
     )
     draw = _line if len(chosen) == 1 else _plane
-    charts.draw(charts.Drawing(draw(s, r, axes, found[metric], fits, metric, logarithmic=logarithmic), text))
+    vega.draw(vega.Drawing(draw(s, r, axes, found[metric], fits, metric, logarithmic=logarithmic), text))
     hatched = "" if fits.all() else " What does not fit is hatched."
     st.caption(f"{text}{hatched} The allocator's rounding is taken at the sidebar's sizes; it hardly varies.")
     grid = np.meshgrid(*axes.values(), indexing="ij")
@@ -105,8 +104,11 @@ def show(s: Setup) -> None:
 
 def _range(s: Setup, name: str) -> tuple[int, int]:
     """Two inputs for the ends of an axis."""
-    end = ENDS.get(name, s.request.model.context_length)
+    end = reachable(s.request, name)
     called = label(name)
+    said = {"from": "Empty is 1.", "to": f"Empty is {end:,}: half as much again as the largest that fits."}
+    if name in RUN_AXES:
+        said["to"] = f"Empty is {end:,}: four times as many as in the sidebar."
     with st.container(horizontal=True):
         least, most = (
             st.number_input(
@@ -117,7 +119,7 @@ def _range(s: Setup, name: str) -> tuple[int, int]:
                 placeholder=f"{default:,}",
                 key=f"{name}.{word}",
                 bind="query-params",
-                help=f"Empty is {default:,}.",
+                help=said[word],
                 width=190,
             )
             for word, default in (("from", 1), ("to", end))
@@ -140,7 +142,7 @@ def _said(metric: str, unit: str) -> tuple[str, float, Callable[[float], str]]:
 
 def _line(
     s: Setup, r: Estimate, axes: dict[str, Any], shown: Any, fits: Any, metric: str, *, logarithmic: bool
-) -> charts.Spec:
+) -> vega.Spec:
     title, by, say = _said(metric, s.unit)
     (name, values), *_ = axes.items()
     rows = [
@@ -156,7 +158,7 @@ def _line(
 
 def _plane(
     s: Setup, _: Estimate, axes: dict[str, Any], shown: Any, fits: NDArray[np.bool_], metric: str, *, logarithmic: bool
-) -> charts.Spec:
+) -> vega.Spec:
     title, by, say = _said(metric, s.unit)
     x, y = (charts.Axis(label(name), [int(v) for v in values], logarithmic) for name, values in axes.items())
     text = np.vectorize(say, otypes=[object])(shown)

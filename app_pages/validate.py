@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import streamlit as st
 
+from app_pages.labels import plain
 from estimator.describe.model import ModelConfig
 
 if TYPE_CHECKING:
@@ -77,7 +78,9 @@ def _measurement(s: Setup) -> None:
     with ONE_AT_A_TIME:
         for line in _lines(model, plan):
             if "error" in line:
-                st.error(f"This recipe cannot be measured on this machine: {line['error']}", icon=":material/error:")
+                st.error(
+                    plain(f"This recipe cannot be measured on this machine: {line['error']}"), icon=":material/error:"
+                )
             elif "rows" in line:
                 rows = line["rows"]
             else:

@@ -1,6 +1,8 @@
 """The page without a browser: every figure on it is the library's, every input reaches the library."""
 
 import json
+import math
+import re
 import shlex
 from dataclasses import replace
 
@@ -10,10 +12,12 @@ from hypothesis import strategies as st
 
 import estimator as est
 from estimator.accounting import accounts
-from estimator.answers import derivations
-from estimator.answers.advice import Advisor, choices
+from estimator.answers import derivations, sweeps
+from estimator.answers.advice import Advisor
 from estimator.answers.request import Request
+from estimator.answers.sweeps import reach
 from estimator.describe.hf import from_hf
+from estimator.describe.settings import choices
 from estimator.show import commands
 from estimator.show.formatting import dollars, hours, prefixed, size
 from estimator.show.planning import headline
@@ -294,19 +298,53 @@ def test_a_pasted_configuration_becomes_the_model():
         ("[" * 100_000, "not JSON"),
     ],
 )
-def test_a_bad_configuration_shows_one_message_and_leaves_the_rest(text, said):
+def test_a_bad_configuration_is_refused_and_the_figures_of_the_model_before_it_are_gone(text, said):
     at = opened(model="gpt2-xl")
+    before = metrics(at)["Memory needed"]
     at.text_area(key="paste").set_value(text)
     ran(at)
-    assert len(at.error) == 1
-    assert said in at.error[0].value
-    assert metrics(at)["Memory needed"] == size(est.estimate("gpt2-xl", **RUN).memory.needed)
+    assert [said in error.value for error in at.error] == [True, True]  # on the page, and at the input
+    assert not at.metric
+    assert not at.code
+    at.button(key="go on").click()
+    ran(at)
+    assert not at.error
+    assert metrics(at)["Memory needed"] == before == size(est.estimate("gpt2-xl", **RUN).memory.needed)
+
+
+@pytest.mark.usefixtures("unadvised")
+def test_what_a_link_says_in_vain_is_named():
+    at = opened(
+        model="gpt2", batchsize="8", optimizer="adamv", seq_len="1e400", count="0", steps="00500", precision="bf16"
+    )
+    (said,) = [w.value for w in at.warning]
+    assert "'batchsize': this page has no such input. Was batch_size meant?" in said
+    assert "optimizer = 'adamv': cannot be, and is adamw here" in said
+    assert "seq_len = '1e400': cannot be, and is empty here" in said
+    assert "count = '0': cannot be, and is 1 here" in said
+    assert "steps" not in said
+    assert "precision" not in said
+    at.button(key="link dismissed").click()
+    ran(at)
+    assert not at.warning
+    assert not opened(model="gpt2", batch_size="8", goal="speed", compile="TRUE").warning
+
+
+@pytest.mark.usefixtures("unadvised")
+def test_what_a_user_writes_becomes_no_markup():
+    evil = "![x](http://a.example/b.png)<b>www.a.example $x$ `c`"
+    at = opened(model="gpt2", adapter_targets=evil, adapter="lora", **{evil: evil})
+    texts = [x.value for x in (*at.error, *at.warning)]
+    assert len(texts) == 3
+    for text in texts:
+        assert re.search(r"(?<!\\)[\[<`$]|(?<!\\)://|www\.", text) is None
+    assert all("a.example" in text for text in texts if not text.startswith("Shown without"))
 
 
 @pytest.mark.usefixtures("unadvised")
 def test_every_input_of_the_recipe_is_drawn_and_explained():
     at = opened()
-    for name, names in choices().items():
+    for name, names in choices(est.Plan).items():
         if name not in HIDDEN:
             assert tuple(at.selectbox(key=name).options) == names
     widgets = [*at.selectbox, *at.number_input, *at.toggle]
@@ -360,7 +398,21 @@ def test_the_notes_answers_stand_beside_the_right_ones():
 def test_the_sweep_says_how_many_fit():
     at = viewed("sweep")
     most = est.max_batch_size("gpt2-xl", est.Plan(), GPU, global_batch_size=1024)
-    assert f"64 configurations, of which {most} fit" in at.caption[0].value
+    shown = f"{math.ceil(1.5 * most)} configurations, of which {most} fit"
+    assert shown in at.caption[0].value
+    assert at.selectbox(key="x").options[0] == "Micro-batch"
+    assert shown in viewed("sweep", x="Micro-batch", show="Memory needed").caption[0].value
+
+
+def test_a_sweep_ends_where_it_matters():
+    """Half as much again as the largest that fits, found by the library's own answer to that."""
+    q = Request("gpt2-xl", est.preset("gpt2-xl"), est.Plan(attention="sdpa", checkpointing="block"), GPU, **RUN)
+    for axis in ("num_layers", "d_ff"):
+        end = reach(q, axis)
+        fits = [sweeps.point(q, {axis: at}).estimate().fits for at in (int(end / 1.7), end)]
+        assert fits == [True, False]
+    assert reach(q, "seq_len") == 1024
+    assert reach(q, "steps") == 1_600_000
 
 
 @pytest.mark.parametrize("metric", sweep.METRICS)
@@ -380,24 +432,35 @@ def test_a_range_that_cannot_be_is_said():
 
 def test_compare_shows_each_configurations_own_figures():
     at = viewed("compare", columns="3", **{"B.model": "gpt2", "B.gpu": "l4-24gb", "C.checkpointing": "block"})
-    table = at.table[0].value
-    assert list(table.columns) == ["A", "B", "C"]
+    differs, same = (table.value for table in at.table)
+    assert list(differs.columns) == ["A", "B", "C"]
+    assert "precision" in same.index
+    assert set(differs.index) == {"model", "accelerator", "checkpointing", *differs.index[3:]}
+    assert not set(differs.index) & set(same.index)
     for name, model, plan, gpu in (
         ("A", "gpt2-xl", est.Plan(), GPU),
         ("B", "gpt2", est.Plan(), "l4-24gb"),
         ("C", "gpt2-xl", est.Plan(checkpointing="block"), GPU),
     ):
         r = est.estimate(model, plan, gpu, **RUN)
-        assert table.loc["parameters", name] == f"{r.values.parameters:,}"
-        assert table.loc["memory needed", name] == size(r.memory.needed)
-        assert table.loc["training time", name] == hours(r.time.seconds)
+        for what, text in (
+            ("parameters", f"{r.values.parameters:,}"),
+            ("memory needed", size(r.memory.needed)),
+            ("training time", hours(r.time.seconds)),
+        ):
+            assert differs.loc[what, name].split(" (")[0] == text
+    first = est.estimate("gpt2-xl", est.Plan(), GPU, **RUN)
+    again = est.estimate("gpt2-xl", est.Plan(checkpointing="block"), GPU, **RUN)
+    said = next(m.value for m in at.markdown if m.value.startswith("**C, "))
+    assert f"checkpointing block: {again.time.hours / first.time.hours:.1f}x slower" in said
+    assert f"{size(first.memory.needed - again.memory.needed)} less memory" in said
 
 
 def test_a_configuration_that_cannot_be_is_said_in_its_column():
     at = viewed("compare", optimizer_impl="fused", **{"B.optimizer_impl": "bundled", "B.optimizer": "muon"})
     assert len(at.error) == 1
     assert "muon has loop, foreach, fused" in at.error[0].value
-    assert list(at.table[0].value.columns) == ["A"]
+    assert not any(m.value.startswith("**B, ") for m in at.markdown)
 
 
 def test_the_measurement_is_equal_to_the_estimate():

@@ -1,107 +1,21 @@
-"""The page in a real browser: Debian's chromium, driven by Playwright; skipped with its reason where there is none.
+"""The page in a real browser; skipped with its reason where there is none.
 
 Screenshots of every page go to `screenshots/`, for a person to look at. All stay with GPT-2 and micro-batches above 1,
 so that the server builds the accounts of few recipes.
 """
 
 import json
-from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("streamlit", reason="the page needs the app extra: pip install -e '.[app]'")
-from page_server import ROOT, page_server
+from page_browser import PAGES, drawn, metric, metric_becomes, select, shoot, visitor
 
 import estimator as est
-from estimator.show.formatting import size
+from app_pages import scenarios
+from estimator.show.formatting import hours, size
 
-CHROMIUM = Path("/usr/bin/chromium")
-FLAGS = [
-    "--no-sandbox",  # it is root's in a container
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-    "--disable-quic",
-]
-SHOTS = ROOT / "screenshots"
-PAGES = ("Estimate", "Plan", "Formulas", "Sweep", "Compare", "Validate", "Course")
-# Opened at a page's own address, Streamlit's client asks below it first where its server is, and is told 404.
-PROBES = tuple(f"/{page.lower()}/_stcore/{probe}" for page in PAGES for probe in ("health", "host-config"))
-
-pytestmark = pytest.mark.skipif(not CHROMIUM.exists(), reason="no /usr/bin/chromium: apt-get install chromium")
-
-
-@pytest.fixture(scope="module")
-def address():
-    with page_server() as (url, _):
-        yield url
-
-
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install -e '.[dev]'")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=FLAGS)
-        yield browser
-        browser.close()
-
-
-@contextmanager
-def visitor(browser, url, *, width=1440, height=1000, dark=False):
-    """A page in a context of its own, that must not have said an error in its console by the end."""
-    context = browser.new_context(viewport={"width": width, "height": height}, color_scheme="dark" if dark else "light")
-    page = context.new_page()
-    page.set_default_timeout(40_000)
-    errors = []
-
-    def heard(message):
-        if message.type == "error" and not message.location["url"].endswith(PROBES):
-            errors.append(message.text)
-
-    page.on("console", heard)
-    page.on("pageerror", lambda error: errors.append(str(error)))
-    page.goto(url)
-    drawn(page)
-    yield page
-    context.close()
-    assert errors == []
-
-
-def drawn(page):
-    """Wait until the foot of the page is drawn and the server has nothing more to say."""
-    page.get_by_text("The page's address holds everything").wait_for()
-    page.wait_for_function(
-        "document.querySelector('[data-testid=stApp]').dataset.testScriptState === 'notRunning'"
-        " && !document.querySelector('[data-stale=true]')"
-    )
-
-
-def metric(page, label):
-    return page.get_by_test_id("stMetric").filter(has_text=label).get_by_test_id("stMetricValue").inner_text()
-
-
-def metric_becomes(page, label, value):
-    page.get_by_test_id("stMetric").filter(has_text=label).get_by_text(value, exact=True).wait_for()
-
-
-def select(page, label, option):
-    box = page.get_by_role("combobox", name=label)
-    box.click()
-    box.fill(option)
-    page.get_by_role("option", name=option, exact=True).first.click()
-
-
-def shoot(page, name):
-    """The whole page as a picture: the window grows to what there is to see."""
-    SHOTS.mkdir(exist_ok=True)
-    size = page.viewport_size
-    height = page.evaluate("document.querySelector('[data-testid=stMainBlockContainer]').scrollHeight")
-    page.set_viewport_size({"width": size["width"], "height": min(height + 120, 8000)})
-    page.wait_for_timeout(400)  # charts are drawn when they come into view
-    page.screenshot(path=SHOTS / f"{name}.png")
-    page.set_viewport_size(size)
+RUN = {name: scenarios.DEFAULTS[name] for name in ("steps", "global_batch_size")}  # the sidebar's
 
 
 def test_each_page_opens_and_keeps_what_was_set(address, browser):
@@ -140,13 +54,17 @@ def test_changes_of_model_recipe_and_accelerator_reach_the_figures_and_the_link(
         page.wait_for_function("location.search.includes('attention=sdpa')")
         select(page, "Accelerator", "h100-80gb-sxm")
         page.get_by_role("heading", name="gpt2-medium on H100").wait_for()
+        drawn(page)
         batch = page.get_by_label("Micro-batch", exact=True).first
         batch.focus()
         page.keyboard.press("ArrowUp")  # the keyboard is enough
         page.keyboard.press("Enter")
-        page.wait_for_function("location.search.includes('batch_size=9')")
+        r = est.estimate("gpt2-medium", est.Plan(batch_size=9, attention="sdpa"), "h100-80gb-sxm", **RUN)
+        metric_becomes(page, "Memory needed", size(r.memory.needed))
         drawn(page)
         link, shown = page.url, [metric(page, name) for name in ("Memory needed", "Training time", "Cost")]
+        assert shown[:2] == [size(r.memory.needed), hours(r.time.seconds)]
+        assert "batch_size=9" in link
         with visitor(browser, link) as other:
             assert [metric(other, name) for name in ("Memory needed", "Training time", "Cost")] == shown
             assert other.get_by_role("heading", name="gpt2-medium on H100").is_visible()
@@ -154,13 +72,13 @@ def test_changes_of_model_recipe_and_accelerator_reach_the_figures_and_the_link(
 
 def test_taking_a_change(address, browser):
     with visitor(browser, f"{address}/?model=gpt2-xl&batch_size=8") as page:
-        assert "Does not fit" in page.get_by_test_id("stAlert").first.inner_text()
+        page.get_by_text("Does not fit").first.wait_for()
         row = page.get_by_test_id("stHorizontalBlock").filter(has_text="checkpointing selective").last
         row.get_by_role("button", name="Apply").click()
         plan = est.Plan(batch_size=8, checkpointing="selective")
-        needed = est.estimate("gpt2-xl", plan, "a100-80gb-sxm", global_batch_size=1024).memory.needed
+        needed = est.estimate("gpt2-xl", plan, "a100-80gb-sxm", **RUN).memory.needed
         page.get_by_text(f"Fits: a step needs {size(needed)}").wait_for()
-        assert "checkpointing=selective" in page.url
+        page.wait_for_function("location.search.includes('checkpointing=selective')")
 
 
 def test_uploads(address, browser, tmp_path):
@@ -174,11 +92,14 @@ def test_uploads(address, browser, tmp_path):
         page.get_by_text("From a config.json").click()
         before = metric(page, "Memory needed")
         upload = page.get_by_test_id("stFileUploaderDropzoneInput")
-        for file, said in ((broken, "is not JSON"), (unknown, "model_type = 'mamba2'"), (large, "5.0MB or smaller")):
+        upload.set_input_files(large)  # the browser does not send it
+        page.get_by_test_id("stSidebar").get_by_text("5.0MB or smaller").first.wait_for()
+        assert metric(page, "Memory needed") == before
+        for file, said in ((broken, "is not JSON"), (unknown, "model_type = 'mamba2'")):
             upload.set_input_files(file)
-            page.get_by_test_id("stSidebar").get_by_text(said).first.wait_for()
-            drawn(page)
-            assert metric(page, "Memory needed") == before
+            page.get_by_test_id("stMain").get_by_text(said).wait_for()
+            page.get_by_test_id("stMetric").first.wait_for(state="detached")  # nothing of the model before it is left
+            assert page.get_by_test_id("stCode").count() == 0
         upload.set_input_files(good)
         page.get_by_role("heading", name="your own, GPT-2 family").wait_for()
         drawn(page)

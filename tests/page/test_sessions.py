@@ -16,6 +16,7 @@ VISITORS = 20
 MEMORY = 600e6  # bytes
 MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # one recipe, so that they share their accounts
 GPU = "a100-80gb-sxm"
+RUN = {name: scenarios.DEFAULTS[name] for name in ("steps", "global_batch_size")}  # the sidebar's
 
 
 def visit(url, number):
@@ -24,9 +25,7 @@ def visit(url, number):
     session = Session(url, f"model={model}&batch_size={2 + number}")
     for batch in (2 + number, 30 + number, 60 + number):
         session.change("Micro-batch", batch)
-        r = est.estimate(
-            model, est.Plan(batch_size=batch), GPU, global_batch_size=scenarios.DEFAULTS["global_batch_size"]
-        )
+        r = est.estimate(model, est.Plan(batch_size=batch), GPU, **RUN)
         found.append((session.metric("Memory needed"), size(r.memory.needed)))
     assert session.exceptions == []
     session.close()
