@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from estimator.describe.adapters import ADAPTERS, ALL, targets_listed
+from estimator.describe.adapters import ADAPTERS, ALL, BASE_PRECISIONS, targets_listed
 from estimator.describe.checks import NORM, ConfigError, choose, known_fields, positive_int, shown
 from estimator.describe.selection import Selection, parts_listed
 
@@ -120,6 +120,11 @@ class Plan:
         ),
         "adapter_dropout": "the probability to drop an element of what goes into an adapter.",
         "adapter_alpha": "what an adapter's result is multiplied with, times r; of no account to bytes.",
+        "base_precision": (
+            '"nf4" keeps the frozen linear layers under the adapters in 4 bits, with a scale for 64 of them, as '
+            'bitsandbytes does (QLoRA); "nf4-double" has the scales in 8 bits too; "int8" is LLM.int8(); "none" keeps '
+            "them as the precision says. Embedding, norms and head are not quantised."
+        ),
         "reduce_dtype": '"fp32" or "bf16": of bf16-fsdp, in what gradients are summed; they are kept in fp32.',
         "autocast": "of bf16-fsdp, forward and loss run under `torch.autocast` as well, as accelerate has it.",
         "reshard_after_forward": (
@@ -160,6 +165,7 @@ class Plan:
     reshard_after_forward: int | bool | None = None
     shard_group: int | None = None
     update: str = "after"
+    base_precision: str = "none"
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -293,7 +299,13 @@ class Plan:
             raise ConfigError(f"adapter_dropout = {shown(rate)}: must be a number of at least 0 and below 1")
         if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha <= NORM:
             raise ConfigError(f"adapter_alpha = {shown(alpha)}: must be a finite number above 0")
+        choose("base_precision", self.base_precision, BASE_PRECISIONS)
         if self.adapter == "none":
+            if self.base_precision != "none":
+                raise ConfigError(
+                    f"base_precision = {self.base_precision!r}: quantised weights cannot be trained; allowed with "
+                    "adapter = 'lora'"
+                )
             return
         if self.selection != Selection():
             raise ConfigError(
@@ -302,6 +314,22 @@ class Plan:
         if self.precision == "bf16-master":
             raise ConfigError(
                 "precision = 'bf16-master': adapters are fp32 by themselves; allowed are all other precisions"
+            )
+
+        self._check_base_precision()
+
+    def _check_base_precision(self) -> None:
+        if self.base_precision == "none":
+            return
+        name = f"base_precision = {self.base_precision!r}: "
+        if self.adapter != "lora":
+            raise ConfigError(f"{name}adapter is {self.adapter!r}, known on whole weights only; allowed is lora")
+        if self.precision not in ("fp32", "tf32", "bf16", "bf16-mixed"):
+            raise ConfigError(f"{name}precision is {self.precision!r}; allowed with fp32, tf32, bf16, bf16-mixed")
+        if self.shards > 1 and self.sharding in FULLY_SHARDED:
+            raise ConfigError(
+                f"{name}sharding is {self.sharding!r}, and fully_shard cannot cut packed weights; allowed with none, "
+                "zero1"
             )
 
     @property

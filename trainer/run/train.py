@@ -22,7 +22,7 @@ from trainer.model.decoder import build_model
 from trainer.optim.eight_bit import AdamW8bit
 from trainer.optim.in_backward import InBackward
 from trainer.optim.optimizers import SGD, AdamW, Lion, MuonAdamW, is_for_muon, is_matrix
-from trainer.optim.precision import PARAMETERS, autocast, loss_scaler, products_in
+from trainer.optim.precision import autocast, loss_scaler, products_in
 from trainer.optim.schedule import lr_cosine_schedule
 from trainer.parallel.distributed import Weights, World, load_run, local, save_run
 from trainer.referee.measure import loss_of
@@ -75,9 +75,10 @@ def _train(config: TrainConfig, world: World) -> int:
 
     # The same weights on every device and in every process: they are drawn on the CPU.
     torch.manual_seed(config.seed)
-    model = to_precision(build_model(m, plan).to(device), PARAMETERS.get(plan.precision))
+    model = build_model(m, plan).to(device)
     if config.weights is not None:
         load_base(model, config.weights)
+    to_precision(model, plan)
     if plan.precision == "tf32" and device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     scaler = loss_scaler(plan.precision, device.type, sharded=world.shares(config.sharding))
