@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 import streamlit as st
 
 from app_pages.labels import explained, label, plain
-from estimator.answers.request import BASES
 from estimator.describe.checks import LIMITS, ConfigError
 from estimator.describe.hf import from_hf
 from estimator.describe.model import ModelConfig
-from estimator.describe.presets import preset, presets
+from estimator.describe.presets import preset, presets, starting_points
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
 LIMIT = 10_000_000
 # May be left empty: as published, or following d_model and the heads.
 FOLLOWING = ("num_kv_heads", "head_dim", "d_ff", "sliding_window")
+BASES = {preset(name).family: name for name in starting_points()}  # what a model of one's own starts from, by family
 OWN = {f"own-{family}": family for family in BASES}
 REFUSED = "config_problem"  # in the session's state: why the last configuration was not taken
 FAMILIES = {"gpt2": "GPT-2 family", "llama": "Llama family"}

@@ -341,7 +341,7 @@ def shaped(parameters: float) -> ModelConfig:
     def made(blocks: int, heads: int) -> ModelConfig:
         d = heads * head
         return ModelConfig(
-            "llama", blocks, d, heads, v, shape["context_length"], d_ff=max(256, round(8 * d / 3 / 256) * 256)
+            shape["family"], blocks, d, heads, v, shape["context_length"], d_ff=max(256, round(8 * d / 3 / 256) * 256)
         )
 
     blocks = max(1, round((parameters / (12 * w * w)) ** (1 / 3)))

@@ -73,7 +73,8 @@ def axis_values(
     if axis not in MODEL_AXES or axis in ("num_layers", "d_ff", "vocab_size"):
         return wanted
     if axis == "d_model":
-        step = 1 if m.e * m.num_heads != m.d_model else m.num_heads * (2 if m.family == "llama" else 1)
+        pairs = m.made_of.positions.kind == "rotary" and m.rotary_dim is None
+        step = 1 if m.e * m.num_heads != m.d_model else m.num_heads * (2 if pairs else 1)
         wanted = np.unique(np.maximum(np.rint(wanted / step).astype(np.int64), 1) * step)
         found = wanted[(wanted >= least) & (wanted <= most)]
     else:

@@ -27,6 +27,8 @@ from estimator.parallel.data import Sharing
 from estimator.parallel.sharded import FullySharded
 from estimator.timing import communication
 
+sys.path.append(str(Path(__file__).parents[1] / "exact"))
+
 RUNS = int(os.environ.get("RANKS_DRAWS", "0"))  # random recipes for each number of processes
 quick = settings(derandomize=True, deadline=None, max_examples=12)
 

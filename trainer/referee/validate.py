@@ -25,6 +25,7 @@ from rich.table import Table
 from estimator.accounting.accounts import account, sizes_for
 from estimator.describe.checks import ConfigError
 from estimator.describe.model import ModelConfig
+from estimator.describe.parts import FAMILIES
 from estimator.describe.plan import CHECKPOINTINGS, LOSSES, PRECISIONS, Plan
 from estimator.hardware.accelerators import accelerator
 from estimator.memory.device import memory
@@ -104,7 +105,7 @@ def cases(count: int, seed: int = 0) -> Iterator[tuple[ModelConfig, Plan]]:
         {"B": 1, "L": 2},
     ]
     for i in range(count):
-        for family in ("gpt2", "llama"):
+        for family in FAMILIES:
             yield _case(family, rng, edges[i] if i < len(edges) else {}, i)
 
 
@@ -116,7 +117,7 @@ def _case(family: str, rng: random.Random, fixed: dict[str, int], turn: int) -> 
 
     B, T, h, L = size("B", 2, 3, 5), size("T", 4, 7, 13), size("h", 2, 3, 4), size("L", 1, 2, 3, 4)
     V, C = size("V", 17, 101, 997), T + rng.choice((0, 0, 3))
-    if family == "gpt2":
+    if FAMILIES[family].attention.fused:  # heads fill the width, and have keys of their own
         m = ModelConfig(family, L, h * rng.choice((1, 3, 8)), h, V, C, tie_embeddings=rng.random() < 0.7)
     else:
         k = rng.choice([k for k in range(1, h + 1) if h % k == 0])

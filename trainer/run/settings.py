@@ -12,6 +12,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 from estimator.describe.checks import ConfigError, choose, positive_int
 from estimator.describe.hf import from_hf
 from estimator.describe.model import ModelConfig
+from estimator.describe.parts import FAMILIES
 from estimator.describe.plan import SHARDING_SPELLINGS, SHARDINGS, Plan
 from estimator.describe.presets import preset
 
@@ -37,7 +38,7 @@ class ModelSection:
         vocab_size: V; None takes the tokenizer's.
         num_kv_heads: k, key/value heads; None means num_heads.
         head_dim: e; None means d_model / num_heads.
-        d_ff: f; None means 4 d_model for gpt2, and for llama 8/3 d_model rounded up to a multiple of 64.
+        d_ff: f; None means 4 d_model, and where it is gated 8/3 d_model rounded up to a multiple of 64.
         tie_embeddings: None means the family's habit.
         qkv_bias: None means the family's habit.
         sliding_window: tokens that one sees, itself included; None means all before it.
@@ -72,7 +73,7 @@ class ModelSection:
             return self.named(self.like).replace(vocab_size=size, context_length=self.context_length)
         values = asdict(self) | {"vocab_size": size}
         del values["like"]
-        if self.family == "llama" and self.d_ff is None:
+        if self.d_ff is None and self.family in FAMILIES and FAMILIES[self.family].mlp.gated:
             # Three matrices of width 8/3 d hold what two of 4 d do (Touvron et al. 2023, section 2.2).
             values["d_ff"] = 64 * math.ceil(8 * self.d_model / 3 / 64)
         return ModelConfig(**values)
