@@ -201,10 +201,14 @@ class Machine:
 
     @contextmanager
     def kernel_of(self) -> Iterator[None]:
-        """What runs in this context is the kernel of one operator, whatever it is made of."""
+        """What runs in this context is the kernel of one operator, whatever it is made of.
+
+        Where Python dispatches, what it is made of is below autocast too.
+        """
+        casts = None if self.dispatches_to_python else self.autocast_dtype
         before, self.below_dispatch = self.below_dispatch, True
         try:
-            with self.no_grad():
+            with self.no_grad(), self.autocast(casts):
                 yield
         finally:
             self.below_dispatch = before

@@ -11,7 +11,7 @@ from estimator.eager.autograd import Context, attach, record
 from estimator.eager.ledger import Category, Gemm
 from estimator.eager.letters import ONE, ceiling, constant
 from estimator.eager.linalg import linear, product
-from estimator.eager.ops import python_number
+from estimator.eager.ops import python_number, wrapped_again
 from estimator.eager.tensor import (
     BFLOAT16,
     BOOL,
@@ -160,7 +160,7 @@ class Quantised8bit(Linear):
         """`CB.to(dtype).mul_(SCB.unsqueeze(1).mul(1.0 / 127.0))`."""
         machine, column = self.machine, (self.shape[0], ONE)
         weight = converted(self.codes, dtype).hold()
-        with python_number(machine, FLOAT32):
+        with wrapped_again(machine), python_number(machine, FLOAT32):
             scale = machine.empty(column).hold()
         # The CPU multiplies in float32 what is half as wide: from a copy, into a copy.
         wide = [machine.empty(self.shape).hold() for _ in range(2) if machine.casts_operands and dtype != FLOAT32]

@@ -26,7 +26,8 @@ from estimator.accounting.accounts import account, sizes_for
 from estimator.describe.checks import ConfigError
 from estimator.describe.model import ModelConfig
 from estimator.describe.parts import FAMILIES
-from estimator.describe.plan import CHECKPOINTINGS, LOSSES, PRECISIONS, Plan
+from estimator.describe.plan import Plan
+from estimator.describe.settings import choices
 from estimator.hardware.accelerators import accelerator
 from estimator.memory.device import memory
 from estimator.studies import device, published
@@ -127,9 +128,10 @@ def _case(family: str, rng: random.Random, fixed: dict[str, int], turn: int) -> 
         m = ModelConfig(family, L, d, h, V, C, k, e, rng.randint(3, 70), tied, bias)
     optimizers = (("adamw", "loop"), ("adamw", "foreach"), ("adamw", "fused"), ("adamw", "bundled"), ("sgd", "bundled"))
     optimizer, implementation = optimizers[turn % 5]
+    recipes = choices(Plan)
     # tf32 differs in time only, bf16-fsdp takes several processes
-    precision = rng.choice(("fp32", "fp32", *(x for x in PRECISIONS if x not in ("tf32", "bf16-fsdp"))))
-    checkpointing = rng.choice(CHECKPOINTINGS[1:]) if turn // 10 % 2 else "none"
+    precision = rng.choice(("fp32", "fp32", *(x for x in recipes["precision"] if x not in ("tf32", "bf16-fsdp"))))
+    checkpointing = rng.choice(recipes["checkpointing"][1:]) if turn // 10 % 2 else "none"
     p = Plan(
         batch_size=B,
         seq_len=T,
@@ -137,7 +139,7 @@ def _case(family: str, rng: random.Random, fixed: dict[str, int], turn: int) -> 
         fp32_gradients=precision == "bf16-master" and rng.random() < 0.5,
         attention=(("naive", "naive-fp32"), ("sdpa", "sdpa-math"))[turn // 5 % 2][turn // 20 % 2],
         dropout=rng.choice((0.0, 0.0, 0.1)),
-        loss=rng.choice(LOSSES),
+        loss=rng.choice(recipes["loss"]),
         checkpointing=checkpointing,
         checkpoint_every=rng.choice((1, 2)) if checkpointing != "none" else 1,
         optimizer=optimizer,

@@ -13,8 +13,9 @@ from estimator.describe.checks import ConfigError, choose, positive_int
 from estimator.describe.hf import from_hf
 from estimator.describe.model import ModelConfig
 from estimator.describe.parts import FAMILIES
-from estimator.describe.plan import SHARDING_SPELLINGS, SHARDINGS, Plan
+from estimator.describe.plan import Plan
 from estimator.describe.presets import preset
+from estimator.describe.settings import checked
 
 DEVICES = ("auto", "cpu", "cuda")
 CONFIGS = Path(__file__).parent / "configs"
@@ -167,8 +168,7 @@ class TrainConfig:
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed = {self.seed}: must be from 0 to 2^63 - 1")
         choose("device", self.device, DEVICES)
-        object.__setattr__(self, "sharding", SHARDING_SPELLINGS.get(self.sharding, self.sharding))
-        choose("sharding", self.sharding, SHARDINGS)
+        object.__setattr__(self, "sharding", checked(Plan, "sharding", self.sharding))
         if self.plan.data_parallel != 1 or self.plan.sharding != "none":
             given = f"plan.data_parallel = {self.plan.data_parallel}, plan.sharding = {self.plan.sharding!r}"
             raise ConfigError(f"{given}: torchrun says how many processes there are, and --sharding what they share")
