@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from estimator.describe import tensor
 from estimator.describe.adapters import ALL, targets_listed
 from estimator.describe.checks import ConfigError, known_fields
 from estimator.describe.selection import Selection, parts_listed
@@ -316,6 +317,14 @@ class Plan:
         draws=(None,),
         needs=(Needs("sharding", FULLY_SHARDED, "sharding is {sharding!r}"),),
     )
+    tensor_parallel: int = integer(
+        1,
+        "Accelerators that share each block's matrices, as PyTorch's DTensor does: each has a part of the heads and of "
+        "the feed-forward's columns, and all have embedding, norms and head.",
+        most=10**6,
+        draws=(1,),
+        needs=tensor.NEEDS,
+    )
 
     update: str = choice(
         "after",
@@ -411,6 +420,7 @@ class Plan:
     def check_model(self, model: ModelConfig) -> None:
         """Raise ConfigError if the model's parts have something that the plan's attention or loss has not."""
         self.selection.check(model)
+        tensor.check_model(self, model)
         parts = model.made_of
         if model.unfused is not None and self.attention.startswith("sdpa"):
             raise ConfigError(
@@ -480,6 +490,11 @@ class Plan:
         if self.data_parallel == 1 or self.sharding == "none":
             return 1
         return self.shard_group or self.data_parallel
+
+    @property
+    def accelerators(self) -> int:
+        """How many work together."""
+        return self.data_parallel * self.tensor_parallel
 
     @property
     def replicas(self) -> int:

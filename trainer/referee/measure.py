@@ -207,8 +207,8 @@ def build_step(m: ModelConfig, p: Plan, device: str = "cpu", seed: int = 0, sche
         ConfigError: the sequence is longer than the model's positions, the device has not the attention's kernel, or
             the plan is for several processes.
     """
-    if p.data_parallel > 1:
-        raise ConfigError(f"data_parallel = {p.data_parallel}: this is one process; see `trainer.referee.replicas`")
+    if p.accelerators > 1:
+        raise ConfigError(f"accelerators = {p.accelerators}: this is one process; see `trainer.referee.replicas`")
     model, inputs = build_parts(m, p, device, seed)
     named, masters = trained(model), None
     if p.precision == "bf16-master":
