@@ -269,6 +269,27 @@ class Plan:
     adapter_alpha: float = number(
         16.0, "What an adapter's result is multiplied with, times r; it changes no bytes.", above=True, draws=(16.0,)
     )
+    base_precision: str = choice(
+        "none",
+        "How the frozen linear layers under the adapters are kept, but the head; embedding and norms are as the "
+        "precision says.",
+        {
+            "none": "as the precision says",
+            "nf4": "4 bits and a scale for 64 of them, as bitsandbytes does (QLoRA)",
+            "nf4-double": "the scales in 8 bits too",
+            "int8": "8 bits and a scale for each row (LLM.int8())",
+        },
+        needs=(
+            Needs("adapter", ("lora",), "quantised weights cannot be trained, and adapter is {adapter!r}"),
+            Needs("precision", ("fp32", "tf32", "bf16", "bf16-mixed"), "precision is {precision!r}"),
+            Needs(
+                "shared_by",
+                ("one accelerator", "none", "zero1"),
+                "fully_shard cannot cut packed weights, and sharding is {sharding!r}",
+                say="allowed with sharding none, zero1",
+            ),
+        ),
+    )
     reduce_dtype: str = choice(
         "fp32",
         "With bf16-fsdp, in what gradients are summed; they are kept in fp32.",

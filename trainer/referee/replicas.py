@@ -22,6 +22,7 @@ from torch.distributed import _functional_collectives as functional
 from torch.profiler import ProfilerActivity, profile
 
 from estimator.describe.checks import ConfigError
+from trainer.model.quantised import scales
 from trainer.optim.precision import loss_scaler
 from trainer.parallel.distributed import World, local
 from trainer.referee.measure import Step, allocator_events, build_parts, build_updates, nbytes, onednn
@@ -80,11 +81,9 @@ class SharedStep(Step):
 
 def bucket_bytes(model: nn.Module) -> int:
     """Bytes that DDP keeps for itself around a model; its first messages, which take buffers, are left out."""
-    kept: list[nn.Module] = []
-    events = allocator_events(
-        lambda: kept.append(nn.parallel.DistributedDataParallel(deepcopy(model), init_sync=False))
-    )
-    return sum(n for _, n in events) - nbytes([*model.parameters(), *model.buffers()])
+    kept: list[nn.Module] = [deepcopy(model)]
+    events = allocator_events(lambda: kept.append(nn.parallel.DistributedDataParallel(kept[0], init_sync=False)))
+    return sum(n for _, n in events)
 
 
 # What the profiler calls a collective when it is asked for, which of its tensors is whole, and our word for it.
@@ -152,7 +151,7 @@ def measure_shared(m: ModelConfig, p: Plan, world: World, seed: int = 0) -> dict
     step = SharedStep(m, p, world, seed)
     for _ in range(3):  # the first makes the optimizer's state; in the second DDP cuts its buckets anew
         step()
-    parameters = [local(x.detach()) for x in step.model.parameters()]
+    parameters = [local(x.detach()) for x in (*step.model.parameters(), *scales(step.model))]
     scale = [x for x in vars(step.scaler).values() if isinstance(x, Tensor)]
     resident = nbytes([*parameters, *step.model.buffers(), *step.inputs, *step.state(), *scale]) + step.buckets
     step.micro_batches()
