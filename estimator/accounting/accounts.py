@@ -176,7 +176,8 @@ def sizes_for(m: ModelConfig, p: Plan, threads: int | None = None) -> Sizes:
 def _sizes(m: ModelConfig, p: Plan, threads: int | None) -> Sizes:
     """Those of the model and the plan, without the turns of its groups of blocks."""
     sizes = sizes_of(m, p.batch_size, p.tokens(m), threads, p.shards)
-    return sizes if p.adapter == "none" else Sizes(sizes | {"r": p.adapter_rank})
+    sizes = sizes if p.adapter == "none" else Sizes(sizes | {"r": p.adapter_rank})
+    return sizes if p.tensor_parallel == 1 else Sizes(sizes | {"t": p.tensor_parallel})
 
 
 def recipe_of(m: ModelConfig, p: Plan, device: str, rank: int = 0) -> Recipe:
@@ -219,6 +220,7 @@ def recipe_of(m: ModelConfig, p: Plan, device: str, rank: int = 0) -> Recipe:
         reshard=None if p.reshard_after_forward in (None, p.shards) else int(p.reshard_after_forward),
         in_backward=p.update == "in-backward",
         rank=rank % p.shards,
+        tensor_parallel=p.tensor_parallel > 1,
     )
     masked = m.sliding_window is not None and tokens > m.sliding_window
     if p.attention == "sdpa-flash" and fused_kernel("flash", device, masked=masked) != "flash":

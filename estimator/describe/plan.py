@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from estimator.describe import tensor
 from estimator.describe.adapters import ALL, targets_listed
 from estimator.describe.checks import ConfigError, known_fields
 from estimator.describe.selection import Selection, parts_listed
@@ -310,7 +311,23 @@ class Plan:
         draws=(None,),
         needs=(Needs("sharding", FULLY_SHARDED, "sharding is {sharding!r}"),),
     )
+    tensor_parallel: int = integer(
+        1,
+        "Accelerators that share each block's matrices, as PyTorch's DTensor does: each has a part of the heads and of "
+        "the feed-forward's columns, and all have embedding, norms and head.",
+        most=10**6,
+        draws=(1,),
+        needs=tensor.NEEDS,
+    )
 
+    imbalance: float = number(
+        1.0,
+        "Of a model with experts, the rows of the most loaded expert over the mean of all. It moves the time of their "
+        "products; where an accelerator holds all experts, no byte and no FLOP depends on which are chosen.",
+        least=1,
+        most=10**6,
+        draws=(1.0,),
+    )
     update: str = choice(
         "after",
         "When the optimizer moves the parameters.",
@@ -405,7 +422,14 @@ class Plan:
     def check_model(self, model: ModelConfig) -> None:
         """Raise ConfigError if the model's parts have something that the plan's attention or loss has not."""
         self.selection.check(model)
+        tensor.check_model(self, model)
         parts = model.made_of
+        most = 1.0
+        if model.num_experts is not None and model.experts_per_token is not None:
+            most = model.num_experts / model.experts_per_token
+        if self.imbalance > most:
+            why = "each token goes through an expert once" if parts.experts is not None else "the model has no experts"
+            raise ConfigError(f"imbalance = {self.imbalance:g}: {why}; allowed is at most {most:g}")
         if model.unfused is not None and self.attention.startswith("sdpa"):
             raise ConfigError(
                 f"attention = {self.attention!r}: no fused kernel has the model's attention.{model.unfused}; allowed "
@@ -474,6 +498,11 @@ class Plan:
         if self.data_parallel == 1 or self.sharding == "none":
             return 1
         return self.shard_group or self.data_parallel
+
+    @property
+    def accelerators(self) -> int:
+        """How many work together."""
+        return self.data_parallel * self.tensor_parallel
 
     @property
     def replicas(self) -> int:
