@@ -1,8 +1,9 @@
 """estimate, max_batch_size, time by a stated MFU, memory lines."""
 
-from __future__ import resource
+from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
 import time
