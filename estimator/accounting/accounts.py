@@ -223,6 +223,7 @@ def recipe_of(m: ModelConfig, p: Plan, device: str, rank: int = 0) -> Recipe:
         adapter=p.adapter,
         adapter_targets=p.adapter_targets if p.adapter != "none" else "",
         adapter_dropout=p.adapter != "none" and p.adapter_dropout > 0,
+        base_precision=p.base_precision,
         reduce_dtype=p.reduce_dtype,
         autocast=p.autocast,
         replicated=p.replicas > 1 and p.sharding in FULLY_SHARDED,
@@ -272,8 +273,9 @@ def _forms(traced: Trace, recipe: Recipe, shapes: ShapeClass) -> tuple[Forms, di
     ledger = traced.ledger
     for event in ledger.events:
         storage = event.storage
-        # A gradient that is gone when backward is over was never held.
+        # A gradient that is gone when backward is over was never held, nor a weight that has been quantised.
         gone = event.where.phase is Phase.BACKWARD and storage.category is Category.GRADIENT
+        gone |= event.where.phase is Phase.SETUP and storage.category is Category.PARAMETER
         if storage.category in _RESIDENT and (event.sign > 0 or gone):
             for where, nbytes in ledger.gradients.get(storage, [(storage.where, storage.nbytes)]):
                 enter(_RESIDENT[storage.category], where, event.sign * nbytes)

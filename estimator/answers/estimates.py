@@ -18,6 +18,7 @@ from estimator.describe.words import in_words
 from estimator.hardware.accelerators import Accelerator, accelerator
 from estimator.hardware.networks import network as network_of
 from estimator.memory.device import Memory, memory
+from estimator.pricing.conventions import CONVENTIONS, flops_per_token
 from estimator.timing.kernels import Variant
 from estimator.timing.speed import Setup, StackFactor, Time, at_mfu, predicted
 
@@ -112,6 +113,13 @@ class Estimate:
         return assumptions(self.model, self.plan.replace(grad_accumulation=micro_batches), self.accelerator, self.setup)
 
     @property
+    def flops_per_token(self) -> dict[str, float]:
+        """Model FLOPs of a token in training by each of `estimator.pricing.conventions.CONVENTIONS`."""
+        tokens = self.plan.tokens(self.model)
+        ledger, active = self.flops.model / (self.flops.sequences * tokens), self.values.active_parameters
+        return {name: flops_per_token(self.model, tokens, active, name, ledger) for name in CONVENTIONS}
+
+    @property
     def fits(self) -> bool:
         """Whether the step fits the accelerator's memory."""
         return self.memory.fits
@@ -130,7 +138,8 @@ class Estimate:
             "trained_parameters": self.values.trained_parameters,
             "memory": self.memory.to_dict(),
             "activation_bytes": self.values.activation_bytes,
-            "flops": asdict(self.flops) | {"model": self.flops.model, "step": self.flops.step},
+            "flops": asdict(self.flops)
+            | {"model": self.flops.model, "step": self.flops.step, "per_token": self.flops_per_token},
             "time": self.time.to_dict() if self.time is not None else None,
             "assumptions": [x.to_dict() for x in self.assumptions],
             "modules": modules,
@@ -222,6 +231,12 @@ def estimate(
     sequences = p.batch_size * p.grad_accumulation * p.data_parallel
     notes = ["The bytes are those of eager execution; compiled, fused ops save some."] if p.compile else []
     notes += [SHARDING_NOTES[p.sharding]] if p.shards > 1 else []
+    if m.num_experts is not None:
+        routed = "all experts get equally many tokens" if p.imbalance == 1 else "one expert gets more than its share"
+        notes.append(
+            f"The time is that of a step in which {routed} (imbalance = {p.imbalance:g}); bytes and FLOPs are the same "
+            "whichever experts are chosen, as each accelerator holds all of them."
+        )
     if p.shards > 1 and p.sharding in FULLY_SHARDED and p.precision in ("bf16-mixed", "fp16-mixed"):
         notes.append(
             f"{p.precision} here is autocast under FSDP: parameters are gathered in fp32, and autocast keeps a 16-bit "

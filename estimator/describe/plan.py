@@ -38,7 +38,7 @@ OPTIMIZERS = {
     "adamw-8bit": ("bundled",),
 }
 # What an update needs at once: an accelerator's rows are not enough.
-WHOLE_MATRICES = ("muon", "adafactor", "adamw-8bit")
+WHOLE_MATRICES = ("muon", "adafactor")
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,12 +172,6 @@ class Plan:
                 values=WHOLE_MATRICES,
                 say="allowed with sharding none (DDP)",
             ),
-            Needs(
-                "precision",
-                ("fp32", "tf32", "bf16-mixed", "fp16-mixed", "bf16-master", "bf16-fsdp"),
-                "it moves fp32 parameters, and precision is {precision!r}",
-                values=("adamw-8bit",),
-            ),
         ),
     )
     optimizer_impl: str = choice(
@@ -269,6 +263,27 @@ class Plan:
     adapter_alpha: float = number(
         16.0, "What an adapter's result is multiplied with, times r; it changes no bytes.", above=True, draws=(16.0,)
     )
+    base_precision: str = choice(
+        "none",
+        "How the frozen linear layers under the adapters are kept, but the head; embedding and norms are as the "
+        "precision says.",
+        {
+            "none": "as the precision says",
+            "nf4": "4 bits and a scale for 64 of them, as bitsandbytes does (QLoRA)",
+            "nf4-double": "the scales in 8 bits too",
+            "int8": "8 bits and a scale for each row (LLM.int8())",
+        },
+        needs=(
+            Needs("adapter", ("lora",), "quantised weights cannot be trained, and adapter is {adapter!r}"),
+            Needs("precision", ("fp32", "tf32", "bf16", "bf16-mixed"), "precision is {precision!r}"),
+            Needs(
+                "shared_by",
+                ("one accelerator", "none", "zero1"),
+                "fully_shard cannot cut packed weights, and sharding is {sharding!r}",
+                say="allowed with sharding none, zero1",
+            ),
+        ),
+    )
     reduce_dtype: str = choice(
         "fp32",
         "With bf16-fsdp, in what gradients are summed; they are kept in fp32.",
@@ -322,6 +337,14 @@ class Plan:
         needs=(Needs("is_pipeline", (True,), "pipeline_parallel is {pipeline_parallel}"),),
     )
 
+    imbalance: float = number(
+        1.0,
+        "Of a model with experts, the rows of the most loaded expert over the mean of all. It moves the time of their "
+        "products; where an accelerator holds all experts, no byte and no FLOP depends on which are chosen.",
+        least=1,
+        most=10**6,
+        draws=(1.0,),
+    )
     update: str = choice(
         "after",
         "When the optimizer moves the parameters.",
@@ -419,6 +442,12 @@ class Plan:
         tensor.check_model(self, model)
         pipeline.check_model(self, model)
         parts = model.made_of
+        most = 1.0
+        if model.num_experts is not None and model.experts_per_token is not None:
+            most = model.num_experts / model.experts_per_token
+        if self.imbalance > most:
+            why = "each token goes through an expert once" if parts.experts is not None else "the model has no experts"
+            raise ConfigError(f"imbalance = {self.imbalance:g}: {why}; allowed is at most {most:g}")
         if model.unfused is not None and self.attention.startswith("sdpa"):
             raise ConfigError(
                 f"attention = {self.attention!r}: no fused kernel has the model's attention.{model.unfused}; allowed "

@@ -131,6 +131,7 @@ class Recipe:
     adapter: str = "none"
     adapter_targets: str = ""
     adapter_dropout: bool = False
+    base_precision: str = "none"
     reduce_dtype: str = "fp32"
     autocast: bool = False
     replicated: bool = False  # HSDP

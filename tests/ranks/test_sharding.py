@@ -153,7 +153,7 @@ def partly_trained(random, processes):
         "precision": random.choice(["fp32", "bf16", "bf16", "bf16-mixed"]),
         "attention": random.choice(["naive", "sdpa"]),
         "checkpointing": random.choice(["none", "block", "selective"]),
-        "optimizer": random.choice(["adamw", "sgd", "lion"]),
+        "optimizer": random.choice(["adamw", "sgd", "lion", "adamw-8bit"]),
         "grad_accumulation": random.choice([1, 1, 2, 3]),
         "max_grad_norm": random.choice([None, None, 1.0]),
     }
@@ -164,6 +164,8 @@ def partly_trained(random, processes):
         plan |= {"adapter": kind, "adapter_rank": random.choice([1, 3, 4])}
         plan |= {"adapter_targets": random.choice(["all-linear", some])}
         plan |= {"adapter_dropout": random.choice([0.0, 0.1])}
+        if kind == "lora" and sharding not in FULLY_SHARDED and m.d_ff % 2 == 0:
+            plan |= {"base_precision": random.choice(["none", "nf4", "nf4-double", "int8"])}
     else:
         last = m.num_layers - 1
         parts = ["embedding", "norms", "attention", "feed-forward", f"layers:0-{random.randint(0, last)}"]

@@ -23,6 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from estimator.describe.checks import ConfigError
 from trainer.model.decoder import Transformer
+from trainer.model.quantised import scales
 from trainer.optim.precision import loss_scaler
 from trainer.parallel.distributed import World, local
 from trainer.parallel.pipeline import Stage, scheduled
@@ -134,11 +135,9 @@ class PipelineStep(Step):
 
 def bucket_bytes(model: nn.Module) -> int:
     """Bytes that DDP keeps for itself around a model; its first messages, which take buffers, are left out."""
-    kept: list[nn.Module] = []
-    events = allocator_events(
-        lambda: kept.append(nn.parallel.DistributedDataParallel(deepcopy(model), init_sync=False))
-    )
-    return sum(n for _, n in events) - nbytes([*model.parameters(), *model.buffers()])
+    kept: list[nn.Module] = [deepcopy(model)]
+    events = allocator_events(lambda: kept.append(nn.parallel.DistributedDataParallel(kept[0], init_sync=False)))
+    return sum(n for _, n in events)
 
 
 # What the profiler calls a collective when it is asked for, which of its tensors is whole, and our word for it.
@@ -206,7 +205,7 @@ def measure_shared(m: ModelConfig, p: Plan, world: World, seed: int = 0) -> dict
     step = PipelineStep(m, p, world, seed) if p.is_pipeline else SharedStep(m, p, world, seed)
     for _ in range(3):  # the first makes the optimizer's state; in the second DDP cuts its buckets anew
         step()
-    parameters = [local(x.detach()) for x in step.model.parameters()]
+    parameters = [local(x.detach()) for x in (*step.model.parameters(), *scales(step.model))]
     scale = [x for x in vars(step.scaler).values() if isinstance(x, Tensor)]
     resident = nbytes([*parameters, *step.model.buffers(), *step.needed, *step.state(), *scale]) + step.buckets
     resident += nbytes(step.buffers()) if isinstance(step, PipelineStep) else 0
