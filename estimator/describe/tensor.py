@@ -14,13 +14,15 @@ if TYPE_CHECKING:
 NEEDS = tuple(
     Needs(name, known, f"it is not known together with {name} = {{{name}!r}}")
     for name, known in (
-        ("data_parallel", (1,)),
+        ("shared_by", ("one accelerator", "zero2", "zero3")),
+        ("shard_group", (None,)),
+        ("reshard_after_forward", (None,)),
         ("adapter", ("none",)),
         ("trained", ("all",)),
         ("frozen", ("",)),
         ("max_grad_norm", (None,)),
         ("update", ("after",)),
-        ("precision", ("fp32", "tf32", "bf16", "bf16-mixed", "fp16-mixed")),
+        ("precision", ("fp32", "tf32", "bf16", "bf16-mixed", "fp16-mixed", "bf16-fsdp")),
         ("optimizer", ("adamw", "adam", "sgd", "sgd-momentum", "lion")),
     )
 )
