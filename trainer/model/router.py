@@ -26,7 +26,8 @@ class Router(nn.Module):
             load balancing"); zeros until somebody moves it.
         routing: "learned"; "even" deals tokens out one after another; a number m deals them out so that expert 0 gets
             m times its even share. For measurements: the same tensors are made in all three.
-        balance: the weight of the balancing loss whose gradient each forward adds (`balance_loss`); 0 adds none.
+        balance: the weight of the balancing loss whose gradient the backward of each micro-batch adds
+            (`balance_loss`); 0 adds none.
         watched: keep the scores' loss of `load_balancing_loss` in `loss` in each forward.
     """
 
