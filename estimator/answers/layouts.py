@@ -1,18 +1,21 @@
 """Every way to lay a run out on so many accelerators: which fit, how fast they are, and why the others are not.
 
-A layout is data parallelism with a sharding, the accelerators that share the shards (HSDP), a micro-batch and what is
-checkpointed. One account a recipe holds for all micro-batches and counts, so that thousands of layouts take seconds.
+A layout is tensor parallelism within a node, data parallelism with a sharding, the accelerators that share the shards
+(HSDP), a micro-batch and what is checkpointed. One account a recipe holds for all micro-batches and counts, so that
+thousands of layouts take seconds.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from estimator.accounting.accounts import recipe_of, sizes_for, vectorised_peak
+from estimator.accounting.accounts import account, recipe_of, sizes_for, vectorised_peak
 from estimator.answers.estimates import check_kernel
 from estimator.answers.plans import RECIPE
 from estimator.describe.checks import ConfigError, choose
@@ -37,8 +40,15 @@ if TYPE_CHECKING:
 
     from estimator.describe.model import ModelConfig
 
-AXES = ("sharding", "shard_group", "batch_size", "checkpointing")  # the fields of a plan that are searched
+AXES = (
+    "tensor_parallel",
+    "sharding",
+    "shard_group",
+    "batch_size",
+    "checkpointing",
+)  # the fields of a plan that are searched
 KINDS = ("none", "selective", "block")  # of checkpointing; "attention" only where the plan has it
+LAID_OUT = RECIPE.replace(max_grad_norm=None)  # what people run; clipping is not known with tensor parallelism
 MOST = 16_384  # accelerators, where the smallest number is looked for
 
 
@@ -107,6 +117,7 @@ class Layouts:
         rows = [
             {
                 "data_parallel": o.plan.data_parallel,
+                "tensor_parallel": o.plan.tensor_parallel,
                 "sharding": o.plan.sharding,
                 "shard_group": o.plan.shards,
                 "precision": o.plan.precision,
@@ -159,7 +170,7 @@ def search(
 
     Args:
         model: a configuration or the name of a preset.
-        plan: how a step is run, save the searched fields (`AXES`); by default `estimator.answers.plans.RECIPE`. With a
+        plan: how a step is run, save the searched fields (`AXES`); by default `LAID_OUT`. With a
             precision of "bf16-mixed" or "bf16-fsdp" each sharding takes its own: fully_shard's policy, or autocast
             where parameters are whole.
         on: the accelerator, its name, or the path of a profile.
@@ -179,18 +190,19 @@ def search(
     choose("device", a.device, ("cuda", "cpu"))
     for name in fixed:
         choose("fixed", name, AXES)
-    asked = _Search(m, plan or RECIPE, a, Setup(network=network), frozenset(fixed), checked(Run, "count", count))
+    asked = _Search(m, plan or LAID_OUT, a, Setup(network=network), frozenset(fixed), checked(Run, "count", count))
     sequences = checked(Run, "global_batch_size", global_batch_size)
-    if sequences < asked.count:
+    least = asked.count // max(asked.tensors(asked.count))
+    if sequences < least:
         raise ConfigError(
-            f"global_batch_size = {sequences}: {asked.count} accelerators each take a sequence at least; allowed is at "
-            f"least {asked.count}"
+            f"global_batch_size = {sequences}: on {asked.count} accelerators each replica of it takes a sequence at "
+            f"least; allowed is {least} or more"
         )
     check_kernel(asked.plan, a)
     refused: Counter[str] = Counter()
     found: list[Option] = []
     rate = cost(a, SECONDS_PER_HOUR, price=price).dollars
-    ways = list(asked.ways(refused))
+    ways = [way for way in asked.ways(refused) if way.data_parallel <= sequences]
     for i, way in enumerate(ways):
         progress(i / (len(ways) + 1))
         found += asked.fitting(way, sequences, None if rate is None else rate.median, refused)
@@ -219,28 +231,57 @@ class _Search:
 
     def ways(self, refused: Counter[str]) -> Iterator[Plan]:
         """Each sharding, group of shards and checkpointing, in micro-batches of one; why others cannot be."""
-        shardings = choices(Plan)["sharding"] if self.count > 1 else ("none",)
+        for ranks in self.tensors(self.count):
+            replicas = self.count // ranks
+            for sharding in self._shardings(replicas, ranks):
+                for group in self._groups(sharding, replicas if ranks == 1 else 1):
+                    for kind in self._checkpointings():
+                        try:
+                            yield self._way(self.count, sharding, group, kind, ranks)
+                        except ConfigError as why:
+                            refused[str(why)] += 1
+
+    def tensors(self, count: int) -> list[int]:
+        """The numbers of tensor-parallel ranks that are tried on so many accelerators: those that fill a node evenly.
+
+        Only 1 where the plan or the model has something that is not known together with it.
+        """
+        if "tensor_parallel" in self.fixed:
+            return [self.plan.tensor_parallel]
+        node = self.accelerator.per_node
+        found = [1]
+        for ranks in range(2, min(count, node) + 1):
+            if count % ranks or node % ranks:
+                continue
+            try:
+                self._way(count, FULLY_SHARDED[-1] if count > ranks else "none", None, "none", ranks).check_model(
+                    self.model
+                )
+            except ConfigError:
+                continue
+            found.append(ranks)
+        return found
+
+    def _shardings(self, replicas: int, ranks: int) -> tuple[str, ...]:
         if "sharding" in self.fixed:
-            shardings = (self.plan.sharding,)
-        for sharding in shardings:
-            groups: tuple[int | None, ...] = (None,)
-            if "shard_group" in self.fixed:
-                groups = (self.plan.shard_group,)
-            elif sharding in FULLY_SHARDED:
-                groups = (None, *(n for n in range(self.count // 2, 1, -1) if self.count % n == 0))
-            for group in groups:
-                for kind in self._checkpointings():
-                    try:
-                        yield self._way(self.count, sharding, group, kind)
-                    except ConfigError as why:
-                        refused[str(why)] += 1
+            return (self.plan.sharding,)
+        if replicas == 1:
+            return ("none",)
+        return tuple(choices(Plan)["sharding"]) if ranks == 1 else FULLY_SHARDED
+
+    def _groups(self, sharding: str, replicas: int) -> tuple[int | None, ...]:
+        if "shard_group" in self.fixed:
+            return (self.plan.shard_group,)
+        if sharding not in FULLY_SHARDED:
+            return (None,)
+        return (None, *(n for n in range(replicas // 2, 1, -1) if replicas % n == 0))
 
     def _checkpointings(self) -> tuple[str, ...]:
         if "checkpointing" in self.fixed:
             return (self.plan.checkpointing,)
         return (*KINDS, self.plan.checkpointing) if self.plan.checkpointing not in KINDS else KINDS
 
-    def _way(self, count: int, sharding: str, group: int | None, checkpointing: str) -> Plan:
+    def _way(self, count: int, sharding: str, group: int | None, checkpointing: str, ranks: int = 1) -> Plan:
         """The plan so laid out.
 
         Raises:
@@ -248,7 +289,8 @@ class _Search:
         """
         checked(Plan, "checkpointing", checkpointing)
         changes: dict[str, Any] = {
-            "data_parallel": count,
+            "data_parallel": count // ranks,
+            "tensor_parallel": ranks,
             "sharding": sharding,
             "shard_group": group,
             "checkpointing": checkpointing,
@@ -256,7 +298,7 @@ class _Search:
             "grad_accumulation": 1,
         }
         if self.plan.precision in ("bf16-mixed", "bf16-fsdp"):
-            whole = sharding not in FULLY_SHARDED or count == 1
+            whole = sharding not in FULLY_SHARDED or count == ranks
             changes["precision"] = "bf16-mixed" if whole else "bf16-fsdp"
             if whole:
                 changes |= {"reduce_dtype": "fp32", "autocast": False}
@@ -269,18 +311,18 @@ class _Search:
         if "batch_size" in self.fixed:
             batches = np.array([way.batch_size])
         else:  # of those that take the same number of turns the smallest: a last one that is not full takes its time
-            share = -(-sequences // self.count)
+            share = -(-sequences // way.data_parallel)
             batches = np.unique([-(-share // turns) for turns in range(1, share + 1)])
-        turns = -(-sequences // (batches * self.count))
+        turns = -(-sequences // (batches * way.data_parallel))
         found: list[Option] = []
         try:
-            for points, memory, spent, flops in self._figures(way, batches, turns):
+            for points, memory, spent in self._figures(way, batches, turns):
                 spare = self.accelerator.memory_bytes - memory
                 for i in np.flatnonzero(spare >= 0):
                     at = points[i]
                     parts = {name: float(x[i]) for name, x in spent.items()}
                     plan = way.replace(batch_size=int(batches[at]), grad_accumulation=int(turns[at]))
-                    work = float(flops[i]) * sequences / plan.batch_size
+                    work = float(self.flops) * sequences
                     found.append(self._option(plan, int(memory[i]), parts, work, sequences, rate))
                 if len(points) > (fit := int((spare >= 0).sum())):
                     least = f"{way.sharding}, checkpointing {way.checkpointing}"
@@ -291,8 +333,8 @@ class _Search:
 
     def _figures(
         self, way: Plan, batches: NDArray[np.int64], turns: NDArray[np.int64]
-    ) -> Iterator[tuple[NDArray[np.intp], NDArray[np.int64], dict[str, NDArray[np.float64]], NDArray[np.float64]]]:
-        """(points, bytes needed, seconds by part, model FLOPs of a micro-batch), alike points together."""
+    ) -> Iterator[tuple[NDArray[np.intp], NDArray[np.int64], dict[str, NDArray[np.float64]]]]:
+        """(points, bytes needed, seconds by part), alike points together."""
         device = self.accelerator.device
         for several in np.unique(turns > 1):
             points = np.flatnonzero((turns > 1) == several)
@@ -303,9 +345,7 @@ class _Search:
                 every = np.ones(len(alike))
                 memory = np.broadcast_to(needed(form, here, self.accelerator), len(alike))
                 spent = times(form, here, plan, self.accelerator, self.setup, turns[points][alike])
-                signs = {"forward_flops": 1, "backward_flops": 1, "recompute_flops": -1}
-                flops = sum(sign * form.compiled.greatest([(name,)], _floats(here)) for name, sign in signs.items())
-                yield points[alike], memory, {name: x * every for name, x in spent.items()}, flops * every
+                yield points[alike], memory, {name: x * every for name, x in spent.items()}
 
     def _option(
         self, plan: Plan, memory: int, parts: Mapping[str, float], flops: float, sequences: int, rate: float | None
@@ -323,50 +363,58 @@ class _Search:
             dollars=None if rate is None else rate * 1e9 / (tokens * SECONDS_PER_HOUR),
         )
 
+    @cached_property
+    def flops(self) -> int:
+        """Model FLOPs of a sequence, whoever computes them."""
+        alone = self._way(1, "none", None, "none").replace(batch_size=1)
+        v = account(self.model, alone, self.accelerator.device).evaluate(self.model, alone)
+        return v.forward_flops + v.backward_flops - v.recompute_flops
+
     def smallest(self, sequences: int) -> int | None:
-        """The least number of accelerators on which a micro-batch of one (or the fixed one) fits."""
+        """The least number of accelerators on which a micro-batch of one (or the fixed one) fits.
+
+        Beyond one node it is looked for by halves: a step that fits on some nodes fits on more.
+        """
         batch = self.plan.batch_size if "batch_size" in self.fixed else 1
         node = self.accelerator.per_node
-        most = min(MOST, sequences // batch)
-        counts = [*range(1, min(node, most) + 1), *range(2 * node, most + 1, node)]
-        for first, last in _doubling(len(counts)):
-            fitting = [n for n in counts[first:last] if self._fits(n, batch, sequences)]
-            if fitting:
-                return min(fitting)
-        return None
+
+        def fits(count: int) -> bool:
+            return self._fits(count, batch, sequences)
+
+        for count in range(1, node + 1):
+            if fits(count):
+                return count
+        least, most = 1, 2
+        while most * node <= MOST and not fits(most * node):
+            least, most = most, 2 * most
+        if most * node > MOST:
+            return None
+        while most - least > 1:
+            middle = (least + most) // 2
+            least, most = (least, middle) if fits(middle * node) else (middle, most)
+        return most * node
 
     def _fits(self, count: int, batch: int, sequences: int) -> bool:
-        turns = -(-sequences // (batch * count))
         group = self.plan.shard_group if "shard_group" in self.fixed else None
-        shardings = (
-            (self.plan.sharding,) if "sharding" in self.fixed else choices(Plan)["sharding"] if count > 1 else ("none",)
-        )
-        for kind in reversed(self._checkpointings()):
-            for sharding in reversed(shardings):
+        device = self.accelerator.device
+        for ranks in self.tensors(count):
+            replicas = count // ranks
+            turns = -(-sequences // (batch * replicas))
+            if count % ranks or batch * replicas > sequences:
+                continue
+            kinds = reversed(self._checkpointings())
+            for kind, sharding in itertools.product(kinds, reversed(self._shardings(replicas, ranks))):
                 try:
-                    way = self._way(count, sharding, group, kind).replace(
-                        batch_size=batch, grad_accumulation=min(turns, 2)
-                    )
+                    way = self._way(count, sharding, group, kind, ranks)
+                    way = way.replace(batch_size=batch, grad_accumulation=min(turns, 2))
                     sizes = sizes_for(self.model, way)
-                    recipe = recipe_of(self.model, way, self.accelerator.device)
+                    recipe = recipe_of(self.model, way, device)
                 except ConfigError:
                     continue
-                (form, _), *_ = vectorised_peak(recipe, self.accelerator.device).accounts(sizes)
+                (form, _), *_ = vectorised_peak(recipe, device).accounts(sizes)
                 if needed(form, sizes, self.accelerator)[0] <= self.accelerator.memory_bytes:
                     return True
         return False
-
-
-def _doubling(count: int) -> Iterator[tuple[int, int]]:
-    """0 to 1, 1 to 2, 2 to 4, 4 to 8 ... up to `count`."""
-    first, last = 0, 1
-    while first < count:
-        yield first, min(last, count)
-        first, last = last, 2 * last
-
-
-def _floats(sizes: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: x.astype(np.float64) if np.ndim(x) else int(x) for name, x in sizes.items()}
 
 
 def _plain(x: Any) -> Any:

@@ -34,15 +34,14 @@ def run(argv: Sequence[str]) -> int:
         ConfigError: what is asked cannot be.
     """
     args = _parser().parse_args(argv)
-    from estimator.answers.layouts import AXES, search  # noqa: PLC0415 - sympy, which --help does without
-    from estimator.answers.plans import RECIPE  # noqa: PLC0415 - likewise
+    from estimator.answers.layouts import AXES, LAID_OUT, search  # noqa: PLC0415 - sympy, which --help does without
 
     for name in ("count", "global_batch_size"):
         if getattr(args, name) is None:
             raise ConfigError(f"{name} is missing: give --{name.replace('_', '-')} N")
     given = {name: value for name in settings(Plan) if (value := getattr(args, name)) is not None}
     given.pop("data_parallel", None)  # --count says it
-    plan = RECIPE.replace(**{name: x for name, x in given.items() if name not in ("sharding", "shard_group")})
+    plan = LAID_OUT.replace(**{name: x for name, x in given.items() if name not in ("sharding", "shard_group")})
     several = {name: given[name] for name in ("sharding", "shard_group") if name in given}
     if several and args.count > 1:
         plan = plan.replace(data_parallel=args.count, **several)
@@ -69,8 +68,9 @@ def _parser() -> argparse.ArgumentParser:
     p = parser()
     p.prog = "estimate layouts"
     p.description = (
-        "Every sharding, group of shards, micro-batch and checkpointing on so many accelerators that fits, the fastest "
-        "first. Those that are given as options stay as they are. Defaults are bf16, fused attention and optimizer."
+        "Every tensor parallelism within a node, sharding, group of shards, micro-batch and checkpointing on so many "
+        "accelerators that fits, the fastest first. Those that are given as options stay as they are. Defaults are "
+        "bf16, fused attention and optimizer, no clipping."
     )
     p.add_argument("--rows", type=int, default=ROWS, help="rows to print (default: %(default)s)")
     return p
@@ -112,12 +112,13 @@ def said(found: Layouts, count: int, gpu: str, rows: int = ROWS) -> str:
 
 
 def layout(o: Option) -> str:
-    """The sharding, and of groups how many accelerators each has."""
+    """Tensor parallelism, the sharding, and of groups how many accelerators each has."""
     p = o.plan
+    tensor = [f"tensor parallel {p.tensor_parallel}"] if p.tensor_parallel > 1 else []
     if p.data_parallel == 1:
-        return "alone"
+        return " x ".join(tensor) or "alone"
     groups = f" in {p.replicas} groups of {p.shards}" if p.shard_group and p.replicas > 1 else ""
-    return f"{STRATEGIES[p.sharding]}{groups}"
+    return " x ".join([*tensor, f"{STRATEGIES[p.sharding]}{groups}"])
 
 
 def row(o: Option, first: Option) -> tuple[str, ...]:
