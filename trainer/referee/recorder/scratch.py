@@ -153,6 +153,28 @@ def _embedding_backward(inputs: Sequence[Any], _: int) -> Sequence[int]:
     return [x.nbytes for x in inputs[:2] if not x.is_contiguous]
 
 
+def _conv2d(inputs: Sequence[Any], _: int) -> Sequence[int]:
+    """The columns that a matrix product takes the place of a convolution on (`compute_columns2d`)."""
+    x, weight, kernel, _, stride, pad = inputs
+    return _columns(x, weight, kernel, stride, pad)
+
+
+def _conv2d_backward(inputs: Sequence[Any], _: int) -> Sequence[int]:
+    """The gradient, made contiguous, and the columns (aten/src/ATen/native/ConvolutionMM2d.cpp)."""
+    grad, x, weight, kernel, stride, pad, wanted = inputs
+    held = [] if grad.is_contiguous else [grad.nbytes]
+    return [*held, *_columns(x, weight, kernel, stride, pad)] if wanted[1] else held
+
+
+def _columns(
+    x: Operand, weight: Operand, kernel: Sequence[int], stride: Sequence[int], pad: Sequence[int]
+) -> Sequence[int]:
+    if set(kernel) == set(stride) == {1} and set(pad) == {0}:
+        return []
+    sides = [(n + 2 * p - k) // s + 1 for n, p, k, s in zip(x.shape[2:], pad, kernel, stride, strict=True)]
+    return [x.shape[0] * prod(weight.shape[1:]) * prod(sides) * x.dtype.itemsize]
+
+
 ELEMENTWISE = (
     *("add", "sub", "mul", "div", "pow", "rsub", "maximum", "minimum", "fmod", "remainder", "atan2", "lerp"),
     *("add_", "sub_", "mul_", "div_", "pow_", "eq", "ne", "lt", "le", "gt", "ge", "addcmul", "addcdiv"),
@@ -165,6 +187,8 @@ KERNELS: dict[str, Rule] = {
     **dict.fromkeys(("scatter", "scatter_", "scatter_add", "scatter_add_"), _scatter),
     "index_add_": _index_add,
     "embedding_dense_backward": _embedding_backward,
+    "_slow_conv2d_forward": _conv2d,
+    "_slow_conv2d_backward": _conv2d_backward,
     "native_layer_norm_backward": _layer_norm_backward,
     "_scaled_dot_product_flash_attention_for_cpu": _flash,
     "_scaled_dot_product_flash_attention_for_cpu_backward": _flash_backward,
