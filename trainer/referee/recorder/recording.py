@@ -132,7 +132,7 @@ def record(build: Callable[[], Any], plan: Plan | None = None, device: str = "cp
     assumptions = Assumptions(LIBRARIES)
     with recording(assumptions) as native:
         step = as_step(build(), plan)
-        log, first, known, saved = recorded(native, step)
+        log, first, known, saved = recorded(native, step, assumptions)
         parameters = sum(p.numel() for p in step.model.parameters())
         del step
     reading = Reader(log, known, device, torch.get_num_threads(), saved).read(first)
@@ -140,7 +140,7 @@ def record(build: Callable[[], Any], plan: Plan | None = None, device: str = "cp
     return Recording(
         RecordedAccount(reading.ledger, device),
         [places[i] if i >= 0 else None for i in reading.lines],
-        dict(assumptions.counts),
+        assumptions.fixed,
         time.perf_counter() - began,
         parameters,
     )

@@ -81,11 +81,13 @@ def marks(step: Any, native: Any) -> Iterator[None]:
         yield
 
 
-def recorded(native: Any, step: Any) -> tuple[Log, int, Known, set[int]]:
+def recorded(native: Any, step: Any, assumptions: Assumptions) -> tuple[Log, int, Known, set[int]]:
     """(the log, the row at which a steady step begins, what is alive then, which of its allocations autograd keeps)."""
     step()  # the first step makes the optimizer's state; the steady ones are alike
     with marks(step, native):
+        assumptions.counts.clear()
         log, first = _observed(native, step)
+        assumptions.fixed = dict(assumptions.counts)
         known = _known(native, step, log, first)
         native.start()
         again, begun = _observed(native, lambda: saving(native, step))
