@@ -5,7 +5,7 @@
     python tools/check_recorder.py recipes 200           # our own models: random decoders and recipes, this many seeds
 
 A row a case, in Markdown: the peak, the difference in bytes to the real step's (or the symbolic step's), how many
-events there are and whether each is equal, and how many answers were assumed. Assumed answers need not be the real ones.
+events there are and whether each is equal, and how many answers were assumed, which need not be the real ones.
 """
 
 from __future__ import annotations
