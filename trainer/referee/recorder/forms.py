@@ -146,8 +146,8 @@ class ClosedForms:
     def pieces(self) -> list[Polynomial]:
         """The live polynomials, in `letters` and the repeated one, that no other is at least as great as everywhere.
 
-        Where the repeated letter is beyond `first` and each other is 1 or more, a polynomial that is at least another in every
-        coefficient, once the letters are written as that value plus something, is at least as great.
+        Where the repeated letter is beyond `first` and each other is 1 or more, a polynomial that is at least another
+        in every coefficient, once the letters are written as that value plus something, is at least as great.
         """
         kept: list[tuple[Polynomial, Polynomial]] = []
         for live in self._moments():
