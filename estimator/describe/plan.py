@@ -220,6 +220,17 @@ class Plan:
         spellings={"ddp": "none", "fsdp": "zero3"},
         common=True,
     )
+    gradient_as_bucket_view: bool = flag(
+        "With DDP, gradients are views of the buckets in which they are summed, and no second copy of them.",
+        needs=(
+            Needs(
+                "shared_by",
+                ("one accelerator", "none", "zero1"),
+                "sharding is {sharding!r}, which has no buckets",
+                say="allowed with sharding none, zero1",
+            ),
+        ),
+    )
     trained: str = text(
         "all",
         "The parts of the model that are trained, with commas: all, blocks, embedding, attention, feed-forward, norms, "

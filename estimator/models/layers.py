@@ -136,6 +136,7 @@ class Recipe:
     autocast: bool = False
     replicated: bool = False  # HSDP
     reshard: int | None = None
+    bucket_view: bool = False  # DDP's gradients are views of its buckets
     in_backward: bool = False  # each parameter is updated as soon as its gradient is there
     rank: int = 0  # which of those that share the shards
     tensor_parallel: bool = False

@@ -106,7 +106,10 @@ class World:
         if self.size == plan.tensor_parallel:
             return model
         if sharding in ("none", "zero1"):
-            return nn.parallel.DistributedDataParallel(model, [self.device] if self.device.type == "cuda" else None)
+            devices = [self.device] if self.device.type == "cuda" else None
+            return nn.parallel.DistributedDataParallel(
+                model, devices, gradient_as_bucket_view=plan.gradient_as_bucket_view
+            )
         return self.shard(model, plan, policy(plan), keeps=sharding == "zero2")
 
     def shard(
