@@ -225,6 +225,7 @@ def recipe_of(m: ModelConfig, p: Plan, device: str, rank: int = 0) -> Recipe:
         adapter_targets=p.adapter_targets if p.adapter != "none" else "",
         adapter_dropout=p.adapter != "none" and p.adapter_dropout > 0,
         base_precision=p.base_precision,
+        balances=p.balance > 0,
         reduce_dtype=p.reduce_dtype,
         autocast=p.autocast,
         replicated=p.replicas > 1 and p.sharding in FULLY_SHARDED,

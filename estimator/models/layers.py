@@ -132,6 +132,7 @@ class Recipe:
     adapter_targets: str = ""
     adapter_dropout: bool = False
     base_precision: str = "none"
+    balances: bool = False  # routers have a balancing loss
     reduce_dtype: str = "fp32"
     autocast: bool = False
     replicated: bool = False  # HSDP
