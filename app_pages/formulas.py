@@ -10,6 +10,7 @@ import streamlit as st
 
 from app_pages import charts, vega
 from app_pages.estimate import answer, derivation, heading, result
+from app_pages.labels import FORMS as WORDS
 from app_pages.labels import accept_names, plain
 from estimator.accounting.accounts import FORMS
 from estimator.answers import derivations
@@ -26,21 +27,7 @@ if TYPE_CHECKING:
     from estimator.studies.assignment import Note
 
 # The figures that have a formula, by the library's names, in words.
-FIGURES = {
-    "peak": "Peak",
-    "needed": "Memory needed",
-    "hours": "Training time",
-    "parameters": "Parameters",
-    "trained_parameters": "Trained parameters",
-    "parameter_bytes": "Bytes of parameters",
-    "gradient_bytes": "Gradients",
-    "optimizer_bytes": "Optimizer state",
-    "activation_bytes": "Activations",
-    "forward_flops": "FLOPs forward",
-    "backward_flops": "FLOPs backward",
-    "recompute_flops": "FLOPs recomputed",
-    "optimizer_flops": "FLOPs of the optimizer",
-}
+FIGURES = {"peak": "Peak", "needed": "Memory needed", "hours": "Training time"} | {name: WORDS[name] for name in FORMS}
 CELLS = 48  # a side of the map
 
 

@@ -16,6 +16,7 @@ from estimator.describe.checks import ConfigError
 from estimator.describe.plan import Plan
 from estimator.describe.presets import presets
 from estimator.pricing.money import KINDS
+from estimator.show.csv_file import csv_of
 from estimator.show.formatting import STRATEGIES, count, dollars, duration, prefixed, size
 from estimator.show.planning import headline, sentence
 
@@ -115,7 +116,7 @@ def _rows(s: Setup, found: Plans) -> None:
     if found.options[SHOWN:]:
         with st.expander(f"{len(found.options) - SHOWN:,} more"):
             st.dataframe(found.to_frame(), hide_index=True)
-    st.download_button("CSV of all", found.to_frame().to_csv(index=False), "plan.csv", "text/csv", on_click="ignore")
+    st.download_button("CSV of all", csv_of(found.to_frame(), index=False), "plan.csv", "text/csv", on_click="ignore")
 
 
 def _row(s: Setup, o: Option) -> None:

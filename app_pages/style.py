@@ -13,6 +13,10 @@ CSS = """
 [class*="st-key-unfit-"] [data-testid="stMetricValue"] { opacity: 0.45; }
 [data-testid="stMetricDelta"] > div { white-space: normal; }
 [data-testid="stMainBlockContainer"] { padding-top: 4rem; padding-bottom: 3rem; }
+[data-testid="stCaptionContainer"] { opacity: 1; color: inherit; }
+[data-testid="stCaptionContainer"] p, [data-testid="stCaptionContainer"] li { opacity: 0.8; }
+[data-testid="stCaptionContainer"] code, [data-testid="stCode"] .token { color: inherit; }
+.katex-display { overflow-y: hidden; padding: 0.25rem 0; }
 </style>
 """
 
