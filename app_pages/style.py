@@ -16,7 +16,8 @@ CSS = """
 [data-testid="stCaptionContainer"] { opacity: 1; color: inherit; }
 [data-testid="stCaptionContainer"] p, [data-testid="stCaptionContainer"] li { opacity: 0.8; }
 [data-testid="stCaptionContainer"] code, [data-testid="stCode"] .token { color: inherit; }
-.katex-display { overflow-y: hidden; padding: 0.25rem 0; }
+.katex-display { overflow: visible; }
+@media (max-width: 640px) { .katex-display { overflow: auto hidden; } }
 </style>
 """
 
