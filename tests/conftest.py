@@ -18,7 +18,7 @@ _tests = 0
 
 
 def pytest_runtest_setup():
-    """Set what lives on aside, for the collector: each measurement of memory collects first, which would walk it all."""
+    """Set what lives on aside: each measurement of memory lets the collector run first, which would walk it all."""
     global _tests  # noqa: PLW0603 - the one thing that is counted
     _tests += 1
     if _tests % FULL == 0:
