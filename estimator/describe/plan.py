@@ -111,7 +111,7 @@ class Plan:
         "frozen": "the parts of these that are not trained after all, named alike.",
         "adapter": (
             '"lora" trains two narrow matrices beside each of some linear layers, in fp32, and nothing else, as '
-            'peft does; "none" trains the model itself.'
+            'peft does; "dora" (Liu et al. 2024) a magnitude for each output too; "none" trains the model itself.'
         ),
         "adapter_rank": "r, the width of the adapters' matrices.",
         "adapter_targets": (
@@ -213,11 +213,6 @@ class Plan:
         self._check_update()
         for name in ("trained", "frozen"):
             put(self, name, parts_listed(name, getattr(self, name)))
-        if self.selection != Selection() and self.data_parallel > 1:
-            raise ConfigError(
-                f"data_parallel = {self.data_parallel}: what is frozen is known for one accelerator alone; allowed: 1 "
-                "or trained = 'all' and frozen = ''"
-            )
         self._check_adapter()
         norm = self.max_grad_norm
         if norm is not None and (isinstance(norm, bool) or not isinstance(norm, (int, float)) or not 0 < norm <= NORM):
@@ -308,8 +303,6 @@ class Plan:
             raise ConfigError(
                 "precision = 'bf16-master': adapters are fp32 by themselves; allowed are all other precisions"
             )
-        if self.data_parallel > 1:
-            raise ConfigError(f"data_parallel = {self.data_parallel}: adapters are known for one accelerator alone")
 
     @property
     def selection(self) -> Selection:

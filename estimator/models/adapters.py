@@ -6,15 +6,17 @@ from typing import TYPE_CHECKING
 
 from estimator.describe.adapters import check_targets, is_target
 from estimator.eager import ops
-from estimator.eager.letters import letter
-from estimator.eager.tensor import FLOAT32
-from estimator.eager.views import cast
+from estimator.eager.indexing import div
+from estimator.eager.letters import ONE, letter
+from estimator.eager.linalg import linear
+from estimator.eager.tensor import FLOAT32, Locals, op
+from estimator.eager.views import cast, transpose, view
 from estimator.models.layers import Linear, Module, dropout_at
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from estimator.eager.tensor import Locals, Tensor
+    from estimator.eager.tensor import Tensor
     from estimator.models.layers import Recipe
 
 letter("r", "rank of the adapters' matrices")
@@ -30,7 +32,8 @@ class LoRA(Module):
         self.drops = recipe.adapter_dropout
         self.base = self.child(base)
         base.machine.dtype = FLOAT32  # peft's autocast_adapter_dtype
-        with base.machine.ledger.at(where.module, where.block, where.op):
+        self._place = where.module, where.block, where.op
+        with base.machine.ledger.at(*self._place):
             self.a = self.child(Linear(base.machine, "a", d_in, rank, bias=False))
             self.b = self.child(Linear(base.machine, "b", rank, d_out, bias=False))
         base.machine.dtype, base.name = before, "base"
@@ -41,6 +44,59 @@ class LoRA(Module):
         v.x = cast(x, self.a.weight.dtype)
         v.result = ops.add(v.result, ops.mul_number(self.b(self.a(dropout_at(v.x, drops=self.drops)))))
         return cast(v.take("result"), before)
+
+
+class DoRA(LoRA):
+    """m / |W + s B A| times what LoRA computes, the norms without a gradient; `trainer.model.adapters.DoRA`."""
+
+    def __init__(self, base: Linear, recipe: Recipe) -> None:
+        super().__init__(base, recipe)
+        with base.machine.ledger.at(*self._place):
+            self.magnitude = ops.parameter(base.machine, (base.weight.shape[0],), FLOAT32)
+        self.owned.append(self.magnitude)
+
+    def forward(self, v: Locals, x: Tensor) -> Tensor:
+        v.result = self.base(x)
+        before = v.result.dtype
+        v.x = cast(x, self.a.weight.dtype)
+        if self.drops:
+            v.x = ops.dropout(v.x)
+        else:
+            v.base_result = v.result
+        v.result = ops.add(v.result, self._scaled(v.x, None if self.drops else v.base_result))
+        return cast(v.take("result"), before)
+
+    @op
+    def _scaled(self, x: Tensor, base_result: Tensor | None) -> Tensor:
+        machine, width = self.machine, self.a.weight.shape[1]
+        with Locals() as v:
+            v.x_eye = machine.empty((width, width), self.a.weight.dtype)
+            v.lora_weight = transpose(self.b(self.a(v.x_eye)), 0, 1)
+            del v.x_eye
+            v.lora_weight = cast(v.take("lora_weight"), x.dtype)
+            v.weight = cast(self.base.weight, x.dtype)
+            v.norms = self._norms(v.weight, v.lora_weight.alias())
+            v.scale = view(div(self.magnitude, v.norms), (ONE, v.norms.shape[0]))
+            v.lora_result = self.b(self.a(x))
+            if base_result is None:
+                v.base_result = linear(x, v.weight, None)
+            elif self.base.bias is not None:
+                v.base_result = ops.sub(base_result, self.base.bias)
+            else:
+                v.base_result = base_result
+            v.left = ops.mul(ops.add_number(v.scale), v.base_result)  # an expression's first term waits for the second
+            return ops.add(v.left, ops.mul_number(ops.mul(v.scale, v.lora_result)))
+
+    @op
+    def _norms(self, weight: Tensor, lora_weight: Tensor) -> Tensor:
+        with Locals() as v:
+            v.weight = ops.elementwise("add", weight, ops.with_number("mul", lora_weight))
+            norms = self.machine.empty((weight.shape[0],), weight.dtype)
+            self.machine.kernel("linalg_vector_norm", (v.weight,), (norms,), arithmetic=2 * weight.numel)
+            return norms
+
+
+KINDS = {"lora": LoRA, "dora": DoRA}
 
 
 def linear_layers(module: Module) -> Iterator[tuple[Module, str, Linear]]:
@@ -61,6 +117,6 @@ def adapt(model: Module, recipe: Recipe) -> None:
         p.requires_grad = False
     for owner, name, base in layers:
         if is_target(recipe.adapter_targets, name):
-            adapted = LoRA(base, recipe)
+            adapted = KINDS[recipe.adapter](base, recipe)
             setattr(owner, name, adapted)
             owner.owned = [adapted if x is base else x for x in owner.owned]

@@ -106,9 +106,10 @@ class Buckets(Replica):
         self.ready: list[Tensor] = []
         self.buffers = model.buffers
         self.buckets = []
-        for block, part in by_block(self.parameters).items():
-            with self.machine.ledger.at("" if block is None else f"blocks.{block}", block, "DDP bucket"):
-                self.buckets.append(self.machine.empty((elements(part),), part[0].dtype, category=HELD).hold())
+        for dtype in by_dtype(self.parameters):
+            for block, part in by_block([p for p in self.parameters if p.dtype == dtype]).items():
+                with self.machine.ledger.at("" if block is None else f"blocks.{block}", block, "DDP bucket"):
+                    self.buckets.append(self.machine.empty((elements(part),), dtype, category=HELD).hold())
         self.machine.on_gradient = self.gradient_ready
         self.machine.on_backward_end = self.after_backward
 
@@ -137,11 +138,12 @@ class Buckets(Replica):
         """`finalize_backward`: the sums go back into the gradients."""
         if self.exchanges:
             stack = self.machine.stack
-            whole = sum((stack.times(p.storage.where.block) * p.numel for p in self.ready), ZERO)
-            with self.machine.ledger.at("", None, "all_reduce_bucket"):
-                self.machine.collective(
-                    "all-reduce", DATA, self.ready[0], waits="update", elements=whole, count=buckets(self.ready)
-                )
+            for ready in by_dtype(self.ready).values():  # a bucket has one dtype
+                whole = sum((stack.times(p.storage.where.block) * p.numel for p in ready), ZERO)
+                with self.machine.ledger.at("", None, "all_reduce_bucket"):
+                    self.machine.collective(
+                        "all-reduce", DATA, ready[0], waits="update", elements=whole, count=buckets(ready)
+                    )
             for p in self.parameters:
                 assert p.grad is not None
                 with at_parameter(p, "finalize_bucket_dense"):
@@ -209,6 +211,14 @@ def by_block(parameters: Sequence[Tensor]) -> dict[int | None, list[Tensor]]:
     groups: dict[int | None, list[Tensor]] = {}
     for p in parameters:
         groups.setdefault(p.storage.where.block, []).append(p)
+    return groups
+
+
+def by_dtype(parameters: Sequence[Tensor]) -> dict[Dtype, list[Tensor]]:
+    """The parameters of each dtype."""
+    groups: dict[Dtype, list[Tensor]] = {}
+    for p in parameters:
+        groups.setdefault(p.dtype, []).append(p)
     return groups
 
 

@@ -13,7 +13,7 @@ from estimator.eager.autograd import attach, record
 from estimator.eager.ledger import Category, Phase
 from estimator.eager.letters import ZERO, D
 from estimator.eager.ops import python_number
-from estimator.eager.tensor import Tensor, converted, op
+from estimator.eager.tensor import UINT8, Tensor, converted, op
 from estimator.eager.views import cast
 from estimator.parallel.data import HELD, Buckets, Replica, ShardedUpdate, by_block, clip_shards, elements
 from estimator.parallel.placement import DATA, REPLICATE, rows_on
@@ -30,26 +30,27 @@ if TYPE_CHECKING:
 class Unit:
     """Parameters that are gathered together, `FSDPParamGroup`: those of a block, or all others (the root).
 
+    Frozen parameters are shared, gathered and let go as the others are; only what has a gradient is reduced.
+
     Attributes:
+        block: the index of its block; None for the root.
         shards: this accelerator's rows of each parameter.
         padded: the shapes of full shards, which is what every accelerator's storages hold.
-        dtype: of the parameters while they are whole, and so of their gradients.
         gathered: the buffer of an all-gather that has not been copied out yet.
         kept: what is held of each parameter from forward to backward where that is more than the shard.
         whole: whether the parameters are there.
+        done: whether backward is over for it.
     """
 
     def __init__(self, fsdp: FullySharded, parameters: Sequence[Tensor], *, root: bool) -> None:
         self.fsdp, self.parameters, self.root = fsdp, parameters, root
-        self.machine = parameters[0].machine
-        self.kept_dtype = parameters[0].dtype
-        self.dtype = fsdp.sharing.param_dtype or self.kept_dtype
+        self.machine, self.block = parameters[0].machine, parameters[0].storage.where.block
         self.padded: list[Shape] = [(rows_on(self.machine, p.shape[0], 0), *p.shape[1:]) for p in parameters]
         self.shards = [self._shard(p, shape) for p, shape in zip(parameters, self.padded, strict=True)]
         self.gathered: Tensor | None = None
         self.kept: list[Tensor] = []
         self.summed: Tensor | None = None
-        self.whole = False
+        self.whole = self.done = False
 
     def _shard(self, p: Tensor, padded: Shape) -> Tensor:
         """`FSDPParam._init_sharded_param`: the parameter's storage is emptied; full, it is as long as D shards."""
@@ -61,15 +62,23 @@ class Unit:
             full.discard()
             machine.ledger.free(p.storage)
         p.placement = {DATA: 0}
-        p.dtype = self.dtype
-        p.storage.category, p.storage.itemsize = HELD, self.dtype.itemsize
-        p.storage.nbytes = self.dtype.itemsize * D * machine.product(padded)
+        p.dtype = self.fsdp.sharing.param_dtype or p.dtype
+        p.storage.category, p.storage.itemsize = HELD, p.dtype.itemsize
+        p.storage.nbytes = p.dtype.itemsize * D * machine.product(padded)
         return shard
 
-    @property
-    def _elements(self) -> Size:
-        """Of a full shard of the whole unit."""
-        return sum((self.machine.product(shape) for shape in self.padded), ZERO)
+    def _elements(self, parameters: Sequence[Tensor]) -> Size:
+        """Of full shards of these parameters."""
+        padded = dict(zip(self.parameters, self.padded, strict=True))
+        return sum((self.machine.product(padded[p]) for p in parameters), ZERO)
+
+    def _whole_buffer(self) -> Tensor:
+        """A buffer for all parameters, whole: of their dtype or, where they differ in it, of bytes."""
+        dtypes = {p.dtype for p in self.parameters}
+        if len(dtypes) == 1:
+            return self._buffer(D * self._elements(self.parameters), dtypes.pop())
+        nbytes = sum((p.dtype.itemsize * self._elements([p]) for p in self.parameters), ZERO)
+        return self._buffer(D * nbytes, UINT8)
 
     def gather(self) -> None:
         """`unshard`: all-gather into one buffer, through a flat cast; nothing to do if that has been done."""
@@ -78,14 +87,15 @@ class Unit:
         with self._doing("all_gather"):
             held = self.kept or self.shards
             flat = None
-            if self.dtype != self.kept_dtype:  # `foreach_all_gather` holds it until it returns
-                flat = self._buffer(elements(self.kept) if self.kept else self._elements, self.dtype).hold()
+            cast_ = [p for p, shard in zip(self.parameters, self.shards, strict=True) if p.dtype != shard.dtype]
+            if cast_:  # `foreach_all_gather` holds it until it returns
+                flat = self._buffer(elements(self.kept) if self.kept else self._elements(cast_), cast_[0].dtype).hold()
                 self.machine.kernel("_foreach_copy_", held, held)
-            self.gathered = self._buffer(D * self._elements, self.dtype).hold()
+            self.gathered = self._whole_buffer().hold()
             self.machine.kernel("all_gather_copy_in", held, held)
             self.machine.collective("all-gather", DATA, self.gathered, waits="unit")
             if self.fsdp.gloo:  # it receives into a buffer of its own
-                self._buffer(D * self._elements, self.dtype).discard()
+                self._whole_buffer().discard()
             if flat is not None:
                 flat.drop()
 
@@ -118,22 +128,24 @@ class Unit:
             with self._doing("reshard"):
                 for p in self.parameters:
                     self.machine.ledger.free(p.storage)
+        self._drop_kept()
         self.whole = False
 
     def reshard_to(self, size: int) -> None:
         """`to_sharded_post_forward`: each of `size` accelerators keeps its part of every parameter until backward."""
         with self._doing("reshard"):
             for p, shape in zip(self.parameters, self.padded, strict=True):
-                self.kept.append(self._buffer(D * self.machine.product(shape) / size, self.dtype).hold())
+                self.kept.append(self._buffer(D * self.machine.product(shape) / size, p.dtype).hold())
                 self.machine.kernel("clone", (p,), (self.kept[-1],))
                 self.machine.ledger.free(p.storage)
         self.whole = False
 
     def cast_inputs(self, args: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
         """`cast_forward_inputs`: floating arguments come in the dtype of the whole parameters."""
-        if self.dtype == self.kept_dtype:
+        dtype = self.fsdp.sharing.param_dtype
+        if dtype is None:
             return args
-        return tuple(cast(x, self.dtype) if x is not None and x.dtype.is_floating else x for x in args)
+        return tuple(cast(x, dtype) if x is not None and x.dtype.is_floating else x for x in args)
 
     def before_forward(self, args: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
         """`pre_forward`; a node is put before the arguments that will have a gradient, behind which that is reduced."""
@@ -149,11 +161,11 @@ class Unit:
             self.reshard_to(self.fsdp.sharing.reshard)
         elif self.fsdp.reshards:
             self.reshard()
-        assert out.grad_fn is not None
-        out.grad_fn.hook = self.before_backward
+        if out.grad_fn is not None:
+            out.grad_fn.hook = self.before_backward
 
     def before_backward(self) -> None:
-        """`pre_backward`: whole, and the next one's all-gather is under way."""
+        """`pre_backward`: whole, and the next one's all-gather is under way, whether that has a backward or not."""
         self.gather()
         self.copy_out()
         position = self.fsdp.units.index(self)
@@ -173,23 +185,27 @@ class Unit:
 
     def after_backward(self) -> None:
         """`post_backward`: empty the parameters, reduce-scatter the gradients, keep one's rows of the sums."""
+        self.done = True
         self.reshard()
         self.fsdp.reduced(None)
+        having = [p for p in self.parameters if p.grad is not None]
+        if not having:
+            return
         with self._doing("reduce_scatter"):
-            dtype = self.fsdp.sharing.reduce_dtype or self.dtype
-            source = self._buffer(D * self._elements, dtype).hold()
-            self._copy_in(source)
-            last = self.parameters[-1].grad
+            dtype = self.fsdp.sharing.reduce_dtype or having[0].dtype
+            source = self._buffer(D * self._elements(having), dtype).hold()
+            self._copy_in(having, source)
+            last = having[-1].grad
             assert last is not None
             last.hold()  # by the name of a loop in `foreach_reduce`, until that returns
-            for p in self.parameters:
+            for p in having:
                 assert p.grad is not None
                 p.grad.drop()
                 p.grad = None
-            rows = self._buffer(self._elements, dtype).hold()
+            rows = self._buffer(self._elements(having), dtype).hold()
             self.machine.collective("reduce-scatter", DATA, source, waits="update")
             if self.fsdp.gloo:  # reduces all of it in a copy, and divides that
-                copy = self._buffer(D * self._elements, dtype).hold()
+                copy = self._buffer(D * self._elements(having), dtype).hold()
                 self._divide(dtype)
                 copy.drop()
             if self.fsdp.sharing.replicated:
@@ -197,11 +213,12 @@ class Unit:
                 if self.fsdp.gloo:
                     self._divide(dtype)
                 self.summed = rows.hold()  # `_all_reduce_state`, until backward is over
-            if dtype != self.kept_dtype:
-                wide = converted(rows, self.kept_dtype).hold()
+            kept = next(shard.dtype for p, shard in zip(self.parameters, self.shards, strict=True) if p is having[0])
+            if dtype != kept:
+                wide = converted(rows, kept).hold()
                 rows.drop()
                 rows = wide
-            self._take(rows)
+            self._take(having, rows)
             rows.drop()
             last.drop()
             self.fsdp.reduced(source)
@@ -212,11 +229,16 @@ class Unit:
         with python_number(self.machine, dtype):
             pass
 
-    def _take(self, rows: Tensor) -> None:
+    def _take(self, having: Sequence[Tensor], rows: Tensor) -> None:
         """The sums become the shards' gradients, or are added to them."""
-        first = self.shards[0].grad is None
+        shards = [
+            (shard, padded)
+            for p, shard, padded in zip(self.parameters, self.shards, self.padded, strict=True)
+            if any(p is x for x in having)
+        ]
+        first = shards[0][0].grad is None
         rows.storage.category = Category.GRADIENT if first else HELD
-        for shard, padded in zip(self.shards, self.padded, strict=True):
+        for shard, padded in shards:
             if first:
                 stride = self.machine.contiguous(shard.shape)
                 shard.grad = Tensor(self.machine, rows.storage, shard.shape, stride, rows.dtype).hold()
@@ -229,30 +251,30 @@ class Unit:
                 shard.after_accumulation(shard)
 
     def end_backward(self) -> None:
-        """`finalize_backward`."""
-        if self.summed is not None:
-            where = self.shards[0].storage.where
-            with self.machine.ledger.at(where.module, where.block, "finalize_backward"):
-                self.summed.drop()
-            self.summed = None
+        """`finalize_backward`; what was gathered for a backward that there is not is let go."""
+        for held in (self.summed, self.gathered):
+            if held is not None:
+                held.drop()
+        self.summed = self.gathered = None
+        self.done = False
 
-    def _copy_in(self, source: Tensor) -> None:
+    def _copy_in(self, having: Sequence[Tensor], source: Tensor) -> None:
         """`chunk_cat`: on the CPU through padded copies of those whose rows D does not divide.
 
         Where the source has another dtype, the CPU's cat takes each of them through one more copy, one after the other.
         """
         machine = self.machine
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        gradients = [p.grad for p in having if p.grad is not None]
         machine.kernel("chunk_cat", gradients, gradients)
         if machine.device != "cpu":
             return
-        padded = []
-        for p, shape in zip(self.parameters, self.padded, strict=True):
-            if not machine.divides(D, p.shape[0]):
-                padded.append(self._buffer(D * machine.product(shape), self.dtype).hold())
-        if source.dtype != self.dtype:
-            for shape in self.padded:
-                self._buffer(D * machine.product(shape), self.dtype).discard()
+        dtype = having[0].dtype
+        padded = [
+            self._buffer(D * self._elements([p]), dtype).hold() for p in having if not machine.divides(D, p.shape[0])
+        ]
+        if source.dtype != dtype:
+            for p in having:
+                self._buffer(D * self._elements([p]), dtype).discard()
         for x in padded:
             x.drop()
 
@@ -281,7 +303,7 @@ class FullySharded(Replica):
     def __init__(self, model: Model, sharing: Sharing) -> None:
         super().__init__(model, sharing)
         self.gloo = self.machine.device == "cpu"
-        groups = by_block(self.parameters)
+        groups = by_block(list(model.parameters()))
         rest = groups.pop(None)
         self.units = [Unit(self, part, root=False) for part in groups.values()]
         for block, unit in zip(model.blocks, self.units, strict=True):
@@ -308,10 +330,17 @@ class FullySharded(Replica):
             before.drop()
 
     def after_backward(self) -> None:
-        """`_root_post_backward_final_callback`: no argument of the model has a gradient, so the root's turn is here."""
-        self.units[-1].after_backward()
-        for unit in self.units:
-            unit.end_backward()
+        """`_root_post_backward_final_callback`: the turn of those without an argument that has a gradient.
+
+        That is the root, which comes first, and below what is trained the blocks.
+        """
+        ledger = self.machine.ledger
+        for unit in (self.units[-1], *self.units[:-1]):
+            block = unit.block
+            with ledger.at(ledger.module if block is None else f"blocks.{block}", block, "root_post_backward"):
+                if not unit.done:
+                    unit.after_backward()
+                unit.end_backward()
         self.reduced(None)
 
     def agree_on_overflow(self, found: Tensor) -> None:

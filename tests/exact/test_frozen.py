@@ -80,7 +80,6 @@ def test_frozen_weights_have_no_gradient_no_state_and_take_no_part_in_the_update
         ({"frozen": "layers:3-1"}, "layers are two numbers from 0"),
         ({"trained": "atention"}, "trained = 'atention': did you mean attention"),
         ({"frozen": 3}, "frozen = 3: must be names with commas"),
-        ({"frozen": "norms", "data_parallel": 2}, "data_parallel = 2: what is frozen"),
     ],
     ids=str,
 )

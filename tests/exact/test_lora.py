@@ -1,5 +1,6 @@
 """Adapters on random models and recipes: every figure equal to PyTorch's."""
 
+import os
 import random
 
 import pytest
@@ -12,6 +13,7 @@ from estimator.describe.model import ModelConfig
 from estimator.describe.plan import CHECKPOINTINGS, Plan
 from trainer.referee.validate import compare
 
+DRAWS = int(os.environ.get("RECIPE_DRAWS", "12"))
 LLAMA = ModelConfig("llama", 5, 24, 4, 31, 13, 2, 6, 40)
 GPT2 = ModelConfig("gpt2", 5, 24, 3, 31, 13)
 
@@ -32,7 +34,7 @@ def random_adapter(rng, m):
     names = ["qkv", "out", "up", "down"] if m.family == "gpt2" else ["q", "k", "v", "out", "gate", "up", "down"]
     some = rng.sample([*names, "head"], rng.randint(1, 3))
     return {
-        "adapter": "lora",
+        "adapter": rng.choice(("lora", "dora")),
         "adapter_rank": rng.choice((1, 2, 4, 5)),
         "adapter_targets": rng.choice((ALL, ",".join(some), "qkv" if m.family == "gpt2" else "q,v")),
         "adapter_dropout": rng.choice((0.0, 0.1)),
@@ -42,7 +44,7 @@ def random_adapter(rng, m):
 @pytest.mark.parametrize("turn", range(2))
 def test_random_models_and_recipes(turn):
     rng, done = random.Random(turn), 0
-    while done < 12:
+    while done < DRAWS:
         m = random_model(rng)
         try:
             p = random_plan(rng, m, **random_adapter(rng, m))

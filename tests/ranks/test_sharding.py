@@ -16,7 +16,7 @@ import trainer
 from estimator.accounting.accounts import account, sizes_for
 from estimator.describe.checks import ConfigError
 from estimator.describe.model import ModelConfig
-from estimator.describe.plan import SHARDINGS, Plan
+from estimator.describe.plan import FULLY_SHARDED, SHARDINGS, Plan
 from estimator.eager.letters import ONE, evaluate, letter
 from estimator.eager.repetition import layout
 from estimator.eager.sizes import ShapeClass
@@ -130,6 +130,59 @@ def drawn(random, processes):
 def test_random_recipes_of_fully_shard_are_exact_in_each_process(processes, runs, tmp_path):
     random = Random(processes)
     cases = [drawn(random, processes) for _ in range(runs)]
+    for (m, p), ranks in zip(cases, measured(processes, cases, tmp_path), strict=True):
+        for rank, real in enumerate(ranks):
+            v = account(m, p, "cpu", rank).evaluate(m, p, threads=1)
+            assert {name: getattr(v, name) for name in real} == real, (m, p, rank)
+
+
+def partly_trained(random, processes):
+    """A model of which a part is trained, or adapters, in any sharding."""
+    m = random.choice([GPT2, LLAMA, TIED, WORDS, ONE_BLOCK]).replace(num_layers=random.randint(1, 5))
+    names = ["qkv", "out", "up", "down"] if m.family == "gpt2" else ["q", "k", "v", "out", "gate", "up", "down"]
+    kind = random.choice(["lora", "dora", "frozen", "trained"])
+    sharding = random.choice(FULLY_SHARDED if processes == 4 else SHARDINGS)
+    plan = {
+        "batch_size": random.randint(1, 3),
+        "data_parallel": processes,
+        "sharding": sharding,
+        "precision": random.choice(["fp32", "bf16", "bf16", "bf16-mixed"]),
+        "attention": random.choice(["naive", "sdpa"]),
+        "checkpointing": random.choice(["none", "block", "selective"]),
+        "optimizer": random.choice(["adamw", "sgd", "lion"]),
+        "grad_accumulation": random.choice([1, 1, 2, 3]),
+        "max_grad_norm": random.choice([None, None, 1.0]),
+    }
+    if sharding in FULLY_SHARDED and random.random() < 0.5:
+        plan |= {"precision": "bf16-fsdp", "reduce_dtype": random.choice(["fp32", "bf16"])}
+    if kind in ("lora", "dora"):
+        some = ",".join(random.sample([*names, "head"], random.randint(1, 3)))
+        plan |= {"adapter": kind, "adapter_rank": random.choice([1, 3, 4])}
+        plan |= {"adapter_targets": random.choice(["all-linear", some])}
+        plan |= {"adapter_dropout": random.choice([0.0, 0.1])}
+    else:
+        last = m.num_layers - 1
+        parts = ["embedding", "norms", "attention", "feed-forward", f"layers:0-{random.randint(0, last)}"]
+        plan |= {kind: random.choice([*parts, f"layers:{last}"])}
+        if plan["precision"] == "bf16":
+            plan |= {"precision": random.choice(["bf16", "bf16-master"])}
+    if processes == 4 and sharding in FULLY_SHARDED:
+        plan |= {"shard_group": random.choice([None, 2])}
+        if sharding == "zero3":
+            plan |= {"reshard_after_forward": random.choice([None, None, 2])}
+    return m, Plan(**plan)
+
+
+@pytest.mark.parametrize(("processes", "runs"), [(2, RUNS or 8), (3, RUNS or 6), (4, RUNS or 6)])
+def test_parts_and_adapters_are_exact_in_each_process(processes, runs, tmp_path):
+    random, cases = Random(processes), []
+    while len(cases) < runs:
+        m, p = partly_trained(random, processes)
+        try:
+            account(m, p, "cpu")
+        except ConfigError:  # no parameter is left to train
+            continue
+        cases.append((m, p))
     for (m, p), ranks in zip(cases, measured(processes, cases, tmp_path), strict=True):
         for rank, real in enumerate(ranks):
             v = account(m, p, "cpu", rank).evaluate(m, p, threads=1)

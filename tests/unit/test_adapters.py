@@ -15,7 +15,7 @@ from estimator.describe.model import ModelConfig
 from estimator.describe.plan import Plan
 from trainer.files.adapters import load_adapters, load_base, save_adapters
 from trainer.files.checkpoint import CheckpointError, export_safetensors
-from trainer.model.adapters import LoRA, adapter_parameters
+from trainer.model.adapters import KINDS, adapter_parameters
 from trainer.model.decoder import build_model
 from trainer.model.layers import Linear
 
@@ -29,18 +29,22 @@ def peft():
     return pytest.importorskip("peft", reason="whose adapters ours are held against: a development dependency")
 
 
-def both(dtype, dropout, bias):
+def both(kind, dtype, dropout, bias):
     """(our adapter, peft's) with the same weights, beside a frozen layer of 6 -> 5."""
     library = peft()
     torch.manual_seed(0)
     base = torch.nn.Linear(6, 5, bias=bias, dtype=dtype)
-    config = library.LoraConfig(r=3, lora_alpha=7, lora_dropout=dropout, target_modules=["layer"])
+    use = {"r": 3, "lora_alpha": 7, "lora_dropout": dropout, "use_dora": kind == "dora"}
+    config = library.LoraConfig(target_modules=["layer"], **use)
     theirs = library.inject_adapter_in_model(config, torch.nn.ModuleDict({"layer": copy.deepcopy(base)}))["layer"]
-    for x in (*theirs.lora_A.parameters(), *theirs.lora_B.parameters()):
+    for x in (p for name, p in theirs.named_parameters() if "lora" in name):
         x.data = x.detach().float()  # as get_peft_model does, by autocast_adapter_dtype
     own = Linear(6, 5, bias=bias)
     own.load_state_dict(base.state_dict())
-    ours = LoRA(own.to(dtype).requires_grad_(requires_grad=False), 3, 7, dropout)
+    ours = KINDS[kind](own.to(dtype).requires_grad_(requires_grad=False), 3, 7, dropout)
+    if kind == "dora":
+        assert torch.equal(ours.magnitude.to(dtype), theirs.lora_magnitude_vector["default"].weight.to(dtype))
+        ours.magnitude.data = theirs.lora_magnitude_vector["default"].weight.detach().clone()
     torch.nn.init.normal_(theirs.lora_B["default"].weight)
     ours.a.weight.data = theirs.lora_A["default"].weight.detach().clone()
     ours.b.weight.data = theirs.lora_B["default"].weight.detach().clone()
@@ -52,18 +56,20 @@ def both(dtype, dropout, bias):
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_outputs_and_gradients_are_pefts_to_the_bit(dtype, autocast, dropout, bias):
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_outputs_and_gradients_are_pefts_to_the_bit(kind, dtype, autocast, dropout, bias):
     found = []
-    for module in both(dtype, dropout, bias):
+    for module in both(kind, dtype, dropout, bias):
         x = torch.linspace(-1, 1, 2 * 3 * 6, dtype=dtype).view(2, 3, 6).requires_grad_()
         torch.manual_seed(1)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             y = module(x)
         F.mse_loss(y.float(), torch.ones(2, 3, 5)).backward()
-        trained = {p for p in module.parameters() if p.requires_grad}
+        trained = [p for p in module.parameters() if p.requires_grad]
         assert all(p.dtype == torch.float32 for p in trained)
-        found.append([y, x.grad, *(p.grad for p in module.parameters() if p in trained)])
-    assert len(found[0]) == len(found[1]) == 4
+        grads = sorted((p.grad for p in trained), key=lambda grad: grad.shape)
+        found.append([y, x.grad, *grads])
+    assert len(found[0]) == len(found[1]) == {"lora": 4, "dora": 5}[kind]
     assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
@@ -158,7 +164,6 @@ def test_adapters_and_the_weights_under_them_are_saved_and_loaded(tmp_path):
         ({"adapter_alpha": 0}, "adapter_alpha = 0"),
         ({"trained": "norms"}, "it freezes the model"),
         ({"precision": "bf16-master"}, "adapters are fp32 by themselves"),
-        ({"data_parallel": 2}, "data_parallel = 2: adapters are known"),
     ],
     ids=str,
 )

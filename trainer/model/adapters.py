@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from estimator.describe.adapters import check_targets, is_target
 from trainer.model.layers import Linear
@@ -44,6 +45,56 @@ class LoRA(nn.Module):
         return result.to(before)
 
 
+class DoRA(LoRA):
+    """y = m / |W + s B A| (x W^T + s (x A^T) B^T) (+ b), the norms one for each row: Liu et al. 2024, "DoRA".
+
+    The statements are those of peft's `lora.dora.DoraLinearLayer.forward`: B A is made from a whole identity matrix,
+    and the norms have no gradient (the paper's section 4.3).
+
+    Attributes:
+        magnitude: m, (out,), float32: the norms of the frozen weight's rows.
+    """
+
+    def __init__(self, base: Linear, rank: int, alpha: float, dropout: float) -> None:
+        super().__init__(base, rank, alpha, dropout)
+        self.magnitude = nn.Parameter(torch.linalg.norm(base.weight.detach(), dim=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        result = self.base(x)
+        before = result.dtype
+        x = x.to(self.a.weight.dtype)
+        if isinstance(self.dropout, nn.Identity) or not self.training:
+            base_result = result
+        else:
+            x = self.dropout(x)
+            base_result = None
+        result = result + self._scaled(x, base_result)
+        return result.to(before)
+
+    def _scaled(self, x: Tensor, base_result: Tensor | None) -> Tensor:
+        """What the magnitudes and the narrow matrices add."""
+        x_eye = torch.eye(self.a.weight.shape[1], device=x.device, dtype=self.a.weight.dtype)
+        lora_weight = self.b(self.a(x_eye)).T
+        del x_eye
+        lora_weight = lora_weight.to(x.dtype)
+        weight = self.base.weight.to(x.dtype)
+        norms = self._norms(weight, lora_weight.detach()).detach()
+        scale = (self.magnitude / norms).view(1, -1)
+        lora_result = self.b(self.a(x))
+        if base_result is None:
+            base_result = F.linear(x, weight)
+        elif self.base.bias is not None:
+            base_result = base_result - self.base.bias
+        return (scale - 1) * base_result + scale * lora_result * self.scaling
+
+    def _norms(self, weight: Tensor, lora_weight: Tensor) -> Tensor:
+        weight = weight + self.scaling * lora_weight
+        return torch.linalg.norm(weight, dim=1).to(weight.dtype)
+
+
+KINDS = {"lora": LoRA, "dora": DoRA}
+
+
 def adapt(model: nn.Module, p: Plan) -> None:
     """Put an adapter beside every linear layer that the plan names; all else is frozen.
 
@@ -56,15 +107,19 @@ def adapt(model: nn.Module, p: Plan) -> None:
     for path, base in layers:
         owner, _, name = path.rpartition(".")
         if is_target(p.adapter_targets, name):
-            setattr(model.get_submodule(owner), name, LoRA(base, p.adapter_rank, p.adapter_alpha, p.adapter_dropout))
+            adapter = KINDS[p.adapter](base, p.adapter_rank, p.adapter_alpha, p.adapter_dropout)
+            setattr(model.get_submodule(owner), name, adapter)
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The adapters' matrices, by name."""
-    adapters = {path: module for path, module in model.named_modules() if isinstance(module, LoRA)}
-    return {
-        f"{path}.{name}.weight": getattr(adapter, name).weight for path, adapter in adapters.items() for name in "ab"
-    }
+    """The adapters' matrices and magnitudes, by name."""
+    found: dict[str, nn.Parameter] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, DoRA):
+            found[f"{path}.magnitude"] = module.magnitude
+        if isinstance(module, LoRA):
+            found |= {f"{path}.a.weight": module.a.weight, f"{path}.b.weight": module.b.weight}
+    return found
 
 
 def to_precision(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
