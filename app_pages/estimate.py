@@ -232,7 +232,7 @@ def _memory(s: Setup, r: Estimate) -> None:
         hide_index=True,
         height="content",
         column_config={
-            "what": st.column_config.TextColumn(""),
+            "what": st.column_config.TextColumn("what"),
             "number": st.column_config.NumberColumn(s.unit, format="%.3f"),
             "share": st.column_config.NumberColumn("share", format="percent"),
         },

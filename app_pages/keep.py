@@ -27,7 +27,7 @@ def show(s: Setup) -> None:
     except ConfigError:  # said above
         return
     here = link()
-    st.subheader(f"Share {called(q.name)} on {q.gpu}")
+    st.subheader("Share")
     address, command, python = st.tabs(["Link", "Command", "Python"])
     address.code(here, language=None, wrap_lines=True)
     command.code(q.command(), language="sh", wrap_lines=True)
@@ -40,7 +40,8 @@ def show(s: Setup) -> None:
         st.download_button("Report (Markdown)", report, f"{name}.md", "text/markdown", on_click="ignore")
         st.download_button("CSV by module", to_csv(q), f"{name}.csv", "text/csv", on_click="ignore")
         st.download_button("JSON", to_json(q, spent), f"{name}.json", "application/json", on_click="ignore")
-    st.caption("The page's address holds everything that you set; the link above is that address, to be copied.")
+    said = f"This is the estimate of {called(q.name)} on {q.gpu}."
+    st.caption(f"{said} The page's address holds everything that you set; the link above is that address.")
 
 
 def link() -> str:

@@ -61,7 +61,10 @@ def buckets(ready: Sequence[Tensor]) -> Size:
 @lru_cache(maxsize=1024)
 def _bucket_count(lengths: tuple[int, ...]) -> Function:
     def compute(*values: Any) -> Any:
-        return np.vectorize(one, otypes=[np.int64])(*values)
+        # Not np.vectorize, which ends at 64 arguments.
+        points = np.broadcast_arrays(*values)
+        counts = [one(*row) for row in zip(*(x.ravel() for x in points), strict=True)]
+        return np.array(counts, dtype=np.int64).reshape(points[0].shape)
 
     def one(*values: Any) -> int:
         at, closed, held, limit = 0, 0, 0, FIRST_BUCKET

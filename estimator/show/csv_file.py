@@ -12,9 +12,8 @@ FORMULAS = ("=", "+", "-", "@")  # what a spreadsheet takes for the beginning of
 
 def csv_of(frame: pd.DataFrame, *, index: bool = True) -> str:
     """A table as CSV; no text in it is taken for a formula."""
-    plain = frame.map(harmless)
-    plain.index = plain.index.map(harmless)
-    return str(plain.to_csv(index=index))
+    plain = frame.reset_index() if index else frame
+    return str(plain.assign(**{str(name): [harmless(x) for x in plain[name]] for name in plain}).to_csv(index=False))
 
 
 def harmless(cell: object) -> object:
