@@ -14,10 +14,10 @@ from app_pages.estimate import answer
 from app_pages.inputs import HIDDEN, supported
 from app_pages.labels import explained, label, plain
 from app_pages.model_input import LIMIT, called
-from estimator.answers.advice import choices
 from estimator.describe.checks import ConfigError
 from estimator.describe.plan import Plan
 from estimator.describe.presets import preset, presets
+from estimator.describe.settings import choices
 from estimator.show.comparison import ENERGY, MONEY, TIME, Figure, change, headline, measures, paid, said
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def _table(rows: Mapping[str, Mapping[str, Figure]], base: str) -> None:
 
 def _more() -> tuple[str, ...]:
     """The other fields of a plan that are one of a few names."""
-    return tuple(field for field in choices() if field not in SHOWN + HIDDEN)
+    return tuple(field for field in choices(Plan) if field not in SHOWN + HIDDEN)
 
 
 def _settings(q: Request, r: Estimate) -> dict[str, Figure]:
@@ -155,13 +155,13 @@ def _other(name: str, base: Request) -> Request | None:
             key=f"{name}.{field}",
             bind="query-params",
             placeholder=f"as in A: {said(now)}",
-            help=explained(Plan).get(field, f"Empty is as in A. {label(field)} of {name}."),
+            help=explained(field, f"Empty is as in A. {label(field)} of {name}."),
         )
         return chosen
 
     def pick_of_plan(fields: tuple[str, ...]) -> dict[str, Any]:
         with st.grid("auto", min_column_width=170, gap="small"):
-            return {field: pick(field, getattr(base.plan, field), choices()[field]) for field in fields}
+            return {field: pick(field, getattr(base.plan, field), choices(Plan)[field]) for field in fields}
 
     with st.container(border=True):
         st.markdown(f"**{name}** is A, but for")
@@ -176,7 +176,7 @@ def _other(name: str, base: Request) -> Request | None:
                 key=f"{name}.batch_size",
                 bind="query-params",
                 placeholder=f"as in A: {base.plan.batch_size:,}",
-                help=explained(Plan)["batch_size"],
+                help=explained("batch_size"),
             )
         given = {"batch_size": batch} | pick_of_plan(SHOWN)
         with st.expander("More of the recipe"):

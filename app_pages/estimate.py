@@ -16,7 +16,6 @@ from app_pages.model_input import REFUSED, called, forget
 from estimator.answers import derivations
 from estimator.answers.advice import GOALS, NOTICEABLE
 from estimator.describe.checks import ConfigError
-from estimator.describe.plan import SHARDINGS
 from estimator.show.formatting import (
     STRATEGIES,
     between,
@@ -369,7 +368,7 @@ def _price(change: Advice) -> str:
 def _said(value: object) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
-    return STRATEGIES.get(str(value), str(value)) if value in SHARDINGS[1:] else str(value)
+    return str(value) if value == "none" else STRATEGIES.get(str(value), str(value))
 
 
 def _take(machine: Mapping[str, Any], fields: Mapping[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -13,18 +13,21 @@ from app_pages import targets
 from app_pages.labels import explained, label, plain
 from app_pages.model_input import LIMIT, model_input
 from estimator.accounting.accounts import DEVICES
-from estimator.answers.advice import choices
 from estimator.answers.request import Request
-from estimator.describe.checks import ConfigError
 from estimator.describe.plan import FULLY_SHARDED, Plan
+from estimator.describe.run import Run
+from estimator.describe.settings import gathered, limits, settings
 from estimator.hardware.accelerators import accelerator, accelerators
 from estimator.show.formatting import prefixed
 
 if TYPE_CHECKING:
+    from estimator.describe.checks import ConfigError
     from estimator.describe.model import ModelConfig
 
-FIRST = ("batch_size", "seq_len", "precision", "attention", "checkpointing", "optimizer")  # the rest is under "More"
-HIDDEN = ("data_parallel", "grad_accumulation")  # they follow from the count and the global batch
+FIRST = tuple(name for name, x in settings(Plan).items() if x.common)  # the rest is under "More"
+HIDDEN = tuple(
+    name for name, x in settings(Plan).items() if x.follows
+)  # they follow from the count and the global batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,39 +107,38 @@ def _plan(model: ModelConfig, problems: list[str]) -> Plan:
 
     draw(FIRST)
     with st.expander("More of the recipe"):
-        draw(tuple(f.name for f in fields(Plan) if f.name not in FIRST + HIDDEN))
-    plan = Plan()
-    for name in (f.name for f in fields(Plan) if f.name in drawn):
-        try:
-            wanted = plan.replace(**{name: drawn[name]})
-            wanted.tokens(model)
-            plan = wanted
-        except ConfigError as error:
-            slots[name].error(plain(str(error)), icon=":material/error:")
-            problems.append(str(error))
+        draw(tuple(name for name in settings(Plan) if name not in FIRST + HIDDEN))
+
+    def model_takes(plan: Plan) -> None:
+        plan.tokens(model)
+
+    plan, refused = gathered(Plan, {name: drawn[name] for name in settings(Plan) if name in drawn}, accepts=model_takes)
+    for name, error in refused.items():
+        slots[name].error(plain(str(error)), icon=":material/error:")
+        problems.append(str(error))
     return plan
 
 
 def _plan_input(name: str, model: ModelConfig) -> Any:
-    default = getattr(Plan(), name)
-    common: dict[str, Any] = {"label": label(name), "key": name, "bind": "query-params", "help": explained(Plan)[name]}
-    if name in choices():
-        names = choices()[name]
+    setting = settings(Plan)[name]
+    common: dict[str, Any] = {"label": label(name), "key": name, "bind": "query-params", "help": setting.markdown}
+    if setting.kind == "choice":
+        names = tuple(setting.choices)
         if name == "precision" and st.session_state.get("sharding") in FULLY_SHARDED:
             names = ("bf16-fsdp", *(x for x in names if x != "bf16-fsdp"))
-        return st.selectbox(**common, options=names, index=names.index(default))
-    if isinstance(default, bool):
-        return st.toggle(**common, value=default)
-    if isinstance(default, str):  # a list of names
-        return st.text_input(**common, value=default)
-    if name == "max_grad_norm":
-        return st.number_input(**common, min_value=0.0, value=None, placeholder="no clipping", step=0.1)
-    if name == "adapter_alpha":
-        return st.number_input(**common, min_value=0.1, value=default, step=1.0)
-    if isinstance(default, float):  # a probability
-        return st.number_input(**common, min_value=0.0, max_value=0.99, value=default, step=0.05)
-    placeholder = f"{model.context_length:,}" if name == "seq_len" else None
-    return st.number_input(**common, min_value=1, max_value=LIMIT, value=default, placeholder=placeholder)
+        return st.selectbox(**common, options=names, index=names.index(setting.default))
+    if setting.kind == "flag":
+        return st.toggle(**common, value=setting.default)
+    if setting.kind == "text":
+        return st.text_input(**common, value=setting.default)
+    common |= {"value": setting.default, "placeholder": setting.optional or None}
+    if setting.kind == "number":
+        least = float(setting.least) + (1e-6 if setting.above else 0.0)
+        most = float(setting.most) - (0.01 if setting.below else 0.0)
+        return st.number_input(**common, min_value=least, max_value=most, step=0.05 if most <= 1 else 0.1)
+    if name == "seq_len":
+        common["placeholder"] = f"{model.context_length:,}"
+    return st.number_input(**common, min_value=1, max_value=LIMIT)
 
 
 def _machine() -> tuple[str, int]:
@@ -151,13 +153,13 @@ def _machine() -> tuple[str, int]:
         help="Memory is what a framework sees of it, not what is on the label.",
     )
     count = right.number_input(
-        "Count",
+        label("count"),
         min_value=1,
         max_value=LIMIT,
         value=1,
         key="count",
         bind="query-params",
-        help="Accelerators that share the global batch, each with a whole copy of the model.",
+        help=explained("count"),
     )
     return gpu, count
 
@@ -165,16 +167,16 @@ def _machine() -> tuple[str, int]:
 def _run(gpu: str, plan: Plan) -> tuple[float | None, int, int, float | None]:
     left, right = st.columns(2)
     steps = left.number_input(
-        "Steps", 1, 10**9, 400_000, key="steps", bind="query-params", help="Optimizer steps of the whole run."
+        label("steps"), 1, limits(Run)["steps"], 400_000, key="steps", bind="query-params", help=explained("steps")
     )
     sequences = right.number_input(
-        "Global batch",
+        label("global_batch_size"),
         1,
-        10**9,
+        limits(Run)["global_batch_size"],
         1024,
         key="global_batch_size",
         bind="query-params",
-        help="Sequences in one optimizer step of the whole job.",
+        help=explained("global_batch_size"),
     )
     peaks = accelerator(gpu).peak
     said = f" {gpu} does {prefixed(peaks[plan.precision], 'FLOP/s')}." if plan.precision in peaks else ""

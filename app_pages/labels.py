@@ -1,4 +1,4 @@
-"""What inputs are called, and what each is, in the words of the library."""
+"""What inputs are called, and what each is, in the words of the library's declarations."""
 
 from __future__ import annotations
 
@@ -6,30 +6,23 @@ from typing import TYPE_CHECKING
 
 import streamlit as st
 
+from estimator.describe.model import ModelConfig
+from estimator.describe.plan import Plan
+from estimator.describe.run import Run
+from estimator.describe.settings import Setting, settings
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from estimator.describe.model import ModelConfig
-    from estimator.describe.plan import Plan
+LABELS = {"gpu": "Accelerator"}  # what no declaration knows
 
-LABELS = {
-    "num_layers": "Layers",
-    "d_model": "Width",
-    "num_heads": "Heads",
-    "num_kv_heads": "Key/value heads",
-    "head_dim": "Head width",
-    "d_ff": "Feed-forward width",
-    "vocab_size": "Vocabulary",
-    "tie_embeddings": "Head shares the embedding",
-    "qkv_bias": "Biases on q, k, v",
-    "sliding_window": "Sliding window",
-    "gpu": "Accelerator",
-    "batch_size": "Micro-batch",
-    "seq_len": "Sequence",
-    "grad_accumulation": "Accumulation",
-    "max_grad_norm": "Clip to norm",
-    "optimizer_impl": "Implementation",
-}
+
+def declared(name: str) -> Setting | None:
+    """The declaration of a field of a model, a plan or a run."""
+    for cls in (Plan, Run, ModelConfig):
+        if name in settings(cls):
+            return settings(cls)[name]
+    return None
 
 # The forms of an account, by the library's names, in words.
 FORMS = {
@@ -49,7 +42,14 @@ FORMS = {
 
 def label(name: str) -> str:
     """What the input of a field is called on the page."""
-    return LABELS.get(name, name.replace("_", " ").capitalize())
+    said = declared(name)
+    return LABELS.get(name) or (said.label if said else "") or name.replace("_", " ").capitalize()
+
+
+def explained(name: str, otherwise: str = "") -> str:
+    """What a field is, for the help beside its input; `otherwise` where nothing declares it."""
+    said = declared(name)
+    return said.markdown if said else otherwise
 
 
 def accept_names(words: Mapping[str, Mapping[str, str]]) -> None:
@@ -69,8 +69,3 @@ def plain(text: str) -> str:
     """A text as Markdown that looks as it is written: what a user wrote in it becomes no link, image or formula."""
     escaped = "".join(f"\\{c}" if c in "\\`*[]<>$~!@^|" else c for c in text)
     return escaped.replace("://", "\\://").replace("www.", "www\\.")
-
-
-def explained(cls: type[ModelConfig | Plan]) -> dict[str, str]:
-    """What each field of a dataclass is."""
-    return cls.HELP

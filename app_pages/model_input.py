@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import streamlit as st
 
 from app_pages.labels import explained, label, plain
-from estimator.answers.request import BASES
-from estimator.describe.checks import LIMITS, ConfigError
+from estimator.describe.checks import ConfigError
 from estimator.describe.hf import from_hf
 from estimator.describe.model import ModelConfig
-from estimator.describe.presets import preset, presets
+from estimator.describe.presets import preset, presets, starting_points
+from estimator.describe.settings import limits
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 LIMIT = 10_000_000
 # May be left empty: as published, or following d_model and the heads.
 FOLLOWING = ("num_kv_heads", "head_dim", "d_ff", "sliding_window")
+BASES = {preset(name).family: name for name in starting_points()}  # what a model of one's own starts from, by family
 OWN = {f"own-{family}": family for family in BASES}
 REFUSED = "config_problem"  # in the session's state: why the last configuration was not taken
 FAMILIES = {"gpt2": "GPT-2 family", "llama": "Llama family"}
@@ -110,12 +111,12 @@ def _sizes(name: str, published: ModelConfig) -> dict[str, Any]:
         value = columns[i % 2].number_input(
             label(field),
             min_value=1,
-            max_value=min(LIMITS[field], LIMIT),
+            max_value=min(limits(ModelConfig)[field], LIMIT),
             value=None if field in FOLLOWING else own,
             placeholder="none" if shown is None else f"{shown:,}",
             key=f"{name}.{field}",
             bind="query-params",
-            help=explained(ModelConfig)[field],
+            help=explained(field),
         )
         if value is not None and value != own:
             changes[field] = value
@@ -123,9 +124,7 @@ def _sizes(name: str, published: ModelConfig) -> dict[str, Any]:
                 following = published.replace(**changes)
     for field in ["tie_embeddings"] + ([] if gpt2 else ["qkv_bias"]):
         own = getattr(published, field)
-        value = st.toggle(
-            label(field), own, key=f"{name}.{field}", bind="query-params", help=explained(ModelConfig)[field]
-        )
+        value = st.toggle(label(field), own, key=f"{name}.{field}", bind="query-params", help=explained(field))
         if value != own:
             changes[field] = value
     return changes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import streamlit as st
@@ -15,6 +14,7 @@ from estimator.answers.plans import SORTS
 from estimator.describe.checks import ConfigError
 from estimator.describe.plan import Plan
 from estimator.describe.presets import presets
+from estimator.describe.settings import settings
 from estimator.pricing.money import KINDS
 from estimator.show.csv_file import csv_of
 from estimator.show.formatting import STRATEGIES, count, dollars, duration, prefixed, size
@@ -145,11 +145,10 @@ def inputs_of(o: Option) -> Mapping[str, Any]:
     if name in OWN:
         sizes = q.model.to_dict()
         found |= {f"{name}.{field}": x for field, x in sizes.items() if field != "family" and x is not None}
-    default = Plan()
-    for f in fields(Plan):
-        value = getattr(o.plan, f.name)
-        if f.name != "data_parallel" and value != getattr(default, f.name):
-            found[f.name] = value
+    for name, setting in settings(Plan).items():
+        value = getattr(o.plan, name)
+        if name != "data_parallel" and value != setting.default:
+            found[name] = value
     if o.dollars is not None:
         found["price"] = round(o.dollars / o.hours / o.count, 4)
     return found

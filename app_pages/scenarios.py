@@ -9,8 +9,7 @@ from urllib.parse import urlencode
 import streamlit as st
 
 from app_pages.inputs import HIDDEN
-from app_pages.model_input import FOLLOWING, OWN
-from estimator.answers.request import BASES
+from app_pages.model_input import BASES, FOLLOWING, OWN
 from estimator.describe.plan import Plan
 from estimator.describe.presets import preset
 

@@ -54,12 +54,12 @@ def account_from_nothing(est, m, p, device="cuda"):
 
 def recipes(est, count, seed=0):
     """Models, plans and devices at random; a micro-batch of 1, which takes the ledger of the general sizes as well."""
-    from estimator.answers.advice import choices
     from estimator.describe.plan import OPTIMIZERS
+    from estimator.describe.settings import choices
 
     rng = random.Random(seed)  # noqa: S311 - recipes, not secrets
     while count:
-        plan = {name: rng.choice(names) for name, names in choices().items()}
+        plan = {name: rng.choice(names) for name, names in choices(est.Plan).items()}
         plan["optimizer_impl"] = rng.choice(OPTIMIZERS[plan["optimizer"]])
         m, device = est.preset(rng.choice(("gpt2-xl", "llama-3-8b"))), rng.choice(("cpu", "cuda"))
         several = {"data_parallel": 8} if plan["sharding"] != "none" else {}

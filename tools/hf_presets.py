@@ -21,6 +21,8 @@ NOISE = re.compile(
     r"tokenizer_class|cache_impl|_attn_impl|ep_size|nextn|verbose|seq_aux|mtp|chunk_size$|_size_mlc|slow_but|^unk|runner"
 )
 
+# What a model of one's own starts from, the first for its kind.
+STARTS = ("gpt2-xl", "llama-3.2-1b")
 # Group: row of the files -> (name of the preset, its names on the hub; further names that people use, after "|").
 NAMES = {
     "GPT-2": {
@@ -156,6 +158,7 @@ NAMES = {
         "gemma-3-27b text part": "gemma-3-27b-text | gemma-3-27b",
     },
     "DeepSeek": {
+        "deepseek-moe-16b-base": "deepseek-moe-16b deepseek-ai/deepseek-moe-16b-base deepseek-ai/deepseek-moe-16b-chat",
         "DeepSeek-V2-Lite": "deepseek-v2-lite deepseek-ai/DeepSeek-V2-Lite",
         "DeepSeek-V3": "deepseek-v3 deepseek-ai/DeepSeek-V3 deepseek-ai/DeepSeek-V3-Base",
         "DeepSeek-R1": "deepseek-r1 deepseek-ai/DeepSeek-R1",
@@ -247,11 +250,16 @@ NAMES = {
     },
     "Nemotron": {"Nemotron-4-340B-Base": "nemotron-4-340b nvidia/Nemotron-4-340B-Base"},
     "Other mixtures of experts": {
+        "dots.llm1.base": "dots-llm1-142b rednote-hilab/dots.llm1.base rednote-hilab/dots.llm1.inst",
         "MiniMax-M2.5": "minimax-m2.5 MiniMaxAI/MiniMax-M2.5",
         "Hunyuan-A13B-Instruct": "hunyuan-a13b tencent/Hunyuan-A13B-Instruct",
         "jetmoe-8b": "jetmoe-8b jetmoe/jetmoe-8b",
     },
     "Other dense models": {
+        "Seed-OSS-36B-Base": "seed-oss-36b ByteDance-Seed/Seed-OSS-36B-Base ByteDance-Seed/Seed-OSS-36B-Instruct",
+        "EXAONE-4.0-32B": "exaone-4.0-32b LGAI-EXAONE/EXAONE-4.0-32B",
+        "internlm2-7b": "internlm2-7b internlm/internlm2-7b internlm/internlm2_5-7b-chat",
+        "MiniCPM-2B-sft-bf16": "minicpm-2b openbmb/MiniCPM-2B-sft-bf16 openbmb/MiniCPM-2B-dpo-bf16",
         "Apertus-70B-2509": "apertus-70b swiss-ai/Apertus-70B-2509",
         "bitnet-b1.58-2B-4T": "bitnet-2b microsoft/bitnet-b1.58-2B-4T",
         "biogpt": "biogpt microsoft/biogpt",
@@ -283,8 +291,11 @@ def entry(group, row, names):
         config = without if read_config(without) == read_config(config) else config
     own = row["source"].startswith("own knowledge")
     found = {"name": name, "group": group, "hub": hub, "aliases": aliases}
-    if row["parameters"] is not None:
-        found |= {"parameters": row["parameters"], "counted_by": "publisher" if row["published"] else "transformers"}
+    total = row["parameters"] or row["published"]
+    if total is not None:
+        found |= {"parameters": total, "counted_by": "publisher" if row["published"] else "transformers"}
+    if name in STARTS:
+        found["start"] = True
     source = f"config.json of {hub[0] if hub else row['name']}" if own else row["source"]
     return found | {"source": source, "date": DATE, "config": config}
 

@@ -11,12 +11,14 @@ if find_spec("torch") is not None:  # without it, `validate-estimates --publishe
     from trainer.optim.optimizers import SGD, AdamW
     from trainer.optim.schedule import lr_cosine_schedule
     from trainer.referee.measure import Measurement, Step, build_step, measure
+    from trainer.referee.recorder.recording import Recording, record
 
 __all__ = [
     "SGD",
     "AdamW",
     "Dataset",
     "Measurement",
+    "Recording",
     "Step",
     "build_step",
     "cross_entropy",
@@ -26,5 +28,6 @@ __all__ = [
     "load_checkpoint",
     "lr_cosine_schedule",
     "measure",
+    "record",
     "save_checkpoint",
 ]

@@ -11,13 +11,16 @@ import numpy as np
 from estimator.describe.checks import (
     BLOCKS_OF_A_SWEEP,
     FIGURE,
-    LIMITS,
     POINTS_OF_PEAKS,
     ConfigError,
     check_figure,
     choose,
     shown,
 )
+from estimator.describe.model import ModelConfig
+from estimator.describe.plan import Plan
+from estimator.describe.run import Run
+from estimator.describe.settings import limits
 from estimator.eager.letters import Sizes
 from estimator.eager.sizes import GIVEN, cpu_threads, is_count
 
@@ -102,7 +105,8 @@ class VectorisedPeak:
         needed = [name for name in self.recipe.letters if name not in FOLLOWING]
         for name in letters:
             choose("letter", name, (*needed, "n", "D"))
-        given = {name: whole_numbers(name, x, LIMITS.get(GIVEN.get(name, name))) for name, x in letters.items()}
+        most = limits(ModelConfig, Plan, Run)
+        given = {name: whole_numbers(name, x, most.get(GIVEN.get(name, name))) for name, x in letters.items()}
         try:
             points = math.prod(np.broadcast_shapes(*(x.shape for x in given.values())))
         except ValueError as error:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from estimator.accounting.accounts import account
 from estimator.answers.estimates import Estimate, estimate, max_batch_size
-from estimator.describe import plan as declared
 from estimator.describe.checks import ConfigError, choose
 from estimator.describe.plan import Plan
+from estimator.describe.settings import choices
 from estimator.hardware.accelerators import accelerator, accelerators
 from estimator.memory.device import memory
 from estimator.pricing.money import cost
@@ -94,20 +94,9 @@ class Change:
         return max(1, len(self.fields) - ("grad_accumulation" in self.fields)) if self.fields else len(self.machine)
 
 
-def choices() -> dict[str, tuple[str, ...]]:
-    """The plan's fields that are one of a few names, and those names."""
-    found = {}
-    for f in fields(Plan):
-        plural = f"{f.name}es" if f.name.endswith("s") else f"{f.name}s"
-        names = getattr(declared, plural.upper(), None)
-        if names is not None:
-            found[f.name] = tuple(names)
-    return found
-
-
 def single_changes(plan: Plan) -> Iterator[dict[str, Any]]:
     """Every single change of `plan`: another name for a field, or half the micro-batch with twice the accumulation."""
-    for name, names in choices().items():
+    for name, names in choices(Plan).items():
         yield from ({name: other} for other in names if other != getattr(plan, name))
     yield from ({f.name: not getattr(plan, f.name)} for f in fields(plan) if isinstance(getattr(plan, f.name), bool))
     if plan.checkpoint_every > 1:

@@ -6,9 +6,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from estimator.accounting.accounts import account
+from estimator.describe.run import WIDE
 from estimator.hardware.accelerators import cluster
 from estimator.hardware.networks import network, straggling
-from estimator.timing.kernels import FUSED, WIDE
+from estimator.timing.kernels import FUSED
 from estimator.timing.roofline import efficiency
 from estimator.timing.speed import FUSED_ATTENTION, Setup, between, step_times
 

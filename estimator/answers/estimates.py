@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING, Any
 from estimator.accounting.accounts import Account, Values, account, sizes_for
 from estimator.answers.assumptions import Assumption, assumptions
 from estimator.describe.catalogue import number
-from estimator.describe.checks import LIMITS, ConfigError, TooLargeError, choose, positive_int
+from estimator.describe.checks import ConfigError, TooLargeError, choose
 from estimator.describe.plan import FULLY_SHARDED, Plan
 from estimator.describe.presets import preset
+from estimator.describe.run import Run
+from estimator.describe.settings import checked, limits
 from estimator.describe.words import in_words
 from estimator.hardware.accelerators import Accelerator, accelerator
-from estimator.hardware.networks import LATENCY_LIMIT
 from estimator.hardware.networks import network as network_of
 from estimator.memory.device import Memory, memory
-from estimator.timing.kernels import WIDE, Variant
+from estimator.timing.kernels import Variant
 from estimator.timing.speed import Setup, StackFactor, Time, at_mfu, predicted
 
 if TYPE_CHECKING:
@@ -181,8 +182,19 @@ def estimate(
     Raises:
         ConfigError: a name is unknown, a figure out of its range, the accelerator has no peak for the precision.
     """
+    run = Run(
+        count=count,
+        global_batch_size=global_batch_size,
+        steps=steps,
+        mfu=mfu,
+        network=network,
+        network_latency=network_latency,
+        attention_kernel=attention_kernel,
+        overlap=overlap,
+        wide=wide,  # type: ignore[arg-type]  # a declared text takes any collection of names
+    )
     m = preset(model) if isinstance(model, str) else model
-    p = accumulated(replicated(plan if plan is not None else Plan(), count), global_batch_size)
+    p = accumulated(replicated(plan if plan is not None else Plan(), run.count), run.global_batch_size)
     count = p.data_parallel
     device = accelerator(on)
     if device.device not in ("cuda", "cpu"):
@@ -218,28 +230,23 @@ def estimate(
         sequences,
         p.batch_size,
     )
-    if network is not None:
-        network_of(network)  # refused by name here, as it would only be a note below
-    for part in wide:
-        choose("wide", part, WIDE)
-    if network_latency is not None:
-        number("network_latency", network_latency, most=LATENCY_LIMIT)
+    if run.network is not None:
+        network_of(run.network)  # refused by name here, as it would only be a note below
     setup = Setup(
-        Variant(wide=frozenset(wide)),
-        attention=attention_kernel,
-        network=network,
-        latency=network_latency,
-        overlap=overlap,
+        Variant(wide=frozenset(run.wide)),
+        attention=run.attention_kernel,
+        network=run.network,
+        latency=run.network_latency,
+        overlap=run.overlap,
         stack_factor=stack_factor,
     )
     time = None
-    if mfu is not None:
+    if run.mfu is not None:
         peak = device.peak_flops(p.product_dtype)
-        time = at_mfu(_checked_mfu(mfu), m, p, peak, flops, values.active_parameters, steps, count)
+        time = at_mfu(run.mfu, m, p, peak, flops, values.active_parameters, run.steps, count)
     else:
-        steps = positive_int("steps", steps) if steps is not None else None
         try:
-            time = predicted(m, p, device, flops, values.active_parameters, steps, count, setup)
+            time = predicted(m, p, device, flops, values.active_parameters, run.steps, count, setup)
         except ConfigError as error:  # no peak, no link, no calibration: marked, never guessed
             notes.append(f"No time is predicted: {error}.")
     return Estimate(m, p, device, a, values, memory(a, values, sizes, device), flops, time, tuple(notes), setup)
@@ -262,7 +269,7 @@ def replicated(plan: Plan, count: int | None) -> Plan:
     """
     if count is None:
         return plan
-    if plan.data_parallel not in (1, positive_int("count", count)):
+    if plan.data_parallel not in (1, checked(Run, "count", count)):
         raise ConfigError(f"count = {count}: the plan's data_parallel is {plan.data_parallel}; allowed is the same")
     return plan.replace(data_parallel=count)
 
@@ -275,7 +282,7 @@ def accumulated(plan: Plan, global_batch_size: int | None) -> Plan:
     """
     if global_batch_size is None:
         return plan
-    wanted = positive_int("global_batch_size", global_batch_size)
+    wanted = checked(Run, "global_batch_size", global_batch_size)
     at_once = plan.batch_size * plan.data_parallel
     if wanted < at_once:
         raise ConfigError(
@@ -289,10 +296,6 @@ def accumulated(plan: Plan, global_batch_size: int | None) -> Plan:
             f"on {plan.data_parallel} take {turns}; allowed is that, or to leave it out"
         )
     return plan.replace(grad_accumulation=turns)
-
-
-def _checked_mfu(mfu: float) -> float:
-    return number("mfu", mfu, 1e-6, 1)
 
 
 def max_batch_size(
@@ -341,9 +344,9 @@ def max_batch_size(
         left = spare(batch_size, turns)
         return left is not None and left[0] >= 0
 
-    turns, largest = p.grad_accumulation, LIMITS["batch_size"]
+    turns, largest = p.grad_accumulation, limits(Plan)["batch_size"]
     if global_batch_size is not None:
-        turns, largest = 2, positive_int("global_batch_size", global_batch_size) // p.data_parallel
+        turns, largest = 2, checked(Run, "global_batch_size", global_batch_size) // p.data_parallel
         # A whole share at once adds up no gradients: it needs less than with them, by no more than what they take.
         left = spare(largest, turns) if largest else None
         if left is not None and sum(left) >= 0 and spare(largest, 1)[0] >= 0:  # type: ignore[index]  # it needs less

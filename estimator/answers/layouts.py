@@ -15,9 +15,11 @@ import numpy as np
 from estimator.accounting.accounts import recipe_of, sizes_for, vectorised_peak
 from estimator.answers.estimates import check_kernel
 from estimator.answers.plans import RECIPE
-from estimator.describe.checks import ConfigError, choose, positive_int
-from estimator.describe.plan import CHECKPOINTINGS, FULLY_SHARDED, SHARDINGS, Plan
+from estimator.describe.checks import ConfigError, choose
+from estimator.describe.plan import FULLY_SHARDED, Plan
 from estimator.describe.presets import preset
+from estimator.describe.run import Run
+from estimator.describe.settings import checked, choices
 from estimator.describe.units import GIB, SECONDS_PER_HOUR
 from estimator.hardware.accelerators import Accelerator, accelerator
 from estimator.hardware.networks import network as network_of
@@ -177,8 +179,8 @@ def search(
     choose("device", a.device, ("cuda", "cpu"))
     for name in fixed:
         choose("fixed", name, AXES)
-    asked = _Search(m, plan or RECIPE, a, Setup(network=network), frozenset(fixed), positive_int("count", count))
-    sequences = positive_int("global_batch_size", global_batch_size)
+    asked = _Search(m, plan or RECIPE, a, Setup(network=network), frozenset(fixed), checked(Run, "count", count))
+    sequences = checked(Run, "global_batch_size", global_batch_size)
     if sequences < asked.count:
         raise ConfigError(
             f"global_batch_size = {sequences}: {asked.count} accelerators each take a sequence at least; allowed is at "
@@ -217,7 +219,7 @@ class _Search:
 
     def ways(self, refused: Counter[str]) -> Iterator[Plan]:
         """Each sharding, group of shards and checkpointing, in micro-batches of one; why others cannot be."""
-        shardings = SHARDINGS if self.count > 1 else ("none",)
+        shardings = choices(Plan)["sharding"] if self.count > 1 else ("none",)
         if "sharding" in self.fixed:
             shardings = (self.plan.sharding,)
         for sharding in shardings:
@@ -244,7 +246,7 @@ class _Search:
         Raises:
             ConfigError: it cannot be.
         """
-        choose("checkpointing", checkpointing, CHECKPOINTINGS)
+        checked(Plan, "checkpointing", checkpointing)
         changes: dict[str, Any] = {
             "data_parallel": count,
             "sharding": sharding,
@@ -336,7 +338,9 @@ class _Search:
     def _fits(self, count: int, batch: int, sequences: int) -> bool:
         turns = -(-sequences // (batch * count))
         group = self.plan.shard_group if "shard_group" in self.fixed else None
-        shardings = (self.plan.sharding,) if "sharding" in self.fixed else SHARDINGS if count > 1 else ("none",)
+        shardings = (
+            (self.plan.sharding,) if "sharding" in self.fixed else choices(Plan)["sharding"] if count > 1 else ("none",)
+        )
         for kind in reversed(self._checkpointings()):
             for sharding in reversed(shardings):
                 try:

@@ -17,11 +17,13 @@ from estimator.accounting.accounts import account
 from estimator.answers.estimates import Estimate, estimate, max_batch_size
 from estimator.answers.request import Request
 from estimator.describe.catalogue import number, read_data
-from estimator.describe.checks import ConfigError, choose, positive_int, shown
+from estimator.describe.checks import ConfigError, choose, shown
 from estimator.describe.hf import from_hf
 from estimator.describe.model import ModelConfig
 from estimator.describe.plan import Plan
 from estimator.describe.presets import preset
+from estimator.describe.run import Run
+from estimator.describe.settings import checked
 from estimator.hardware.accelerators import accelerator, accelerators
 from estimator.pricing.money import KINDS, Price, cost, prices
 
@@ -202,7 +204,7 @@ def plan(
     choose("kind of price", price, KINDS)
     choose("sort", sort or "cost", SORTS)
     cards = [accelerator(name) for name in (accelerators if accelerators is not None else _priced(price))]
-    wanted = sorted({positive_int("count", count) for count in counts})
+    wanted = sorted({checked(Run, "count", count) for count in counts})
     batch = None if batch_tokens is None else _amount("batch_tokens", batch_tokens)
     found: list[Option] = []
     refused: Counter[str] = Counter()
@@ -341,7 +343,7 @@ def shaped(parameters: float) -> ModelConfig:
     def made(blocks: int, heads: int) -> ModelConfig:
         d = heads * head
         return ModelConfig(
-            "llama", blocks, d, heads, v, shape["context_length"], d_ff=max(256, round(8 * d / 3 / 256) * 256)
+            shape["family"], blocks, d, heads, v, shape["context_length"], d_ff=max(256, round(8 * d / 3 / 256) * 256)
         )
 
     blocks = max(1, round((parameters / (12 * w * w)) ** (1 / 3)))

@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any
 from estimator.answers.estimates import estimate
 from estimator.describe.checks import ConfigError
 from estimator.describe.plan import Plan
-from estimator.describe.presets import preset, presets
+from estimator.describe.presets import preset, presets, written_from
 
 if TYPE_CHECKING:
     from estimator.answers.estimates import Estimate
     from estimator.describe.model import ModelConfig
 
-BASES = {"gpt2": "gpt2-xl", "llama": "llama-3.2-1b"}  # what a model of one's own starts from, by family
 # Fields that follow from others, unless they are given: parts hold what is said of ties and biases.
 FOLLOWING = ("num_kv_heads", "head_dim", "d_ff", "parts", "pattern")
 
@@ -56,9 +55,9 @@ class Request:
         return {name: value for name, value in given.items() if value is not None}
 
     @property
-    def base(self) -> str:
-        """The preset that the model is, or that it is written as a change of."""
-        return self.name if self.name in presets() else BASES[self.model.family]
+    def base(self) -> str | None:
+        """The preset that the model is, or that it is written as a change of; None where it has parts of its own."""
+        return self.name if self.name in presets() else written_from(self.model)
 
     def estimate(self) -> Estimate:
         """The answer, remembered.
@@ -70,10 +69,12 @@ class Request:
 
     def python(self) -> str:
         """Python that computes the same figures."""
-        changes = _differences(preset(self.base), self.model)
-        model = f'est.preset("{self.base}")'
-        if changes:
-            model += f".replace({_keywords(changes)})"
+        if self.base is None:
+            given = {name: value for name, value in self.model.to_dict().items() if value is not None}
+            model = f"est.ModelConfig({_keywords(given)})"
+        else:
+            changes = _differences(preset(self.base), self.model)
+            model = f'est.preset("{self.base}")' + (f".replace({_keywords(changes)})" if changes else "")
         plan = _keywords(_differences(Plan(), self.plan))
         run = "".join(f", {name}={value!r}" for name, value in self.run.items())
         return "\n".join(
@@ -89,9 +90,13 @@ class Request:
         )
 
     def command(self) -> str:
-        """The `estimate` command that prints the same figures."""
-        words = ["estimate", self.base, "--gpu", self.gpu]
-        changes = _differences(preset(self.base), self.model) | _differences(Plan(), self.plan) | self.run
+        """The `estimate` command that prints the same figures.
+
+        A model with parts of its own is read from its config.json, wherever that lies.
+        """
+        words = ["estimate", self.base or "config.json", "--gpu", self.gpu]
+        changes = _differences(preset(self.base), self.model) if self.base else {}
+        changes |= _differences(Plan(), self.plan) | self.run
         for name, given in changes.items():
             flag = name.replace("_", "-")
             # A flag cannot say None; a window as long as the context is none.

@@ -11,7 +11,11 @@ import numpy as np
 from estimator.accounting.accounts import recipe_of, sizes_for, vectorised_peak
 from estimator.accounting.vectorised import FOLLOWING, whole_numbers
 from estimator.answers.estimates import max_batch_size
-from estimator.describe.checks import LIMITS, POINTS, ConfigError, choose, shown
+from estimator.describe.checks import POINTS, ConfigError, choose, shown
+from estimator.describe.model import ModelConfig
+from estimator.describe.plan import Plan
+from estimator.describe.run import Run
+from estimator.describe.settings import limits
 from estimator.describe.units import JOULES_PER_KILOWATT_HOUR, SECONDS_PER_HOUR
 from estimator.hardware.accelerators import accelerator
 from estimator.memory.device import NCCL_BYTES
@@ -24,7 +28,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from estimator.answers.request import Request
-    from estimator.describe.model import ModelConfig
 
     Array = NDArray[np.float64]
 
@@ -46,8 +49,8 @@ def spaced(least: int, most: int, points: int, *, logarithmic: bool = False) -> 
         raise ConfigError(
             f"range = {shown(least)} to {shown(most)}: must start at 1 or more and not end before it starts"
         )
-    if most > LIMITS["steps"]:
-        raise ConfigError(f"range = {least} to {shown(most)}: must end at {LIMITS['steps']:,} at most")
+    if most > limits(Run)["steps"]:
+        raise ConfigError(f"range = {least} to {shown(most)}: must end at {limits(Run)['steps']:,} at most")
     if not 2 <= points <= POINTS:
         raise ConfigError(f"points = {shown(points)}: must be at least 2 and at most {POINTS:,}")
     space = np.geomspace if logarithmic else np.linspace
@@ -73,11 +76,12 @@ def axis_values(
     if axis not in MODEL_AXES or axis in ("num_layers", "d_ff", "vocab_size"):
         return wanted
     if axis == "d_model":
-        step = 1 if m.e * m.num_heads != m.d_model else m.num_heads * (2 if m.family == "llama" else 1)
+        pairs = m.made_of.positions.kind == "rotary" and m.rotary_dim is None
+        step = 1 if m.e * m.num_heads != m.d_model else m.num_heads * (2 if pairs else 1)
         wanted = np.unique(np.maximum(np.rint(wanted / step).astype(np.int64), 1) * step)
         found = wanted[(wanted >= least) & (wanted <= most)]
     else:
-        most_heads = min(most, m.d_model, LIMITS["num_heads"])
+        most_heads = min(most, m.d_model, limits(ModelConfig)["num_heads"])
         divisors = [x for x in range(least, most_heads + 1) if _can_be(m, {axis: x})]
         found = np.asarray(divisors[:: max(1, -(-len(divisors) // points))], dtype=np.int64)
     if not len(found):
@@ -97,14 +101,14 @@ def reach(request: Request, axis: str) -> int:
     own |= {"count": request.count, "steps": request.steps or 1, "global_batch_size": r.flops.sequences}
     now = own[axis] if axis in own else int(getattr(m, axis) or 1)
     if axis in RUN_AXES:
-        return min(max(8, 4 * now), LIMITS[axis])
+        return min(max(8, 4 * now), limits(ModelConfig, Plan, Run)[axis])
     if axis == "num_heads":
         return max(now, min(64, m.d_model))
     if axis == "batch_size":
         largest = max_batch_size(m, request.plan, request.gpu, global_batch_size=request.global_batch_size)
-        most = LIMITS[axis]
+        most = limits(ModelConfig, Plan, Run)[axis]
     else:
-        most = m.context_length if axis == "seq_len" else min(LIMITS[axis], TIMES * now)
+        most = m.context_length if axis == "seq_len" else min(limits(ModelConfig, Plan, Run)[axis], TIMES * now)
         values = axis_values(request, axis, 1, most, TRIED, logarithmic=True)
         fits = sweep(request, {axis: values})["needed"] <= (r.memory.capacity or 0)
         largest = int(values[fits].max(initial=0))
@@ -136,7 +140,7 @@ def sweep(
         raise ConfigError(f"axes = {', '.join(axes) or 'none'}: must be one or two of {', '.join(AXES)}")
     for name in axes:
         choose("axis", name, AXES)
-    given = {name: whole_numbers(name, values, LIMITS[name]) for name, values in axes.items()}
+    given = {name: whole_numbers(name, values, limits(ModelConfig, Plan, Run)[name]) for name, values in axes.items()}
     if math.prod(map(len, given.values())) > POINTS:
         raise ConfigError(f"points = {math.prod(map(len, given.values()))}: must be at most {POINTS:,}")
     shape = tuple(len(values) for values in given.values())

@@ -10,7 +10,6 @@ from estimator.describe.selection import listed
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-ADAPTERS = ("none", "lora", "dora")
 ALL = "all-linear"  # peft's: every linear layer but the one that makes the logits
 # The linear layers' names, of all parts that a model may have.
 LINEAR = (

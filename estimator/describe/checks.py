@@ -10,21 +10,6 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
 
-# The greatest that each size may be: far above what is in use, low enough that every answer comes in seconds.
-LIMITS = {
-    "num_layers": 1_000,  # the allocator's model plays every block; the deepest model published has 1,000
-    "d_model": 1_000_000,
-    "num_heads": 10_000,
-    "num_kv_heads": 10_000,
-    "head_dim": 1_000_000,
-    **dict.fromkeys(("d_ff", "d_expert", "d_shared"), 10_000_000),
-    **dict.fromkeys(("num_experts", "experts_per_token", "expert_groups", "groups_per_token"), 100_000),
-    **dict.fromkeys(("query_rank", "kv_rank", "rope_dim", "nope_dim", "value_dim", "rotary_dim"), 1_000_000),
-    "embedding_dim": 1_000_000,
-    **dict.fromkeys(("vocab_size", "context_length", "seq_len", "sliding_window", "attention_chunk"), 10**9),
-    **dict.fromkeys(("batch_size", "grad_accumulation", "checkpoint_every", "data_parallel", "count"), 10**9),
-    **dict.fromkeys(("global_batch_size", "steps"), 10**12),
-}
 FIGURE = 2**63 - 1  # bytes, or FLOPs of a micro-batch: what 64-bit integers hold
 NORM = 1e38  # of gradients: what a float32 holds
 BLOCKS = 100  # of a model, that are run one by one: a tenth of a second each at most
@@ -61,11 +46,10 @@ def choose(field: str, value: object, allowed: Collection[str]) -> str:
     raise ConfigError(f"{field} = {shown(value)}: {hint}allowed are {', '.join(allowed)}")
 
 
-def positive_int(field: str, value: object) -> int:
-    """Return `value` if it is an integer of at least 1 and at most the field's limit, else raise ConfigError."""
+def positive_int(field: str, value: object, most: int = FIGURE) -> int:
+    """Return `value` if it is an integer of at least 1 and at most `most`, else raise ConfigError."""
     if isinstance(value, bool) or not hasattr(value, "__index__") or value.__index__() < 1:
         raise ConfigError(f"{field} = {shown(value)}: must be an integer of at least 1")
-    most = LIMITS.get(field, FIGURE)
     if value.__index__() > most:
         raise ConfigError(f"{field} = {shown(value)}: must be at most {most:,}")
     return int(value.__index__())

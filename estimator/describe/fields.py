@@ -8,7 +8,9 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from estimator.describe.catalogue import number
-from estimator.describe.checks import LIMITS, ConfigError, choose, positive_int, shown
+from estimator.describe.checks import ConfigError, choose, positive_int, shown
+from estimator.describe.model import ModelConfig
+from estimator.describe.settings import limits
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -140,8 +142,8 @@ class Fields:
     def layers(self) -> int:
         """The number of blocks."""
         name, count = self.own("num_hidden_layers"), self.size("num_hidden_layers")
-        if count > LIMITS["num_layers"]:  # a list of them is made
-            raise ConfigError(f"{name} = {count}: must be at most {LIMITS['num_layers']:,}")
+        if count > limits(ModelConfig)["num_layers"]:  # a list of them is made
+            raise ConfigError(f"{name} = {count}: must be at most {limits(ModelConfig)['num_layers']:,}")
         return count
 
     def indices(self, name: str) -> set[int]:

@@ -2,104 +2,126 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar
+from dataclasses import MISSING, dataclass, fields, replace
+from typing import Any
 
-from estimator.describe.checks import SHOWN, ConfigError, choose, known_fields, positive_int, shown
+from estimator.describe.checks import SHOWN, ConfigError, choose, known_fields, shown
 from estimator.describe.nested import part_of, plain
 from estimator.describe.parts import FAMILIES, PICKS, Layer, Parts, Pattern
+from estimator.describe.settings import checked, flag, part, size, text
 
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
     """A decoder-only Transformer: sizes and parts. Sizes are counts, letters are those of `estimator.eager.letters`.
 
-    `HELP` says of each field what it is: the command line and the page print it.
+    `settings(ModelConfig)` has the declarations of its fields: what each is and what it may be.
 
     Raises:
         ConfigError: a size is not a positive integer, heads do not divide, a rotary width is odd, a size that the
             parts need is missing or one that they do not have is given, ...
     """
 
-    HELP: ClassVar[dict[str, str]] = {
-        "family": (
-            '"gpt2" (LayerNorm with bias, learned positions, GELU, biases) or "llama" (RMSNorm, RoPE, SwiGLU); '
-            "where parts are given, any name."
+    family: str = text(
+        MISSING,
+        '"gpt2" (LayerNorm with bias, learned positions, GELU, biases) or "llama" (RMSNorm, RoPE, SwiGLU); where parts '
+        "are given, any name.",
+    )
+    num_layers: int = size(MISSING, "L, the number of blocks.", most=1_000, label="Layers")  # the deepest published
+    d_model: int = size(MISSING, "d, the width of the residual stream.", label="Width")
+    num_heads: int = size(MISSING, "h, query heads.", most=10_000, label="Heads")
+    vocab_size: int = size(MISSING, "V, rows of the embedding.", most=10**9, label="Vocabulary")
+    context_length: int = size(MISSING, "C, positions that the model holds.", most=10**9)
+    num_kv_heads: int | None = size(
+        None, "k, key/value heads.", most=10_000, optional="h (multi-head attention)", label="Key/value heads"
+    )
+    head_dim: int | None = size(
+        None,
+        "e, the width of one head.",
+        optional="d / h, or of latent attention nope_dim + rope_dim",
+        label="Head width",
+    )
+    d_ff: int | None = size(
+        None,
+        "f, the hidden width of the feed-forward.",
+        most=10_000_000,
+        optional="4 d for gpt2, must not be for all others, and is right where every layer has experts in its place",
+        label="Feed-forward width",
+    )
+    tie_embeddings: bool | None = flag(
+        "The head shares the embedding's matrix.",
+        default=None,
+        optional="the family's habit (gpt2 yes, llama no)",
+        label="Head shares the embedding",
+    )
+    qkv_bias: bool | None = flag(
+        "Biases on the q, k and v projections of a llama (Qwen2 has them); gpt2 always has.",
+        default=None,
+        optional="the family's habit",
+        label="Biases on q, k, v",
+    )
+    sliding_window: int | None = size(
+        None,
+        "A token sees itself and the tokens before it, so many in all, in every block (4,096 in Mistral 7B v0.1) or in "
+        "the window layers of the pattern.",
+        most=10**9,
+        optional="all before it, as does a window no shorter than the context, which becomes None",
+    )
+    num_experts: int | None = size(
+        None, "E, experts of a sparse layer, without the shared one.", most=100_000, optional="no experts"
+    )
+    experts_per_token: int | None = size(
+        None, "K, how many of them a token goes through.", most=100_000, optional="no experts"
+    )
+    d_expert: int | None = size(None, "The hidden width of one expert.", most=10_000_000, optional="no experts")
+    d_shared: int | None = size(
+        None, "The hidden width of the shared expert.", most=10_000_000, optional="no shared expert"
+    )
+    expert_groups: int | None = size(
+        None, "Groups that the experts are in, where they are chosen by groups.", most=100_000, optional="no groups"
+    )
+    groups_per_token: int | None = size(
+        None, "How many of these groups a token's experts are chosen from.", most=100_000, optional="no groups"
+    )
+    query_rank: int | None = size(
+        None, "Width of the vector that queries are made from, in latent attention.", optional="no such vector"
+    )
+    kv_rank: int | None = size(
+        None, "Width of the vector that keys and values are made from.", optional="no latent attention"
+    )
+    rope_dim: int | None = size(
+        None,
+        "Of a head of latent attention, the width that is rotated; its keys are one for all heads.",
+        optional="no latent attention",
+    )
+    nope_dim: int | None = size(
+        None,
+        "Of a head of latent attention, the width of queries and keys that is not rotated.",
+        optional="no latent attention",
+    )
+    value_dim: int | None = size(
+        None, "Of a head of latent attention, the width of a value.", optional="no latent attention"
+    )
+    rotary_dim: int | None = size(None, "Of a head, the width that is rotated, from its start.", optional="all")
+    embedding_dim: int | None = size(
+        None,
+        "The width of embedding and head, where projections lead from it to d_model and back (OPT 350M).",
+        optional="d_model",
+    )
+    attention_chunk: int | None = size(
+        None, "A token of a chunk layer sees those before it in its chunk of so many.", most=10**9, optional="no chunks"
+    )
+    parts: Parts | None = part("What the blocks compute.", optional="the family's")
+    pattern: Pattern | None = part(
+        "Which layer is of which kind.",
+        optional=(
+            "all alike: a window in all where there is a sliding_window, experts in all where the parts have experts"
         ),
-        "num_layers": "L, the number of blocks.",
-        "d_model": "d, the width of the residual stream.",
-        "num_heads": "h, query heads.",
-        "vocab_size": "V, rows of the embedding.",
-        "context_length": "C, positions that the model holds.",
-        "num_kv_heads": "k, key/value heads; None means h (multi-head attention).",
-        "head_dim": "e, the width of one head; None means d / h, or of latent attention nope_dim + rope_dim.",
-        "d_ff": (
-            "f, the hidden width of the feed-forward; None means 4 d for gpt2, must be given for all others, and "
-            "is right where every layer has experts in its place."
-        ),
-        "tie_embeddings": "the head shares the embedding's matrix; None means the family's habit (gpt2 yes, llama no).",
-        "qkv_bias": "biases on the q, k and v projections of a llama (Qwen2 has them); gpt2 always has.",
-        "sliding_window": (
-            "a token sees itself and the tokens before it, so many in all, in every block (4,096 in Mistral 7B "
-            "v0.1) or in the window layers of the pattern; None means all before it, as does a window no shorter "
-            "than the context, which becomes None."
-        ),
-        "num_experts": "E, experts of a sparse layer, without the shared one.",
-        "experts_per_token": "K, how many of them a token goes through.",
-        "d_expert": "the hidden width of one expert.",
-        "d_shared": "the hidden width of the shared expert.",
-        "expert_groups": "groups that the experts are in, where they are chosen by groups.",
-        "groups_per_token": "how many of these groups a token's experts are chosen from.",
-        "query_rank": "width of the vector that queries are made from, in latent attention.",
-        "kv_rank": "width of the vector that keys and values are made from.",
-        "rope_dim": "of a head of latent attention, the width that is rotated; its keys are one for all heads.",
-        "nope_dim": "of a head of latent attention, the width of queries and keys that is not rotated.",
-        "value_dim": "of a head of latent attention, the width of a value.",
-        "rotary_dim": "of a head, the width that is rotated, from its start; None means all.",
-        "embedding_dim": (
-            "the width of embedding and head, where projections lead from it to d_model and back (OPT 350M); None"
-            " means d_model."
-        ),
-        "attention_chunk": "a token of a chunk layer sees those before it in its chunk of so many.",
-        "parts": "what the blocks compute; None means the family's.",
-        "pattern": (
-            "which layer is of which kind; None means all alike: a window in all where there is a sliding_window,"
-            " experts in all where the parts have experts."
-        ),
-    }
-
-    family: str
-    num_layers: int
-    d_model: int
-    num_heads: int
-    vocab_size: int
-    context_length: int
-    num_kv_heads: int | None = None
-    head_dim: int | None = None
-    d_ff: int | None = None
-    tie_embeddings: bool | None = None
-    qkv_bias: bool | None = None
-    sliding_window: int | None = None
-    num_experts: int | None = None
-    experts_per_token: int | None = None
-    d_expert: int | None = None
-    d_shared: int | None = None
-    expert_groups: int | None = None
-    groups_per_token: int | None = None
-    query_rank: int | None = None
-    kv_rank: int | None = None
-    rope_dim: int | None = None
-    nope_dim: int | None = None
-    value_dim: int | None = None
-    rotary_dim: int | None = None
-    embedding_dim: int | None = None
-    attention_chunk: int | None = None
-    parts: Parts | None = None
-    pattern: Pattern | None = None
+    )
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "d_model", "num_heads", "vocab_size", "context_length"):
-            self._put(name, positive_int(name, getattr(self, name)))
+            self._put(name, checked(ModelConfig, name, getattr(self, name)))
         self._take_parts()
         self._take_pattern()
         self._refuse_or_require()
@@ -140,7 +162,7 @@ class ModelConfig:
             size = getattr(self, name)
             if size is None:
                 continue
-            self._put(name, positive_int(name, size))
+            self._put(name, checked(ModelConfig, name, size))
             if size >= self.context_length:
                 self._put(name, None)
                 if self.pattern is not None:
@@ -179,7 +201,7 @@ class ModelConfig:
                 why = "nothing in the model's parts has this size"
                 raise ConfigError(f"{name} = {shown(value)}: {why}; allowed is none")
             if value is not None:
-                self._put(name, positive_int(name, value))
+                self._put(name, checked(ModelConfig, name, value))
             elif need and name == "d_ff" and self.family == "gpt2":
                 self._put(name, 4 * self.d_model)
             elif need:
@@ -203,11 +225,11 @@ class ModelConfig:
                 )
             self._put("head_dim", self.d_model // self.num_heads)
         for name in ("num_kv_heads", "head_dim"):
-            self._put(name, positive_int(name, getattr(self, name)))
+            self._put(name, checked(ModelConfig, name, getattr(self, name)))
         for name, whole in (("rotary_dim", self.head_dim), ("embedding_dim", self.d_model)):
             value = getattr(self, name)
             if value is not None:
-                self._put(name, positive_int(name, value) if value != whole else None)
+                self._put(name, checked(ModelConfig, name, value) if value != whole else None)
 
     def _check_attention(self) -> None:
         if self.num_heads % self.kv_heads:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import cache
 from importlib import resources
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from estimator.describe.hf import read_config
 
 if TYPE_CHECKING:
     from estimator.describe.model import ModelConfig
+    from estimator.describe.parts import Parts
 
 
 def presets() -> tuple[str, ...]:
@@ -39,6 +41,34 @@ def preset(name: str) -> ModelConfig:
         ConfigError: no such model; the nearest names come first.
     """
     return read_config(_entries()[_find(name)]["config"])
+
+
+def starting_points() -> tuple[str, ...]:
+    """The presets that a model of one's own may start from, the usual one of each kind."""
+    return tuple(name for name, entry in _entries().items() if entry.get("start"))
+
+
+@cache
+def written_from(m: ModelConfig) -> str | None:
+    """The preset that `m` can be written as a change of: of the same parts and pattern, but for ties and biases.
+
+    A starting point where one is like that; None where no preset is.
+    """
+    for name in dict.fromkeys((*starting_points(), *presets())):
+        other = preset(name)
+        if (other.family, other.pattern) == (m.family, m.pattern) and _habits(other, m) == m.made_of:
+            return name
+    return None
+
+
+def _habits(other: ModelConfig, m: ModelConfig) -> Parts:
+    """The parts of `other`, with the ties and the biases on q, k and v of `m`."""
+    parts = other.made_of
+    return replace(
+        parts,
+        ends=replace(parts.ends, tied=m.made_of.ends.tied),
+        attention=replace(parts.attention, bias=m.made_of.attention.bias),
+    )
 
 
 def published_parameters(name: str) -> int | None:

@@ -11,6 +11,8 @@ from typing import Any
 
 from estimator.describe.catalogue import number, read_data, squash, unknown
 from estimator.describe.checks import PATH_SHOWN, ConfigError, choose, positive_int, shown
+from estimator.describe.run import Run
+from estimator.describe.settings import checked
 
 DTYPES = ("fp64", "fp32", "tf32", "fp16", "bf16", "fp8", "int8", "fp4")
 DTYPE_SPELLINGS = {
@@ -251,7 +253,7 @@ def cluster(
         ConfigError: `count` does not fill whole nodes, or a link that is needed has no figure.
     """
     a = accelerator(name)
-    count = positive_int("count", count)
+    count = checked(Run, "count", count)
     per_node = min(count, positive_int("per_node", a.per_node if per_node is None else per_node))
     if count % per_node:
         raise ConfigError(f"count = {count}: must fill whole nodes of {per_node} (per_node) {a.id}")

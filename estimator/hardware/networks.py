@@ -7,8 +7,6 @@ from functools import cache
 
 from estimator.describe.catalogue import number, read_data, squash, unknown
 
-LATENCY_LIMIT = 1.0  # seconds of one hop; above it a number is in another unit
-
 
 @dataclass(frozen=True, slots=True)
 class Network:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from estimator.accounting.accounts import Account
+    from estimator.accounting.recorded import RecordedAccount
 
 GRANULE = 512  # kMinBlockSize
 SMALL = 2**20  # kSmallSize: the greatest request of the pool of small blocks; a large split must leave more
@@ -125,7 +126,7 @@ class CachingAllocator:
         pool.pop(bisect_left(pool, (block.nbytes, block.start)))
 
 
-def reserved_bytes(account: Account, sizes: Mapping[str, int], workspace: int, steps: int = 2) -> int:
+def reserved_bytes(account: Account | RecordedAccount, sizes: Mapping[str, int], workspace: int, steps: int = 2) -> int:
     """Bytes that the allocator has reserved after so many steps at `sizes`, cuBLAS's workspace among them.
 
     The optimizer's state is made in the first step, after the gradients, as torch.optim makes it. What is made and gone

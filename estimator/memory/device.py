@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from estimator.accounting.recorded import RecordedAccount
 from estimator.describe.checks import ConfigError
 from estimator.eager.ledger import Category, Phase
 from estimator.eager.letters import ONE, as_sizes, evaluate
@@ -59,7 +60,7 @@ class Timeline:
     event: NDArray[np.intp]
     peak: int
     start: int
-    account: Account
+    account: Account | RecordedAccount
     sizes: Mapping[str, int]
     turn: NDArray[np.intp]
     turns: Sequence[int]
@@ -98,7 +99,7 @@ class Timeline:
         return names[self.event]
 
 
-def timeline(account: Account, sizes: Mapping[str, int], granule: int = 1) -> Timeline:
+def timeline(account: Account | RecordedAccount, sizes: Mapping[str, int], granule: int = 1) -> Timeline:
     """The step at `sizes`; storages are rounded up to `granule` bytes each."""
     traced = account.traced
     size = traced.class_bytes(sizes, granule)
@@ -155,7 +156,7 @@ class Memory:
     context: tuple[int, int]
     nccl: tuple[int, int]
     capacity: int | None
-    account: Account
+    account: Account | RecordedAccount
     sizes: Mapping[str, int]
 
     @property
@@ -207,6 +208,8 @@ class Memory:
     def logits(self) -> int:
         """Bytes at the peak of the logits and of what a loss makes of them whole: of tensors of (B, T, V)."""
         a = self.account
+        if isinstance(a, RecordedAccount):  # which of its tensors are logits, nobody knows
+            return 0
         letters = a.shapes.letters
         alike = a.shapes.product(letters[name] for name in "BTV")
         if alike == ONE:
@@ -245,7 +248,17 @@ class Memory:
         return plain | {"logits": self.logits, "reserved": self.reserved, "nvidia_smi": list(self.nvidia_smi)}
 
 
-def memory(account: Account, values: Values, sizes: Mapping[str, int], accelerator: Accelerator | None) -> Memory:
+def recorded_memory(account: RecordedAccount, accelerator: Accelerator | None) -> Memory:
+    """The memory of a recorded step, on `accelerator` if there is one."""
+    return memory(account, account, {}, accelerator)
+
+
+def memory(
+    account: Account | RecordedAccount,
+    values: Values | RecordedAccount,
+    sizes: Mapping[str, int],
+    accelerator: Accelerator | None,
+) -> Memory:
     """The memory of a step whose figures are `values`, on `accelerator` if there is one."""
     cuda = account.device == "cuda"
     workspace, context, nccl = beside(account, accelerator)
@@ -263,7 +276,9 @@ def memory(account: Account, values: Values, sizes: Mapping[str, int], accelerat
     )
 
 
-def beside(account: Account, accelerator: Accelerator | None) -> tuple[int, tuple[int, int], tuple[int, int]]:
+def beside(
+    account: Account | RecordedAccount, accelerator: Accelerator | None
+) -> tuple[int, tuple[int, int], tuple[int, int]]:
     """(cuBLAS's workspace, the context's least and most bytes, NCCL's): what a step takes beside its tensors."""
     if account.device != "cuda":
         return 0, (0, 0), (0, 0)
@@ -293,7 +308,7 @@ def rounded_peaks(account: Account, sizes: Mapping[str, Any], granule: int = GRA
     return np.asarray(live.max(0))
 
 
-def rounded_peak(account: Account, sizes: Mapping[str, int], granule: int = GRANULE) -> int:
+def rounded_peak(account: Account | RecordedAccount, sizes: Mapping[str, int], granule: int = GRANULE) -> int:
     """The peak if every storage takes a multiple of `granule` bytes, over all moments of the step, exactly."""
     traced = account.traced
     size = traced.class_bytes(sizes, granule)

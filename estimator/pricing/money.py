@@ -12,7 +12,9 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from estimator.describe.catalogue import number, read_data
-from estimator.describe.checks import choose, positive_int
+from estimator.describe.checks import choose
+from estimator.describe.run import Run
+from estimator.describe.settings import checked
 from estimator.describe.units import JOULES_PER_KILOWATT_HOUR, SECONDS_PER_HOUR
 from estimator.hardware.accelerators import Accelerator, accelerator
 
@@ -167,7 +169,7 @@ def cost(
     """
     a = accelerator(name)
     seconds = number("seconds", seconds)
-    count = positive_int("count", count)
+    count = checked(Run, "count", count)
     hours = count * seconds / SECONDS_PER_HOUR
     missing, assumptions, factors = [], [], {}
     bounds = {"utilisation": (0, 1), "server": (1, math.inf), "pue": (1, math.inf), "grid": (0, math.inf)}

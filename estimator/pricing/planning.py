@@ -12,7 +12,9 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from estimator.describe.catalogue import number, read_data
-from estimator.describe.checks import ConfigError, choose, positive_int, shown
+from estimator.describe.checks import ConfigError, choose, shown
+from estimator.describe.run import Run
+from estimator.describe.settings import checked
 from estimator.describe.units import SECONDS_PER_HOUR
 from estimator.hardware import accelerators as hardware
 from estimator.pricing.money import Cost, cost
@@ -172,7 +174,7 @@ def budget(
     amounts = {name: _amount(name, value) for name, value in given.items() if value is not None}
     if len(amounts) != 1:
         raise ConfigError(f"budget = {', '.join(amounts) or None}: must be exactly one of flops, dollars and hours")
-    count = positive_int("count", count)
+    count = checked(Run, "count", count)
     if accelerator is None:
         if flops is None:
             raise ConfigError(f"accelerator = None: must be given to turn {next(iter(amounts))} into FLOPs")

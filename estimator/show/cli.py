@@ -9,23 +9,15 @@ import os
 import shutil
 import sys
 import warnings
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from estimator.describe.catalogue import number
 from estimator.describe.checks import ConfigError, shown
 from estimator.describe.model import ModelConfig
-from estimator.describe.plan import (
-    ATTENTIONS,
-    CHECKPOINTINGS,
-    FULLY_SHARDED,
-    OPTIMIZERS,
-    PRECISIONS,
-    SHARDING_SPELLINGS,
-    SHARDINGS,
-    Plan,
-)
+from estimator.describe.plan import FULLY_SHARDED, Plan
+from estimator.describe.run import Run
+from estimator.describe.settings import settings
 from estimator.describe.units import GIB
 from estimator.describe.words import in_words
 from estimator.show.commands import Parser, TopicHelp
@@ -37,25 +29,37 @@ if TYPE_CHECKING:
 
     from estimator.accounting.accounts import Values
     from estimator.answers.estimates import Estimate
+    from estimator.describe.settings import Setting
     from estimator.timing.speed import Time
 
-# The short help: what most people need, and in how few words.
-COMMON = {
-    "MODEL": "a preset (`estimate list models`) or the path of a config.json",
-    "--gpu NAME": "an accelerator (`estimate list accelerators`) or a profile.toml",
-    "--count N": "how many of them",
-    "--sharding NAME": ", ".join(SHARDINGS) + "; ddp is none, fsdp is zero3",
-    "--batch-size N": "sequences in a micro-batch on one accelerator",
-    "--seq-len N": "tokens in a sequence (default: the model's context length)",
-    "--precision NAME": ", ".join(PRECISIONS),
-    "--attention NAME": ", ".join(ATTENTIONS),
-    "--checkpointing NAME": ", ".join(CHECKPOINTINGS),
-    "--optimizer NAME": ", ".join(OPTIMIZERS),
-    "--global-batch-size N": "sequences in an optimizer step of the whole job",
-    "--steps N, --tokens N": "optimizer steps or training tokens; with them come hours, dollars and energy",
-    "--max-batch": "print only the largest micro-batch that fits",
-    "--json": "print everything as JSON",
-}
+
+def _common() -> dict[str, str]:
+    """The short help: what most people need, and in how few words."""
+    return {
+        "MODEL": "a preset (`estimate list models`) or the path of a config.json",
+        "--gpu NAME": "an accelerator (`estimate list accelerators`) or a profile.toml",
+        "--count N": "how many of them",
+        **{f"{_flag(x.name)} {_metavar(x)}": _short(x) for x in settings(Plan).values() if x.common},
+        "--global-batch-size N": "sequences in an optimizer step of the whole job",
+        "--steps N, --tokens N": "optimizer steps or training tokens; with them come hours, dollars and energy",
+        "--max-batch": "print only the largest micro-batch that fits",
+        "--json": "print everything as JSON",
+    }
+
+
+def _short(setting: Setting) -> str:
+    if setting.choices:
+        return ", ".join([*setting.choices, *(f"{other} (is {name})" for other, name in setting.spellings.items())])
+    said = setting.meaning.rstrip(".")
+    return f"{said} (default: {setting.optional})" if setting.optional else said
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _metavar(setting: Setting) -> str:
+    return {"count": "N", "number": "X"}.get(setting.kind, "NAME")
 
 
 def _integer(text: str) -> int:
@@ -90,25 +94,9 @@ def parser() -> argparse.ArgumentParser:
     sizes = p.add_argument_group("sizes of the model, in place of the preset's")
     _add_fields(sizes, ModelConfig, skip=("family", "parts", "pattern"))
     run = p.add_argument_group("the run")
-    run.add_argument(
-        "--mfu", type=_number, help="MFU to reckon time with, in (0, 1] (default: predicted from the kernels)"
-    )
-    run.add_argument("--steps", type=_integer, help="optimizer steps")
+    _add_fields(run, Run)
     run.add_argument("--tokens", type=_number, metavar="N", help="training tokens, in place of steps")
     run.add_argument("--price", type=_number, metavar="X", help="US dollars of an accelerator-hour (default: on file)")
-    run.add_argument("--global-batch-size", type=_integer, help="sequences in an optimizer step of the whole job")
-    run.add_argument("--count", type=_integer, help="accelerators (default: the plan's data_parallel)")
-    run.add_argument(
-        "--network", metavar="NAME|X", help="between nodes: a well-known cluster's, or bytes/s of one accelerator"
-    )
-    run.add_argument("--network-latency", type=_number, metavar="X", help="seconds of one hop between nodes")
-    run.add_argument("--attention-kernel", metavar="NAME", help="flash-1, flash-2, flash-3 or cudnn, where timed")
-    run.add_argument(
-        "--no-overlap", dest="overlap", action="store_false", help="gradients are summed when backward is over"
-    )
-    run.add_argument(
-        "--wide", nargs="*", default=(), metavar="NAME", help="computed in fp32 in 16-bit models: norm rotation"
-    )
     run.add_argument("--stack-factor", metavar="FILE", help="what `estimate calibrate --log` wrote of your own stack")
     out = p.add_argument_group("the output")
     out.add_argument(
@@ -121,22 +109,21 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--formulas", action="store_true", help="print the closed form of every figure, and stop")
     out.add_argument("--json", action="store_true", help="print everything as JSON")
     topics = {"plan": recipe, "model": sizes, "run": run, "output": out}
-    p.add_argument("-h", "--help", action=TopicHelp, common=COMMON, topics=topics)
+    p.add_argument("-h", "--help", action=TopicHelp, common=_common(), topics=topics)
     return p
 
 
-def _add_fields(group: Any, cls: type[ModelConfig | Plan], skip: Sequence[str] = ()) -> None:
-    for f in fields(cls):
-        if f.name in skip:
+def _add_fields(group: Any, cls: type, skip: Sequence[str] = ()) -> None:
+    for setting in settings(cls).values():
+        if setting.name in skip:
             continue
-        kind = str(f.type)
-        option: dict[str, Any] = {"dest": f.name, "default": None, "help": cls.HELP[f.name].replace("%", "%%")}
-        if "bool" in kind and "int" not in kind:
+        option: dict[str, Any] = {"dest": setting.name, "default": None, "help": setting.help.replace("%", "%%")}
+        if setting.kind == "flag":
             option["action"] = argparse.BooleanOptionalAction
         else:
-            option["metavar"] = "N" if "int" in kind else "X" if "float" in kind else "NAME"
-            option["type"] = _integer if "int" in kind else _number if "float" in kind else str
-        group.add_argument(f"--{f.name.replace('_', '-')}", **option)
+            option["metavar"] = _metavar(setting)
+            option["type"] = {"count": _integer, "number": _number}.get(setting.kind, str)
+        group.add_argument(_flag(setting.name), **option)
 
 
 def run(argv: Sequence[str]) -> int:
@@ -183,16 +170,6 @@ def _calibrate_by_log(args: argparse.Namespace) -> int:
     return 0
 
 
-def network_named(word: str | None) -> str | float | None:
-    """A number of bytes/s, or a name."""
-    if word is None:
-        return None
-    try:
-        return float(word)
-    except ValueError:
-        return word
-
-
 def model_of(args: argparse.Namespace) -> ModelConfig:
     """The model that the arguments describe."""
     from estimator.describe.hf import TakenForAnother, from_hf  # noqa: PLC0415 - only here
@@ -207,16 +184,15 @@ def model_of(args: argparse.Namespace) -> ModelConfig:
         )
     sys.stderr.writelines(f"estimate: note: {warning.message}\n" for warning in said)
     given = vars(args)
-    return named.replace(**{f.name: given[f.name] for f in fields(ModelConfig) if given.get(f.name) is not None})
+    return named.replace(**{name: given[name] for name in settings(ModelConfig) if given.get(name) is not None})
 
 
 def _described(args: argparse.Namespace) -> tuple[ModelConfig, Plan]:
     """The model and the plan that the arguments describe."""
     model, given = model_of(args), vars(args)
-    wanted = {f.name: given[f.name] for f in fields(Plan) if given[f.name] is not None}
+    wanted = {name: given[name] for name in settings(Plan) if given[name] is not None}
     several = max(given["count"] or 1, wanted.get("data_parallel", 1)) > 1
-    sharding = str(wanted.get("sharding"))
-    if several and SHARDING_SPELLINGS.get(sharding, sharding) in FULLY_SHARDED:
+    if several and settings(Plan)["sharding"].checked(wanted.get("sharding", "none")) in FULLY_SHARDED:
         wanted.setdefault("precision", "bf16-fsdp")  # what people shard with; the first line of the answer says it
     return model, Plan(**wanted)
 
@@ -228,10 +204,7 @@ def _asked(args: argparse.Namespace) -> Estimate:
     return estimate(
         *(described := _described(args)),
         args.gpu,
-        steps=_steps(args, *described),
-        global_batch_size=args.global_batch_size,
-        count=args.count,
-        **_options(args),
+        **_options(args) | {"steps": _steps(args, *described)},
     )
 
 
@@ -248,18 +221,16 @@ def _steps(args: argparse.Namespace, model: ModelConfig, plan: Plan) -> int | No
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
-    """What carries the time beside model, plan and machine."""
+    """What is asked beside model, plan and accelerator."""
     from estimator.answers.logs import load  # noqa: PLC0415 - sympy, which --help does without
 
-    return {
-        "mfu": args.mfu,
-        "network": network_named(args.network),
-        "network_latency": args.network_latency,
-        "attention_kernel": args.attention_kernel,
-        "overlap": args.overlap,
-        "wide": args.wide,
-        "stack_factor": load(args.stack_factor) if args.stack_factor else None,
-    }
+    given = {name: value for name in settings(Run) if (value := getattr(args, name)) is not None}
+    return given | {"stack_factor": load(args.stack_factor) if args.stack_factor else None}
+
+
+def _carrying(args: argparse.Namespace) -> dict[str, Any]:
+    """What carries the time, whatever the machine and the batch."""
+    return {name: x for name, x in _options(args).items() if name not in ("count", "global_batch_size", "steps")}
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -288,7 +259,7 @@ def _run(args: argparse.Namespace) -> int:
         )
         if args.optimise_for or not r.fits:
             sys.stdout.flush()  # the figures are there; what follows takes some seconds
-            advise(r, args.optimise_for or "memory", args.global_batch_size, _options(args))
+            advise(r, args.optimise_for or "memory", args.global_batch_size, _carrying(args))
     return 0
 
 

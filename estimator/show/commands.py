@@ -48,6 +48,11 @@ COMMANDS = (
     Command("budget", "the same as plan", "estimator.show.planning:run"),
     Command("layouts", "the ways to lay a run out on so many accelerators, by time", "estimator.show.layouts:run"),
     Command("course", "the course's question on GPT-2 XL, worked in three columns", "estimator.show.course:run"),
+    Command(
+        "check",
+        "whether a step of your own code fits, by running it without data",
+        "trainer.referee.recorder.check:run",
+    ),
     Command("calibrate", "measure this machine, or the factor of your own log", "estimator.show.cli:calibrate"),
     Command("app", "the page, in a browser", "estimator.show.app:run"),
     Command("list", "the names of all models, accelerators and networks", "estimator.show.listing:run"),
@@ -60,6 +65,7 @@ examples:
   estimate path/to/config.json --json
   estimate layouts llama-3.1-8b --gpu h100-80gb-sxm --count 64 --global-batch-size 256
   estimate plan --budget 5000
+  estimate check train.py:build --gpu h100-80gb-sxm --precision bf16-mixed
   estimate plan --parameters 1.3e9 --tokens 26e9 --max-days 3
 """
 

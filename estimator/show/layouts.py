@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from estimator.describe.checks import ConfigError
 from estimator.describe.plan import Plan
+from estimator.describe.run import Run
+from estimator.describe.settings import settings
 from estimator.describe.units import GIB
-from estimator.show.cli import model_of, network_named, parser
+from estimator.show.cli import model_of, parser
 from estimator.show.formatting import STRATEGIES, dollars, duration
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def run(argv: Sequence[str]) -> int:
     for name in ("count", "global_batch_size"):
         if getattr(args, name) is None:
             raise ConfigError(f"{name} is missing: give --{name.replace('_', '-')} N")
-    given = {f.name: getattr(args, f.name) for f in fields(Plan) if getattr(args, f.name) is not None}
+    given = {name: value for name in settings(Plan) if (value := getattr(args, name)) is not None}
     given.pop("data_parallel", None)  # --count says it
     plan = RECIPE.replace(**{name: x for name, x in given.items() if name not in ("sharding", "shard_group")})
     several = {name: given[name] for name in ("sharding", "shard_group") if name in given}
@@ -52,7 +53,7 @@ def run(argv: Sequence[str]) -> int:
         count=args.count,
         global_batch_size=args.global_batch_size,
         fixed=[name for name in AXES if name in given],
-        network=network_named(args.network),
+        network=Run(network=args.network).network,
         price=args.price,
         progress=_progress if sys.stderr.isatty() else lambda _: None,
     )

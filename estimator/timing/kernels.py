@@ -65,7 +65,6 @@ class Row(NamedTuple):
     calls: int = 1  # of the host, for one launch
 
 
-WIDE = ("norm", "rotation")
 EAGER = Variant()
 FUSED = Variant(frozenset({"model", "loss"}))  # as `torch.compile` fuses
 FUSED_BY_HAND = Variant(FUSED.fused, by_hand=True)  # as Megatron's and apex's kernels are

@@ -10,7 +10,9 @@ import numpy as np
 
 from estimator.accounting.accounts import account, sizes_for
 from estimator.describe.catalogue import read_data
-from estimator.describe.checks import ConfigError, positive_int
+from estimator.describe.checks import ConfigError
+from estimator.describe.run import Run
+from estimator.describe.settings import checked
 from estimator.describe.units import SECONDS_PER_HOUR
 from estimator.hardware.accelerators import Accelerator, accelerator, cluster
 from estimator.hardware.networks import network, straggling
@@ -326,7 +328,7 @@ def _time(
     rate = flops.sequences * p.tokens(m) / seconds
     return Time(
         seconds_per_step=seconds,
-        steps=positive_int("steps", steps) if steps is not None else None,
+        steps=checked(Run, "steps", steps) if steps is not None else None,
         tokens_per_second=rate,
         mfu=mfu,
         hfu=mfu * (flops.forward + flops.backward) / (flops.forward + flops.backward - flops.recompute),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from random_plans import random_plan
+
 from estimator.describe.checks import ConfigError
 from estimator.describe.model import ModelConfig
 from estimator.describe.parts import (
@@ -22,12 +24,11 @@ from estimator.describe.parts import (
     Pattern,
     Positions,
 )
-from estimator.describe.plan import ATTENTIONS, CHECKPOINTINGS, LOSSES, OPTIMIZERS, PRECISIONS, Plan
 
 if TYPE_CHECKING:
     from random import Random
 
-ON_CPU = tuple(name for name in ATTENTIONS if name != "sdpa-efficient")  # that is CUDA's
+    from estimator.describe.plan import Plan
 
 
 def norm(rng: Random) -> Norm:
@@ -180,35 +181,12 @@ def model(rng: Random) -> ModelConfig:
     return ModelConfig("drawn", **sizes, parts=parts, pattern=layers)
 
 
-def plan(rng: Random, m: ModelConfig) -> Plan:
-    """Any recipe that a CPU runs; raises ConfigError where the draw does not combine."""
-    checkpointing = rng.choice(("none", *CHECKPOINTINGS))
-    optimizer = rng.choice(tuple(OPTIMIZERS))
-    precision = rng.choice(PRECISIONS)
-    return Plan(
-        batch_size=rng.choice((1, 2, 3)),
-        seq_len=rng.randint(1, m.context_length) if rng.random() < 0.4 else None,
-        precision=precision,
-        fp32_gradients=precision == "bf16-master" and rng.random() < 0.5,
-        attention=rng.choice(ON_CPU),
-        dropout=rng.choice((0.0, 0.0, 0.1)),
-        loss=rng.choice(LOSSES),
-        checkpointing=checkpointing,
-        checkpoint_every=rng.choice((1, 1, 2, 3)) if checkpointing != "none" else 1,
-        optimizer=optimizer,
-        optimizer_impl=rng.choice(("auto", *OPTIMIZERS[optimizer])),
-        grad_accumulation=rng.choice((1, 1, 2, 3)),
-        max_grad_norm=rng.choice((None, None, 1.0)),
-    )
-
-
 def draw(rng: Random) -> tuple[ModelConfig, Plan]:
     """A model and a plan that go together."""
     while True:
         try:
             m = model(rng)
-            p = plan(rng, m)
-            p.attention_kernel("cpu", m)
+            p = random_plan(rng, m, seq_len=rng.randint(1, m.context_length) if rng.random() < 0.4 else None)
         except ConfigError:
             continue
         return m, p

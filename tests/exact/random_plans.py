@@ -1,9 +1,10 @@
 """Small models and plans at random, every setting among them."""
 
+from estimator.describe.checks import ConfigError
 from estimator.describe.model import ModelConfig
-from estimator.describe.plan import ATTENTIONS, CHECKPOINTINGS, LOSSES, OPTIMIZERS, PRECISIONS, Plan
+from estimator.describe.plan import Plan
+from estimator.describe.settings import drawn
 
-ON_CPU = [name for name in ATTENTIONS if name != "sdpa-efficient"]
 PARTS = ("embedding", "attention", "feed-forward", "norms", "head", "blocks")
 
 
@@ -34,23 +35,18 @@ def random_parts(rng, m):
     return ",".join(found)
 
 
+WHOLE_MODEL = {"trained": "all", "frozen": "", "adapter": "none", "sharding": "none"}
+
+
+def on_a_cpu(p, m):
+    """Raise ConfigError for what one process on a CPU does not run."""
+    p.check_model(m)
+    p.attention_kernel("cpu", m)
+    if p.precision == "tf32":
+        raise ConfigError("precision = 'tf32': the bytes of fp32")
+
+
 def random_plan(rng, m, **fixed):
-    optimizer = rng.choice(list(OPTIMIZERS))
-    precision = rng.choice([x for x in PRECISIONS if x not in ("tf32", "bf16-fsdp")])  # the same bytes; for several
-    checkpointing = rng.choice(CHECKPOINTINGS)
-    drawn = {
-        "batch_size": rng.randint(1, 3),
-        "seq_len": rng.randint(1, m.context_length),
-        "precision": precision,
-        "fp32_gradients": precision == "bf16-master" and rng.random() < 0.5,
-        "attention": rng.choice(ON_CPU),
-        "dropout": rng.choice((0.0, 0.1)),
-        "loss": rng.choice(LOSSES),
-        "checkpointing": checkpointing,
-        "checkpoint_every": rng.choice((1, 2)) if checkpointing != "none" else 1,
-        "optimizer": optimizer,
-        "optimizer_impl": rng.choice(OPTIMIZERS[optimizer]),
-        "grad_accumulation": rng.randint(1, 2),
-        "max_grad_norm": rng.choice((None, 1.0)),
-    }
-    return Plan(**(drawn | fixed))
+    """Any recipe of the whole model; `fixed` is given."""
+    fixed = {"seq_len": rng.randint(1, m.context_length)} | WHOLE_MODEL | fixed
+    return drawn(Plan, rng, accepts=lambda p: on_a_cpu(p, m), **fixed)

@@ -8,7 +8,8 @@ import itertools
 import pytest
 
 from estimator.describe.model import ModelConfig
-from estimator.describe.plan import CHECKPOINTINGS, LOSSES, Plan
+from estimator.describe.plan import Plan
+from estimator.describe.settings import choices
 from trainer.referee.validate import cases, compare, describe
 
 SHAPES = 68  # of each family: eight edges (B, T, h, L, V of 1, V below T) and sixty at random
@@ -26,9 +27,9 @@ def test_random_and_edge_shapes(turn):
 def test_every_combination_of_recipe_is_among_the_cases():
     seen = {(m.family, p.attention, p.checkpointing != "none", p.optimizer, p.optimizer_impl) for m, p in CHOSEN}
     assert len(seen) == 2 * 4 * 2 * 5
-    assert {(p.loss, p.dropout) for _, p in CHOSEN} == set(itertools.product(LOSSES, (0.0, 0.1)))
+    assert {(p.loss, p.dropout) for _, p in CHOSEN} == set(itertools.product(choices(Plan)["loss"], (0.0, 0.1)))
     assert {(p.checkpointing, p.checkpoint_every) for _, p in CHOSEN if p.checkpointing != "none"} == set(
-        itertools.product(CHECKPOINTINGS[1:], (1, 2))
+        itertools.product(choices(Plan)["checkpointing"][1:], (1, 2))
     )
     assert {p.grad_accumulation for _, p in CHOSEN} == {1, 2, 3}
 

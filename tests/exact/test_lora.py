@@ -10,7 +10,8 @@ from random_plans import random_model, random_plan
 from estimator.describe.adapters import ALL
 from estimator.describe.checks import ConfigError
 from estimator.describe.model import ModelConfig
-from estimator.describe.plan import CHECKPOINTINGS, Plan
+from estimator.describe.plan import Plan
+from estimator.describe.settings import choices
 from trainer.referee.validate import compare
 
 DRAWS = int(os.environ.get("RECIPE_DRAWS", "12"))
@@ -56,7 +57,7 @@ def test_random_models_and_recipes(turn):
 
 
 @pytest.mark.parametrize("m", [GPT2, LLAMA], ids=["gpt2", "llama"])
-@pytest.mark.parametrize("checkpointing", CHECKPOINTINGS)
+@pytest.mark.parametrize("checkpointing", choices(Plan)["checkpointing"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-mixed"])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_adapters_under_every_precision_and_checkpointing(m, precision, checkpointing, dropout):

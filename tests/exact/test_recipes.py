@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from estimator.describe.checks import ConfigError
 from estimator.describe.model import ModelConfig
-from estimator.describe.plan import ATTENTIONS, CHECKPOINTINGS, LOSSES, OPTIMIZERS, PRECISIONS, Plan
+from estimator.describe.plan import OPTIMIZERS, Plan
+from estimator.describe.settings import choices
 from trainer.referee.validate import compare
 
 EXAMPLES = 3  # shapes a recipe: each is several real steps under the profiler
@@ -93,8 +94,9 @@ def test_optimizers_of_bf16_parameters(optimizer, impl):
         assert [row for row in compare(m, p) if row.difference] == [], m
 
 
-ALONE = [name for name in PRECISIONS if name != "bf16-fsdp"]  # which takes several processes: see tests/ranks
-ON_CPU = [name for name in ATTENTIONS if name != "sdpa-efficient"]  # that is CUDA's
+CHOICES = choices(Plan)
+ALONE = [name for name in CHOICES["precision"] if name != "bf16-fsdp"]  # which takes several processes: see tests/ranks
+ON_CPU = [name for name in CHOICES["attention"] if name != "sdpa-efficient"]  # that is CUDA's
 
 
 def drawn(data: st.DataObject, windowed: bool = False, **fixed: object) -> None:
@@ -102,8 +104,8 @@ def drawn(data: st.DataObject, windowed: bool = False, **fixed: object) -> None:
     choices = {
         "precision": ALONE,
         "attention": ON_CPU,
-        "checkpointing": CHECKPOINTINGS,
-        "loss": LOSSES,
+        "checkpointing": CHOICES["checkpointing"],
+        "loss": CHOICES["loss"],
         "dropout": (0.0, 0.0, 0.1),
     }
     recipe = fixed | {name: data.draw(st.sampled_from(values)) for name, values in choices.items() if name not in fixed}
@@ -137,7 +139,7 @@ def test_sliding_window(precision, attention, data):
     drawn(data, True, attention=attention, precision=precision)
 
 
-@pytest.mark.parametrize("checkpointing", CHECKPOINTINGS)
+@pytest.mark.parametrize("checkpointing", CHOICES["checkpointing"])
 @quick
 @given(data=st.data())
 def test_checkpointing(checkpointing, data):
@@ -151,7 +153,7 @@ def test_unfused_attention_under_a_selective_checkpoint_adds_its_mask_out_of_pla
     assert [row for row in compare(m, p) if row.difference] == []
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", CHOICES["loss"])
 @quick
 @given(data=st.data())
 def test_losses(loss, data):

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 import estimator as est
 from estimator.accounting import accounts
 from estimator.answers import derivations, sweeps
-from estimator.answers.advice import Advisor, choices
+from estimator.answers.advice import Advisor
 from estimator.answers.request import Request
 from estimator.answers.sweeps import reach
 from estimator.describe.hf import from_hf
+from estimator.describe.settings import choices
 from estimator.show import commands
 from estimator.show.formatting import dollars, hours, prefixed, size
 from estimator.show.planning import headline
@@ -343,7 +344,7 @@ def test_what_a_user_writes_becomes_no_markup():
 @pytest.mark.usefixtures("unadvised")
 def test_every_input_of_the_recipe_is_drawn_and_explained():
     at = opened()
-    for name, names in choices().items():
+    for name, names in choices(est.Plan).items():
         if name not in HIDDEN:
             assert tuple(at.selectbox(key=name).options) == names
     widgets = [*at.selectbox, *at.number_input, *at.toggle]

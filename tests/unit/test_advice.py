@@ -6,7 +6,8 @@ import pytest
 
 import estimator as est
 from estimator.accounting import accounts
-from estimator.answers.advice import GOALS, MOST, Advisor, advice, choices, single_changes
+from estimator.answers.advice import GOALS, MOST, Advisor, advice, single_changes
+from estimator.describe.settings import choices
 from estimator.show import commands
 
 PLANS = [est.Plan(), est.Plan(batch_size=8), est.Plan(batch_size=4, attention="sdpa", checkpointing="block")]
@@ -28,7 +29,7 @@ def test_each_change_gives_what_it_promises(plan):
 
 def test_every_named_choice_of_a_plan_is_tried():
     tried = [name for change in single_changes(est.Plan(batch_size=2)) for name in change]
-    assert set(choices()) <= set(tried)
+    assert set(choices(est.Plan)) <= set(tried)
     assert "batch_size" in tried
     assert {f.name for f in fields(est.Plan)} >= set(tried)
 

@@ -53,7 +53,7 @@ def test_models_that_cannot_be(changes, message):
         ({"optimizer": "adam w"}, "optimizer = 'adam w': did you mean adamw"),
         ({"max_grad_norm": 0}, "max_grad_norm = 0"),
         ({"max_grad_norm": float("nan")}, "max_grad_norm = nan"),
-        ({"dropout": 1.0}, "dropout = 1.0: must be a number of at least 0 and below 1"),
+        ({"dropout": 1.0}, "dropout = 1.0: must be a finite number of at least 0 and below 1"),
         ({"grad_accumulation": 1.5}, "grad_accumulation = 1.5"),
     ],
 )

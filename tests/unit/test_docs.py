@@ -1,5 +1,6 @@
 """The pages of docs/: tables that scripts make are those of today, links lead somewhere, README is short."""
 
+import os
 import re
 import subprocess
 import sys
@@ -39,6 +40,14 @@ def test_the_table_of_recipes_is_that_of_today():
     page = (ROOT / "docs" / "recipes.md").read_text()
     command = [sys.executable, "-c", f"import sys; sys.path[:0] = ['tools', '.']; {code}"]
     assert subprocess.run(command, cwd=ROOT, input=page, capture_output=True, text=True, check=True).stdout == page
+
+
+def test_the_page_of_settings_is_that_of_today():
+    """After a change of a declaration: python tools/settings_page.py"""
+    command = [sys.executable, "-c", "import settings_page, sys; sys.stdout.write(settings_page.page())"]
+    path = {**os.environ, "PYTHONPATH": f"{ROOT / 'tools'}{os.pathsep}{ROOT}"}
+    made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, env=path).stdout
+    assert made == (ROOT / "docs" / "settings.md").read_text()
 
 
 def test_the_library_of_the_readme_runs():

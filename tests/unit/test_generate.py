@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from estimator.describe.checks import ConfigError
 from estimator.describe.model import ModelConfig
-from estimator.describe.plan import ATTENTIONS, Plan
+from estimator.describe.plan import Plan
+from estimator.describe.settings import choices
 from trainer.model.decoder import build_model
 from trainer.model.generate import generate, sample
 
@@ -40,7 +41,7 @@ def build(family, attention="sdpa", seed=0, dtype=torch.float64, window=None):
 
 families = pytest.mark.parametrize("family", CONFIGS)
 attentions = pytest.mark.parametrize("attention", ["naive", "sdpa"])
-ON_CPU = [name for name in ATTENTIONS if name != "sdpa-efficient"]  # that is CUDA's
+ON_CPU = [name for name in choices(Plan)["attention"] if name != "sdpa-efficient"]  # that is CUDA's
 
 
 @families

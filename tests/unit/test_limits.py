@@ -18,9 +18,10 @@ import estimator as est
 from estimator.answers.estimates import max_batch_size
 from estimator.answers.request import Request
 from estimator.answers.sweeps import spaced, sweep
-from estimator.describe.checks import BLOCKS, LIMITS, POINTS, ConfigError, TooLargeError
+from estimator.describe.checks import BLOCKS, POINTS, ConfigError, TooLargeError
 from estimator.describe.model import ModelConfig
-from estimator.describe.plan import ATTENTIONS, CHECKPOINTINGS, LOSSES, OPTIMIZERS, PRECISIONS, SHARDINGS, Plan
+from estimator.describe.plan import Plan
+from estimator.describe.settings import choices, limits
 from estimator.show import commands
 
 ROOT = Path(__file__).parents[2]
@@ -59,7 +60,7 @@ def run(capsys, *argv):
         (["--mfu", "inf"], "mfu = inf: must be a finite number"),
         (["--mfu", "nan"], "mfu = nan: must be a finite number"),
         (["--mfu", "1e-300"], "mfu = 1e-300: must be a finite number of at least 1e-06 and at most 1"),
-        (["--dropout", "inf"], "dropout = inf: must be a number of at least 0 and below 1"),
+        (["--dropout", "inf"], "dropout = inf: must be a finite number of at least 0 and below 1"),
         (["--dropout", "nan"], "dropout = nan"),
         (["--max-grad-norm", "inf"], "max_grad_norm = inf: must be a finite number above 0 and at most 1e+38"),
         (["--max-grad-norm", "nan"], "max_grad_norm = nan"),
@@ -92,8 +93,8 @@ def test_the_limits_themselves_are_answered():
     toy = {"family": "llama", "num_layers": 2, "d_model": 8, "num_heads": 2, "vocab_size": 16, "context_length": 8}
     toy |= {"d_ff": 8, "head_dim": 4, "num_kv_heads": 2}
     for f in fields(ModelConfig):
-        if f.name in LIMITS and f.name in (*toy, "sliding_window"):
-            most = LIMITS[f.name]
+        if f.name in limits(ModelConfig) and f.name in (*toy, "sliding_window"):
+            most = limits(ModelConfig)[f.name]
             others = {"num_kv_heads": 2} if f.name == "num_heads" else {"num_heads": most, "num_kv_heads": most}
             m = ModelConfig(**toy | (others if f.name in ("num_heads", "num_kv_heads") else {}) | {f.name: most})
             if f.name == "num_layers":
@@ -140,7 +141,7 @@ def test_the_work_is_bounded_by_what_it_costs():
 
 def test_the_largest_micro_batch_of_next_to_nothing_is_the_limit():
     m = ModelConfig("gpt2", 1, 1, 1, 1, 1)
-    assert max_batch_size(m, Plan(), 1e15) == LIMITS["batch_size"]
+    assert max_batch_size(m, Plan(), 1e15) == limits(Plan)["batch_size"]
     for wrong in (0, -1, float("inf"), float("nan")):
         with pytest.raises(ConfigError, match="bytes = "):
             max_batch_size(m, Plan(), wrong)
@@ -149,9 +150,8 @@ def test_the_largest_micro_batch_of_next_to_nothing_is_the_limit():
 
 
 VALUES = ("0", "1", "2", "3", "7", "-1", "1e9", "1000000000", "10" * 9, "9" * 25, "nan", "inf", "1e400", "", "é", "[/]")
-VALUES += ("naive", LONG, "\udcff", "0.5", "None", *PRECISIONS, *ATTENTIONS, *LOSSES, *CHECKPOINTINGS, *SHARDINGS)
-CHOICES = {"precision": PRECISIONS, "attention": ATTENTIONS, "loss": LOSSES, "checkpointing": CHECKPOINTINGS}
-CHOICES |= {"sharding": SHARDINGS, "optimizer": tuple(OPTIMIZERS), "gpu": ("h100", "rtx-4090-24gb", "nothing")}
+VALUES += ("naive", LONG, "\udcff", "0.5", "None", *(x for names in choices(Plan).values() for x in names))
+CHOICES = choices(Plan) | {"gpu": ("h100", "rtx-4090-24gb", "nothing")}
 NUMBERS = {"count": "2", "mfu": "0.4", "steps": "10", "global_batch_size": "64", "batch_size": "2", "seq_len": "33"}
 NUMBERS |= {"num_layers": "5", "grad_accumulation": "3", "context_length": "2048", "vocab_size": "1001"}
 FLAGS = ("--json", "--max-batch", "--formulas", "--compile", "--no-tie-embeddings", "--fp32-gradients", "--help")

@@ -15,6 +15,8 @@ import pytest
 
 from estimator.describe.model import ModelConfig
 from estimator.describe.plan import Plan
+from estimator.describe.run import Run
+from estimator.describe.settings import settings
 
 ROOT = Path(__file__).parents[2]
 COMMAND = ("-m", "estimator", "gpt2", "--json", "--checkpointing", "block", "--sharding", "zero3")
@@ -43,10 +45,13 @@ def plain():
     return json.loads(run(sys.executable, *COMMAND))
 
 
-@pytest.mark.parametrize("cls", [ModelConfig, Plan])
+@pytest.mark.parametrize("cls", [ModelConfig, Plan, Run])
 def test_each_field_is_explained_once(cls):
-    assert list(cls.HELP) == [f.name for f in fields(cls)]
-    assert all(said.endswith(".") and said == " ".join(said.split()) for said in cls.HELP.values())
+    assert list(settings(cls)) == [f.name for f in fields(cls)]
+    for setting in settings(cls).values():
+        for said in (setting.meaning, *setting.choices.values(), setting.optional):
+            assert said == " ".join(said.split())
+        assert setting.meaning.endswith(".")
 
 
 def test_without_docstrings_and_asserts_the_command_says_the_same(plain):
@@ -95,4 +100,4 @@ def test_the_command_says_the_same_on_every_python(version, flag, plain):
     for f in (*fields(Plan), *fields(ModelConfig)):
         if f.name not in ("family", "parts", "pattern"):
             assert f"--{f.name.replace('_', '-')}" in words
-            assert (Plan.HELP | ModelConfig.HELP)[f.name][:20] in words
+            assert (settings(Plan) | settings(ModelConfig))[f.name].meaning[:12] in words

@@ -25,7 +25,9 @@ from rich.table import Table
 from estimator.accounting.accounts import account, sizes_for
 from estimator.describe.checks import ConfigError
 from estimator.describe.model import ModelConfig
-from estimator.describe.plan import CHECKPOINTINGS, LOSSES, PRECISIONS, Plan
+from estimator.describe.parts import FAMILIES
+from estimator.describe.plan import Plan
+from estimator.describe.settings import choices
 from estimator.hardware.accelerators import accelerator
 from estimator.memory.device import memory
 from estimator.studies import device, published
@@ -104,7 +106,7 @@ def cases(count: int, seed: int = 0) -> Iterator[tuple[ModelConfig, Plan]]:
         {"B": 1, "L": 2},
     ]
     for i in range(count):
-        for family in ("gpt2", "llama"):
+        for family in FAMILIES:
             yield _case(family, rng, edges[i] if i < len(edges) else {}, i)
 
 
@@ -116,7 +118,7 @@ def _case(family: str, rng: random.Random, fixed: dict[str, int], turn: int) -> 
 
     B, T, h, L = size("B", 2, 3, 5), size("T", 4, 7, 13), size("h", 2, 3, 4), size("L", 1, 2, 3, 4)
     V, C = size("V", 17, 101, 997), T + rng.choice((0, 0, 3))
-    if family == "gpt2":
+    if FAMILIES[family].attention.fused:  # heads fill the width, and have keys of their own
         m = ModelConfig(family, L, h * rng.choice((1, 3, 8)), h, V, C, tie_embeddings=rng.random() < 0.7)
     else:
         k = rng.choice([k for k in range(1, h + 1) if h % k == 0])
@@ -126,9 +128,10 @@ def _case(family: str, rng: random.Random, fixed: dict[str, int], turn: int) -> 
         m = ModelConfig(family, L, d, h, V, C, k, e, rng.randint(3, 70), tied, bias)
     optimizers = (("adamw", "loop"), ("adamw", "foreach"), ("adamw", "fused"), ("adamw", "bundled"), ("sgd", "bundled"))
     optimizer, implementation = optimizers[turn % 5]
+    recipes = choices(Plan)
     # tf32 differs in time only, bf16-fsdp takes several processes
-    precision = rng.choice(("fp32", "fp32", *(x for x in PRECISIONS if x not in ("tf32", "bf16-fsdp"))))
-    checkpointing = rng.choice(CHECKPOINTINGS[1:]) if turn // 10 % 2 else "none"
+    precision = rng.choice(("fp32", "fp32", *(x for x in recipes["precision"] if x not in ("tf32", "bf16-fsdp"))))
+    checkpointing = rng.choice(recipes["checkpointing"][1:]) if turn // 10 % 2 else "none"
     p = Plan(
         batch_size=B,
         seq_len=T,
@@ -136,7 +139,7 @@ def _case(family: str, rng: random.Random, fixed: dict[str, int], turn: int) -> 
         fp32_gradients=precision == "bf16-master" and rng.random() < 0.5,
         attention=(("naive", "naive-fp32"), ("sdpa", "sdpa-math"))[turn // 5 % 2][turn // 20 % 2],
         dropout=rng.choice((0.0, 0.0, 0.1)),
-        loss=rng.choice(LOSSES),
+        loss=rng.choice(recipes["loss"]),
         checkpointing=checkpointing,
         checkpoint_every=rng.choice((1, 2)) if checkpointing != "none" else 1,
         optimizer=optimizer,

@@ -12,8 +12,10 @@ from typing import Any, TypeVar, get_args, get_type_hints
 from estimator.describe.checks import ConfigError, choose, positive_int
 from estimator.describe.hf import from_hf
 from estimator.describe.model import ModelConfig
-from estimator.describe.plan import SHARDING_SPELLINGS, SHARDINGS, Plan
+from estimator.describe.parts import FAMILIES
+from estimator.describe.plan import Plan
 from estimator.describe.presets import preset
+from estimator.describe.settings import checked
 
 DEVICES = ("auto", "cpu", "cuda")
 CONFIGS = Path(__file__).parent / "configs"
@@ -37,7 +39,7 @@ class ModelSection:
         vocab_size: V; None takes the tokenizer's.
         num_kv_heads: k, key/value heads; None means num_heads.
         head_dim: e; None means d_model / num_heads.
-        d_ff: f; None means 4 d_model for gpt2, and for llama 8/3 d_model rounded up to a multiple of 64.
+        d_ff: f; None means 4 d_model, and where it is gated 8/3 d_model rounded up to a multiple of 64.
         tie_embeddings: None means the family's habit.
         qkv_bias: None means the family's habit.
         sliding_window: tokens that one sees, itself included; None means all before it.
@@ -72,7 +74,7 @@ class ModelSection:
             return self.named(self.like).replace(vocab_size=size, context_length=self.context_length)
         values = asdict(self) | {"vocab_size": size}
         del values["like"]
-        if self.family == "llama" and self.d_ff is None:
+        if self.d_ff is None and self.family in FAMILIES and FAMILIES[self.family].mlp.gated:
             # Three matrices of width 8/3 d hold what two of 4 d do (Touvron et al. 2023, section 2.2).
             values["d_ff"] = 64 * math.ceil(8 * self.d_model / 3 / 64)
         return ModelConfig(**values)
@@ -166,8 +168,7 @@ class TrainConfig:
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed = {self.seed}: must be from 0 to 2^63 - 1")
         choose("device", self.device, DEVICES)
-        object.__setattr__(self, "sharding", SHARDING_SPELLINGS.get(self.sharding, self.sharding))
-        choose("sharding", self.sharding, SHARDINGS)
+        object.__setattr__(self, "sharding", checked(Plan, "sharding", self.sharding))
         if self.plan.data_parallel != 1 or self.plan.sharding != "none":
             given = f"plan.data_parallel = {self.plan.data_parallel}, plan.sharding = {self.plan.sharding!r}"
             raise ConfigError(f"{given}: torchrun says how many processes there are, and --sharding what they share")

@@ -1,0 +1,127 @@
+"""The recorder of steps without data against real steps under the profiler, and against the symbolic step."""
+
+import itertools
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from torch.nn import functional as F
+
+import estimator as est
+import trainer
+from trainer.referee.first_difference import Event, real_events
+from trainer.referee.measure import build_step
+from trainer.referee.recorder.steps import as_step
+
+transformers.logging.set_verbosity_error()
+B, T, V = 2, 40, 200
+
+
+def own(family, **plan):
+    m = est.ModelConfig(family=family, num_layers=2, d_model=64, num_heads=4, d_ff=96, vocab_size=V, context_length=T)
+    return lambda: build_step(m, est.Plan(batch_size=B, **{"precision": "fp32", **plan}))
+
+
+def hugging_face(config, model, **sizes):
+    def build():
+        torch.manual_seed(0)
+        module = model(config(vocab_size=V, **sizes)).train()
+        ids = torch.randint(2, V, (B, T))
+        return module, lambda module, ids: module(input_ids=ids, labels=ids).loss, (ids,)
+
+    return build
+
+
+class Skips(nn.Module):
+    """Convolutions down and up again, with a skip, normalised by groups and by batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.into = nn.Conv2d(3, 16, 3, padding=1)
+        self.norm = nn.BatchNorm2d(16)
+        self.down = nn.Conv2d(16, 32, 3, stride=2, padding=1)
+        self.group = nn.GroupNorm(4, 32)
+        self.out = nn.Conv2d(48, 3, 1)
+
+    def forward(self, x):
+        skip = F.silu(self.norm(self.into(x)))
+        low = F.relu(self.group(self.down(skip)))
+        return self.out(torch.cat([skip, F.interpolate(low, scale_factor=2)], dim=1))
+
+
+class Tagger(nn.Module):
+    """An LSTM over embedded tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.lstm = nn.Embedding(V, 24), nn.LSTM(24, 32, num_layers=2, batch_first=True)
+        self.out = nn.Linear(32, V)
+
+    def forward(self, ids):
+        return self.out(self.lstm(self.embedding(ids))[0])
+
+
+def tagger():
+    torch.manual_seed(0)
+    ids = torch.randint(V, (B, T))
+    return Tagger(), lambda module, ids: F.cross_entropy(module(ids).flatten(0, 1), ids.flatten()), (ids,)
+
+
+MODULES = {
+    "our gpt2": own("gpt2"),
+    "our llama, autocast, checkpoints, two micro-batches": own(
+        "llama", precision="bf16-mixed", attention="sdpa", checkpointing="block", grad_accumulation=2, max_grad_norm=1.0
+    ),
+    "transformers' gpt2": hugging_face(
+        transformers.GPT2Config, transformers.GPT2LMHeadModel, n_embd=64, n_layer=2, n_head=4, n_positions=64,
+        bos_token_id=None, eos_token_id=None,
+    ),
+    "transformers' qwen3": hugging_face(
+        transformers.Qwen3Config, transformers.Qwen3ForCausalLM, hidden_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, intermediate_size=96,
+    ),
+    "transformers' t5": hugging_face(
+        transformers.T5Config, transformers.T5ForConditionalGeneration, d_model=64, d_kv=16, num_heads=4, num_layers=2,
+        d_ff=96, decoder_start_token_id=0,
+    ),
+    "an lstm": tagger,
+}  # fmt: skip
+
+
+def in_runs(events):
+    """Bytes of the events, each run of allocations or of frees in order of size: nothing depends on their order."""
+    runs = itertools.groupby((e.nbytes for e in events), key=lambda nbytes: nbytes > 0)
+    return [sorted(run) for _, run in runs]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_event_is_that_of_a_real_step(name):
+    recording = trainer.record(MODULES[name])
+    events = [Event(e.sign * int(e.storage.nbytes.number), "") for e in recording.ledger.events]
+    setup = sum(e.where.phase == "setup" for e in recording.ledger.events)
+    step = as_step(MODULES[name]())
+    real = real_events(step)
+    assert in_runs(events[setup:]) == in_runs(real)
+    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in step.resident() if t.numel()}
+    live, most = sum(held.values()), 0
+    for event in real:
+        live += event.nbytes
+        most = max(most, live)
+    assert recording.peak_bytes >= most  # what a module holds besides parameters and buffers is found here only
+    assert sum(recording.categories.values()) == sum(recording.modules.values()) == recording.peak_bytes
+    assert recording.peak_line is not None
+    assert not recording.assumptions
+
+
+def test_the_symbolic_step_says_the_same():
+    m = est.ModelConfig(
+        family="llama", num_layers=3, d_model=64, num_heads=4, num_kv_heads=2, d_ff=96, vocab_size=V, context_length=T
+    )
+    p = est.Plan(batch_size=3, checkpointing="block", optimizer="adafactor")
+    symbolic = est.account(m, p, device="cpu").evaluate(m, p)
+    recording = trainer.record(lambda: build_step(m, p))
+    assert recording.peak_bytes == symbolic.peak_bytes
+    assert recording.categories == symbolic.peak_categories
+    assert recording.peak_where.phase == symbolic.peak_where.phase
+    assert recording.peak_where.module == symbolic.peak_where.module

@@ -1,0 +1,90 @@
+"""`estimate check`: somebody's own code, which this command alone runs."""
+
+import json
+import textwrap
+
+import pytest
+
+from estimator.show.commands import main
+
+CODE = """
+    import torch
+    from torch import nn
+
+    class Block(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+        def forward(self, x):
+            return x + self.down(torch.relu(self.up(x)))
+
+    class Model(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.embedding = nn.Embedding(100, width)
+            self.blocks = nn.ModuleList(Block(width) for _ in range(2))
+            self.head = nn.Linear(width, 100)
+
+        def forward(self, ids):
+            x = self.embedding(ids)
+            for block in self.blocks:
+                x = block(x)
+            return self.head(x)
+
+    def build(batch_size, width=32):
+        return Model(width)
+
+    def wants(width):
+        return Model(width)
+
+    def other():
+        return 3
+"""
+
+
+@pytest.fixture
+def code(tmp_path):
+    path = tmp_path / "train.py"
+    path.write_text(textwrap.dedent(CODE))
+    return path
+
+
+def test_it_says_whose_statement_the_peak_is(code, capsys):
+    assert main(["check", f"{code}:build", "--batch-size", "2", "--seq-len", "64", "--measure"]) == 0
+    out = capsys.readouterr().out
+    assert "as no other command" in out.splitlines()[0]
+    assert "Fits on A100" in out
+    assert f"{code}:" in out
+    assert "events are equal, and so is the peak" in out
+
+
+def test_the_parts_add_up(code, capsys):
+    assert main(["check", f"{code}:build", "--seq-len", "64", "--set", "width=48", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert sum(found["modules"].values()) == found["peak"]
+    assert found["line"]["file"] == str(code)
+    parts = ("parameters", "gradients", "optimizer", "activations", "temporary", "inputs", "buffers", "communication")
+    assert sum(found[part] for part in parts) == found["peak"]
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("{}:builds", "its functions are build, other, wants"),
+        ("{}:other", "build returned a int"),
+        ("{}:wants", "give it with --set width=NUMBER"),
+        ("nowhere.py:build", "must be FILE.py:FUNCTION"),
+    ],
+)
+def test_what_cannot_be_checked_is_said_in_a_sentence(code, capsys, argument, said):
+    assert main(["check", argument.format(code)]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_what_does_not_fit_gets_changes_that_were_tried(code, capsys):
+    sizes = ["--set", "width=65536", "--batch-size", "1", "--seq-len", "8"]
+    assert main(["check", f"{code}:build", "--gpu", "a100-80gb-sxm", *sizes]) == 1
+    out = capsys.readouterr().out
+    assert "--precision bf16" in out
+    assert "--optimizer sgd" in out

@@ -1,0 +1,158 @@
+"""A user's own code as a function that builds a step: FILE.py:build, or transformers' class of a config.json."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from estimator.describe.checks import ConfigError, shown
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from torch import Tensor
+
+LABELS = ("labels", "targets")  # what a module calls what its loss compares with
+LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "encoder_layers", "decoder_layers", "num_decoder_layers")
+
+
+def of_file(named: str, sizes: Mapping[str, int]) -> Callable[[], Any]:
+    """The function that `FILE.py:name` names, with those of `sizes` that it takes. This runs the file.
+
+    Raises:
+        ConfigError: there is no such file or function, or it wants an argument that is not given.
+    """
+    path, _, name = named.rpartition(":")
+    file = Path(path)
+    if not path or not file.is_file():
+        raise ConfigError(f"code = {shown(named)}: must be FILE.py:FUNCTION, of a file that is there")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"code = {shown(named)}: {file.name} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[file.stem] = module  # where its classes are looked for
+    sys.path.insert(0, str(file.parent.resolve()))  # what lies beside it can be imported, as when it is run
+    spec.loader.exec_module(module)
+    function = getattr(module, name, None)
+    if not callable(function):
+        found = ", ".join(sorted(x for x, v in vars(module).items() if inspect.isfunction(v))) or "none"
+        raise ConfigError(
+            f"code = {shown(named)}: {file.name} has no function {shown(name)}; its functions are {found}"
+        )
+    return with_sizes(function, sizes)
+
+
+def with_sizes(function: Callable[..., Any], sizes: Mapping[str, int]) -> Callable[[], Any]:
+    """`function` with those of `sizes` that it has parameters for.
+
+    Raises:
+        ConfigError: a parameter without a default is not among them.
+    """
+    parameters = inspect.signature(function).parameters.values()
+    anything = any(x.kind is inspect.Parameter.VAR_KEYWORD for x in parameters)
+    taken = dict(sizes) if anything else {x.name: sizes[x.name] for x in parameters if x.name in sizes}
+    for x in parameters:
+        if x.default is x.empty and x.name not in taken and x.kind not in (x.VAR_KEYWORD, x.VAR_POSITIONAL):
+            raise ConfigError(f"{x.name}: {function.__name__} wants it; give it with --set {x.name}=NUMBER")
+
+    def build() -> Any:
+        built = function(**taken)
+        if not isinstance(built, nn.Module):
+            return built
+        return built, loss_of_module, tokens_for(built, sizes.get("batch_size", 1), sizes.get("seq_len", 128))
+
+    return build
+
+
+def tokens_for(module: nn.Module, batch_size: int, seq_len: int) -> tuple[Tensor, ...]:
+    """(B, T) token ids below the rows of the module's first embedding.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    rows = next((m.num_embeddings for m in module.modules() if isinstance(m, nn.Embedding)), None)
+    if rows is None:
+        raise ConfigError("build returned a module that embeds no tokens: return (module, loss, inputs)")
+    return (torch.randint(rows, (batch_size, seq_len)),)
+
+
+def loss_of_module(module: nn.Module, ids: Tensor) -> Tensor:
+    """The loss of a module of tokens: what it returns for its labels, or else the cross entropy of its logits."""
+    parameters = inspect.signature(module.forward).parameters
+    name = next((x for x in LABELS if x in parameters), None)
+    out = module(ids) if name is None else module(ids, **{name: ids})
+    if getattr(out, "loss", None) is not None:
+        return out.loss
+    parts = out if isinstance(out, tuple) else (out,)
+    scalar = next((x for x in parts if isinstance(x, torch.Tensor) and x.ndim == 0), None)
+    if scalar is not None:
+        return scalar
+    logits = parts[0] if isinstance(parts[0], torch.Tensor) else out.logits
+    return F.cross_entropy(logits.flatten(0, -2), ids.flatten())
+
+
+def of_config(path: str | Path, batch_size: int, seq_len: int, **changes: Any) -> Callable[[], Any]:
+    """transformers' own class of a config.json, with random weights, and a batch for it.
+
+    The class is the one that the file's `architectures` names, or that of a language model.
+
+    Raises:
+        ConfigError: transformers is missing, or has no such class.
+    """
+    try:
+        import transformers  # noqa: PLC0415 - needed here alone
+    except ModuleNotFoundError as error:
+        raise ConfigError("transformers is missing: pip install transformers") from error
+    file = Path(path)
+    file = file / "config.json" if file.is_dir() else file
+    if not file.is_file():
+        raise ConfigError(f"hf = {shown(str(path))}: there is no such file")
+    plain = json.loads(file.read_text(encoding="utf-8")) | changes
+    kind = plain.get("model_type")
+    if kind not in transformers.CONFIG_MAPPING:
+        raise ConfigError(
+            f"hf = {shown(str(path))}: transformers {transformers.__version__} has no model_type {kind!r}"
+        )
+    config = transformers.CONFIG_MAPPING[kind].from_dict(plain)
+    names = plain.get("architectures") or []
+    own: Any = next((getattr(transformers, name, None) for name in names), None)
+    automatic: Any = transformers.AutoModelForCausalLM
+
+    def build() -> Any:
+        torch.manual_seed(0)
+        module = own._from_config(config) if own else automatic.from_config(config)  # noqa: SLF001 - what it calls too
+        module.train()
+        module.config.use_cache = False
+        return module, loss_with_labels, batch_of(module, batch_size, seq_len)
+
+    return build
+
+
+def loss_with_labels(module: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """What a class of transformers returns as its loss."""
+    return module(**batch).loss
+
+
+def batch_of(module: Any, batch_size: int, seq_len: int) -> tuple[dict[str, Tensor]]:
+    """Inputs and labels that a class of transformers takes: tokens, an image or the features of speech."""
+    config, B, T = module.config, batch_size, seq_len
+    match module.main_input_name:
+        case "pixel_values":
+            side = config.image_size if isinstance(getattr(config, "image_size", None), int) else 224
+            pixels = torch.rand(B, getattr(config, "num_channels", 3), side, side)
+            return ({"pixel_values": pixels, "labels": torch.randint(config.num_labels, (B,))},)
+        case "input_features":
+            features = torch.rand(B, config.num_mel_bins, 2 * config.max_source_positions)
+            return ({"input_features": features, "labels": torch.randint(config.vocab_size, (B, T))},)
+        case _:
+            vocabulary = config.get_text_config().vocab_size
+            ids = torch.randint(min(2, vocabulary - 1), vocabulary, (B, T))
+            return ({"input_ids": ids, "labels": ids},)

@@ -1,0 +1,162 @@
+"""`estimate check`: whether a step of one's own code fits, and whose statement its peak is. It runs that code.
+
+Nothing else of this project runs code that it is given: the page and `from_hf` read data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import linecache
+import resource
+import sys
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from estimator.describe.checks import ConfigError, shown
+from estimator.describe.plan import OPTIMIZER_IMPLS, OPTIMIZERS, Plan
+from estimator.eager.ledger import Phase
+from estimator.hardware.accelerators import accelerator
+from estimator.memory.device import recorded_memory
+from estimator.show.formatting import count, duration, size
+from trainer.referee.recorder.builds import of_config, of_file
+from trainer.referee.recorder.recording import DEVICES, record
+from trainer.referee.recorder.remedies import remedies
+from trainer.referee.recorder.steps import PRECISIONS
+from trainer.referee.recorder.truth import compare
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from estimator.memory.device import Memory
+    from trainer.referee.recorder.recording import Recording
+
+RUNS = "This runs {} on this machine, as no other command of `estimate` does: check only code that you trust."
+BY = {"cpu": " by the CPU's rules (on CUDA kernels have other scratch, and half precision fewer copies)"}
+MODULES = 12  # lines of the table of modules
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    p = argparse.ArgumentParser(prog="estimate check", description=__doc__.partition("\n")[0].partition(": ")[2])
+    p.add_argument(
+        "code", nargs="?", metavar="FILE.py:FUNCTION", help="returns a module, (module, loss, inputs) or a step"
+    )
+    p.add_argument(
+        "--hf", metavar="CONFIG", help="in its place, a config.json, of which transformers builds its own class"
+    )
+    p.add_argument("--gpu", default="a100-80gb-sxm", help="the accelerator (estimate list)")
+    p.add_argument("--device", choices=DEVICES, default="cpu", help="whose rules")
+    p.add_argument(
+        "--batch-size", type=int, default=1, metavar="B", help="given to FUNCTION as batch_size, if it takes it"
+    )
+    p.add_argument("--seq-len", type=int, default=1024, metavar="T", help="given to it as seq_len, if it takes it")
+    p.add_argument(
+        "--set", nargs="*", default=[], metavar="NAME=NUMBER", help="further arguments of FUNCTION, or fields of CONFIG"
+    )
+    p.add_argument("--optimizer", choices=list(OPTIMIZERS), default="adamw")
+    p.add_argument("--optimizer-impl", choices=OPTIMIZER_IMPLS, default="auto")
+    p.add_argument("--precision", choices=PRECISIONS, default="fp32")
+    p.add_argument("--grad-accumulation", type=int, default=1, metavar="N", help="micro-batches of a step")
+    p.add_argument("--max-grad-norm", type=float, metavar="X", help="clip the gradients to this norm")
+    p.add_argument("--measure", action="store_true", help="run a real step on this CPU too, and compare every event")
+    p.add_argument("--json", action="store_true", help="everything as JSON")
+    return p
+
+
+def run(argv: Sequence[str]) -> int:
+    """`estimate check`; 0 where it fits, 1 where it does not.
+
+    Raises:
+        ConfigError: what is asked cannot be.
+    """
+    args = parser().parse_args(argv)
+    build, name = _build(args)
+    given = {f.name: getattr(args, f.name) for f in fields(Plan) if getattr(args, f.name, None) is not None}
+    plan = Plan(**{name: value for name, value in given.items() if name not in ("batch_size", "seq_len")})
+    gpu = accelerator(args.gpu)
+    if not args.json:
+        sys.stdout.write(RUNS.format(name) + "\n\n")
+    recording = record(build, plan, args.device)
+    memory = recorded_memory(recording.account, gpu)
+    tried = [] if memory.fits else remedies(build, plan, args.device, gpu)
+    if args.json:
+        sys.stdout.write(json.dumps(_plain(recording, memory), indent=1) + "\n")
+    else:
+        sys.stdout.write(report(recording, memory, name, gpu.name))
+        for said in tried:
+            sys.stdout.write(f"  {said}\n")
+    if args.measure:
+        sys.stdout.write("\n" + compare(build, plan) + "\n")
+    return 0 if memory.fits else 1
+
+
+def _build(args: argparse.Namespace) -> tuple[Callable[[], Any], str]:
+    """(what builds the step, what it is called)."""
+    if (args.code is None) == (args.hf is None):
+        raise ConfigError("code: give FILE.py:FUNCTION or --hf CONFIG, one of them")
+    sizes = {}
+    for pair in args.set:
+        name, _, value = pair.partition("=")
+        try:
+            sizes[name] = int(value)
+        except ValueError as error:
+            raise ConfigError(f"set = {shown(pair)}: must be NAME=NUMBER") from error
+    if args.hf is not None:
+        return of_config(args.hf, args.batch_size, args.seq_len, **sizes), f"transformers' class of {args.hf}"
+    return of_file(args.code, {"batch_size": args.batch_size, "seq_len": args.seq_len} | sizes), args.code
+
+
+def report(recording: Recording, memory: Memory, name: str, gpu: str) -> str:
+    """The answer in words and tables."""
+    assert memory.capacity is not None
+    need = f"{size(memory.needed)} of {size(memory.capacity)}"
+    lines = [
+        f"{name}: {count(recording.parameters)} parameters",
+        f"{memory.verdict.capitalize()} on {gpu}: a step needs {need}{BY[recording.account.device]}.",
+        "",
+        f"The peak is {memory.peak:,} bytes ({size(memory.peak)}), {_place(recording, recording.account.peak)}",
+    ]
+    lines += _source(recording, recording.account.peak)
+    lines += ["", "At the peak, by what it is for:"]
+    lines += [f"  {what:14} {held:>18,}  {size(held):>10}" for what, held in recording.categories.items() if held]
+    lines += ["", "By the module that made it:"]
+    modules = list(recording.modules.items())
+    width = max(len(module) for module, _ in modules[:MODULES])
+    lines += [f"  {module or '(outside of modules)':{width}} {size(held):>10}" for module, held in modules[:MODULES]]
+    if len(modules) > MODULES:
+        rest = sum(held for _, held in modules[MODULES:])
+        lines.append(f"  {f'{len(modules) - MODULES} others':{width}} {size(rest):>10}")
+    lines += ["", "The step, phase by phase:"]
+    for phase in (Phase.FORWARD, Phase.BACKWARD, Phase.OPTIMIZER):
+        at = recording.most_in(phase)
+        if at is not None:
+            lines.append(f"  {phase.value:10} {size(recording.live_at(at)):>10} at most, {_place(recording, at)}")
+    lines += ["", *(f"Assumed {times} times: {said}." for said, times in recording.assumptions.items())]
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    lines.append(f"Recorded in {duration(recording.seconds)}; this process has taken {size(most)} of memory at most.")
+    return "\n".join(lines) + "\n"
+
+
+def _place(recording: Recording, at: int) -> str:
+    where, line = recording.ledger.events[at].where, recording.lines[at]
+    said = f"in {where.phase} of {where.module or 'the step itself'} ({where.op})"
+    return said + (f", {line}" if line is not None else "")
+
+
+def _source(recording: Recording, at: int) -> list[str]:
+    """The statement itself."""
+    line = recording.lines[at]
+    text = linecache.getline(line.file, line.number).strip() if line is not None else ""
+    return [f"    {text}"] if text else []
+
+
+def _plain(recording: Recording, memory: Memory) -> dict[str, Any]:
+    line = recording.peak_line
+    return memory.to_dict() | {
+        "parameters_number": recording.parameters,
+        "line": None if line is None else {"file": line.file, "line": line.number},
+        "modules": recording.modules,
+        "assumptions": {str(said): times for said, times in recording.assumptions.items()},
+        "seconds": recording.seconds,
+    }

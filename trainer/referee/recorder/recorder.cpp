@@ -1,0 +1,473 @@
+// A step that libtorch runs on CPU tensors without data, and a log of what it allocates.
+//
+// Three things are put in place. The allocator of the CPU gives out addresses in place of memory, save for what is
+// small, and writes down what it gives and takes back. A kernel under the dispatch key `Fake`, which lies between
+// autograd and the devices and which nothing else uses, stands in for every kernel of the CPU: it asks the operator's
+// meta kernel for the shapes of the results and makes these, and nothing is computed. All that is above stays as it is:
+// autograd, autocast, checkpoints, composite operators, the choice of a kernel of attention. A RecordFunction callback
+// sees each operator and each node of the graph begin and end.
+//
+// Values that are known are computed all the same: whole numbers, masks and single numbers that come of nothing but
+// such (token ids, positions, the optimizer's count of steps).
+//
+// All of them write rows of one log, in order of time; what the rows mean is decided in Python (log.py).
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <ATen/ATen.h>
+#include <ATen/EmptyTensor.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/record_function.h>
+#include <c10/core/Allocator.h>
+#include <c10/core/StorageImpl.h>
+#include <sys/mman.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <unordered_map>
+#include <unordered_set>
+#include <utility>
+#include <vector>
+
+#ifndef NDEBUG
+#error torch is built with NDEBUG, which decides the layout of its classes
+#endif
+
+namespace py = pybind11;
+using c10::DispatchKey;
+using c10::DispatchKeySet;
+
+namespace {
+
+enum Kind : int64_t { ALLOCATED = 0, FREED = 1, BEGUN = 2, ENDED = 3, MARKED = 4 };
+
+struct Row {
+  int64_t kind, a, b, c, d, e;
+};
+
+struct Log {
+  bool on = false;        // rows are written
+  bool observes = false;  // of operators too, not only of storages
+  bool aside = false;     // a meta kernel is asked for shapes: what happens meanwhile is not the step's
+  std::vector<Row> rows;
+  std::vector<int64_t> operands;  // of operators, see `write`
+  std::vector<std::string> names;
+  std::unordered_map<std::string, int64_t> name_index;
+  std::vector<std::pair<std::string, int64_t>> lines;  // (file, line)
+  std::unordered_map<std::string, int64_t> line_index;
+  std::unordered_set<std::string> kernels;  // operators that compute, on the device
+  std::unordered_set<std::string> dependent;  // those of them whose results' shapes depend on values
+  std::vector<std::string> libraries;       // folders whose code is not the user's
+  std::unordered_map<PyCodeObject*, bool> is_library;
+  int64_t next = 1;  // number of the next storage
+  int64_t depth = 0, kernel = 0;  // operators that are running, and at which depth one of them is a kernel
+  size_t kernel_row = 0;          // the row of that one
+};
+
+Log& log_() {
+  static Log log;
+  return log;
+}
+
+// ---- storages
+
+constexpr size_t REAL = size_t{4} << 20;      // bytes from which on there is no memory behind a storage
+constexpr size_t REGION = size_t{64} << 40;   // addresses that such storages have
+constexpr int64_t FEW = 16;                   // real numbers that are worth computing
+
+struct Held {
+  c10::DataPtr inner;
+  int64_t id;
+  bool known;  // its values are those that it would have
+};
+
+void free_held(void* context) {
+  auto* held = static_cast<Held*>(context);
+  if (log_().on) log_().rows.push_back({FREED, held->id, 0, 0, 0, 0});
+  delete held;
+}
+
+void keep(void*) {}
+
+struct Allocator final : c10::Allocator {
+  c10::Allocator* inner = nullptr;
+  char* region = nullptr;
+  size_t given = 0;
+
+  c10::DataPtr allocate(size_t nbytes) override {
+    auto& log = log_();
+    if (!log.on || log.aside || !nbytes) return inner->allocate(nbytes);
+    const bool real = nbytes <= REAL;
+    auto* held = new Held{real ? inner->allocate(nbytes) : address(nbytes), log.next++, real};
+    log.rows.push_back({ALLOCATED, held->id, static_cast<int64_t>(nbytes), 0, 0, 0});
+    return {held->inner.get(), held, &free_held, c10::Device(c10::DeviceType::CPU)};
+  }
+
+  c10::DataPtr address(size_t nbytes) {
+    TORCH_CHECK(nbytes <= REGION, "a tensor of ", nbytes, " bytes");
+    if (region == nullptr) {
+      void* found = mmap(nullptr, REGION, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+      TORCH_CHECK(found != MAP_FAILED, "the system gives out no addresses without memory");
+      region = static_cast<char*>(found);
+    }
+    if (given + nbytes > REGION) given = 0;
+    char* at = region + given;
+    given += (nbytes + 4095) / 4096 * 4096;
+    return {at, at, &keep, c10::Device(c10::DeviceType::CPU)};
+  }
+
+  void copy_data(void* to, const void* from, std::size_t n) const override {
+    if (n <= REAL) default_copy_data(to, from, n);
+  }
+};
+
+Allocator allocator_;
+
+Held* held_of(const at::Tensor& t) {
+  if (!t.defined() || !t.has_storage()) return nullptr;
+  const auto& data = t.storage().unsafeGetStorageImpl()->data_ptr();
+  return data.get_deleter() == &free_held ? static_cast<Held*>(data.get_context()) : nullptr;
+}
+
+int64_t number_of(const c10::StorageImpl& storage) {
+  const auto& data = storage.data_ptr();
+  return data.get_deleter() == &free_held ? static_cast<Held*>(data.get_context())->id : 0;
+}
+
+// ---- kernels that compute nothing
+
+bool is_known(const at::Tensor& t) {
+  const auto* held = held_of(t);
+  if (held != nullptr && !held->known) return false;
+  return !at::isFloatingType(t.scalar_type()) && !at::isComplexType(t.scalar_type()) ? true : t.numel() <= FEW;
+}
+
+template <class F>
+void each_tensor(const c10::IValue& value, F&& f) {
+  if (value.isTensor()) {
+    if (value.toTensor().defined()) f(value.toTensor());
+  } else if (value.isTensorList()) {
+    for (const at::Tensor& t : value.toTensorList())
+      if (t.defined()) f(t);
+  } else if (value.isList()) {
+    for (const c10::IValue& x : value.toListRef()) each_tensor(x, f);
+  }
+}
+
+struct Shapes {  // the meta tensors that stand for an operator's arguments
+  std::vector<std::pair<at::Tensor, at::Tensor>> pairs;
+
+  at::Tensor meta_of(const at::Tensor& t) {
+    if (!t.defined() || !t.device().is_cpu() || t.unsafeGetTensorImpl()->is_wrapped_number()) return t;
+    for (const auto& [own, meta] : pairs)
+      if (own.is_same(t)) return meta;
+    at::Tensor meta = at::detail::empty_strided_meta(t.sizes(), t.strides(), t.scalar_type());
+    pairs.emplace_back(t, meta);
+    return meta;
+  }
+
+  c10::IValue meta_of(const c10::IValue& value) {
+    if (value.isTensor()) return meta_of(value.toTensor());
+    if (value.isTensorList()) {
+      c10::List<at::Tensor> list;
+      for (const at::Tensor& t : value.toTensorList()) list.push_back(meta_of(t));
+      return list;
+    }
+    if (value.isOptionalTensorList()) {
+      c10::List<std::optional<at::Tensor>> list;
+      for (const std::optional<at::Tensor>& t : value.toOptionalTensorList())
+        list.push_back(t.has_value() ? std::optional<at::Tensor>(meta_of(*t)) : std::nullopt);
+      return list;
+    }
+    if (value.isDevice() && value.toDevice().is_cpu()) return c10::Device(c10::DeviceType::Meta);
+    return value;
+  }
+
+  // The argument that a result is, or a new tensor of its shape.
+  at::Tensor own_of(const at::Tensor& result) {
+    if (!result.defined() || !result.is_meta()) return result;
+    for (const auto& [own, meta] : pairs) {
+      if (!meta.is_same(result)) continue;
+      if (own.sizes() != result.sizes()) own.resize_(result.sizes());
+      return own;
+    }
+    at::Tensor made = at::detail::empty_strided_cpu(result.sizes(), result.strides(), result.scalar_type());
+    if (auto* held = held_of(made)) held->known = false;
+    return made;
+  }
+
+  c10::IValue own_of(const c10::IValue& value) {
+    if (value.isTensor()) return own_of(value.toTensor());
+    if (value.isTensorList()) {
+      c10::List<at::Tensor> list;
+      for (const at::Tensor& t : value.toTensorList()) list.push_back(own_of(t));
+      return list;
+    }
+    return value;
+  }
+};
+
+bool writes(const c10::FunctionSchema& schema) {
+  for (const auto& argument : schema.arguments())
+    if (argument.alias_info() != nullptr && argument.alias_info()->isWrite()) return true;
+  return false;
+}
+
+std::string name_of(const c10::OperatorHandle& op) {
+  const auto& name = op.operator_name();
+  return name.overload_name.empty() ? name.name : name.name + "." + name.overload_name;
+}
+
+size_t bytes_of(const std::vector<c10::IValue>& values) {
+  size_t most = 0;
+  for (const auto& value : values)
+    each_tensor(value, [&](const at::Tensor& t) { most = std::max(most, t.nbytes()); });
+  return most;
+}
+
+void kernel(const c10::OperatorHandle& op, DispatchKeySet keys, torch::jit::Stack* stack) {
+  auto& log = log_();
+  const auto below = keys & DispatchKeySet(DispatchKeySet::FULL_AFTER, DispatchKey::Fake);
+  if (!log.on || log.aside || !log.kernels.count(name_of(op))) {
+    op.redispatchBoxed(below, stack);
+    return;
+  }
+  const auto& schema = op.schema();
+  const size_t count = schema.arguments().size(), returns = schema.returns().size();
+  const auto arguments = torch::jit::last(*stack, count);
+  bool known = true, ours = true;
+  for (const auto& value : arguments)
+    each_tensor(value, [&](const at::Tensor& t) {
+      known &= is_known(t);
+      ours &= t.device().is_cpu();
+    });
+  if (!ours || (known && (writes(schema) || log.dependent.count(name_of(op))))) {
+    op.redispatchBoxed(below, stack);
+    return;
+  }
+  Shapes shapes;
+  std::vector<c10::IValue> results;
+  for (const auto& value : arguments) results.push_back(shapes.meta_of(value));
+  log.aside = true;
+  try {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    c10::impl::ExcludeDispatchKeyGuard without(DispatchKey::Fake);
+    op.redispatchBoxed(DispatchKeySet(DispatchKey::Meta), &results);
+  } catch (...) {
+    log.aside = false;
+    if (!known) throw;
+    op.redispatchBoxed(below, stack);  // its results depend on values, which there are
+    return;
+  }
+  log.aside = false;
+  if (known && bytes_of(results) <= REAL) {
+    op.redispatchBoxed(below, stack);
+    return;
+  }
+  if (log.kernel) log.rows[log.kernel_row].c = 3;
+  for (size_t i = 0; i < count; ++i) {
+    const auto* alias = schema.arguments()[i].alias_info();
+    if (alias == nullptr || !alias->isWrite()) continue;
+    each_tensor(arguments[i], [](const at::Tensor& t) {
+      if (auto* held = held_of(t)) held->known = false;
+    });
+  }
+  for (auto& value : results) value = shapes.own_of(value);
+  torch::jit::drop(*stack, count);
+  for (size_t i = 0; i < returns; ++i) torch::jit::push(*stack, std::move(results[i]));
+}
+
+TORCH_LIBRARY_IMPL(_, Fake, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&kernel>()); }
+
+// ---- operators, as they are seen
+
+// An operand: 0 nothing; 1 a tensor: storage, dtype, wrapped number, known, dimensions, sizes, strides; 2 a whole
+// number; 3 a real one, its bits; 4 whole numbers, how many first; 5 tensors, how many first; 6 anything else.
+void write(std::vector<int64_t>& to, const at::Tensor& t) {
+  if (!t.defined() || !t.has_storage()) {
+    to.push_back(0);
+    return;
+  }
+  const auto sizes = t.sizes(), strides = t.strides();
+  to.insert(to.end(), {1, number_of(*t.storage().unsafeGetStorageImpl()), static_cast<int64_t>(t.scalar_type()),
+                       t.unsafeGetTensorImpl()->is_wrapped_number(), is_known(t), static_cast<int64_t>(sizes.size())});
+  to.insert(to.end(), sizes.begin(), sizes.end());
+  to.insert(to.end(), strides.begin(), strides.end());
+}
+
+void write(std::vector<int64_t>& to, const c10::IValue& value) {
+  if (value.isTensor()) {
+    write(to, value.toTensor());
+  } else if (value.isNone()) {
+    to.push_back(0);
+  } else if (value.isBool()) {
+    to.insert(to.end(), {2, value.toBool()});
+  } else if (value.isInt()) {
+    to.insert(to.end(), {2, value.toInt()});
+  } else if (value.isDouble()) {
+    const double x = value.toDouble();
+    int64_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    to.insert(to.end(), {3, bits});
+  } else if (value.isIntList()) {
+    const auto list = value.toIntVector();
+    to.insert(to.end(), {4, static_cast<int64_t>(list.size())});
+    to.insert(to.end(), list.begin(), list.end());
+  } else if (value.isBoolList()) {
+    const auto list = value.toBoolList();
+    to.insert(to.end(), {4, static_cast<int64_t>(list.size())});
+    for (bool x : list) to.push_back(x);
+  } else if (value.isTensorList()) {
+    const auto list = value.toTensorVector();
+    to.insert(to.end(), {5, static_cast<int64_t>(list.size())});
+    for (const auto& t : list) write(to, t);
+  } else if (value.isList()) {  // of tensors that may be missing
+    const auto list = value.toListRef();
+    to.insert(to.end(), {5, static_cast<int64_t>(list.size())});
+    for (const auto& x : list) write(to, x);
+  } else {
+    to.push_back(6);
+  }
+}
+
+bool in_library(PyCodeObject* code) {
+  auto& log = log_();
+  auto known = log.is_library.find(code);
+  if (known != log.is_library.end()) return known->second;
+  Py_INCREF(code);  // its address stays its own
+  const char* file = PyUnicode_AsUTF8(code->co_filename);
+  bool found = file == nullptr || file[0] == '<';
+  for (const auto& folder : log.libraries) found |= file != nullptr && !std::strncmp(file, folder.c_str(), folder.size());
+  log.is_library[code] = found;
+  return found;
+}
+
+// The line of source that is running: of the innermost frame of Python that is not a library's; -1 if there is none.
+int64_t line() {
+  auto& log = log_();
+  py::gil_scoped_acquire gil;
+  PyFrameObject* frame = PyThreadState_GetFrame(PyThreadState_Get());
+  int64_t found = -1;
+  while (frame != nullptr) {
+    PyCodeObject* code = PyFrame_GetCode(frame);
+    if (!in_library(code)) {
+      const std::string file = PyUnicode_AsUTF8(code->co_filename);
+      const int64_t number = PyFrame_GetLineNumber(frame);
+      const auto made = log.line_index.emplace(file + ":" + std::to_string(number), log.lines.size());
+      if (made.second) log.lines.emplace_back(file, number);
+      found = made.first->second;
+    }
+    Py_DECREF(code);
+    PyFrameObject* back = found < 0 ? PyFrame_GetBack(frame) : nullptr;
+    Py_DECREF(frame);
+    frame = back;
+  }
+  return found;
+}
+
+struct Seen : at::ObserverContext {};
+
+std::unique_ptr<at::ObserverContext> begin(const at::RecordFunction& f) {
+  auto& log = log_();
+  if (!log.on || !log.observes || log.aside) return nullptr;
+  std::string name = f.name();
+  const auto op = f.operator_name();
+  if (op && !op->overload_name.empty()) name += "." + op->overload_name;
+  const auto made = log.name_index.emplace(name, log.names.size());
+  if (made.second) log.names.push_back(name);
+  ++log.depth;
+  int64_t operands = -1;
+  const bool node = f.scope() == at::RecordScope::BACKWARD_FUNCTION;
+  const bool kernel = op && !log.kernel && log.kernels.count(name);
+  if (kernel) {
+    log.kernel = log.depth;
+    log.kernel_row = log.rows.size();
+    operands = static_cast<int64_t>(log.operands.size());
+    const auto inputs = f.inputs();
+    log.operands.push_back(static_cast<int64_t>(inputs.size()));
+    for (const auto& x : inputs) write(log.operands, x);
+  }
+  const int64_t at = log.kernel && !kernel ? -1 : line();
+  log.rows.push_back({BEGUN, made.first->second, f.seqNr(), node ? 2 : kernel ? 1 : 0, operands, at});
+  return std::make_unique<Seen>();
+}
+
+void end(const at::RecordFunction& f, at::ObserverContext* seen) {
+  auto& log = log_();
+  if (!log.on || !log.observes || seen == nullptr) return;
+  int64_t operands = -1;
+  if (log.kernel && log.kernel == log.depth) {
+    operands = static_cast<int64_t>(log.operands.size());
+    const auto outputs = f.outputs();
+    log.operands.push_back(static_cast<int64_t>(outputs.size()));
+    for (const auto& x : outputs) write(log.operands, x);
+    log.kernel = 0;
+  }
+  --log.depth;
+  log.rows.push_back({ENDED, 0, 0, 0, operands, 0});
+}
+
+// ---- from Python
+
+void start() {
+  auto& log = log_();
+  log.rows.clear();
+  log.operands.clear();
+  log.depth = log.kernel = 0;
+  log.observes = log.aside = false;
+  log.on = true;
+}
+
+at::CallbackHandle handle_ = 0;
+
+void install() {
+  allocator_.inner = c10::GetAllocator(c10::DeviceType::CPU);
+  c10::SetAllocator(c10::DeviceType::CPU, &allocator_, 255);
+  c10::impl::tls_set_dispatch_key_included(DispatchKey::Fake, true);
+  handle_ = at::addThreadLocalCallback(at::RecordFunctionCallback(&begin, &end)
+                                           .needsInputs(true)
+                                           .needsOutputs(true)
+                                           .scopes({at::RecordScope::FUNCTION, at::RecordScope::BACKWARD_FUNCTION}));
+}
+
+void uninstall() {
+  log_().on = false;
+  at::removeCallback(handle_);
+  c10::impl::tls_set_dispatch_key_included(DispatchKey::Fake, false);
+  c10::SetAllocator(c10::DeviceType::CPU, allocator_.inner, 255);
+}
+
+template <class T>
+py::bytes as_bytes(const std::vector<T>& values) {
+  return py::bytes(reinterpret_cast<const char*>(values.data()), values.size() * sizeof(T));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.def("install", &install, "Put the allocator, the kernels and the observer in place.");
+  m.def("uninstall", &uninstall, "Take them away.");
+  m.def("start", &start, "Begin an empty log.");
+  m.def("observe", [](bool observes) { log_().observes = observes; }, "Write rows of operators, or of storages only.");
+  m.def("mark", [](int64_t what, int64_t value, int64_t more) {
+    auto& log = log_();
+    if (log.on) log.rows.push_back({MARKED, what, value, more, 0, 0});
+  });
+  m.def("number_of", [](int64_t cdata) { return number_of(*reinterpret_cast<c10::StorageImpl*>(cdata)); },
+        "The number of a storage, from its `_cdata`; 0 of one that was made before `install`.");
+  m.def("set_kernels", [](const std::vector<std::string>& names, const std::vector<std::string>& dependent) {
+    log_().kernels = {names.begin(), names.end()};
+    log_().dependent = {dependent.begin(), dependent.end()};
+  });
+  m.def("set_libraries", [](std::vector<std::string> folders) {
+    log_().libraries = std::move(folders);
+    log_().is_library.clear();
+  });
+  m.def("rows", [] { return as_bytes(log_().rows); });
+  m.def("operands", [] { return as_bytes(log_().operands); });
+  m.def("names", [] { return log_().names; });
+  m.def("lines", [] { return log_().lines; });
+}

@@ -1,0 +1,78 @@
+"""Which storages autograd keeps for backward: a second run of the step, whose saved tensors are looked at."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+from torch.autograd import graph
+
+from trainer.referee.recorder.log import NODE, Kind, Log, Mark
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+
+class Saved:
+    """A tensor that autograd has been given to keep, alive as long as autograd keeps it."""
+
+    __slots__ = ("native", "number", "tensor")
+
+    def __init__(self, native: Any, tensor: Tensor) -> None:
+        self.native, self.tensor = native, tensor.detach()  # a result that its own node keeps would never be freed
+        self.number = number_of(native, tensor)
+        native.mark(Mark.SAVED, self.number, 0)
+
+    def __del__(self) -> None:
+        self.native.mark(Mark.LET_GO, self.number, 0)
+
+
+def saving(native: Any, step: Callable[[], object]) -> None:
+    """Run the step with marks of what autograd saves, and of what checkpoints do when they run forward again."""
+    hooks = graph.saved_tensors_hooks
+    begin = hooks.__init__
+
+    def watched(self: Any, pack_hook: Callable[[Tensor], Any], unpack_hook: Callable[[Any], Tensor]) -> None:
+        def pack(t: Tensor) -> Any:
+            native.mark(Mark.REMADE, number_of(native, t), 0)
+            return pack_hook(t)
+
+        begin(self, pack, unpack_hook)
+
+    with hooks(lambda t: Saved(native, t), lambda saved: saved.tensor), patch.object(hooks, "__init__", watched):
+        step()
+
+
+def number_of(native: Any, t: Tensor) -> int:
+    """The number of a tensor's storage in the log."""
+    return int(native.number_of(t.untyped_storage()._cdata))  # noqa: SLF001 - the storage's identity
+
+
+def saved_allocations(log: Log, first: int) -> set[int]:
+    """Which allocations of a step, by their position among all, autograd keeps when a backward begins."""
+    kept: dict[int, int] = {}
+    found: set[int] = set()
+    position: dict[int, int] = {}
+    allocations = depth = nodes = 0
+    for kind, a, b, c, *_ in log.rows[first:]:
+        if kind == Kind.ALLOCATED:
+            position[a] = allocations
+            allocations += 1
+        elif kind == Kind.MARKED and a == Mark.SAVED:
+            kept[b] = kept.get(b, 0) + 1
+        elif kind == Kind.MARKED and a == Mark.LET_GO:
+            kept[b] = kept.get(b, 0) - 1
+        elif kind == Kind.MARKED and a == Mark.REMADE and nodes and b in position:
+            found.add(position[b])
+        elif kind == Kind.BEGUN:
+            depth += 1
+            if not nodes and (c == NODE or log.is_engine(a)):
+                nodes = depth
+                found |= {position[number] for number, count in kept.items() if count > 0 and number in position}
+        elif kind == Kind.ENDED:
+            if depth == nodes:
+                nodes = 0
+            depth -= 1
+    return found

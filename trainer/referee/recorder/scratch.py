@@ -1,0 +1,171 @@
+"""What CPU kernels allocate for themselves beside their results: one table, by operator.
+
+A kernel that is left out does not allocate it, so it is written down here, with the file of PyTorch that says so. The
+sizes are those of the symbolic machine (`estimator.eager`), whose rules take numbers as well as letters.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from estimator.eager.indexing import EXPANDED_INDEX_WIDTH
+from estimator.eager.letters import constant
+from estimator.eager.linalg import tile_keys, tile_rows
+from estimator.eager.tensor import TRANSPOSED_BLOCK
+from trainer.referee.recorder.log import Operand
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from estimator.eager.letters import Size
+
+    Rule = Callable[[Sequence[Any], int], Sequence[int]]
+
+FLOAT = 4  # bytes of a float32
+
+
+def scratch_of(name: str, inputs: Sequence[Any], threads: int) -> Sequence[int]:
+    """Bytes of each storage that a kernel has for itself, while it runs.
+
+    Args:
+        name: the operator, with its overload.
+        inputs: what it is given (`Log.values`).
+        threads: PyTorch's CPU threads.
+    """
+    rule = KERNELS.get(name.removeprefix("aten::").partition(".")[0])
+    return () if rule is None else rule(inputs, threads)
+
+
+def _casts(inputs: Sequence[Any], _: int) -> Sequence[int]:
+    """TensorIterator reads an operand of another dtype than the computation's through a copy.
+
+    `TensorIteratorBase::compute_types` of aten/src/ATen/TensorIterator.cpp.
+    """
+    operands = [x for x in inputs if isinstance(x, Operand)]
+    common = common_dtype(operands)
+    return [x.numel * common.itemsize for x in operands if x.dtype != common]
+
+
+def _where(inputs: Sequence[Any], threads: int) -> Sequence[int]:
+    """The condition is read as it is; of the others, `where_self_out` casts one itself."""
+    return _casts(inputs[1:3], threads)
+
+
+def common_dtype(operands: Sequence[Operand]) -> torch.dtype:
+    """`at::result_type`: tensors with dimensions decide before those without, and these before numbers."""
+    ranks: dict[int, torch.dtype] = {}
+    for x in operands:
+        rank = 2 if x.is_number else 0 if x.shape else 1
+        ranks[rank] = torch.promote_types(ranks[rank], x.dtype) if rank in ranks else x.dtype
+    found = ranks.pop(min(ranks))
+    for _, dtype in sorted(ranks.items()):
+        found = _combined(found, dtype)
+    return found
+
+
+def _combined(stronger: torch.dtype, weaker: torch.dtype) -> torch.dtype:
+    """`combine_categories`: the weaker decides only where it is of a higher kind."""
+    if _kind(weaker) <= _kind(stronger):
+        return stronger
+    return torch.get_default_dtype() if weaker == torch.float64 else weaker
+
+
+def _kind(dtype: torch.dtype) -> int:
+    return 3 if dtype.is_complex else 2 if dtype.is_floating_point else 1 if dtype != torch.bool else 0
+
+
+def _number(x: Size) -> int:
+    assert x.number is not None
+    return int(x.number)
+
+
+def _tiles(q: Operand, k: Operand) -> tuple[int, int]:
+    """(query rows, key rows) of one tile of fused attention on (B, h, T, e)."""
+    return _number(tile_rows(constant(q.shape[-2]))), _number(tile_keys(constant(k.shape[-2])))
+
+
+def _flash(inputs: Sequence[Any], threads: int) -> Sequence[int]:
+    """A tile of scores, its rows' maximum and sum and a tile of the output for each thread; scores in half precision.
+
+    aten/src/ATen/native/cpu/FlashAttentionKernel.cpp, `cpu_flash_attention`.
+    """
+    q, k = inputs[:2]
+    rows, keys = _tiles(q, k)
+    found = [FLOAT * threads * rows * (keys + 2 + q.shape[-1])]
+    return found if q.dtype.itemsize >= FLOAT else [*found, threads * rows * keys * q.dtype.itemsize]
+
+
+def _flash_backward(inputs: Sequence[Any], threads: int) -> Sequence[int]:
+    """A tile of scores and one of their gradients for each thread, both in half precision too, and a row of sums."""
+    _, q, k = inputs[:3]
+    rows, keys = _tiles(q, k)
+    found = [FLOAT * 2 * threads * rows * keys, FLOAT * rows]
+    return found if q.dtype.itemsize >= FLOAT else [*found, 2 * threads * rows * keys * q.dtype.itemsize]
+
+
+def _layer_norm_backward(inputs: Sequence[Any], threads: int) -> Sequence[int]:
+    """Two rows a thread, in which the gradients of weight and bias are summed.
+
+    aten/src/ATen/native/cpu/layer_norm_kernel.cpp, `LayerNormBackwardKernelImplInternal`.
+    """
+    _, x, shape, _, _, weight, _, mask = inputs
+    return () if weight is None or not any(mask[1:]) else [2 * threads * prod(shape) * x.dtype.itemsize]
+
+
+def _copy(inputs: Sequence[Any], _: int) -> Sequence[int]:
+    """A transposed matrix is copied to a contiguous one block by block (`copy_transpose_valid` of Copy.cpp)."""
+    to, source = inputs[:2]
+    transposed = len(source.shape) == 2 and source.stride == (1, source.shape[0])
+    straight = to.shape == source.shape and to.stride == (to.shape[-1], 1) if transposed else False
+    if not straight or to.dtype != source.dtype or to.numel < TRANSPOSED_BLOCK**2:
+        return ()
+    return [TRANSPOSED_BLOCK**2 * to.dtype.itemsize]
+
+
+def _element_moves(inputs: Sequence[Any], _: int) -> Sequence[int]:
+    """gather and scatter of half precision go through a buffer in float32 as large as their result.
+
+    aten/src/ATen/native/cpu/ScatterGatherKernel.cpp, `create_acc_buffer`.
+    """
+    to, _, index = inputs[:3]
+    return [] if to.dtype.itemsize >= FLOAT or not to.dtype.is_floating_point else [FLOAT * index.numel]
+
+
+def _scatter(inputs: Sequence[Any], _: int) -> Sequence[int]:
+    to = inputs[0]
+    return [] if to.dtype.itemsize >= FLOAT or not to.dtype.is_floating_point else [FLOAT * to.numel]
+
+
+def _index_add(inputs: Sequence[Any], threads: int) -> Sequence[int]:
+    """Rows of half precision are added up in float32: one row a thread where rows are wide, else a copy of all."""
+    to = inputs[0]
+    if to.dtype.itemsize >= FLOAT or len(to.shape) < 2:
+        return []
+    rows = threads if to.shape[1] >= EXPANDED_INDEX_WIDTH else to.shape[0]
+    return [FLOAT * rows * prod(to.shape[1:])]
+
+
+def _embedding_backward(inputs: Sequence[Any], _: int) -> Sequence[int]:
+    """The gradient and the indices, made contiguous (aten/src/ATen/native/Embedding.cpp)."""
+    return [x.nbytes for x in inputs[:2] if not x.is_contiguous]
+
+
+ELEMENTWISE = (
+    *("add", "sub", "mul", "div", "pow", "rsub", "maximum", "minimum", "fmod", "remainder", "atan2", "lerp"),
+    *("add_", "sub_", "mul_", "div_", "pow_", "eq", "ne", "lt", "le", "gt", "ge", "addcmul", "addcdiv"),
+)
+KERNELS: dict[str, Rule] = {
+    **dict.fromkeys(ELEMENTWISE, _casts),
+    "where": _where,
+    "copy_": _copy,
+    "gather": _element_moves,
+    **dict.fromkeys(("scatter", "scatter_", "scatter_add", "scatter_add_"), _scatter),
+    "index_add_": _index_add,
+    "embedding_dense_backward": _embedding_backward,
+    "native_layer_norm_backward": _layer_norm_backward,
+    "_scaled_dot_product_flash_attention_for_cpu": _flash,
+    "_scaled_dot_product_flash_attention_for_cpu_backward": _flash_backward,
+}

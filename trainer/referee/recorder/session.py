@@ -1,0 +1,130 @@
+"""Recording a step: the allocators, the observer, the hooks that say whose turn it is, and the device's rules."""
+
+from __future__ import annotations
+
+import gc
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.modules import module as hooks
+from torch.optim import optimizer as optimizers
+from torch.utils._pytree import tree_leaves
+
+from estimator.eager.ledger import Category
+from trainer.referee.measure import onednn
+from trainer.referee.recorder.assumptions import Assumptions
+from trainer.referee.recorder.extension import extension
+from trainer.referee.recorder.ledger import Known
+from trainer.referee.recorder.log import Kind, Log, Mark
+from trainer.referee.recorder.rules import dependent_kernels, device_rules, kernels_of
+from trainer.referee.recorder.saved import number_of, saved_allocations, saving
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from torch import nn
+
+LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent))  # whose code is not the user's
+
+
+@contextmanager
+def recording(assumptions: Assumptions | None = None) -> Iterator[Any]:
+    """The extension, all that it puts in place there and its log begun; oneDNN is off, as for the referee of bytes."""
+    native = extension()
+    native.set_kernels(kernels_of(), dependent_kernels())
+    native.set_libraries(LIBRARIES)
+    with device_rules(assumptions or Assumptions(LIBRARIES)), onednn(enabled=False):
+        native.install()
+        try:
+            native.start()
+            yield native
+        finally:
+            native.uninstall()
+
+
+@contextmanager
+def marks(step: Any, native: Any) -> Iterator[None]:
+    """Modules, gradients and updates are marked in the log."""
+    names = {id(m): i for i, (_, m) in enumerate(step.model.named_modules())}
+
+    def enter(m: nn.Module, *_: Any) -> None:
+        native.mark(Mark.MODULE, names.get(id(m), -1), 0)
+
+    def leave(*_: Any) -> None:
+        native.mark(Mark.MODULE_END, 0, 0)
+
+    def gradient(number: int) -> Callable[[torch.Tensor], None]:
+        def hook(p: torch.Tensor) -> None:
+            if p.grad is not None:
+                native.mark(Mark.GRADIENT, number_of(native, p.grad), number)
+
+        return hook
+
+    with ExitStack() as stack:
+        for handle in (
+            hooks.register_module_forward_pre_hook(enter),
+            hooks.register_module_forward_hook(leave, always_call=True),
+            optimizers.register_optimizer_step_pre_hook(lambda *_: native.mark(Mark.UPDATE, 0, 0)),
+            optimizers.register_optimizer_step_post_hook(lambda *_: native.mark(Mark.UPDATE_END, 0, 0)),
+            *(
+                p.register_post_accumulate_grad_hook(gradient(i))
+                for i, p in enumerate(step.model.parameters())
+                if p.requires_grad
+            ),
+        ):
+            stack.callback(handle.remove)
+        yield
+
+
+def recorded(native: Any, step: Any) -> tuple[Log, int, Known, set[int]]:
+    """(the log, the row at which a steady step begins, what is alive then, which of its allocations autograd keeps)."""
+    step()  # the first step makes the optimizer's state; the steady ones are alike
+    with marks(step, native):
+        log, first = _observed(native, step)
+        known = _known(native, step, log, first)
+        native.start()
+        again, begun = _observed(native, lambda: saving(native, step))
+    return log, first, known, saved_allocations(again, begun)
+
+
+def _observed(native: Any, step: Callable[[], object]) -> tuple[Log, int]:
+    """(the log so far and one more call of `step`, the row at which that begins)."""
+    gc.collect()
+    native.observe(True)
+    native.mark(Mark.UPDATE_END, 0, 0)
+    gc.disable()
+    try:
+        step()
+    finally:
+        gc.enable()
+        native.observe(False)
+    log = Log.of(native)
+    return log, next(i for i, row in enumerate(log.rows) if row[0] == Kind.MARKED)
+
+
+def _known(native: Any, step: Any, log: Log, first: int) -> Known:
+    alive: dict[int, int] = {}
+    for kind, number, nbytes, *_ in log.rows[:first]:
+        if kind == Kind.ALLOCATED:
+            alive[number] = nbytes
+        elif kind == Kind.FREED:
+            alive.pop(number, None)
+    found = dict.fromkeys(alive, (Category.BUFFER, ""))
+    for name, t in step.model.named_buffers():
+        found[number_of(native, t)] = Category.BUFFER, name.rpartition(".")[0]
+    for t in (x for x in tree_leaves(step.inputs) if isinstance(x, torch.Tensor)):
+        found[number_of(native, t)] = Category.INPUT, ""
+    names = {id(p): name for name, p in step.model.named_parameters()}
+    for p, state in step.optimizer.state.items():
+        for t in state.values():
+            if isinstance(t, torch.Tensor):
+                found[number_of(native, t)] = Category.OPTIMIZER, names.get(id(p), "").rpartition(".")[0]
+    for name, p in step.model.named_parameters():
+        found[number_of(native, p)] = Category.PARAMETER, name.rpartition(".")[0]
+    return Known(
+        {number: (nbytes, *found[number]) for number, nbytes in alive.items()},
+        [name for name, _ in step.model.named_parameters()],
+        [name for name, _ in step.model.named_modules()],
+    )

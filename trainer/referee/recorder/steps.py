@@ -1,0 +1,67 @@
+"""What a user's function returns, as a training step."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from estimator.describe.checks import ConfigError
+from estimator.describe.plan import Plan
+from trainer.optim.precision import PARAMETERS, autocast
+from trainer.referee.measure import Step, build_optimizer, trained
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+PRECISIONS = ("fp32", "tf32", "bf16", "bf16-mixed", "fp16-mixed")  # of a module of one's own
+
+
+class ModuleStep(Step):
+    """A step of a module with a loss of its own, run as a plan says.
+
+    Args:
+        module: what is trained.
+        loss: `loss(module, *inputs)` is a tensor without dimensions.
+        inputs: what a micro-batch is.
+        p: micro-batches, optimizer, clipping and precision.
+        device: what `autocast` and the optimizer's implementation are asked of.
+    """
+
+    def __init__(
+        self, module: nn.Module, loss: Callable[..., Tensor], inputs: tuple[Any, ...], p: Plan, device: str = "cpu"
+    ) -> None:
+        self.loss, self.given = loss, inputs
+        tensors: Any = tuple(x for x in tree_leaves(inputs) if isinstance(x, torch.Tensor)) or (torch.zeros(1),)
+        super().__init__(module, build_optimizer(trained(module), p, device), tensors, p)
+
+    def forward(self) -> Tensor:
+        """The loss of one micro-batch, divided by their number."""
+        with autocast(self.plan, self.inputs[0].device.type):
+            loss = self.loss(self.module, *self.given)
+        return loss if self.plan.grad_accumulation == 1 else loss / self.plan.grad_accumulation
+
+
+def as_step(built: Any, plan: Plan | None = None) -> Any:
+    """The step that `built` is, or that it makes with `plan`.
+
+    Raises:
+        ConfigError: it is nothing that can be trained.
+    """
+    if callable(built) and all(hasattr(built, name) for name in ("model", "optimizer", "inputs")):
+        return built
+    if isinstance(built, nn.Module):
+        raise ConfigError("build returned a module alone: return (module, loss, inputs)")
+    if not (isinstance(built, tuple) and len(built) == 3 and isinstance(built[0], nn.Module) and callable(built[1])):
+        kind = type(built).__name__
+        raise ConfigError(f"build returned a {kind}: must be (module, loss, inputs), a module, or a step")
+    module, loss, inputs = built
+    p = plan or Plan()
+    if p.precision not in PRECISIONS:
+        raise ConfigError(f"precision = {p.precision!r}: allowed for a module of your own are {', '.join(PRECISIONS)}")
+    module = module.to(PARAMETERS[p.precision]) if p.precision in PARAMETERS else module
+    return ModuleStep(module, loss, inputs if isinstance(inputs, tuple) else (inputs,), p)

@@ -1,0 +1,82 @@
+"""The recorder against a real step of the same code on this CPU, event by event."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from estimator.eager.ledger import Phase
+from trainer.referee.first_difference import Event, real_events
+from trainer.referee.recorder.recording import record
+from trainer.referee.recorder.steps import as_step
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from estimator.describe.plan import Plan
+    from trainer.referee.recorder.recording import Recording
+
+
+class Truth(NamedTuple):
+    """What a real step and its recording did.
+
+    Attributes:
+        peak: bytes at the peak of the recording, and the same of the real step, with what the recording found alive
+            before it.
+        events: numbers of events of the recording and of the real step.
+        first: of the runs of allocations and frees, the index of the first that differs; None where all are equal.
+        recording: the recording.
+        runs: those of both.
+    """
+
+    peak: tuple[int, int]
+    events: tuple[int, int]
+    first: int | None
+    recording: Recording
+    runs: tuple[list[list[Event]], list[list[Event]]]
+
+
+def judged(build: Callable[[], Any], plan: Plan | None = None) -> Truth:
+    """Record the step, by the CPU's rules, and run it for real under the profiler."""
+    recording = record(build, plan, "cpu")
+    setup = sum(e.where.phase is Phase.SETUP for e in recording.ledger.events)
+    ours = [
+        Event(int(delta), f"{e.where.phase} {e.where.module} {e.where.op}")
+        for e, delta in zip(recording.ledger.events, recording.account.delta, strict=True)
+    ]
+    real = real_events(as_step(build(), plan))
+    runs = in_runs(ours[setup:]), in_runs(real)
+    first = next((i for i, (a, b) in enumerate(zip(*runs, strict=False)) if _bytes(a) != _bytes(b)), None)
+    if first is None and len(runs[0]) != len(runs[1]):
+        first = min(map(len, runs))
+    live = most = sum(e.nbytes for e in ours[:setup])
+    for event in real:
+        live += event.nbytes
+        most = max(most, live)
+    return Truth((recording.peak_bytes, most), (len(ours) - setup, len(real)), first, recording, runs)
+
+
+def in_runs(events: Iterable[Event]) -> list[list[Event]]:
+    """Runs of allocations and of frees, each in order of size: nothing depends on the order within one."""
+    return [sorted(run, key=lambda e: e.nbytes) for _, run in groupby(events, key=lambda e: e.nbytes > 0)]
+
+
+def _bytes(run: Iterable[Event]) -> list[int]:
+    return [e.nbytes for e in run]
+
+
+def compare(build: Callable[[], Any], plan: Plan | None = None) -> str:
+    """`judged` in words, with the first difference where there is one."""
+    truth = judged(build, plan)
+    ours, real = truth.peak
+    if truth.first is None:
+        return f"A real step on this CPU: all {truth.events[1]:,} events are equal, and so is the peak, {real:,} bytes."
+    differs = (
+        f"A real step on this CPU: its peak is {real:,} bytes, the recording's {ours:,} ({ours - real:+,}); of "
+        f"{truth.events[1]:,} events the first that differs is of a run of {len(truth.runs[1][truth.first])}:"
+    )
+    lines = [differs]
+    for name, runs in zip(("recorded", "real"), truth.runs, strict=True):
+        run = runs[truth.first] if truth.first < len(runs) else []
+        lines += [f"  {name:8} {e.nbytes:>14,}  {e.place}" for e in run[:6]]
+    return "\n".join(lines)
