@@ -24,6 +24,7 @@ def declared(name: str) -> Setting | None:
             return settings(cls)[name]
     return None
 
+
 # The forms of an account, by the library's names, in words.
 FORMS = {
     "parameters": "Parameters",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -12,8 +12,10 @@ FORMULAS = ("=", "+", "-", "@")  # what a spreadsheet takes for the beginning of
 
 def csv_of(frame: pd.DataFrame, *, index: bool = True) -> str:
     """A table as CSV; no text in it is taken for a formula."""
-    plain = frame.reset_index() if index else frame
-    return str(plain.assign(**{str(name): [harmless(x) for x in plain[name]] for name in plain}).to_csv(index=False))
+    plain: Any = frame.reset_index() if index else frame.copy()
+    for name in plain:
+        plain[name] = [harmless(x) for x in plain[name]]
+    return str(plain.to_csv(index=False))
 
 
 def harmless(cell: object) -> object:
