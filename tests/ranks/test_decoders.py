@@ -1,4 +1,4 @@
-"""Random decoders of parts, experts among them, that several accelerators share: what real processes hold, to the byte."""
+"""Random decoders, experts among them, shared by several accelerators: what real processes hold, to the byte."""
 
 import os
 import sys

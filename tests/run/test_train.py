@@ -25,9 +25,10 @@ from trainer.optim.optimizers import AdamW
 from trainer.run.announce import matmul_peak
 from trainer.run.commands import main, parse_train
 from trainer.run.curve import WIDTH
+from trainer.run.optimizer import build_optimizer
 from trainer.run.progress import duration
 from trainer.run.settings import CONFIGS, ModelSection, OptimSection, TrainConfig, load_config
-from trainer.run.train import Share, TrainingError, build_optimizer, train
+from trainer.run.train import Share, TrainingError, train
 from trainer.system.memory import available_memory
 
 
@@ -415,7 +416,7 @@ def test_weights_that_are_not_finite_are_no_good_checkpoint(corpus, tmp_path, mo
         return before(self, *args) if len(calls) < 6 else spoil(self)
 
     monkeypatch.setattr(AdamW, "step", step)
-    monkeypatch.setattr("trainer.run.train.validate", lambda *_: 1.0)
+    monkeypatch.setattr("trainer.run.train.Training.validate", lambda _: 1.0)
     with pytest.raises(TrainingError, match=r"step 6: a weight is not finite; the last good checkpoint is .*00000003"):
         train(config)
     assert [p.name for p in checkpoints(tmp_path)] == ["step_00000003.pt"]

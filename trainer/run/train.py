@@ -7,36 +7,32 @@ import math
 import signal
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from estimator.describe.checks import ConfigError
-from estimator.describe.plan import WHOLE_MATRICES
 from trainer.files.adapters import load_base, save_adapters
 from trainer.files.checkpoint import CheckpointError, export_safetensors, random_states, set_random_states
 from trainer.files.data import Dataset
 from trainer.model.adapters import to_precision
 from trainer.model.decoder import build_model
-from trainer.optim.eight_bit import AdamW8bit
-from trainer.optim.in_backward import InBackward
-from trainer.optim.optimizers import SGD, AdamW, Lion, MuonAdamW, is_for_muon, is_matrix
 from trainer.optim.precision import PARAMETERS, autocast, loss_scaler, products_in
 from trainer.optim.schedule import lr_cosine_schedule
 from trainer.parallel.distributed import Weights, World, load_run, local, save_run
 from trainer.referee.measure import loss_of
 from trainer.run.announce import announce, matmul_peak
 from trainer.run.folder import check_settings, keep_inputs, locked, newest, prune, start_point
+from trainer.run.optimizer import build_optimizer
 from trainer.run.progress import Reporter, duration
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
     from pathlib import Path
     from types import FrameType
 
     from estimator.describe.plan import Plan
-    from trainer.run.settings import OptimSection, TrainConfig
+    from trainer.run.settings import TrainConfig
 
 
 class TrainingError(RuntimeError):
@@ -63,141 +59,213 @@ def train(config: TrainConfig) -> int:
 
 
 def _train(config: TrainConfig, world: World) -> int:
-    device = world.device
-    share = Share.of(config, world)
-    plan = share.plan
-    T = plan.seq_len or config.model.context_length
-    data = Dataset(config.data, T, config.plan.batch_size, device, seed=config.seed, vocab_size=config.model.vocab_size)
-    m = config.model.config(data.vocab_size)
-    plan.tokens(m)  # refuses a sequence longer than the model's positions
-    source = start_point(config, world)
-    check_precision(config, world)
+    run = Training(config, world)
+    with (
+        Reporter(
+            config.out, run.start, config.steps, config.log_every, tensorboard=config.tensorboard, quiet=world.rank > 0
+        ) as reporter,
+        Stop() as stop,
+    ):
+        expected = run.introduce(reporter)
+        trained = 0.0
+        for step in range(run.start, config.steps):
+            clock = time.perf_counter()
+            lr, loss, norm = run.step(step)
+            seconds = time.perf_counter() - clock
+            trained += seconds
+            reporter.step(
+                step + 1,
+                (config.steps - step - 1) * trained / (step + 1 - run.start),
+                loss=loss,
+                lr=lr,
+                grad_norm=norm,
+                seconds=seconds,
+                tokens_per_second=expected.tokens / seconds,
+                mfu=expected.seconds / seconds,
+            )
+            last = step + 1 == config.steps
+            if last or (step + 1) % config.eval_every == 0:
+                valid_loss = run.validate()
+                perplexity = math.exp(min(valid_loss, 700))  # e^709 is the largest float
+                reporter.record(step=step + 1, valid_loss=valid_loss, perplexity=perplexity)
+                reporter.say(f"step {step + 1}: validation loss {valid_loss:.4f}, perplexity {perplexity:.4g}")
+            interrupted = world.any(stop.signal is not None)
+            if last or interrupted or (step + 1) % config.save_every == 0:
+                path = run.save(step + 1)
+                if interrupted and not last:
+                    again = f"python -m trainer train --config {config.out / 'config.json'} --resume"
+                    reporter.say(f"stopped by a signal after step {step + 1}; saved {path}; go on with {again}")
+                    return 128 + (stop.signal or signal.SIGTERM)
+        run.export()
+        reporter.say(f"done     {duration(trained)} of training steps; {newest(config)}")
+        if (unigram := run.data.manifest.get("unigram_loss")) is not None:
+            reporter.say(f"         (token frequencies alone have a validation loss of {unigram:.4f})")
+    return 0
 
-    # The same weights on every device and in every process: they are drawn on the CPU.
-    torch.manual_seed(config.seed)
-    model = to_precision(build_model(m, plan).to(device), PARAMETERS.get(plan.precision))
-    if config.weights is not None:
-        load_base(model, config.weights)
-    if plan.precision == "tf32" and device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-    scaler = loss_scaler(plan.precision, device.type, sharded=world.shares(config.sharding))
-    wrapped, held, weights, masters = world.prepare(model, plan, config.sharding)
-    # compile() gives back a module too, whatever its annotation says.
-    module = cast("nn.Module", torch.compile(wrapped)) if plan.compile else wrapped
-    optimizer = build_optimizer(weights, plan, config.optim, device.type)
-    start = 0 if source is None else load(world, source, weights, optimizer, scaler, m.to_dict(), config)
-    if masters is not None:
-        masters.write_back()
-        held.spread()
 
-    def forward(split: str, index: int) -> Tensor:
-        inputs, targets = data.get_batch(split, index)
-        with autocast(plan, device.type):
-            return loss_of(module, plan, inputs[share.rows], targets[share.rows])
+class Expected(NamedTuple):
+    """What a step is held against.
 
-    def save(step: int) -> Path:
-        run = {"step": step, "config": config.to_dict(), "model": m.to_dict(), "random": random_states()}
-        run["scaler"] = scaler.state_dict()
-        finite = torch.stack([torch.isfinite(local(p)).all() for p in weights.named.values()]).all()
+    Attributes:
+        tokens: that a step of the whole run sees.
+        seconds: that its matrix products take at the speed of one large product on this machine.
+    """
+
+    tokens: int
+    seconds: float
+
+
+class Training:
+    """A run that can take its next step: its data, weights and optimizer, as they were saved if it goes on.
+
+    Attributes:
+        start: steps done before.
+        data: the corpus.
+    """
+
+    def __init__(self, config: TrainConfig, world: World) -> None:
+        self.config, self.world = config, world
+        self.share = Share.of(config, world)
+        plan, device = self.share.plan, world.device
+        self.T = plan.seq_len or config.model.context_length
+        B, vocab_size = config.plan.batch_size, config.model.vocab_size
+        self.data = Dataset(config.data, self.T, B, device, seed=config.seed, vocab_size=vocab_size)
+        self.m = config.model.config(self.data.vocab_size)
+        plan.tokens(self.m)  # refuses a sequence longer than the model's positions
+        self.source = start_point(config, world)
+        check_precision(config, world)
+
+        # The same weights on every device and in every process: they are drawn on the CPU.
+        torch.manual_seed(config.seed)
+        self.model = to_precision(build_model(self.m, plan).to(device), PARAMETERS.get(plan.precision))
+        if config.weights is not None:
+            load_base(self.model, config.weights)
+        if plan.precision == "tf32" and device.type == "cuda":
+            torch.set_float32_matmul_precision("high")
+        self.scaler = loss_scaler(plan.precision, device.type, sharded=world.shares(config.sharding))
+        self.wrapped, self.held, self.weights, self.masters = world.prepare(self.model, plan, config.sharding)
+        # compile() gives back a module too, whatever its annotation says.
+        self.module = cast("nn.Module", torch.compile(self.wrapped)) if plan.compile else self.wrapped
+        self.optimizer = build_optimizer(self.weights, plan, config.optim, device.type)
+        self.start = 0
+        if self.source is not None:
+            self.start = load(world, self.source, self.weights, self.optimizer, self.scaler, self.m.to_dict(), config)
+        if self.masters is not None:
+            self.masters.write_back()
+            self.held.spread()
+
+    def introduce(self, reporter: Reporter) -> Expected:
+        """Say what is run, and whether it fits the machine; what a step is held against.
+
+        Raises:
+            ConfigError: it does not fit, and that was not said to be meant.
+        """
+        config, world, plan = self.config, self.world, self.share.plan
+        if self.source is not None:
+            reporter.say(f"resumed  {self.source}")
+        shared = plan.replace(data_parallel=world.size, sharding=config.sharding)
+        sharing = world.size if world.device.type == "cpu" else 1  # CPU processes share the machine's memory
+        estimate = announce(
+            self.m,
+            shared,
+            world.device,
+            processes=sharing,
+            force=config.force,
+            notes=left_out(config),
+            say=reporter.say,
+        )
+        tokens = config.plan.batch_size * config.plan.grad_accumulation * self.T
+        epochs = config.steps * tokens / self.data.tokens("train")
+        reporter.say(f"run      {config.steps} steps of {tokens:,} tokens: {epochs:.2f} times {config.data}")
+        flops = (estimate.forward_flops + estimate.backward_flops) * plan.grad_accumulation * world.size
+        peak = world.size * matmul_peak(world.device, products_in(plan.precision))
+        reporter.say(f"MFU      of {peak / 1e12:.3g} TFLOP/s, measured now on a square matrix product")
+        if world.rank == 0:
+            keep_inputs(config)
+        return Expected(tokens, flops / peak)
+
+    def forward(self, split: str, index: int) -> Tensor:
+        """The loss of this process's rows of batch `index`."""
+        inputs, targets = self.data.get_batch(split, index)
+        with autocast(self.share.plan, self.world.device.type):
+            return loss_of(self.module, self.share.plan, inputs[self.share.rows], targets[self.share.rows])
+
+    def step(self, number: int) -> tuple[float, float, float]:
+        """Move the weights once; (learning rate, loss, norm of the gradients) of the whole run's step `number`.
+
+        Raises:
+            TrainingError: loss or gradients are not finite; the weights are as before.
+        """
+        plan, world, o = self.share.plan, self.world, self.config.optim
+        # From 1: at 0 a warm-up's learning rate is 0, and the step would do nothing.
+        lr = lr_cosine_schedule(number + 1, o.lr, o.min_lr, o.warmup_steps, self.config.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        total = torch.zeros((), device=world.device)
+        for i in range(plan.grad_accumulation):
+            with world.micro_batch(self.wrapped, last=i == plan.grad_accumulation - 1):
+                loss = self.forward("train", self.share.index(number, i)) / plan.grad_accumulation
+                self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            total += loss.detach()
+        self.held.gather_gradients()
+        if self.masters is not None:
+            self.masters.take_gradients()
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.zeros_like(total)
+        if plan.max_grad_norm is not None:
+            norm = self.weights.clip(plan.max_grad_norm)
+        # Looked at before the update: what a non-finite gradient has touched is lost.
+        loss_now, norm_now = torch.stack((world.total(total) / world.size, norm)).tolist()
+        overflowed = self.scaler.is_enabled() and not math.isfinite(norm_now)  # the scaler leaves the update out
+        if not math.isfinite(loss_now) or not (math.isfinite(norm_now) or overflowed):
+            what = f"the loss is {loss_now}, the gradient's norm {norm_now}"
+            raise TrainingError(f"step {number + 1}: {what}; {newest(self.config)}")
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.masters is not None:
+            self.masters.write_back()
+        self.held.spread()
+        self.held.clear_gradients()
+        return lr, loss_now, norm_now
+
+    @torch.no_grad()
+    def validate(self) -> float:
+        """Mean loss over the same batches each time, all processes' together."""
+        self.module.eval()
+        losses = [self.forward("valid", index) for index in self.share.batches(self.config.eval_batches)]
+        self.module.train()
+        return float(self.world.total(torch.stack(losses).mean()) / self.world.size)
+
+    def save(self, step: int) -> Path:
+        """Write a checkpoint from which the run goes on after `step` steps, and drop those that are too old.
+
+        Raises:
+            TrainingError: a weight is not finite, or the disk takes no more.
+        """
+        config, world = self.config, self.world
+        run = {"step": step, "config": config.to_dict(), "model": self.m.to_dict(), "random": random_states()}
+        run["scaler"] = self.scaler.state_dict()
+        finite = torch.stack([torch.isfinite(local(p)).all() for p in self.weights.named.values()]).all()
         if world.any(not bool(finite)):  # what is kept is what a run can go on from
             raise TrainingError(f"step {step}: a weight is not finite; {newest(config)}")
         try:
-            path = save_run(world, config.out, step, weights, optimizer, run=run)
+            path = save_run(world, config.out, step, self.weights, self.optimizer, run=run)
         except OSError as error:
             raise TrainingError(f"step {step}: the checkpoint cannot be written ({error}); {newest(config)}") from error
         if world.rank == 0:
             prune(config.out, config.keep)
         return path
 
-    with Reporter(
-        config.out, start, config.steps, config.log_every, tensorboard=config.tensorboard, quiet=world.rank > 0
-    ) as reporter:
-        if source is not None:
-            reporter.say(f"resumed  {source}")
-        notes = left_out(config)
-        shared = plan.replace(data_parallel=world.size, sharding=config.sharding)
-        sharing = world.size if device.type == "cpu" else 1  # CPU processes share the machine's memory
-        estimate = announce(m, shared, device, processes=sharing, force=config.force, notes=notes, say=reporter.say)
-        step_tokens = config.plan.batch_size * config.plan.grad_accumulation * T
-        epochs = config.steps * step_tokens / data.tokens("train")
-        reporter.say(f"run      {config.steps} steps of {step_tokens:,} tokens: {epochs:.2f} times {config.data}")
-        step_flops = (estimate.forward_flops + estimate.backward_flops) * plan.grad_accumulation * world.size
-        peak = world.size * matmul_peak(device, products_in(plan.precision))
-        reporter.say(f"MFU      of {peak / 1e12:.3g} TFLOP/s, measured now on a square matrix product")
-        if world.rank == 0:
-            keep_inputs(config)
-
-        trained = 0.0
-        with Stop() as stop:
-            for step in range(start, config.steps):
-                clock = time.perf_counter()
-                # From 1: at 0 a warm-up's learning rate is 0, and the step would do nothing.
-                lr = lr_cosine_schedule(
-                    step + 1, config.optim.lr, config.optim.min_lr, config.optim.warmup_steps, config.steps
-                )
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
-
-                total = torch.zeros((), device=device)
-                for i in range(plan.grad_accumulation):
-                    with world.micro_batch(wrapped, last=i == plan.grad_accumulation - 1):
-                        loss = forward("train", share.index(step, i)) / plan.grad_accumulation
-                        scaler.scale(loss).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-                    total += loss.detach()
-                held.gather_gradients()
-                if masters is not None:
-                    masters.take_gradients()
-                scaler.unscale_(optimizer)
-                norm = weights.clip(plan.max_grad_norm) if plan.max_grad_norm is not None else torch.zeros_like(total)
-                # Looked at before the step: what a non-finite gradient has touched is lost.
-                loss_now, norm_now = torch.stack((world.total(total) / world.size, norm)).tolist()
-                overflowed = scaler.is_enabled() and not math.isfinite(norm_now)  # the scaler leaves the step out
-                if not math.isfinite(loss_now) or not (math.isfinite(norm_now) or overflowed):
-                    what = f"the loss is {loss_now}, the gradient's norm {norm_now}"
-                    raise TrainingError(f"step {step + 1}: {what}; {newest(config)}")
-                scaler.step(optimizer)
-                scaler.update()
-                if masters is not None:
-                    masters.write_back()
-                held.spread()
-                held.clear_gradients()
-
-                seconds = time.perf_counter() - clock
-                trained += seconds
-                reporter.step(
-                    step + 1,
-                    (config.steps - step - 1) * trained / (step + 1 - start),
-                    loss=loss_now,
-                    lr=lr,
-                    grad_norm=norm_now,
-                    seconds=seconds,
-                    tokens_per_second=step_tokens / seconds,
-                    mfu=step_flops / seconds / peak,
-                )
-                last = step + 1 == config.steps
-                if last or (step + 1) % config.eval_every == 0:
-                    valid_loss = validate(world, module, forward, share.batches(config.eval_batches))
-                    perplexity = math.exp(min(valid_loss, 700))  # e^709 is the largest float
-                    reporter.record(step=step + 1, valid_loss=valid_loss, perplexity=perplexity)
-                    reporter.say(f"step {step + 1}: validation loss {valid_loss:.4f}, perplexity {perplexity:.4g}")
-                interrupted = world.any(stop.signal is not None)
-                if last or interrupted or (step + 1) % config.save_every == 0:
-                    path = save(step + 1)
-                    if interrupted and not last:
-                        again = f"python -m trainer train --config {config.out / 'config.json'} --resume"
-                        reporter.say(f"stopped by a signal after step {step + 1}; saved {path}; go on with {again}")
-                        return 128 + (stop.signal or signal.SIGTERM)
-
-        if world.size == 1:
-            about = {"config": json.dumps(m.to_dict())}
-            if plan.adapter == "none":
-                export_safetensors(model, config.out / "model.safetensors", about)
-            else:
-                save_adapters(model, config.out / "adapters.safetensors", about | {"plan": json.dumps(plan.to_dict())})
-        reporter.say(f"done     {duration(trained)} of training steps; {newest(config)}")
-        if (unigram := data.manifest.get("unigram_loss")) is not None:
-            reporter.say(f"         (token frequencies alone have a validation loss of {unigram:.4f})")
-    return 0
+    def export(self) -> None:
+        """Write the weights, or the adapters, as safetensors; one process alone holds all of them."""
+        if self.world.size > 1:
+            return
+        out, about = self.config.out, {"config": json.dumps(self.m.to_dict())}
+        if self.share.plan.adapter == "none":
+            export_safetensors(self.model, out / "model.safetensors", about)
+        else:
+            about["plan"] = json.dumps(self.share.plan.to_dict())
+            save_adapters(self.model, out / "adapters.safetensors", about)
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,83 +313,6 @@ class Share:
     def batches(self, n: int) -> range:
         """This process's among `n` batches of validation."""
         return range(self.first, n, self.stride)
-
-
-@torch.no_grad()
-def validate(world: World, module: nn.Module, forward: Callable[[str, int], Tensor], batches: range) -> float:
-    """Mean loss over the same batches each time, all processes' together."""
-    module.eval()
-    mean = torch.stack([forward("valid", index) for index in batches]).mean()
-    module.train()
-    return float(world.total(mean) / world.size)
-
-
-def build_optimizer(weights: Weights, p: Plan, o: OptimSection, device: str) -> torch.optim.Optimizer:
-    """The optimizer that `p` names, with `o`'s hyper-parameters; weight decay for matrices only.
-
-    A bias or a norm's gain has nothing that decay should keep small: it scales no input.
-
-    Raises:
-        ConfigError: it needs whole matrices and the parameters are sharded.
-    """
-    if weights.sharded and p.optimizer in WHOLE_MATRICES:
-        raise ConfigError(f"plan.optimizer = {p.optimizer!r}: works on whole matrices; allowed is --sharding none")
-    if p.update == "after":
-        return _optimizer_of(weights.named, p, o, device)
-    parts = {name: _optimizer_of({name: x}, p, o, device) for name, x in weights.named.items()}
-    return InBackward(parts, weights.originals, weights.shard)
-
-
-def _optimizer_of(named: Mapping[str, nn.Parameter], p: Plan, o: OptimSection, device: str) -> torch.optim.Optimizer:
-    matrices = {name: p for name, p in named.items() if is_matrix(name, p)}
-    others = {name: p for name, p in named.items() if name not in matrices}
-    groups = [
-        {"params": list(part.values()), "names": list(part), "weight_decay": decay}
-        for part, decay in ((matrices, o.weight_decay), (others, 0.0))
-        if part
-    ]
-    kind = p.implementation(device)
-    match p.optimizer:
-        case "sgd" if kind == "bundled":
-            return SGD(groups, lr=o.lr)
-        case "sgd" | "sgd-momentum":
-            momentum = 0.9 if p.optimizer == "sgd-momentum" else 0.0
-            return torch.optim.SGD(groups, lr=o.lr, momentum=momentum, foreach=kind == "foreach", fused=kind == "fused")
-        case "adam":
-            return torch.optim.Adam(
-                groups, lr=o.lr, betas=o.betas, eps=o.eps, foreach=kind == "foreach", fused=kind == "fused"
-            )
-        case "lion":
-            return Lion(groups, lr=o.lr, betas=o.betas)
-        case "adafactor":
-            return torch.optim.Adafactor(groups, lr=o.lr)
-        case "adamw-8bit":
-            return AdamW8bit(groups, lr=o.lr, betas=o.betas, eps=o.eps)
-        case "muon":
-            return build_muon(named, o, kind)
-        case _ if kind == "bundled":
-            return AdamW(groups, lr=o.lr, betas=o.betas, eps=o.eps)
-        case _:
-            return torch.optim.AdamW(
-                groups, lr=o.lr, betas=o.betas, eps=o.eps, foreach=kind == "foreach", fused=kind == "fused"
-            )
-
-
-def build_muon(named: Mapping[str, nn.Parameter], o: OptimSection, kind: str) -> torch.optim.Optimizer:
-    """Muon for the blocks' matrices, AdamW for all else, experts' tensors of three dimensions included."""
-    inside = [name for name, p in named.items() if is_for_muon(name, p)]
-    outside = [name for name in named if name not in inside]
-    optimizer = MuonAdamW(
-        [named[name] for name in inside],
-        [named[name] for name in outside],
-        lr=o.lr,
-        weight_decay=o.weight_decay,
-        foreach=kind == "foreach",
-        fused=kind == "fused",
-    )
-    for group, names in zip(optimizer.param_groups, filter(None, (inside, outside)), strict=True):
-        group["names"] = names
-    return optimizer
 
 
 def check_precision(config: TrainConfig, world: World) -> None:

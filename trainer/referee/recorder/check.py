@@ -14,7 +14,8 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from estimator.describe.checks import ConfigError, shown
-from estimator.describe.plan import OPTIMIZER_IMPLS, OPTIMIZERS, Plan
+from estimator.describe.plan import Plan
+from estimator.describe.settings import choices
 from estimator.eager.ledger import Phase
 from estimator.hardware.accelerators import accelerator
 from estimator.memory.device import recorded_memory
@@ -54,8 +55,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--set", nargs="*", default=[], metavar="NAME=NUMBER", help="further arguments of FUNCTION, or fields of CONFIG"
     )
-    p.add_argument("--optimizer", choices=list(OPTIMIZERS), default="adamw")
-    p.add_argument("--optimizer-impl", choices=OPTIMIZER_IMPLS, default="auto")
+    recipes = choices(Plan)
+    p.add_argument("--optimizer", choices=recipes["optimizer"], default="adamw")
+    p.add_argument("--optimizer-impl", choices=recipes["optimizer_impl"], default="auto")
     p.add_argument("--precision", choices=PRECISIONS, default="fp32")
     p.add_argument("--grad-accumulation", type=int, default=1, metavar="N", help="micro-batches of a step")
     p.add_argument("--max-grad-norm", type=float, metavar="X", help="clip the gradients to this norm")
