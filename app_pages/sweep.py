@@ -14,6 +14,7 @@ from app_pages.estimate import answer, heading
 from app_pages.labels import accept_names, label, plain
 from estimator.answers.sweeps import AXES, RUN_AXES, python
 from estimator.describe.checks import ConfigError
+from estimator.describe.units import SECONDS_PER_HOUR
 from estimator.show.csv_file import csv_of
 from estimator.show.formatting import BYTE_UNITS, dollars, duration, figures, hours, in_unit, prefixed, size
 
@@ -133,7 +134,7 @@ def _said(metric: str, unit: str) -> tuple[str, float, Callable[[float], str]]:
     if metric == "needed":
         return f"memory needed, {unit}", BYTE_UNITS[unit], lambda x: size(x, unit)
     say: dict[str, Callable[[float], str]] = {
-        "hours": lambda x: hours(x * 3600),
+        "hours": lambda x: hours(x * SECONDS_PER_HOUR),
         "seconds": duration,
         "dollars": dollars,
         "flops": lambda x: prefixed(x, "FLOP"),
