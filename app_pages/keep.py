@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
-from urllib.parse import urlencode
+from urllib.parse import urlencode, urlsplit, urlunsplit
 
 import streamlit as st
 
@@ -47,4 +47,5 @@ def show(s: Setup) -> None:
 def link() -> str:
     """The page's address with all that was set."""
     query = urlencode(st.query_params.to_dict())
-    return f"{(st.context.url or '').partition('?')[0]}{'?' if query else ''}{query}"
+    here = urlsplit(st.context.url or "")
+    return urlunsplit((here.scheme, here.netloc, here.path or ("/" if here.netloc else ""), query, ""))
