@@ -131,41 +131,55 @@ def timeline_chart(estimate: Estimate, unit: str) -> Drawing:
     seen = [name for name in present if frame[name].max() > VISIBLE * peak]
     capacity = in_unit(memory.capacity or 0, unit)
     crowded = memory.peak > BUSY * (memory.capacity or 0)
-    top = max(1.28 * peak, 1.08 * capacity if crowded else 0)  # room above the peak for its name
-    phases = phases_of(timeline)
-    x_scale, y_scale = {"domain": [0, events], "nice": False}, {"domain": [0, top], "nice": False}
+    plane = Plane(events, max(1.28 * peak, 1.08 * capacity if crowded else 0))  # room above the peak for its name
 
-    def x(field: str, **more: Any) -> Spec:
-        return {"field": field, "type": "quantitative", "scale": x_scale, **more}
-
-    def y(field: str, **more: Any) -> Spec:
-        return {"field": field, "type": "quantitative", "scale": y_scale, **more}
-
-    bands = [{"start": a, "end": b, "bottom": 0, "top": top} for _, a, b in phases[1::2]]
-    band = layer(
-        "rect", bands, x=x("start"), x2={"field": "end"}, y=y("bottom"), y2={"field": "top"}, color="gray", opacity=0.1
+    band, names = _phases(phases_of(timeline), plane)
+    layers = [band, _areas(present, seen, plane, unit), names, _ruler(plane), *_peak(estimate, peak, plane, unit)]
+    if crowded:
+        limit = [{"number": capacity}]
+        layers.insert(2, layer("rule", limit, y=plane.y("number"), strokeDash=[5, 3], strokeWidth=2, color="gray"))
+    text = (
+        f"Live memory over the {events:,} allocations and frees of one step. It starts and ends at "
+        f"{size(timeline.start, unit)} and is greatest, {size(memory.peak, unit)}, in {place(estimate)}."
     )
-    named = [{"middle": (a + b) / 2, "phase": phase} for phase, a, b in phases if b - a > 0.04 * events]
-    names = layer(
-        "text",
-        named,
-        x=x("middle"),
-        y={"value": -4},
-        text={"field": "phase"},
-        baseline="bottom",
-        color="gray",
-        fontSize=12,
-    )
+    spec = chart(layers, height=340)
+    spec["data"] = {"values": _records(frame)}
+    return Drawing(spec, text)
+
+
+class Plane(NamedTuple):
+    """What a timeline is drawn in: `events` wide, `top` high, from 0."""
+
+    events: int
+    top: float
+
+    def x(self, field: str, **more: Any) -> Spec:
+        """A field that says where from left to right."""
+        return {"field": field, "type": "quantitative", "scale": {"domain": [0, self.events], "nice": False}, **more}
+
+    def y(self, field: str, **more: Any) -> Spec:
+        """A field that says how high."""
+        return {"field": field, "type": "quantitative", "scale": {"domain": [0, self.top], "nice": False}, **more}
+
+
+def _phases(phases: Sequence[tuple[str, int, int]], plane: Plane) -> tuple[Spec, Spec]:
+    """Every second phase as a band behind all else, and the phases' names above."""
+    bands = [{"start": a, "end": b, "bottom": 0, "top": plane.top} for _, a, b in phases[1::2]]
+    x2, y2 = {"field": "end"}, {"field": "top"}
+    band = layer("rect", bands, x=plane.x("start"), x2=x2, y=plane.y("bottom"), y2=y2, color="gray", opacity=0.1)
+    named = [{"middle": (a + b) / 2, "phase": phase} for phase, a, b in phases if b - a > 0.04 * plane.events]
+    style = {"baseline": "bottom", "color": "gray", "fontSize": 12}
+    return band, layer("text", named, x=plane.x("middle"), y={"value": -4}, text={"field": "phase"}, **style)
+
+
+def _areas(present: Sequence[str], seen: Sequence[str], plane: Plane, unit: str) -> Spec:
+    """Live bytes, the categories on top of each other."""
+    axis = {"gridOpacity": 0.4, "tickCount": 6, "format": "~s"}
     area = layer(
         "area",
         None,
-        x=x("event", title="allocations and frees of one step, in order", axis={"grid": False, "tickCount": 5}),
-        y=y(
-            "number",
-            stack="zero",
-            title=f"live memory, {unit}",
-            axis={"gridOpacity": 0.4, "tickCount": 6, "format": "~s"},
-        ),
+        x=plane.x("event", title="allocations and frees of one step, in order", axis={"grid": False, "tickCount": 5}),
+        y=plane.y("number", stack="zero", title=f"live memory, {unit}", axis=axis),
         color=_colour(seen),
         order={"field": "order", "type": "quantitative"},
         interpolate="step-after",
@@ -175,42 +189,32 @@ def timeline_chart(estimate: Estimate, unit: str) -> Drawing:
         {"fold": present, "as": ["what", "number"]},
         {"calculate": f"indexof({present!r}, datum.what)", "as": "order"},
     ]
+    return area
+
+
+def _ruler(plane: Plane) -> Spec:
+    """A line under the pointer, which tells what is alive there."""
     shown = {"condition": {"param": "hover", "empty": False, "value": 0.8}, "value": 0}
     tips = tooltip(live="Live", phase="Phase", at="At")
-    ruler = layer("rule", None, x=x("event"), opacity=shown, tooltip=tips, color="gray")
+    ruler = layer("rule", None, x=plane.x("event"), opacity=shown, tooltip=tips, color="gray")
     select = {"type": "point", "nearest": True, "on": "pointerover", "clear": "pointerout", "fields": ["event"]}
     ruler["params"] = [{"name": "hover", "select": select}]
-    late = timeline.peak > events / 2
+    return ruler
+
+
+def _peak(estimate: Estimate, peak: float, plane: Plane, unit: str) -> tuple[Spec, Spec]:
+    """A point at the peak, and beside it how much it is and where in the step."""
+    timeline, where = estimate.memory.timeline, estimate.memory.where
     mark = [{"event": timeline.peak, "number": peak}]
-    point = layer(
-        "point",
-        mark,
-        x=x("event"),
-        y=y("number"),
-        filled=True,
-        size=70,
-        opacity=1,
-        color="gray",
-        stroke="white",
-        strokeWidth=1.5,
-    )
+    style = {"filled": True, "size": 70, "opacity": 1, "color": "gray", "stroke": "white", "strokeWidth": 1.5}
+    point = layer("point", mark, x=plane.x("event"), y=plane.y("number"), **style)
+    late = timeline.peak > plane.events / 2
     side = {"align": "right" if late else "left", "dx": -9 if late else 9}
-    where = memory.where
     at = " · ".join(part for part in (where.module or where.phase.value, where.op) if part)
-    said = [f"peak {size(memory.peak, unit)}", at]
+    said = [f"peak {size(estimate.memory.peak, unit)}", at]
     style = {"baseline": "bottom", "dy": -5, "lineHeight": 15, "fontSize": 12, "fontWeight": 600, "color": "gray"}
-    called = layer("text", mark, x=x("event"), y=y("number"), text={"value": said}, **side, **style)
-    layers = [band, area, names, ruler, point, called]
-    if crowded:
-        limit = [{"number": capacity}]
-        layers.insert(2, layer("rule", limit, y=y("number"), strokeDash=[5, 3], strokeWidth=2, color="gray"))
-    text = (
-        f"Live memory over the {events:,} allocations and frees of one step. It starts and ends at "
-        f"{size(timeline.start, unit)} and is greatest, {size(memory.peak, unit)}, in {place(estimate)}."
-    )
-    spec = chart(layers, height=340)
-    spec["data"] = {"values": _records(frame)}
-    return Drawing(spec, text)
+    called = layer("text", mark, x=plane.x("event"), y=plane.y("number"), text={"value": said}, **side, **style)
+    return point, called
 
 
 def icicle(whole: str, parts: Mapping[str, Mapping[str, float]], say: Callable[[float], str], title: str) -> Drawing:

@@ -9,9 +9,8 @@ from urllib.parse import urlencode
 import streamlit as st
 
 from app_pages.inputs import HIDDEN
-from app_pages.model_input import BASES, FOLLOWING, OWN
+from app_pages.model_input import FOLLOWING, published
 from estimator.describe.plan import Plan
-from estimator.describe.presets import preset
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -77,11 +76,11 @@ def choose(name: str) -> None:
 def put(inputs: Mapping[str, Any]) -> None:
     """Set these inputs of the sidebar; what is not named goes back to its default, but for the unit."""
     name = inputs["model"]
-    published = preset(BASES[OWN[name]] if name in OWN else name)
+    model = published(name)
     for key in [str(key) for key in st.session_state]:
         if key.startswith(f"{name}."):  # a size of the same model, changed
             size = key.removeprefix(f"{name}.")
-            st.session_state[key] = None if size in FOLLOWING else getattr(published, size)
+            st.session_state[key] = None if size in FOLLOWING else getattr(model, size)
     for field, value in {**DEFAULTS, **inputs}.items():
         # Streamlit's link follows what is set only where there was an input.
         if field not in st.session_state and field in inputs:

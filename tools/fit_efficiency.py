@@ -298,43 +298,75 @@ def toml(value):
     return f"{float(value):.4g}"
 
 
-def main():
-    best = {r["accelerator"]: float(r["efficiency"].rstrip("%")) / 100 for r in rows("mamf") if r["dtype"] == "bf16"}
-    moving, moving_text = fit_moving("a100-80gb-sxm")
-    hopper_moving, hopper_moving_text = fit_moving("h100-80gb-sxm", moving["walk"])
-    consumer, consumer_text = fit_moving("rtx-3090-24gb", moving["walk"])
-    moving["slower"] = {x: y for x, y in consumer["slower"].items() if "softmax" in x} | moving["slower"]
-    hopper_moving["slower"] = moving["slower"] | hopper_moving["slower"]
-    # Of B200 only copies are published: it loses of them what H100 does.
-    copies = COPIES["blackwell"] * hopper_moving["memory"][0][1] / COPIES["hopper"]
-    blackwell_moving = {**hopper_moving, "memory": ((1, copies),)}
-    ampere, ampere_text = fit_matmul("A100 80GB PCIe", "a100-80gb-pcie", COPIES["ampere"], moving["gap"])
-    blackwell, blackwell_text = fit_matmul("B200 SXM", "b200-180gb-sxm", COPIES["blackwell"], moving["gap"])
-    # What power allows: the best product of one chip under two power limits, A100 PCIe's and SXM's, H100's and GH200's.
-    pairs = (
+def best_products():
+    """Of each card the best bf16 product that anybody timed, over its peak."""
+    return {r["accelerator"]: float(r["efficiency"].rstrip("%")) / 100 for r in rows("mamf") if r["dtype"] == "bf16"}
+
+
+class Power:
+    """What power allows, and what a card sustains of its best product.
+
+    Of one chip under two power limits, A100 PCIe's and SXM's, H100's and GH200's, the best products are published. What
+    a sweep of shapes sustains of the best: nearly all on A100, two thirds on B200, which has half of the power for a
+    FLOP. Nobody published a sweep on the others of that kind, Hopper and AMD's: they sustain what B200 does, by their
+    power.
+    """
+
+    PAIRS = (
         ("NVIDIA A100 PCIe", "a100-80gb-pcie", "NVIDIA A100 SXM", "a100-80gb-sxm"),
         ("NVIDIA H100 SXM", "h100-80gb-sxm", "NVIDIA GH200 SXM", "gh200-144gb"),
     )
-    gained = sum(np.log(best[more] / best[less]) for less, _, more, _ in pairs)
-    exponent = gained / sum(np.log(intensity(more) / intensity(less)) for _, less, _, more in pairs)
-    unlimited = best["NVIDIA A100 SXM"] / best["NVIDIA A100 PCIe"] * largest(ampere)
-    # What a sweep of shapes sustains of the best product that anybody timed: nearly all on A100, two thirds on B200,
-    # which has half of the power for a FLOP. Nobody published a sweep on the others of that kind, Hopper and AMD's:
-    # they sustain what B200 does, by their power.
-    of_best = largest(blackwell) / best["NVIDIA B200 SXM"]
-    of_best_ampere = largest(ampere) / best["NVIDIA A100 PCIe"]
 
-    def sustained(on, id_):
-        return best[on] * of_best * (intensity(id_) / intensity("b200-180gb-sxm")) ** exponent
+    def __init__(self, best, ampere, blackwell):
+        self.best = best
+        gained = sum(np.log(best[more] / best[less]) for less, _, more, _ in self.PAIRS)
+        self.exponent = gained / sum(np.log(intensity(more) / intensity(less)) for _, less, _, more in self.PAIRS)
+        self.unlimited = best["NVIDIA A100 SXM"] / best["NVIDIA A100 PCIe"] * largest(ampere)
+        self.of_best = largest(blackwell) / best["NVIDIA B200 SXM"]
+        self.of_best_ampere = largest(ampere) / best["NVIDIA A100 PCIe"]
 
-    # Hopper's power for a FLOP lies between those two: what it sustains of its best is between theirs, in logarithms.
-    def hopper_sustained(on, id_):
+    def sustained(self, on, id_):
+        """By B200's sweep."""
+        return self.best[on] * self.of_best * (intensity(id_) / intensity("b200-180gb-sxm")) ** self.exponent
+
+    def hopper(self, on, id_):
+        """Hopper's power for a FLOP lies between A100's and B200's: so does what it sustains, in logarithms."""
         swept = [intensity("b200-180gb-sxm"), intensity("a100-80gb-pcie")]
-        part = np.interp(np.log(intensity(id_)), np.log(swept), np.log([of_best, of_best_ampere]))
-        return best[on] * float(np.exp(part))
+        part = np.interp(np.log(intensity(id_)), np.log(swept), np.log([self.of_best, self.of_best_ampere]))
+        return self.best[on] * float(np.exp(part))
 
+
+def fit_memory():
+    """(kernels that move memory, by the name of what they were timed on; what they were fitted to)."""
+    ampere, ampere_text = fit_moving("a100-80gb-sxm")
+    hopper, hopper_text = fit_moving("h100-80gb-sxm", ampere["walk"])
+    consumer, consumer_text = fit_moving("rtx-3090-24gb", ampere["walk"])
+    ampere["slower"] = {x: y for x, y in consumer["slower"].items() if "softmax" in x} | ampere["slower"]
+    hopper["slower"] = ampere["slower"] | hopper["slower"]
+    # Of B200 only copies are published: it loses of them what H100 does.
+    copies = COPIES["blackwell"] * hopper["memory"][0][1] / COPIES["hopper"]
+    kernels = {
+        "consumer": {**ampere, "memory": consumer["memory"]},
+        "ampere": ampere,
+        "hopper": hopper,
+        "blackwell": {**hopper, "memory": ((1, copies),)},
+    }
+    return kernels, {"ampere": ampere_text, "hopper": hopper_text, "consumer": consumer_text}
+
+
+def fit_products(best, gap):
+    """(efficiencies of products by architecture, what they were fitted to, what power allows)."""
+    ampere, ampere_text = fit_matmul("A100 80GB PCIe", "a100-80gb-pcie", COPIES["ampere"], gap)
+    blackwell, blackwell_text = fit_matmul("B200 SXM", "b200-180gb-sxm", COPIES["blackwell"], gap)
+    power = Power(best, ampere, blackwell)
     burst, burst_text = fit_matmul("H100 (sm_90)", "h100-80gb-sxm", COPIES["hopper"])
-    hopper = reaching(burst, hopper_sustained("NVIDIA H100 SXM", "h100-80gb-sxm"))
+    hopper = reaching(burst, power.hopper("NVIDIA H100 SXM", "h100-80gb-sxm"))
+    fits = {"ampere": ampere, "hopper": hopper, "blackwell": blackwell}
+    return fits, {"ampere": ampere_text, "hopper": burst_text, "blackwell": blackwell_text}, power
+
+
+def fit_attention():
+    """(kernels of fused attention by architecture, what they were fitted to)."""
     first, first_text = fit_flash("A100 80GB SXM", "FA1", backward_over_forward("A100 80GB PCIe"), by_width=False)
     second, second_text = fit_flash("A100 80GB SXM", "FA2", backward_over_forward("A100 80GB PCIe"))
     hopper_second, hopper_text = fit_flash("H100 SXM", "FA2", backward_over_forward("B200 SXM"))
@@ -342,74 +374,96 @@ def main():
     cudnn, cudnn_text = fit_forward("H100 SXM", "cuDNN", long_ratio("H100 SXM", "cuDNN"))
     # The first generation was timed on A100 alone. It uses nothing that Hopper has new, and waits for no tensor core or
     # memory: A100's FLOP/s, by multiprocessors and clocks.
-    a100 = accelerator("a100-80gb-sxm")
+    a100, h100, b200 = (accelerator(id_) for id_ in ("a100-80gb-sxm", "h100-80gb-sxm", "b200-180gb-sxm"))
     more = 132 * HOPPER_CLOCK / (a100.sm_count * a100.boost_clock)
-    hopper_first = scaled(first, more * a100.peak_flops("bf16") / accelerator("h100-80gb-sxm").peak_flops("bf16"))
+    hopper_first = scaled(first, more * a100.peak_flops("bf16") / h100.peak_flops("bf16"))
     newest, newest_text = blackwell_flash(hopper_second)
     # The second generation on Blackwell is unmeasured: Hopper's FLOP/s, by multiprocessors and clocks.
-    h100, b200 = accelerator("h100-80gb-sxm"), accelerator("b200-180gb-sxm")
     clocks = [x.sm_count * x.boost_clock * x.peak_flops("bf16") ** -1 for x in (h100, b200)]
-    blackwell_second = scaled(hopper_second, clocks[1] / clocks[0])
-    a100_link, a100_text = fit_link("8x A100 SXM NVLink3 single node", 300e9)
-    v100_link, v100_text = fit_link("V100 node (NVLink)", 150e9)
-    b200_link, b200_text = fit_link("1 node(s) x 8 B200 (P6-B200: NVLink5 + 8x50GB/s EFA)", 900e9)
-    h200_link, h200_text = fit_link("8x H200 NVLink4 single node (NVLS on)", 450e9)
+    kernels = {
+        "ampere": {"flash-1": first, "flash-2": second},
+        "hopper": {"flash-1": hopper_first, "flash-2": hopper_second, "flash-3": third, "cudnn": cudnn},
+        "blackwell": {"cudnn": newest, "flash-2": scaled(hopper_second, clocks[1] / clocks[0])},
+    }
+    texts = {
+        "ampere": f"{first_text}; {second_text}",
+        "hopper": hopper_text,
+        "newer": f"{third_text}; {cudnn_text}; FA1 by A100's, multiprocessors and clocks",
+        "blackwell": newest_text,
+    }
+    return kernels, texts
 
-    newer = f"{third_text}; {cudnn_text}; FA1 by A100's, multiprocessors and clocks"
+
+def fit_links():
+    """(links by architecture, what they were fitted to)."""
+    measured = {
+        "ampere": ("8x A100 SXM NVLink3 single node", 300e9),
+        "volta": ("V100 node (NVLink)", 150e9),
+        "blackwell": ("1 node(s) x 8 B200 (P6-B200: NVLink5 + 8x50GB/s EFA)", 900e9),
+        "hopper": ("8x H200 NVLink4 single node (NVLS on)", 450e9),
+    }
+    found = {name: fit_link(*of) for name, of in measured.items()}
+    return {name: link for name, (link, _) in found.items()}, {name: text for name, (_, text) in found.items()}
+
+
+def architectures(best):
+    """(what is fitted to each architecture, the kernels that move memory, what power allows).
+
+    Of an architecture: its text, products, the name of its kernels that move memory, its link, its attention.
+    """
+    kernels, moving = fit_memory()
+    products, product, power = fit_products(best, kernels["ampere"]["gap"])
+    flash, attention = fit_attention()
+    links, link = fit_links()
+    ampere, hopper, blackwell = (products[name] for name in ("ampere", "hopper", "blackwell"))
     hopper_rest = (
-        f"without in-switch reduction 368 of 450 GB/s; tiles and waves of products by {burst_text}, their level by "
-        "what A100 and B200 sustain of the best timed, between them by power"
+        f"without in-switch reduction 368 of 450 GB/s; tiles and waves of products by {product['hopper']}, their level "
+        "by what A100 and B200 sustain of the best timed, between them by power"
     )
+    hopper_text = f"Fitted to {attention['hopper']}; {attention['newer']}; {moving['hopper']}; {link['hopper']}, "
+    hopper_text += f"{hopper_rest}."
     older = "A100's efficiencies, unmeasured here, with its first fused attention: the second needs Ampere."
-    fitted_to = {  # architecture: what its text says, matrix products, copies, links, kernels of attention
+    first, second = flash["ampere"]["flash-1"], flash["ampere"]["flash-2"]
+    newest = f"fitted to {product['blackwell']}; {attention['blackwell']}; {link['blackwell']}."
+    found = {
         "ampere": (
-            f"Fitted to {ampere_text}; {moving_text}; {first_text}; {second_text}; {a100_text}.",
-            ampere, "ampere", a100_link, {"flash-1": first, "flash-2": second},
+            f"Fitted to {product['ampere']}; {moving['ampere']}; {attention['ampere']}; {link['ampere']}.",
+            ampere, "ampere", links["ampere"], flash["ampere"],
         ),
         "hopper": (
-            f"Fitted to {hopper_text}; {newer}; {hopper_moving_text}; {h200_text}, {hopper_rest}.",
-            hopper, "hopper", {**h200_link, "within": HOPPER_RING},
-            {"flash-1": hopper_first, "flash-2": hopper_second, "flash-3": third, "cudnn": cudnn},
+            hopper_text,
+            hopper, "hopper", {**links["hopper"], "within": HOPPER_RING}, flash["hopper"],
         ),
-        "blackwell": (
-            f"Fitted to {blackwell_text}; {newest_text}; {b200_text}.",
-            blackwell, "blackwell", b200_link, {"cudnn": newest, "flash-2": blackwell_second},
-        ),
+        "blackwell": (f"F{newest[1:]}", blackwell, "blackwell", links["blackwell"], flash["blackwell"]),
         "blackwell-ultra": (
-            f"B200's, this one is unmeasured: fitted to {blackwell_text}; {newest_text}; {b200_text}.",
-            blackwell, "blackwell", b200_link, {"cudnn": newest, "flash-2": blackwell_second},
+            f"B200's, this one is unmeasured: {newest}",
+            blackwell, "blackwell", links["blackwell"], flash["blackwell"],
         ),
-        "volta": (
-            f"{older} Links fitted to {v100_text}.",
-            ampere, "ampere", v100_link, {"flash-1": first},
-        ),
-        "turing": (
-            older, ampere, "ampere", a100_link, {"flash-1": first},
-        ),
+        "volta": (f"{older} Links fitted to {link['volta']}.", ampere, "ampere", links["volta"], {"flash-1": first}),
+        "turing": (older, ampere, "ampere", links["ampere"], {"flash-1": first}),
         "ada": (
-            f"A100's efficiencies; {consumer_text}.", ampere, "consumer", a100_link,
-            {"flash-1": first, "flash-2": second},
+            f"A100's efficiencies; {moving['consumer']}.", ampere, "consumer", links["ampere"], flash["ampere"],
         ),
         "blackwell-consumer": (
-            f"A100's efficiencies; {consumer_text}.", ampere, "consumer", a100_link, {"flash-2": second},
+            f"A100's efficiencies; {moving['consumer']}.", ampere, "consumer", links["ampere"], {"flash-2": second},
         ),
     }  # fmt: skip
     # AMD's fused attention is a port of FA2 to another architecture, as it is on Hopper: what Hopper keeps of its best.
     for name, on, id_ in (("cdna3", "AMD MI300X", "mi300x-192gb"), ("cdna4", "AMD MI355X", "mi355x-288gb")):
         part = best[on] / best["NVIDIA H100 SXM"]
-        flash = scaled(hopper_second, part)
         text = f"Products and attention scaled from H100 to the best product timed on {on}; all else is A100's."
-        fitted_to[name] = (text, reaching(ampere, sustained(on, id_)), "ampere", a100_link, {"flash-2": flash})
+        fit = reaching(ampere, power.sustained(on, id_))
+        found[name] = (text, fit, "ampere", links["ampere"], {"flash-2": scaled(flash["hopper"]["flash-2"], part)})
+    return found, kernels, power
 
-    consumer_moving = {**moving, "memory": consumer["memory"]}
-    kernels = {"consumer": consumer_moving, "ampere": moving, "hopper": hopper_moving, "blackwell": blackwell_moving}
-    print(HEADER)
-    for name, (origin, fit, memory, link, flash) in fitted_to.items():
+
+def write_architectures(found, kernels, power):
+    for name, (origin, fit, memory, link, flash) in found.items():
         # What PyTorch picks: cuDNN's comes first on datacentre Blackwell, the second generation elsewhere, and where
         # that does not run, the memory-efficient kernel, for which the first generation stands.
         attention = "cudnn" if name.startswith("blackwell") and "cudnn" in flash else "flash-2"
         attention = attention if attention in flash else "flash-1"
-        single = min(reaching(fit, unlimited)["matmul"], 1)
+        single = min(reaching(fit, power.unlimited)["matmul"], 1)
         fields = {
             "origin": origin,
             **fit,
@@ -423,16 +477,20 @@ def main():
         for field, value in {**fields, "flash": flash}.items():
             print(f"{field} = {toml(value)}")
         print()
+
+
+def write_accelerators(found, power):
+    """Those whose power for a FLOP, or whose clock, is another than that of the card that was timed."""
     reference = {"hopper": "h100-80gb-sxm", "blackwell": "b200-180gb-sxm", "blackwell-ultra": "b200-180gb-sxm"}
     for id_ in accelerators():
         a = accelerator(id_)
         like = reference.get(a.architecture, "a100-80gb-pcie")
-        if a.vendor != "nvidia" or a.architecture not in fitted_to or intensity(id_) is None or id_ == like:
+        if a.vendor != "nvidia" or a.architecture not in found or intensity(id_) is None or id_ == like:
             continue
-        origin, fit, *_ = fitted_to[a.architecture]
-        fraction = min(largest(fit) * (intensity(id_) / intensity(like)) ** exponent, unlimited)
+        origin, fit, *_ = found[a.architecture]
+        fraction = min(largest(fit) * (intensity(id_) / intensity(like)) ** power.exponent, power.unlimited)
         if a.architecture == "hopper":
-            fraction = hopper_sustained("NVIDIA GH200 SXM" if id_ == "gh200-144gb" else "NVIDIA H100 SXM", id_)
+            fraction = power.hopper("NVIDIA GH200 SXM" if id_ == "gh200-144gb" else "NVIDIA H100 SXM", id_)
         clock = 1.0
         if id_ in GEFORCE:
             single, half = (1e12 * x for x in GEFORCE[id_])
@@ -446,6 +504,13 @@ def main():
             said = f"its own clock and products of 8192 timed for two minutes, {clock:.2f} of the datasheet's clock"
             print(f"clock = {toml(clock)}")
         print(f"origin = {toml(f'{origin[:-1]}; {said}.')}\n")
+
+
+def main():
+    found, kernels, power = architectures(best_products())
+    print(HEADER)
+    write_architectures(found, kernels, power)
+    write_accelerators(found, power)
 
 
 if __name__ == "__main__":

@@ -176,7 +176,8 @@ def sizes_for(m: ModelConfig, p: Plan, threads: int | None = None) -> Sizes:
 def _sizes(m: ModelConfig, p: Plan, threads: int | None) -> Sizes:
     """Those of the model and the plan, without the turns of its groups of blocks."""
     sizes = sizes_of(m, p.batch_size, p.tokens(m), threads, p.shards)
-    return sizes if p.adapter == "none" else Sizes(sizes | {"r": p.adapter_rank})
+    sizes = sizes if p.adapter == "none" else Sizes(sizes | {"r": p.adapter_rank})
+    return sizes if p.tensor_parallel == 1 else Sizes(sizes | {"t": p.tensor_parallel})
 
 
 def recipe_of(m: ModelConfig, p: Plan, device: str, rank: int = 0) -> Recipe:
@@ -212,12 +213,14 @@ def recipe_of(m: ModelConfig, p: Plan, device: str, rank: int = 0) -> Recipe:
         adapter=p.adapter,
         adapter_targets=p.adapter_targets if p.adapter != "none" else "",
         adapter_dropout=p.adapter != "none" and p.adapter_dropout > 0,
+        base_precision=p.base_precision,
         reduce_dtype=p.reduce_dtype,
         autocast=p.autocast,
         replicated=p.replicas > 1 and p.sharding in FULLY_SHARDED,
         reshard=None if p.reshard_after_forward in (None, p.shards) else int(p.reshard_after_forward),
         in_backward=p.update == "in-backward",
         rank=rank % p.shards,
+        tensor_parallel=p.tensor_parallel > 1,
     )
     masked = m.sliding_window is not None and tokens > m.sliding_window
     if p.attention == "sdpa-flash" and fused_kernel("flash", device, masked=masked) != "flash":
@@ -258,8 +261,9 @@ def _forms(traced: Trace, recipe: Recipe, shapes: ShapeClass) -> tuple[Forms, di
     ledger = traced.ledger
     for event in ledger.events:
         storage = event.storage
-        # A gradient that is gone when backward is over was never held.
+        # A gradient that is gone when backward is over was never held, nor a weight that has been quantised.
         gone = event.where.phase is Phase.BACKWARD and storage.category is Category.GRADIENT
+        gone |= event.where.phase is Phase.SETUP and storage.category is Category.PARAMETER
         if storage.category in _RESIDENT and (event.sign > 0 or gone):
             for where, nbytes in ledger.gradients.get(storage, [(storage.where, storage.nbytes)]):
                 enter(_RESIDENT[storage.category], where, event.sign * nbytes)

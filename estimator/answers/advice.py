@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 # Fields that change what is learned; all others compute the same step in another way.
-LEARNING = ("precision", "optimizer", "dropout", "max_grad_norm", "adapter")
+LEARNING = ("precision", "optimizer", "dropout", "max_grad_norm", "adapter", "base_precision")
 NOTICEABLE = 0.001  # of the memory, the work or the time: a change that saves less is no advice
 
 

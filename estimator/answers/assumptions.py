@@ -64,7 +64,7 @@ def assumptions(m: ModelConfig, p: Plan, a: Accelerator, setup: Setup) -> tuple[
 
     Args:
         m: what is trained.
-        p: how, on `p.data_parallel` accelerators.
+        p: how, on `p.accelerators` of them.
         a: the accelerator.
         setup: what was said beside the plan.
 
@@ -102,7 +102,7 @@ def assumptions(m: ModelConfig, p: Plan, a: Accelerator, setup: Setup) -> tuple[
         changed = {name: replace(setup, variant=replace(setup.variant, wide=parts)) for name, parts in more.items()}
         origin = "given" if setup.variant.wide else "assumed, as the trainer here"
         found.append(Assumption("computed in fp32", wide, origin, others(changed)))
-    group = cluster(a, p.data_parallel, between=between(a, setup.network))
+    group = cluster(a, p.accelerators, between=between(a, setup.network))
     if group.nodes > 1:
         assert group.between is not None
         rates = {f"{x * group.between / 1e9:g} GB/s": replace(setup, network=x * group.between) for x in (0.5, 2)}

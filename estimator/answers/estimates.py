@@ -48,6 +48,9 @@ class Flops:
         optimizer: of one optimizer step.
         sequences: sequences in one optimizer step.
         batch_size: sequences in a micro-batch.
+        whole: forward and backward of a micro-batch, nothing recomputed, of the whole model; None where one accelerator
+            has all of it.
+        ranks: accelerators that compute a micro-batch together.
     """
 
     forward: int
@@ -56,16 +59,19 @@ class Flops:
     optimizer: int
     sequences: int
     batch_size: int
+    whole: int | None = None
+    ranks: int = 1
 
     @property
     def model(self) -> int:
         """FLOPs of a step that any implementation needs: forward and backward of all sequences, nothing recomputed."""
-        return (self.forward + self.backward - self.recompute) * self.sequences // self.batch_size
+        own = self.forward + self.backward - self.recompute
+        return (own if self.whole is None else self.whole) * self.sequences // self.batch_size
 
     @property
     def step(self) -> int:
         """FLOPs of a step that are done: forward, backward with recomputation, optimizer."""
-        return (self.forward + self.backward) * self.sequences // self.batch_size + self.optimizer
+        return ((self.forward + self.backward) * self.sequences // self.batch_size + self.optimizer) * self.ranks
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,7 +201,7 @@ def estimate(
     )
     m = preset(model) if isinstance(model, str) else model
     p = accumulated(replicated(plan if plan is not None else Plan(), run.count), run.global_batch_size)
-    count = p.data_parallel
+    count = p.accelerators
     device = accelerator(on)
     if device.device not in ("cuda", "cpu"):
         raise ConfigError(
@@ -206,7 +212,7 @@ def estimate(
     sizes = sizes_for(m, p, threads)
     a = account(m, p, device.device)
     values = a.values(sizes)
-    sequences = p.batch_size * p.grad_accumulation * count
+    sequences = p.batch_size * p.grad_accumulation * p.data_parallel
     notes = ["The bytes are those of eager execution; compiled, fused ops save some."] if p.compile else []
     notes += [SHARDING_NOTES[p.sharding]] if p.shards > 1 else []
     if p.shards > 1 and p.sharding in FULLY_SHARDED and p.precision in ("bf16-mixed", "fp16-mixed"):
@@ -229,6 +235,7 @@ def estimate(
         values.optimizer_flops,
         sequences,
         p.batch_size,
+        *_whole(m, p, device.device, threads),
     )
     if run.network is not None:
         network_of(run.network)  # refused by name here, as it would only be a note below
@@ -252,6 +259,15 @@ def estimate(
     return Estimate(m, p, device, a, values, memory(a, values, sizes, device), flops, time, tuple(notes), setup)
 
 
+def _whole(m: ModelConfig, p: Plan, device: str, threads: int | None) -> tuple[int | None, int]:
+    """(`Flops.whole`, `Flops.ranks`): what several compute together is what one would compute alone."""
+    if p.tensor_parallel == 1:
+        return None, 1
+    alone = p.replace(tensor_parallel=1)
+    v = account(m, alone, device).values(sizes_for(m, alone, threads))
+    return v.forward_flops + v.backward_flops - v.recompute_flops, p.tensor_parallel
+
+
 def check_kernel(p: Plan, a: Accelerator) -> None:
     """Raise ConfigError for an attention kernel that `a`'s architecture has not."""
     if p.attention == "sdpa-flash" and a.architecture in WITHOUT_FLASH:
@@ -265,13 +281,17 @@ def replicated(plan: Plan, count: int | None) -> Plan:
     """`plan` on `count` accelerators, None for as many as it says.
 
     Raises:
-        ConfigError: the plan says another number than `count`: data parallelism is all there is yet.
+        ConfigError: the plan says another number than `count`, or one that does not divide it.
     """
     if count is None:
         return plan
-    if plan.data_parallel not in (1, checked(Run, "count", count)):
+    count = checked(Run, "count", count)
+    if count % plan.tensor_parallel:
+        raise ConfigError(f"count = {count}: the plan's tensor_parallel is {plan.tensor_parallel}; it must divide it")
+    replicas = count // plan.tensor_parallel
+    if plan.data_parallel not in (1, replicas):
         raise ConfigError(f"count = {count}: the plan's data_parallel is {plan.data_parallel}; allowed is the same")
-    return plan.replace(data_parallel=count)
+    return plan.replace(data_parallel=replicas)
 
 
 def accumulated(plan: Plan, global_batch_size: int | None) -> Plan:

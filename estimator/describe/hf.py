@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -116,6 +117,24 @@ def read_config(raw: Mapping[str, Any]) -> ModelConfig:
         )
         kind = family
     return _model(kind, FAMILIES[kind], Fields.of(kind, raw))
+
+
+def essential(source: bytes | Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a config.json without those that the model is the same without: short enough for a link.
+
+    Raises:
+        ConfigError: as `from_hf`.
+    """
+    _, raw = _read(source)
+    kept = dict(raw)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TakenForAnother)
+        model = read_config(raw)
+        for field in raw:
+            without = {name: value for name, value in kept.items() if name != field}
+            with suppress(ConfigError):
+                kept = without if read_config(without) == model else kept
+    return kept
 
 
 def _model(kind: str, family: Family, c: Fields) -> ModelConfig:

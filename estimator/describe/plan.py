@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from estimator.describe import tensor
 from estimator.describe.adapters import ALL, targets_listed
 from estimator.describe.checks import ConfigError, known_fields
 from estimator.describe.selection import Selection, parts_listed
@@ -268,6 +269,27 @@ class Plan:
     adapter_alpha: float = number(
         16.0, "What an adapter's result is multiplied with, times r; it changes no bytes.", above=True, draws=(16.0,)
     )
+    base_precision: str = choice(
+        "none",
+        "How the frozen linear layers under the adapters are kept, but the head; embedding and norms are as the "
+        "precision says.",
+        {
+            "none": "as the precision says",
+            "nf4": "4 bits and a scale for 64 of them, as bitsandbytes does (QLoRA)",
+            "nf4-double": "the scales in 8 bits too",
+            "int8": "8 bits and a scale for each row (LLM.int8())",
+        },
+        needs=(
+            Needs("adapter", ("lora",), "quantised weights cannot be trained, and adapter is {adapter!r}"),
+            Needs("precision", ("fp32", "tf32", "bf16", "bf16-mixed"), "precision is {precision!r}"),
+            Needs(
+                "shared_by",
+                ("one accelerator", "none", "zero1"),
+                "fully_shard cannot cut packed weights, and sharding is {sharding!r}",
+                say="allowed with sharding none, zero1",
+            ),
+        ),
+    )
     reduce_dtype: str = choice(
         "fp32",
         "With bf16-fsdp, in what gradients are summed; they are kept in fp32.",
@@ -294,6 +316,14 @@ class Plan:
         optional="all",
         draws=(None,),
         needs=(Needs("sharding", FULLY_SHARDED, "sharding is {sharding!r}"),),
+    )
+    tensor_parallel: int = integer(
+        1,
+        "Accelerators that share each block's matrices, as PyTorch's DTensor does: each has a part of the heads and of "
+        "the feed-forward's columns, and all have embedding, norms and head.",
+        most=10**6,
+        draws=(1,),
+        needs=tensor.NEEDS,
     )
 
     update: str = choice(
@@ -390,6 +420,7 @@ class Plan:
     def check_model(self, model: ModelConfig) -> None:
         """Raise ConfigError if the model's parts have something that the plan's attention or loss has not."""
         self.selection.check(model)
+        tensor.check_model(self, model)
         parts = model.made_of
         if model.unfused is not None and self.attention.startswith("sdpa"):
             raise ConfigError(
@@ -459,6 +490,11 @@ class Plan:
         if self.data_parallel == 1 or self.sharding == "none":
             return 1
         return self.shard_group or self.data_parallel
+
+    @property
+    def accelerators(self) -> int:
+        """How many work together."""
+        return self.data_parallel * self.tensor_parallel
 
     @property
     def replicas(self) -> int:

@@ -6,7 +6,7 @@ import heapq
 import math
 from typing import TYPE_CHECKING
 
-from estimator.eager.checkpointing import Holder, pack
+from estimator.eager.checkpointing import Holder, as_activation, pack
 from estimator.eager.ledger import Category
 from estimator.eager.letters import ONE
 from estimator.eager.tensor import FLOAT32, Locals, Machine, Tensor, converted
@@ -34,6 +34,7 @@ class Node:
         "block",
         "dtypes",
         "edges",
+        "held",
         "hook",
         "module",
         "name",
@@ -51,6 +52,7 @@ class Node:
         self.module, self.block = machine.ledger.module, machine.ledger.block
         self.owners = 0
         self.saved: list[Tensor | Holder] = []
+        self.held: list[tuple[Node, Tensor]] = []  # attributes of Python functions' contexts
         self.variable: Tensor | None = None
         self.hook: Callable[[], None] | None = None  # of its output (`Tensor.register_hook`), called before it
         self.shapes: list[Shape | None] = [t.shape if t is not None else None for t in inputs]
@@ -77,11 +79,26 @@ class Node:
         self.saved = []
         self.backward = None
 
+    def keep(self, x: Tensor) -> None:
+        """`ctx.x = x`: out of sight of saved_tensors_hooks and checkpoints, and there until the node itself is gone.
+
+        A node that has run keeps its edges, and with them all nodes before it, until the loss is gone.
+        """
+        self.held.append((self, as_activation(x).alias().hold()))
+
+    def let_go(self) -> None:
+        """The end of the node."""
+        for node, x in self.held:
+            with x.machine.ledger.at(node.module, node.block, node.name):
+                x.drop()
+        self.held = []
+
     def drop(self) -> None:
         """One owner less; a node that nobody holds takes its saved tensors and edges with it."""
         self.owners -= 1
         if self.owners == 0:
             self.release()
+            self.let_go()
             for edge in self.edges:
                 if edge is not None:
                     edge[0].drop()
@@ -176,6 +193,9 @@ def backward(loss: Tensor) -> None:
                 if waits[target] == 0:
                     pushed += 1
                     heapq.heappush(ready, (-target.sequence, pushed, target, pending.pop(target)))
+            if node is not root:
+                root.held += node.held
+                node.held = []
     if machine.on_backward_end is not None:
         machine.on_backward_end()
     root.drop()

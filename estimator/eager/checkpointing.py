@@ -77,7 +77,7 @@ class Frame:
             self.wanted.append(True)
             return Holder(self, len(self.wanted) - 1)
         wanted = self.wanted[len(self.tensors)]  # not if its node led to nothing
-        self.tensors.append(_as_activation(t.alias().hold()) if wanted else None)
+        self.tensors.append(as_activation(t.alias().hold()) if wanted else None)
         if len(self.tensors) == len(self.wanted):
             raise StopRecomputationError
         return t.alias().hold()
@@ -139,7 +139,7 @@ def checkpoint(function: Callable[..., Tensor], *args: Tensor | None, selective:
 def not_repeated(machine: Machine, compute: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     """The results of an operator that selective checkpoints keep; where one recomputes, what it kept of them."""
     frame = machine.frames[-1] if machine.frames else None
-    if frame is None or not frame.selective:
+    if frame is None or not machine.dispatches_to_python:
         return compute()
     if frame.tensors is None:
         results = compute()
@@ -162,14 +162,15 @@ def pack(t: Tensor) -> Tensor | Holder:
 def save_for_backward(t: Tensor) -> Tensor:
     """Note that autograd keeps `t`, where saved_tensors_hooks sees it."""
     storage, ledger = t.storage, t.machine.ledger
-    if _as_activation(t).storage.category is Category.ACTIVATION and not storage.hooked:
+    if as_activation(t).storage.category is Category.ACTIVATION and not storage.hooked:
         storage.hooked = True
         if ledger.phase is Phase.FORWARD and ledger.micro_batch == 0:
             ledger.saved.append(storage)
     return t
 
 
-def _as_activation(t: Tensor) -> Tensor:
+def as_activation(t: Tensor) -> Tensor:
+    """What is kept for backward is no temporary."""
     if t.storage.category is Category.TEMPORARY and not t.is_wrapped_number:
         t.storage.category = Category.ACTIVATION
     return t

@@ -18,7 +18,7 @@ from estimator.eager.tensor import FLOAT32, UINT64, Locals, Tensor, empty_like, 
 from estimator.eager.views import expand, reshape, transpose, unsafe_view, unsqueeze, view
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from estimator.eager.autograd import Backward
     from estimator.eager.letters import Size
@@ -91,8 +91,11 @@ def bmm(a: Tensor, b: Tensor) -> Tensor:
 
 
 @op
-def addmm(bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Bias + a b; backward goes first factor, second factor, the bias's is the incoming one, which the engine sums."""
+def addmm(bias: Tensor, a: Tensor, b: Tensor, read: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """Bias + a b; the kernel reads what `read` makes of the bias, if anything.
+
+    Backward goes first factor, second factor, the bias's is the incoming one, which the engine sums.
+    """
     column_major = _is_column_major(b)
 
     def backward(c: Context, grad: Tensor) -> Gradients:
@@ -102,27 +105,29 @@ def addmm(bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
         return [grad, c.take("grad_a") if b is not None else None, grad_b]
 
     node = record("AddmmBackward0", (bias, a, b), backward, _saved_factors(a, b))
-    return attach(node, product("addmm", a, b, bias))
+    return attach(node, product("addmm", a, b, bias if read is None else read(bias)))
 
 
 @op
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, read: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """F.linear: of a matrix a product; of three dimensions folded to one, multiplied, unfolded.
 
-    A bias goes into the same kernel if x is contiguous.
+    A bias goes into the same kernel if x is contiguous; of a DTensor the kernel reads what `read` makes of it.
     """
-    return _linear(*lower(x, weight, bias))
+    x, weight, bias = lower(x, weight, bias)
+    return _linear(x, weight, bias, read)
 
 
 @op
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, read: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     if len(x.shape) == 2:
         w_t = transpose(weight, 0, 1)
-        return mm(x, w_t) if bias is None else addmm(bias, x, w_t)
+        return mm(x, w_t) if bias is None else addmm(bias, x, w_t, read)
     flat = (x.machine.product(x.shape[:-1]), x.shape[-1])
     out = (*x.shape[:-1], weight.shape[0])
     if bias is not None and x.is_contiguous:
-        return view(addmm(bias, view(x, flat), transpose(weight, 0, 1)), out)
+        return view(addmm(bias, view(x, flat), transpose(weight, 0, 1), read), out)
+    assert read is None or bias is None, "what comes out of a DTensor's rows is contiguous"
     y = unsafe_view(_fold_mm(x, flat, weight), out) if _folds(x, weight) else _batched(x, weight)
     return added(y, bias) if bias is not None else y
 

@@ -32,6 +32,7 @@ COUNTS = (
     "g",
     "W",
     "A",
+    "t",
 )  # letters whose value of 1 says nothing of a shape, or is said by another: they stay
 
 

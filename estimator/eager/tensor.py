@@ -47,6 +47,7 @@ UINT64 = Dtype("uint64", 8)
 INT32 = Dtype("int32", 4)
 BOOL = Dtype("bool", 1)
 UINT8 = Dtype("uint8", 1)
+INT8 = Dtype("int8", 1)
 
 
 class Machine:
@@ -66,6 +67,7 @@ class Machine:
         self.grad_enabled = True
         self.sequence = 0
         self.frames: list[Frame] = []
+        self.below_dispatch = False  # an operator's own kernel runs, of whose products no dispatch mode is told
         self.on_gradient: Callable[[Tensor], None] | None = None  # after each AccumulateGrad
         self.on_backward_end: Callable[[], None] | None = None
         self.autocast_dtype: Dtype | None = None
@@ -89,7 +91,7 @@ class Machine:
     @property
     def dispatches_to_python(self) -> bool:
         """A TorchDispatchMode is on, as in a selective checkpoint: composite operators then leave in-place writes."""
-        return bool(self.frames) and self.frames[-1].selective
+        return bool(self.frames) and self.frames[-1].selective and not self.below_dispatch
 
     def divides(self, a: Size, b: Size) -> bool:
         """Whether a divides b in this step: a fact that its account depends on."""
@@ -196,6 +198,20 @@ class Machine:
             yield
         finally:
             self.grad_enabled = before
+
+    @contextmanager
+    def kernel_of(self) -> Iterator[None]:
+        """What runs in this context is the kernel of one operator, whatever it is made of.
+
+        Where Python dispatches, what it is made of is below autocast too.
+        """
+        casts = None if self.dispatches_to_python else self.autocast_dtype
+        before, self.below_dispatch = self.below_dispatch, True
+        try:
+            with self.no_grad(), self.autocast(casts):
+                yield
+        finally:
+            self.below_dispatch = before
 
     @contextmanager
     def autocast(self, dtype: Dtype | None) -> Iterator[None]:

@@ -10,8 +10,9 @@ from estimator.eager.indexing import div
 from estimator.eager.letters import ONE, letter
 from estimator.eager.linalg import linear
 from estimator.eager.tensor import FLOAT32, Locals, op
-from estimator.eager.views import cast, transpose, view
+from estimator.eager.views import cast, clone, transpose, view
 from estimator.models.layers import Linear, Module, dropout_at
+from estimator.models.quantised import Quantised4bit, Quantised8bit
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -96,6 +97,35 @@ class DoRA(LoRA):
             return norms
 
 
+class QuantisedLoRA(LoRA):
+    """LoRA on a quantised layer: peft's `lora.bnb.Linear4bit.forward` and `Linear8bitLt.forward`."""
+
+    def __init__(self, base: Linear, recipe: Recipe) -> None:
+        super().__init__(base, recipe)
+        quantised = QUANTISED[recipe.base_precision](base, recipe)
+        self.clones = recipe.base_precision != "int8"
+        self.base, self.owned = quantised, [quantised if x is base else x for x in self.owned]
+
+    def forward(self, v: Locals, x: Tensor) -> Tensor:
+        v.result = self.base(x)
+        if self.clones:
+            v.result = clone(v.result)
+        # `torch.is_autocast_enabled()`, without a device, asks of CUDA's.
+        converts = self.machine.device == "cpu" or self.machine.autocast_dtype is None
+        expected = v.result.dtype
+        v.x = cast(x, self.a.weight.dtype) if converts else x
+        v.output = ops.mul_number(self.b(self.a(dropout_at(v.x, drops=self.drops))))
+        if converts:
+            v.output = cast(v.output, expected)
+        v.result = ops.add(v.result, v.output)
+        return v.take("result")
+
+
+QUANTISED: dict[str, type[Quantised4bit | Quantised8bit]] = {
+    "nf4": Quantised4bit,
+    "nf4-double": Quantised4bit,
+    "int8": Quantised8bit,
+}
 KINDS = {"lora": LoRA, "dora": DoRA}
 
 
@@ -116,7 +146,12 @@ def adapt(model: Module, recipe: Recipe) -> None:
     for p in model.parameters():
         p.requires_grad = False
     for owner, name, base in layers:
-        if is_target(recipe.adapter_targets, name):
-            adapted = KINDS[recipe.adapter](base, recipe)
+        quantises = recipe.base_precision != "none" and name != "head"
+        if quantises or is_target(recipe.adapter_targets, name):
+            adapted: Module
+            if not is_target(recipe.adapter_targets, name):
+                adapted = QUANTISED[recipe.base_precision](base, recipe)
+            else:
+                adapted = (QuantisedLoRA if quantises else KINDS[recipe.adapter])(base, recipe)
             setattr(owner, name, adapted)
             owner.owned = [adapted if x is base else x for x in owner.owned]

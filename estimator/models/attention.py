@@ -15,8 +15,12 @@ from estimator.eager.views import cast, concatenate, expand, repeat_heads, resha
 from estimator.models.layers import Linear, Module, dropout
 from estimator.models.norms import build_norm
 from estimator.models.positions import rotate_part
+from estimator.parallel.tensor import share
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from estimator.eager.letters import Size
     from estimator.eager.tensor import Machine
     from estimator.models.layers import Recipe
 
@@ -81,6 +85,9 @@ class Attention(Module):
         self.part = a
         size = machine.shapes.letters
         self.h, self.k_heads, self.g, self.e = size["h"], size["k"], size["g"], size["e"]
+        if recipe.tensor_parallel:
+            self.k_heads = share(machine, self.k_heads)
+            self.h = machine.product((self.k_heads, self.g))
         wide, narrow = machine.product((self.h, self.e)), machine.product((self.k_heads, self.e))
         self.widths = (wide, narrow, narrow)
         with self.inside():
@@ -103,6 +110,18 @@ class Attention(Module):
             self.out_norm = self.child(build_norm(machine, "out_norm", Norm("rms"), wide) if a.out_norm else None)
             self.out = self.child(Linear(machine, "out", wide, size["d"], bias=a.out_bias))
         self.sinks = self.parameter(self.h) if a.sinks else None
+        if recipe.tensor_parallel:
+            self.cut(size)
+
+    def cut(self, size: Mapping[str, Size]) -> None:
+        """Each rank has its part of the heads."""
+        wide, narrow = (self.machine.product((size[heads], self.e)) for heads in ("h", "k"))
+        if self.part.fused:
+            self.qkv.cut_by("output", wide + 2 * narrow)
+        else:
+            for layer, width in ((self.q, wide), (self.k, narrow), (self.v, narrow)):
+                layer.cut_by("output", width)
+        self.out.cut_by("input", wide)
 
     def project(self, v: Locals, x: Tensor) -> None:
         """Queries, keys and values as names of the frame."""

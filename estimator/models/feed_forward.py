@@ -12,6 +12,7 @@ from estimator.eager.tensor import Locals, arguments
 from estimator.eager.views import split
 from estimator.models.layers import Linear, Module, dropout
 from estimator.models.norms import build_norm
+from estimator.parallel.tensor import share
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -109,5 +110,13 @@ class GatedFeedForward(Module):
 
 
 def build_feed_forward(machine: Machine, part: MLP, d: Size, f: Size, recipe: Recipe) -> Module:
-    """The module of a declared feed-forward."""
-    return (GatedFeedForward if part.gated else PlainFeedForward)(machine, "ffn", part, d, f, recipe)
+    """The module of a declared feed-forward; under tensor parallelism with a rank's part of the columns between."""
+    own = share(machine, f) if recipe.tensor_parallel else f
+    ffn = (GatedFeedForward if part.gated else PlainFeedForward)(machine, "ffn", part, d, own, recipe)
+    if recipe.tensor_parallel:
+        for layer in (x for x in ffn.owned if isinstance(x, Linear)):
+            if layer is ffn.down:
+                layer.cut_by("input", f)
+            else:
+                layer.cut_by("output", 2 * f if part.gated and part.fused else f)
+    return ffn

@@ -15,6 +15,8 @@ from estimator.eager.checkpointing import checkpoint
 from estimator.eager.linalg import linear
 from estimator.eager.repetition import TURNS, executed_of, layout
 from estimator.eager.tensor import Locals, Machine, Tensor, arguments
+from estimator.parallel.placement import TENSOR
+from estimator.parallel.tensor import as_partial, entering, leaving
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -129,12 +131,14 @@ class Recipe:
     adapter: str = "none"
     adapter_targets: str = ""
     adapter_dropout: bool = False
+    base_precision: str = "none"
     reduce_dtype: str = "fp32"
     autocast: bool = False
     replicated: bool = False  # HSDP
     reshard: int | None = None
     in_backward: bool = False  # each parameter is updated as soon as its gradient is there
     rank: int = 0  # which of those that share the shards
+    tensor_parallel: bool = False
 
     @property
     def micro_batches(self) -> int:
@@ -232,15 +236,32 @@ class Module:
 
 
 class Linear(Module):
-    """x W^T (+ b)."""
+    """x W^T (+ b); under tensor parallelism a rank has a part of the columns of what comes out, or of what goes in."""
+
+    cut: str | None = None
 
     def __init__(self, machine: Machine, name: str, d_in: Size, d_out: Size, *, bias: bool) -> None:
         super().__init__(machine, name)
         self.weight = self.parameter(d_out, d_in)
         self.bias = self.parameter(d_out) if bias else None
 
+    def cut_by(self, what: str, whole: Size) -> Linear:
+        """This layer as a rank has it, `whole` wide where it is cut: by "output" or by "input"."""
+        self.cut, ledger = what, self.machine.ledger
+        dimension = 0 if what == "output" else 1
+        for p in (self.weight, *(() if self.bias is None or what == "input" else (self.bias,))):
+            p.placement = {TENSOR: dimension}
+            shape = [whole if i == dimension else n for i, n in enumerate(p.shape)]
+            at = next(i for i, (where, _) in enumerate(ledger.parameters) if where is p.storage.where)
+            ledger.parameters[at] = (p.storage.where, self.machine.product(tuple(shape)))
+        return self
+
     def forward(self, v: Locals, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+        if self.cut is None:
+            return linear(x, self.weight, self.bias)
+        if self.cut == "output":
+            return linear(entering(x), self.weight, self.bias)
+        return leaving(linear(x, self.weight, self.bias, as_partial))
 
 
 class Embedding(Module):

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 DATA = "data"  # the axis of ranks that see different sequences and share what is sharded
 REPLICATE = "replicate"  # under HSDP the axis of groups that each hold all shards
-AXES = (DATA, REPLICATE)
+TENSOR = "tensor"  # the axis of ranks that each have a part of a block's matrices
+AXES = (DATA, REPLICATE, TENSOR)
 
 FIRST_BUCKET = 2**20  # torch.distributed._DEFAULT_FIRST_BUCKET_BYTES
 BUCKET = 25 * 2**20  # DistributedDataParallel's bucket_cap_mb
@@ -61,10 +62,11 @@ def buckets(ready: Sequence[Tensor]) -> Size:
 @lru_cache(maxsize=1024)
 def _bucket_count(lengths: tuple[int, ...]) -> Function:
     def compute(*values: Any) -> Any:
-        # Not np.vectorize, which ends at 64 arguments.
-        points = np.broadcast_arrays(*values)
-        counts = [one(*row) for row in zip(*(x.ravel() for x in points), strict=True)]
-        return np.array(counts, dtype=np.int64).reshape(points[0].shape)
+        points = np.broadcast_arrays(*values)  # np.vectorize takes no more than 64
+        found = np.empty(points[0].shape, dtype=np.int64)
+        for at in np.ndindex(found.shape):
+            found[at] = one(*(point[at] for point in points))
+        return found
 
     def one(*values: Any) -> int:
         at, closed, held, limit = 0, 0, 0, FIRST_BUCKET

@@ -16,7 +16,7 @@ from estimator.describe.settings import checked
 from estimator.describe.units import SECONDS_PER_DAY, SECONDS_PER_HOUR
 from estimator.hardware.accelerators import Accelerator, accelerator, cluster
 from estimator.hardware.networks import network, straggling
-from estimator.parallel.placement import DATA, REPLICATE
+from estimator.parallel.placement import DATA, REPLICATE, TENSOR
 from estimator.pricing.conventions import model_flops_utilisation
 from estimator.timing.communication import messages
 from estimator.timing.kernels import EAGER, FUSED, Variant, table
@@ -181,7 +181,7 @@ def step_times(
     setup: Setup | None = None,
     e: Efficiency | None = None,
 ) -> dict[str, Array]:
-    """Seconds of one optimizer step by part (`PARTS`), each an array of one, on `p.data_parallel` accelerators.
+    """Seconds of one optimizer step by part (`PARTS`), each an array of one, on `p.accelerators` of them.
 
     Raises:
         ConfigError: the accelerator has no peak for a dtype, no figure for a link, or the nodes do not come out even.
@@ -206,7 +206,7 @@ def times(
         form: the account of the plan's recipe; its kernels are those of a model in its shape class.
         sizes: the legend's letters, as `estimator.eager.sizes.sizes_of` gives them; any may be an array.
         p: the plan. Its batch_size and seq_len are not looked at: `sizes` has them.
-        a: the accelerator, of which p.data_parallel share the batch.
+        a: the accelerator, of which p.accelerators work together.
         setup: what of a run the plan does not say.
         micro_batches: of each point, in place of the plan's grad_accumulation; above 1 only where the plan's is.
         e: what kernels reach, if not the accelerator's own.
@@ -226,7 +226,7 @@ def times(
         single="tf32" if p.product_dtype == "tf32" else "fp32",
         kernel=setup.attention or (fused if fused in e.flash else None),
     )  # fmt: skip
-    group = cluster(a, p.data_parallel, between=between(a, setup.network))
+    group = cluster(a, p.accelerators, between=between(a, setup.network))
     sent = messages(form, sizes, turns, setup.parameter_width, setup.gradient_width)
     compute = {phase.value: s for phase, s in work.phases.items()}
     waited = exposed(sent, axes(group, p), e, compute, turns, overlap=setup.overlap, latency=setup.latency)
@@ -245,6 +245,8 @@ def axes(group: Cluster, p: Plan) -> dict[str, Cluster]:
     Raises:
         ConfigError: a group of them does not come out even with the nodes.
     """
+    if p.tensor_parallel > 1:
+        return {TENSOR: group}
     if p.replicas == 1 or p.sharding == "none":
         return {DATA: group}
     inner = min(p.shards, group.per_node)
@@ -295,8 +297,9 @@ def predicted(
     setup = setup or Setup()
     if p.compile:
         setup = replace(setup, variant=replace(setup.variant, fused=FUSED.fused))
-    micro_batches = -(-flops.sequences // (p.batch_size * count))
-    spent = step_times(m, p.replace(grad_accumulation=micro_batches, data_parallel=count), a, setup)
+    replicas = count // p.tensor_parallel
+    micro_batches = -(-flops.sequences // (p.batch_size * replicas))
+    spent = step_times(m, p.replace(grad_accumulation=micro_batches, data_parallel=replicas), a, setup)
     found = {name: float(x[0]) for name, x in spent.items()}
     seconds = sum(found.values())
     peak = a.peak_flops(p.product_dtype)

@@ -5,6 +5,7 @@ import math
 import re
 import shlex
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import Phase, example, given, settings
@@ -17,7 +18,9 @@ from estimator.answers.advice import Advisor
 from estimator.answers.request import Request
 from estimator.answers.sweeps import reach
 from estimator.describe.hf import from_hf
+from estimator.describe.presets import preset_groups
 from estimator.describe.settings import choices
+from estimator.describe.words import in_words
 from estimator.show import commands
 from estimator.show.formatting import dollars, hours, prefixed, size
 from estimator.show.planning import headline
@@ -29,6 +32,8 @@ from app_pages import estimate, formulas, scenarios, sweep, validate
 from app_pages import plan as plan_page
 from app_pages.inputs import HIDDEN
 
+HF = Path(__file__).parents[1] / "data" / "hf"
+TINY = [json.loads(line) for line in (HF / "tiny.jsonl").read_text().splitlines()]
 GPU = "a100-80gb-sxm"
 RUN = {"steps": 400_000, "global_batch_size": 1024}
 VIEWS = ("estimate", "plan", "formulas", "sweep", "compare", "validate")
@@ -285,6 +290,35 @@ def test_a_pasted_configuration_becomes_the_model():
     assert metrics(at)["Memory needed"] == size(
         est.estimate(from_hf(config), est.Plan(batch_size=4), GPU, **RUN).memory.needed
     )
+
+
+@pytest.mark.usefixtures("unadvised")
+def test_a_pasted_configuration_of_any_family_becomes_the_model_and_its_link_opens_it():
+    row = next(row for row in TINY if row["name"] == "tiny deepseek_v3")
+    at = opened(model="gpt2", batch_size="4")
+    at.text_area(key="paste").set_value(json.dumps(row["config"]))
+    ran(at)
+    m = from_hf(row["config"])
+    needed = size(est.estimate(m, est.Plan(batch_size=4), GPU, **RUN).memory.needed)
+    assert at.selectbox(key="model").value == "own-config"
+    assert metrics(at)["Memory needed"] == needed
+    assert any(f"{in_words(m)}." == c.value for c in at.caption)
+    assert "est.ModelConfig(" in code(at, "python")[0]
+    (link,) = [at.query_params["config"]] if isinstance(at.query_params["config"], str) else at.query_params["config"]
+    assert from_hf(json.loads(link)) == m
+    assert set(json.loads(link)) < set(row["config"])  # the fields that the model depends on
+    again = opened(batch_size="4", model="own-config", config=link)
+    assert metrics(again)["Memory needed"] == needed
+    again.number_input(key="own-config.num_experts").set_value(16)
+    assert metrics(ran(again))["Memory needed"] == size(
+        est.estimate(m.replace(num_experts=16), est.Plan(batch_size=4), GPU, **RUN).memory.needed
+    )
+    group = at.selectbox(key="group")
+    assert set(group.options) == {"all", *preset_groups()}
+    group.set_value("Gemma")
+    listed = ran(at).selectbox(key="model").options
+    assert listed[: len(preset_groups()["Gemma"])] == list(preset_groups()["Gemma"])
+    assert "gpt2" not in listed
 
 
 @pytest.mark.usefixtures("unadvised")

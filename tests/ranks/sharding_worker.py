@@ -14,12 +14,24 @@ from torch.distributed.fsdp import fully_shard
 from estimator.describe.model import ModelConfig
 from estimator.describe.plan import Plan
 from trainer.parallel.distributed import World
-from trainer.referee.replicas import measure_shared, messages
+from trainer.referee.replicas import SharedStep, measure_shared, messages
 
 
 def of_plan(ask):
     """`ask` of a model and a plan that come as plain fields."""
     return lambda m, p, world: ask(ModelConfig(**m), Plan(**p), world)
+
+
+def losses(m, p, world):
+    """Those of three steps, which see the same tokens."""
+    step = SharedStep(m, p, world)
+    found = []
+    for _ in range(3):
+        loss = step.forward()
+        found.append(loss.item())
+        step.backward(loss)
+        step.update()
+    return found
 
 
 def shapes(processes, shapes, world):
@@ -37,7 +49,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     world = World("cpu")
     source, target = map(Path, sys.argv[1:3])
-    ask = {"bytes": of_plan(measure_shared), "messages": of_plan(messages), "shapes": shapes}[sys.argv[3]]
+    of_steps = {"bytes": measure_shared, "messages": messages, "losses": losses}
+    ask = shapes if sys.argv[3] == "shapes" else of_plan(of_steps[sys.argv[3]])
     mine = [ask(*case, world) for case in json.loads(source.read_text())]
     everyones = [None] * world.size
     dist.all_gather_object(everyones, mine)

@@ -164,6 +164,8 @@ def partly_trained(random, processes):
         plan |= {"adapter": kind, "adapter_rank": random.choice([1, 3, 4])}
         plan |= {"adapter_targets": random.choice(["all-linear", some])}
         plan |= {"adapter_dropout": random.choice([0.0, 0.1])}
+        if kind == "lora" and sharding not in FULLY_SHARDED and m.d_ff % 2 == 0:
+            plan |= {"base_precision": random.choice(["none", "nf4", "nf4-double", "int8"])}
     else:
         last = m.num_layers - 1
         parts = ["embedding", "norms", "attention", "feed-forward", f"layers:0-{random.randint(0, last)}"]

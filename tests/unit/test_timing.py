@@ -185,6 +185,12 @@ def test_a_token_goes_through_the_published_number_of_parameters(name, active):
     assert values.active_parameters == pytest.approx(active, rel=0.04)
 
 
+def test_a_model_of_many_tensors_has_a_number_of_buckets():
+    """More than the 64 that numpy vectorizes over at once."""
+    r = est.estimate("deepseek-v3", est.Plan(seq_len=512, precision="bf16", data_parallel=2), "h200-141gb-sxm")
+    assert r.time.seconds_per_step > 0
+
+
 def test_a_model_with_experts_has_a_time_and_an_mfu_by_every_convention():
     r = est.estimate("mixtral-8x7b", est.Plan(seq_len=512, precision="bf16"), "h200-141gb-sxm")
     assert all(0 < mfu < 1 for mfu in r.time.mfu_by_convention.values())

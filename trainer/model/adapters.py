@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 from estimator.describe.adapters import check_targets, is_target
 from trainer.model.layers import Linear
+from trainer.model.quantised import quantise
+from trainer.optim.precision import PARAMETERS
 
 if TYPE_CHECKING:
     from estimator.describe.plan import Plan
@@ -92,6 +94,24 @@ class DoRA(LoRA):
         return torch.linalg.norm(weight, dim=1).to(weight.dtype)
 
 
+class QuantisedLoRA(LoRA):
+    """LoRA on a quantised layer: the statements of peft's `lora.bnb.Linear4bit.forward` and `Linear8bitLt.forward`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        result = self.base(x)
+        if type(self.base).__name__ == "Linear4bit":
+            result = result.clone()
+        converts = not torch.is_autocast_enabled()
+        if converts:
+            expected = result.dtype
+            x = x.to(self.a.weight.dtype)
+        output = self.b(self.a(self.dropout(x))) * self.scaling
+        if converts:
+            output = output.to(expected)
+        result = result + output
+        return result  # noqa: RET504 - peft has the name
+
+
 KINDS = {"lora": LoRA, "dora": DoRA}
 
 
@@ -107,7 +127,9 @@ def adapt(model: nn.Module, p: Plan) -> None:
     for path, base in layers:
         owner, _, name = path.rpartition(".")
         if is_target(p.adapter_targets, name):
-            adapter = KINDS[p.adapter](base, p.adapter_rank, p.adapter_alpha, p.adapter_dropout)
+            quantises = p.base_precision != "none" and name != "head"
+            kind = QuantisedLoRA if quantises else KINDS[p.adapter]
+            adapter = kind(base, p.adapter_rank, p.adapter_alpha, p.adapter_dropout)
             setattr(model.get_submodule(owner), name, adapter)
 
 
@@ -122,9 +144,13 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
-def to_precision(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
-    """The model in `dtype`, its adapters in float32 (peft's `autocast_adapter_dtype`)."""
-    model.to(dtype)
-    for p in adapter_parameters(model).values():
-        p.data = p.detach().float()
+def to_precision(model: nn.Module, p: Plan) -> nn.Module:
+    """The model in the plan's dtype, its adapters in float32 (peft's `autocast_adapter_dtype`), quantised if so asked.
+
+    What is quantised comes in bfloat16, as checkpoints do, save where all is float32.
+    """
+    model.to(PARAMETERS.get(p.precision))
+    for x in adapter_parameters(model).values():
+        x.data = x.detach().float()
+    quantise(model, p.base_precision, torch.float32 if p.precision in ("fp32", "tf32") else torch.bfloat16)
     return model

@@ -41,6 +41,7 @@ from trainer.files.checkpoint import (
 )
 from trainer.optim.clip import gradient_clipping
 from trainer.optim.precision import Masters, float32_copy
+from trainer.parallel.tensor import tensor_parallel
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -102,7 +103,7 @@ class World:
 
         ZeRO-3 empties a block's parameters after its forward and gathers them again for its backward; ZeRO-2 does not.
         """
-        if self.size == 1:
+        if self.size == plan.tensor_parallel:
             return model
         if sharding in ("none", "zero1"):
             return nn.parallel.DistributedDataParallel(model, [self.device] if self.device.type == "cuda" else None)
@@ -135,6 +136,8 @@ class World:
         With master weights the optimizer's are float32 copies, shared out as the model's own are updated; without, the
         weights are one and the same.
         """
+        if plan.tensor_parallel > 1:
+            tensor_parallel(model, init_device_mesh(self.device.type, (plan.tensor_parallel,)))
         copied = float32_copy(model) if plan.precision == "bf16-master" else None
         module, held = self.wrap(model, plan, sharding), self.weights(model, sharding)
         if copied is None:

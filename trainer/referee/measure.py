@@ -29,11 +29,12 @@ from estimator.describe.schedules import FORWARD, accumulation, micro_batches
 from trainer.model.adapters import to_precision
 from trainer.model.decoder import build_model
 from trainer.model.loss import cross_entropy
+from trainer.model.quantised import flop_formulas, number_of_parameters, scales
 from trainer.optim.clip import gradient_clipping
 from trainer.optim.eight_bit import AdamW8bit
 from trainer.optim.in_backward import InBackward, no_updates
 from trainer.optim.optimizers import SGD, AdamW, Lion, MuonAdamW, is_for_muon
-from trainer.optim.precision import AUTOCAST, PARAMETERS, Masters, autocast, float32_copy, loss_scaler
+from trainer.optim.precision import AUTOCAST, Masters, autocast, float32_copy, loss_scaler
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -119,6 +120,7 @@ class Step:
     def resident(self) -> Iterable[Tensor]:
         """All tensors that are alive between two steps."""
         yield from (*self.model.parameters(), *self.model.buffers(), *self.inputs, *self.state())
+        yield from scales(self.model)
         yield from (x.grad for x in self.updated if x.grad is not None)
         yield from (x for x in vars(self.scaler).values() if isinstance(x, torch.Tensor))
 
@@ -205,8 +207,8 @@ def build_step(m: ModelConfig, p: Plan, device: str = "cpu", seed: int = 0, sche
         ConfigError: the sequence is longer than the model's positions, the device has not the attention's kernel, or
             the plan is for several processes.
     """
-    if p.data_parallel > 1:
-        raise ConfigError(f"data_parallel = {p.data_parallel}: this is one process; see `trainer.referee.replicas`")
+    if p.accelerators > 1:
+        raise ConfigError(f"accelerators = {p.accelerators}: this is one process; see `trainer.referee.replicas`")
     model, inputs = build_parts(m, p, device, seed)
     named, masters = trained(model), None
     if p.precision == "bf16-master":
@@ -226,7 +228,7 @@ def build_parts(m: ModelConfig, p: Plan, device: str, seed: int) -> tuple[nn.Mod
     p.attention_kernel(torch.device(device).type, m)  # refuses one that the device has not
     torch.manual_seed(seed)
     with torch.device(device):
-        model = to_precision(build_model(m, p), PARAMETERS.get(p.precision))
+        model = to_precision(build_model(m, p), p)
         ids, targets = (torch.randint(m.vocab_size, (p.batch_size, T)) for _ in range(2))
     return model, (ids, targets)
 
@@ -291,8 +293,8 @@ def measure(
     packs = half and torch.device(device).type == "cpu" and torch.backends.mkldnn.enabled
     scratch = peak_growth(step, device) - growth if packs else 0
     return Measurement(
-        parameters=sum(x.numel() for x in parameters),
-        parameter_bytes=nbytes(parameters),
+        parameters=number_of_parameters(step.model),
+        parameter_bytes=nbytes([*parameters, *scales(step.model)]),
         gradient_bytes=gradients,
         optimizer_bytes=nbytes(x for x in step.state() if x.device.type == torch.device(device).type),
         saved_bytes=saved,
@@ -341,7 +343,8 @@ class Saved:
 
 def _count_micro_batch(step: Step) -> tuple[int, int, int, int]:
     """(saved bytes, forward FLOPs, gradient bytes, backward FLOPs) of one micro-batch."""
-    resident = {t.untyped_storage()._cdata for t in (*step.model.parameters(), *step.model.buffers(), *step.inputs)}  # noqa: SLF001 - the storage's identity
+    held = (*step.model.parameters(), *step.model.buffers(), *step.inputs, *scales(step.model))
+    resident = {t.untyped_storage()._cdata for t in held}  # noqa: SLF001 - the storage's identity
     kept: weakref.WeakSet[Saved] = weakref.WeakSet()
 
     def pack(t: Tensor) -> Saved:
@@ -358,9 +361,13 @@ def _count_micro_batch(step: Step) -> tuple[int, int, int, int]:
     saved = nbytes(t for t in alive if t.untyped_storage()._cdata not in resident)  # noqa: SLF001 - the storage's identity
     del alive
     step.model.zero_grad()
-    with FlopCounterMode(display=False) as forward:
+    formulas = flop_formulas() if step.plan.base_precision != "none" else None
+    with FlopCounterMode(display=False, custom_mapping=formulas) as forward:
         loss = step.forward()
-    with FlopCounterMode(display=False) as backward, no_updates(step.optimizer):  # whose products are not backward's
+    with (
+        FlopCounterMode(display=False, custom_mapping=formulas) as backward,
+        no_updates(step.optimizer),
+    ):  # whose products are not backward's
         step.backward(loss)
     if step.plan.update == "in-backward":
         step.model.zero_grad()

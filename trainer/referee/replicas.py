@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import _functional_collectives as functional
 from torch.profiler import ProfilerActivity, profile
 
 from estimator.describe.checks import ConfigError
+from trainer.model.quantised import scales
 from trainer.optim.precision import loss_scaler
 from trainer.parallel.distributed import World, local
 from trainer.referee.measure import Step, allocator_events, build_parts, build_updates, nbytes, onednn
@@ -40,10 +42,10 @@ class SharedStep(Step):
     """One process's part of an optimizer step that `p.data_parallel` processes take together."""
 
     def __init__(self, m: ModelConfig, p: Plan, world: World, seed: int = 0) -> None:
-        if world.size != p.data_parallel:
-            raise ConfigError(f"data_parallel = {p.data_parallel}: torchrun has started {world.size} processes")
+        if world.size != p.accelerators:
+            raise ConfigError(f"accelerators = {p.accelerators}: torchrun has started {world.size} processes")
         model, inputs = build_parts(m, p, str(world.device), seed)
-        self.buckets = bucket_bytes(model) if p.sharding in ("none", "zero1") else 0
+        self.buckets = bucket_bytes(model) if p.data_parallel > 1 and p.sharding in ("none", "zero1") else 0
         module, self.held, self.weights, masters = world.prepare(model, p, p.sharding)
         optimizer = build_updates(self.weights.named, p, world.device.type, self.weights)
         super().__init__(model, optimizer, inputs, p, masters)
@@ -79,11 +81,9 @@ class SharedStep(Step):
 
 def bucket_bytes(model: nn.Module) -> int:
     """Bytes that DDP keeps for itself around a model; its first messages, which take buffers, are left out."""
-    kept: list[nn.Module] = []
-    events = allocator_events(
-        lambda: kept.append(nn.parallel.DistributedDataParallel(deepcopy(model), init_sync=False))
-    )
-    return sum(n for _, n in events) - nbytes([*model.parameters(), *model.buffers()])
+    kept: list[nn.Module] = [deepcopy(model)]
+    events = allocator_events(lambda: kept.append(nn.parallel.DistributedDataParallel(kept[0], init_sync=False)))
+    return sum(n for _, n in events)
 
 
 # What the profiler calls a collective when it is asked for, which of its tensors is whole, and our word for it.
@@ -118,18 +118,25 @@ def messages(m: ModelConfig, p: Plan, world: World, seed: int = 0) -> list[tuple
 @contextmanager
 def longer_waits() -> Iterator[None]:
     """A moment more after each message, in which gloo's thread lets go of its buffers: this thread will free them."""
-    wait = dist.Work.wait
+    wait, wait_tensor = dist.Work.wait, functional.wait_tensor
 
     def longer(work: dist.Work, *timeout: Any) -> bool:
         done = wait(work, *timeout)
         time.sleep(MOMENT)
         return done
 
+    def longer_for(x: Tensor) -> Tensor:
+        found: Tensor = wait_tensor(x)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        time.sleep(MOMENT)
+        return found
+
     dist.Work.wait = longer  # type: ignore[assignment, method-assign]  # which is what FSDP calls
+    functional.wait_tensor = longer_for  # and this DTensor
     try:
         yield
     finally:
         dist.Work.wait = wait  # type: ignore[method-assign]
+        functional.wait_tensor = wait_tensor
 
 
 def measure_shared(m: ModelConfig, p: Plan, world: World, seed: int = 0) -> dict[str, int]:
@@ -144,7 +151,7 @@ def measure_shared(m: ModelConfig, p: Plan, world: World, seed: int = 0) -> dict
     step = SharedStep(m, p, world, seed)
     for _ in range(3):  # the first makes the optimizer's state; in the second DDP cuts its buckets anew
         step()
-    parameters = [local(x.detach()) for x in step.model.parameters()]
+    parameters = [local(x.detach()) for x in (*step.model.parameters(), *scales(step.model))]
     scale = [x for x in vars(step.scaler).values() if isinstance(x, Tensor)]
     resident = nbytes([*parameters, *step.model.buffers(), *step.inputs, *step.state(), *scale]) + step.buckets
     step.micro_batches()

@@ -18,7 +18,7 @@ from trainer.files.checkpoint import CheckpointError, export_safetensors, random
 from trainer.files.data import Dataset
 from trainer.model.adapters import to_precision
 from trainer.model.decoder import build_model
-from trainer.optim.precision import PARAMETERS, autocast, loss_scaler, products_in
+from trainer.optim.precision import autocast, loss_scaler, products_in
 from trainer.optim.schedule import lr_cosine_schedule
 from trainer.parallel.distributed import Weights, World, load_run, local, save_run
 from trainer.referee.measure import loss_of
@@ -137,9 +137,10 @@ class Training:
 
         # The same weights on every device and in every process: they are drawn on the CPU.
         torch.manual_seed(config.seed)
-        self.model = to_precision(build_model(self.m, plan).to(device), PARAMETERS.get(plan.precision))
+        self.model = build_model(self.m, plan).to(device)
         if config.weights is not None:
             load_base(self.model, config.weights)
+        to_precision(self.model, plan)
         if plan.precision == "tf32" and device.type == "cuda":
             torch.set_float32_matmul_precision("high")
         self.scaler = loss_scaler(plan.precision, device.type, sharded=world.shares(config.sharding))

@@ -1,0 +1,52 @@
+"""What tensor parallelism goes with: of a plan, and of a model whose heads and columns are to be shared out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from estimator.describe.checks import ConfigError
+from estimator.describe.settings import Needs
+
+if TYPE_CHECKING:
+    from estimator.describe.model import ModelConfig
+    from estimator.describe.plan import Plan
+
+NEEDS = tuple(
+    Needs(name, known, f"it is not known together with {name} = {{{name}!r}}")
+    for name, known in (
+        ("data_parallel", (1,)),
+        ("adapter", ("none",)),
+        ("trained", ("all",)),
+        ("frozen", ("",)),
+        ("max_grad_norm", (None,)),
+        ("update", ("after",)),
+        ("precision", ("fp32", "tf32", "bf16", "bf16-mixed", "fp16-mixed")),
+        ("optimizer", ("adamw", "adam", "sgd", "sgd-momentum", "lion")),
+    )
+)
+
+
+def check_model(p: Plan, m: ModelConfig) -> None:
+    """Raise ConfigError if `m`'s heads or columns cannot be shared out as `p` says."""
+    ranks, parts = p.tensor_parallel, m.made_of
+    if ranks == 1:
+        return
+    a, mlp = parts.attention, parts.mlp
+    other = {
+        "attention.latent": a.latent != "none",
+        "attention.experts": a.experts,
+        "attention.sinks": a.sinks,
+        "attention.out_norm": a.out_norm,
+        "attention.qk_norm": a.qk_norm in ("width", "head-own"),
+        "mlp.down_norm": mlp.down_norm,
+        "mlp.activation": mlp.activation == "xielu",
+        "experts": parts.experts is not None,
+        "positions.kind": parts.positions.kind == "alibi",
+    }
+    for name, has in other.items():
+        if has:
+            raise ConfigError(f"tensor_parallel = {ranks}: how {name} is shared out is not known; allowed is 1")
+    sizes = {"num_heads": m.num_heads, "num_kv_heads": m.kv_heads, "d_ff": m.f}
+    for name, size in sizes.items():
+        if size % ranks:
+            raise ConfigError(f"tensor_parallel = {ranks}: must divide {name}, which is {size}")

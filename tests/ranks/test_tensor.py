@@ -1,0 +1,124 @@
+"""Tensor parallelism: each rank's bytes and messages against real processes, and the losses against one process."""
+
+from __future__ import annotations
+
+import os
+from random import Random
+
+import pytest
+from test_sharding import accounted, measured, totals
+
+import estimator as est
+from estimator.accounting.accounts import account, sizes_for
+from estimator.describe.checks import ConfigError
+from estimator.describe.model import ModelConfig
+from estimator.describe.plan import Plan
+from trainer.referee.measure import build_step
+
+GPT2 = ModelConfig("gpt2", 3, 24, 4, 37, 9, d_ff=40)
+LLAMA = ModelConfig("llama", 4, 24, 4, 37, 9, 2, 6, 32, tie_embeddings=False)
+RUNS = int(os.environ.get("TENSOR_RUNS", "0"))  # random recipes to try, in place of a few
+CASES = [
+    (GPT2, {}),
+    (LLAMA, {"optimizer": "sgd", "grad_accumulation": 2}),
+    (LLAMA, {"optimizer": "sgd", "checkpointing": "block", "attention": "sdpa"}),
+    (GPT2, {"optimizer": "sgd", "precision": "bf16-mixed", "loss": "torch"}),
+]
+
+
+def drawn(random, ranks):
+    """A model and how so many ranks share it."""
+    family, each = random.choice(["gpt2", "llama"]), random.choice([1, 2])
+    heads = ranks * each * random.choice([1, 2])
+    kv = heads if family == "gpt2" else random.choice([n for n in range(ranks, heads + 1, ranks) if heads % n == 0])
+    e = random.choice([2, 6])
+    m = ModelConfig(
+        family, random.randint(1, 5), heads * e, heads, random.randint(5, 60), 11, kv, e, ranks * random.randint(1, 9),
+        tie_embeddings=family == "gpt2" or random.random() < 0.5,
+        qkv_bias=random.random() < 0.3 if family == "llama" else None,
+    )  # fmt: skip
+    return m, Plan(
+        batch_size=random.randint(1, 3),
+        seq_len=random.choice([1, 5, 11]),
+        tensor_parallel=ranks,
+        precision=random.choice(["fp32", "fp32", "bf16", "bf16-mixed", "fp16-mixed"]),
+        attention=random.choice(["naive", "naive-fp32", "sdpa"]),
+        checkpointing=random.choice(["none", "none", "block", "attention", "selective"]),
+        loss=random.choice(["bundled", "torch", "torch-fp32", "chunked"]),
+        optimizer=random.choice(["sgd", "sgd", "adamw", "lion"]),
+        grad_accumulation=random.choice([1, 1, 2]),
+    )
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_each_rank_holds_what_the_account_says_to_the_byte(ranks, tmp_path):
+    random = Random(ranks)
+    fixed = [(m.replace(num_kv_heads=4) if m is LLAMA and ranks == 4 else m, plan) for m, plan in CASES]
+    cases = [(m, Plan(batch_size=2, tensor_parallel=ranks, **plan)) for m, plan in fixed]
+    cases += [drawn(random, ranks) for _ in range(RUNS or 2)]
+    for (m, p), processes in zip(cases, measured(ranks, cases, tmp_path), strict=True):
+        v = account(m, p, "cpu").evaluate(m, p, threads=1)
+        for rank, real in enumerate(processes):
+            assert {name: getattr(v, name) for name in real} == real, (m, p, rank)
+
+
+def test_each_rank_sends_the_messages_of_the_ledger(tmp_path):
+    cases = [(m, Plan(batch_size=2, tensor_parallel=2, **plan)) for m, plan in CASES[:3]]
+    for (m, p), processes in zip(cases, measured(2, cases, tmp_path, "messages"), strict=True):
+        for real in processes:
+            assert accounted(m, p) == totals(real), (m, p)
+
+
+def test_losses_are_those_of_one_process(tmp_path):
+    """Equal to 1e-5: sums over the ranks are in another order."""
+    cases = [(m, Plan(batch_size=2, tensor_parallel=2)) for m in (GPT2, LLAMA)]
+    for (m, p), processes in zip(cases, measured(2, cases, tmp_path, "losses"), strict=True):
+        step, alone = build_step(m, p.replace(tensor_parallel=1)), []
+        for _ in range(3):
+            loss = step.forward()
+            alone.append(loss.item())
+            step.backward(loss)
+            step.optimizer.step()
+            step.optimizer.zero_grad()
+        for losses in processes:
+            assert losses == pytest.approx(alone, rel=1e-5)
+
+
+def test_parts_add_up_to_the_whole():
+    m = est.preset("llama-3.1-8b")
+    alone, part = (account(m, Plan(seq_len=512, tensor_parallel=n)) for n in (1, 8))
+    sizes = sizes_for(m, Plan(seq_len=512, tensor_parallel=8), threads=1)
+    assert part.evaluate(m, Plan(seq_len=512, tensor_parallel=8)).parameters == alone.evaluate(m, Plan()).parameters
+    held, whole = part.values(sizes).parameter_bytes, alone.evaluate(m, Plan(seq_len=512)).parameter_bytes
+    shared = 4 * (2 * m.vocab_size * m.d_model + (2 * m.num_layers + 1) * m.d_model)  # embedding, head and norms
+    assert held - shared == (whole - shared) // 8
+
+
+def test_an_estimate_of_several_accelerators():
+    plan = Plan(precision="bf16", attention="sdpa", seq_len=4096)
+    alone = est.estimate("llama-3.1-8b", plan, "h100-80gb-sxm")
+    r = est.estimate("llama-3.1-8b", plan.replace(tensor_parallel=4), "h100-80gb-sxm", count=4)
+    assert r.memory.peak < alone.memory.peak
+    assert r.flops.model == alone.flops.model
+    assert r.flops.sequences == 1
+    assert r.time.count == 4
+    assert alone.time.seconds_per_step / 4 < r.time.seconds_per_step < alone.time.seconds_per_step
+    assert r.time.parts["communication"] > 0
+    with pytest.raises(ConfigError, match="count = 6: the plan's tensor_parallel is 4"):
+        est.estimate("llama-3.1-8b", plan.replace(tensor_parallel=4), "h100-80gb-sxm", count=6)
+
+
+@pytest.mark.parametrize(
+    ("model", "plan", "field"),
+    [
+        ("llama-3.1-8b", {"tensor_parallel": 3}, "num_heads"),
+        ("llama-3.1-8b", {"tensor_parallel": 16}, "num_kv_heads"),
+        ("mixtral-8x7b", {"tensor_parallel": 2}, "experts"),
+        ("llama-3.1-8b", {"tensor_parallel": 2, "data_parallel": 2}, "data_parallel"),
+        ("llama-3.1-8b", {"tensor_parallel": 2, "max_grad_norm": 1.0}, "max_grad_norm"),
+        ("llama-3.1-8b", {"tensor_parallel": 0}, "tensor_parallel"),
+    ],
+)
+def test_what_is_not_known_is_refused(model, plan, field):
+    with pytest.raises(ConfigError, match=field):
+        est.estimate(model, Plan(**plan))

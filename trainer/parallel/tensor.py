@@ -1,0 +1,83 @@
+"""Tensor parallelism by PyTorch's DTensor: each process has some columns of what goes into attention and feed-forward.
+
+The projections that go in are cut by their output (`ColwiseParallel`), those that come out by their input
+(`RowwiseParallel`), so that a block takes one all-reduce behind attention and one behind the feed-forward, and two more
+in backward (Shoeybi et al. 2019, "Megatron-LM", section 3). Embedding, norms and head are whole in every process.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.distributed.tensor import Replicate, Shard, distribute_module
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from trainer.model.attention import Attention
+from trainer.model.feed_forward import GatedFeedForward
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor.parallel import ParallelStyle
+
+
+class Columns(ColwiseParallel):
+    """`ColwiseParallel` of the trainer's own Linear, which is no `nn.Linear`."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        take = partial(self._prepare_input_fn, self.input_layouts, (Replicate(),))
+        give = partial(self._prepare_output_fn, self.output_layouts, self.use_local_output)
+        return distribute_module(module, device_mesh, self._partition_linear_fn, take, give)
+
+
+class Rows(RowwiseParallel):
+    """`RowwiseParallel` of the trainer's own Linear."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        take = partial(self._prepare_input_fn, self.input_layouts, (Shard(-1),))
+        give = partial(self._prepare_output_fn, self.output_layouts, self.use_local_output)
+        return distribute_module(module, device_mesh, self._partition_linear_fn, take, give)
+
+
+COLUMNS = ("attention.q", "attention.k", "attention.v", "attention.qkv", "ffn.gate", "ffn.up", "ffn.gate_up")
+ROWS = ("attention.out", "ffn.down")
+
+
+def tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    """`model`, of whose blocks' matrices each process of `mesh` has its part, in place.
+
+    Projections that hold several matrices (q, k and v; gate and up) are put in an order in which each process's rows
+    are its part of each of them.
+    """
+    size = mesh.size()
+    for block in model.get_submodule("blocks").children():
+        attention, ffn = block.get_submodule("attention"), block.get_submodule("ffn")
+        assert isinstance(attention, Attention)
+        if hasattr(attention, "qkv"):
+            deal(attention.qkv, attention.widths, size)
+        if isinstance(ffn, GatedFeedForward) and ffn.fused:
+            deal(ffn.gate_up, [len(ffn.gate_up.weight) // 2] * 2, size)
+        attention.num_heads //= size
+        attention.kv_heads //= size
+        attention.widths = [width // size for width in attention.widths]
+        named = dict(block.named_modules())
+        styles: dict[str, ParallelStyle] = {name: Columns() for name in COLUMNS if name in named}
+        parallelize_module(block, mesh, styles | {name: Rows() for name in ROWS})
+    return model
+
+
+def deal(linear: nn.Module, widths: list[int], size: int) -> None:
+    """Reorder the rows of `linear`, of several matrices of `widths` rows: first every matrix's first `size`-th part."""
+    starts = [sum(widths[:i]) for i in range(len(widths))]
+    order = torch.cat(
+        [
+            torch.arange(start + rank * (width // size), start + (rank + 1) * (width // size))
+            for rank in range(size)
+            for start, width in zip(starts, widths, strict=True)
+        ]
+    )
+    with torch.no_grad():
+        for p in linear.parameters():
+            p.copy_(p[order])
