@@ -80,7 +80,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print usage and `message`, and exit with 2."""
-        super().error(re.sub(rf"\S{{{SHOWN + 1},}}", lambda word: f"{word[0][: SHOWN - 3]}...", message))
+        said = re.sub(rf"\S{{{SHOWN + 1},}}", lambda word: f"{word[0][: SHOWN - 3]}...", message)
+        # A word that is no text (bytes that are no UTF-8) is shown as its bytes.
+        super().error(said.encode("utf-8", "backslashreplace").decode())
 
 
 class TopicHelp(argparse.Action):

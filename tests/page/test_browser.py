@@ -5,6 +5,8 @@ so that the server builds the accounts of few recipes.
 """
 
 import json
+import os
+from random import Random
 
 import pytest
 
@@ -103,3 +105,38 @@ def test_uploads(address, browser, tmp_path):
         assert "own-gpt2.d_model=320" in page.url
         with visitor(browser, page.url) as other:
             assert metric(other, "Memory needed") == metric(page, "Memory needed")
+
+
+CONFIG = {"model_type": "llama", "num_hidden_layers": 4, "hidden_size": 256, "num_attention_heads": 8}
+CONFIG |= {"intermediate_size": 512, "vocab_size": 32_000, "max_position_embeddings": 1024, "tie_word_embeddings": True}
+WRONG = (0, -1, 1.5, 10**30, "", "<b>x</b>", "![x](http://a.example/x.png)", None, [], {}, True, "\u202e", "é" * 3000)
+
+
+def mangled(draw):
+    """A config.json with something wrong in it: a value, a name, or the text itself."""
+    config = dict(CONFIG)
+    for _ in range(draw.randint(0, 2)):
+        config[draw.choice([*config, "rope_scaling", "quantization_config"])] = draw.choice(WRONG)
+    text = json.dumps(config).encode()
+    cut = draw.randrange(len(text))
+    return draw.choice((text, text, text[:cut], text[:cut] + bytes(draw.randbytes(3)) + text[cut:], b"[" * 9999, b""))
+
+
+def test_mangled_uploads_are_refused_or_read(address, browser):
+    """`UPLOADS=200 pytest tests/page/test_browser.py -k mangled` tries more."""
+    draw, statuses = Random(3), set()
+    with visitor(browser, f"{address}/?model=gpt2&batch_size=8") as page:
+        page.get_by_text("From a config.json").click()
+        for i in range(int(os.environ.get("UPLOADS", "4"))):
+            file = {"name": f"{i}.json", "mimeType": "application/json", "buffer": mangled(draw)}
+            with page.expect_response(lambda answer: "upload_file" in answer.url and answer.request.method == "PUT"):
+                page.get_by_test_id("stFileUploaderDropzoneInput").set_input_files(file)
+            page.get_by_text(f"{i}.json").first.wait_for()
+            page.wait_for_function(
+                "() => document.querySelector('[data-testid=stApp]').dataset.testScriptState === 'notRunning' && ("
+                "document.querySelector('[data-testid=stMetric]') || document.body.innerText.includes('was refused'))"
+            )
+            assert page.get_by_test_id("stException").count() == 0
+            assert page.locator("[data-testid=stMain] b, img[src*='a.example']").count() == 0
+            statuses.add(page.get_by_text("The configuration was refused").count())
+    assert statuses == {0, 1}  # both are tried
