@@ -215,6 +215,12 @@ def estimate(
     sequences = p.batch_size * p.grad_accumulation * p.data_parallel
     notes = ["The bytes are those of eager execution; compiled, fused ops save some."] if p.compile else []
     notes += [SHARDING_NOTES[p.sharding]] if p.shards > 1 else []
+    if m.num_experts is not None:
+        routed = "all experts get equally many tokens" if p.imbalance == 1 else "one expert gets more than its share"
+        notes.append(
+            f"The time is that of a step in which {routed} (imbalance = {p.imbalance:g}); bytes and FLOPs are the same "
+            "whichever experts are chosen, as each accelerator holds all of them."
+        )
     if p.shards > 1 and p.sharding in FULLY_SHARDED and p.precision in ("bf16-mixed", "fp16-mixed"):
         notes.append(
             f"{p.precision} here is autocast under FSDP: parameters are gathered in fp32, and autocast keeps a 16-bit "

@@ -326,6 +326,14 @@ class Plan:
         needs=tensor.NEEDS,
     )
 
+    imbalance: float = number(
+        1.0,
+        "Of a model with experts, the rows of the most loaded expert over the mean of all. It moves the time of their "
+        "products; where an accelerator holds all experts, no byte and no FLOP depends on which are chosen.",
+        least=1,
+        most=10**6,
+        draws=(1.0,),
+    )
     update: str = choice(
         "after",
         "When the optimizer moves the parameters.",
@@ -422,6 +430,12 @@ class Plan:
         self.selection.check(model)
         tensor.check_model(self, model)
         parts = model.made_of
+        most = 1.0
+        if model.num_experts is not None and model.experts_per_token is not None:
+            most = model.num_experts / model.experts_per_token
+        if self.imbalance > most:
+            why = "each token goes through an expert once" if parts.experts is not None else "the model has no experts"
+            raise ConfigError(f"imbalance = {self.imbalance:g}: {why}; allowed is at most {most:g}")
         if model.unfused is not None and self.attention.startswith("sdpa"):
             raise ConfigError(
                 f"attention = {self.attention!r}: no fused kernel has the model's attention.{model.unfused}; allowed "

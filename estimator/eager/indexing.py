@@ -211,15 +211,16 @@ def _grouped_product(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     machine = x.machine
     (groups, wide, narrow), rows = weight.shape, x.shape[0]
 
-    def product(reads: tuple[Tensor, ...], out: Tensor, m: Size, n: Size, k: Size) -> None:
-        machine.kernel("mm", reads, (out,), gemm=Gemm(groups, m, n, k), flops=2 * machine.product((rows, wide, narrow)))
+    def product(reads: tuple[Tensor, ...], out: Tensor, m: Size, n: Size, k: Size, along: str = "m") -> None:
+        flops = 2 * machine.product((rows, wide, narrow))
+        machine.kernel("mm", reads, (out,), gemm=Gemm(groups, m, n, k, along), flops=flops)
 
     def backward(c: Context, grad: Tensor) -> Gradients:
         x, weight = c.saved
         c.grad = contiguous(grad)
         c.grad_x, c.grad_weight = empty_like(x), empty_like(weight)
         product((c.grad, weight), c.grad_x, ceiling(rows, groups), narrow, wide)
-        product((c.grad, x), c.grad_weight, wide, narrow, ceiling(rows, groups))
+        product((c.grad, x), c.grad_weight, wide, narrow, ceiling(rows, groups), "k")
         return [c.take("grad_x"), c.take("grad_weight")]
 
     node = record("_GroupedProductBackward", (x, weight), backward, (x, weight))

@@ -74,12 +74,16 @@ class Event(NamedTuple):
 
 
 class Gemm(NamedTuple):
-    """A batched matrix product (b, m, k) x (b, k, n)."""
+    """A batched matrix product (b, m, k) x (b, k, n).
+
+    `rows` is "m" or "k" where the batch is of experts: the dimension that is an expert's rows, of which it is the mean.
+    """
 
     b: Size
     m: Size
     n: Size
     k: Size
+    rows: str = ""
 
 
 class Operand(NamedTuple):

@@ -158,7 +158,7 @@ def _calibrate_by_log(args: argparse.Namespace) -> int:
     from estimator.answers.logs import explanation, read_log, save, stack_factor  # noqa: PLC0415 - only for this
 
     log = read_log(args.log)
-    r = _asked(args)
+    r = asked(args)
     if r.time is None or not r.time.predicted:
         raise ConfigError(f"log = {args.log!r}: no time is predicted for this run: {' '.join(r.notes)}")
     tokens = r.time.tokens_per_second * r.time.seconds_per_step
@@ -197,7 +197,7 @@ def _described(args: argparse.Namespace) -> tuple[ModelConfig, Plan]:
     return model, Plan(**wanted)
 
 
-def _asked(args: argparse.Namespace) -> Estimate:
+def asked(args: argparse.Namespace) -> Estimate:
     """The estimate that the arguments ask for."""
     from estimator.answers.estimates import estimate  # noqa: PLC0415 - sympy, which --help does without
 
@@ -228,7 +228,7 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
     return given | {"stack_factor": load(args.stack_factor) if args.stack_factor else None}
 
 
-def _carrying(args: argparse.Namespace) -> dict[str, Any]:
+def carrying(args: argparse.Namespace) -> dict[str, Any]:
     """What carries the time, whatever the machine and the batch."""
     return {name: x for name, x in _options(args).items() if name not in ("count", "global_batch_size", "steps")}
 
@@ -244,7 +244,7 @@ def _run(args: argparse.Namespace) -> int:
         )
         sys.stdout.write(f"{largest}\n")
         return 0
-    r = _asked(args)
+    r = asked(args)
     if args.json:
         json.dump(r.to_dict(), sys.stdout, indent=1, allow_nan=False)
         sys.stdout.write("\n")
@@ -259,7 +259,7 @@ def _run(args: argparse.Namespace) -> int:
         )
         if args.optimise_for or not r.fits:
             sys.stdout.flush()  # the figures are there; what follows takes some seconds
-            advise(r, args.optimise_for or "memory", args.global_batch_size, _carrying(args))
+            advise(r, args.optimise_for or "memory", args.global_batch_size, carrying(args))
     return 0
 
 

@@ -53,6 +53,7 @@ COMMANDS = (
         "whether a step of your own code fits, by running it without data",
         "trainer.referee.recorder.check:run",
     ),
+    Command("explain", "an out-of-memory message or memory summary, beside the estimate", "estimator.show.explain:run"),
     Command("calibrate", "measure this machine, or the factor of your own log", "estimator.show.cli:calibrate"),
     Command("app", "the page, in a browser", "estimator.show.app:run"),
     Command("completion", "what makes a shell complete these commands", "estimator.show.completion:run"),

@@ -148,12 +148,12 @@ def _cast_row(kernel: Kernel) -> Row:
 
 
 def kind_of(kernel: Kernel) -> str:
-    """One of `KINDS`: a batched product is attention's, whichever kernel does it."""
+    """One of `KINDS`: a batched product is attention's, whichever kernel does it, unless its batch is of experts."""
     if kernel.where.phase is Phase.OPTIMIZER:
         return "optimizer"
     if kernel.gemm is None:
         return "elementwise"
-    return "matmul" if kernel.gemm.b == ONE else "attention"
+    return "matmul" if kernel.gemm.b == ONE or kernel.gemm.rows else "attention"
 
 
 def _is_fused(kernel: Kernel, variant: Variant) -> bool:
@@ -222,6 +222,7 @@ class Table:
         kind, phase, width: of each row, its kind, its phase, bytes of an element of its factors.
         flash, backward, gemm: of each row, whether it is a fused attention, such a one's backward, any other product.
         masked: of each row, whether it is a fused attention that reads a mask, and so computes every score.
+        grouped: "m" and "k": of each row, whether that dimension of its product is an expert's rows.
         checkpoint_every: of the blocks every so many-th is recomputed; None where none is.
     """
 
@@ -243,6 +244,9 @@ class Table:
         self.backward = self.flash & np.array([row.name.endswith("_backward") for row in rows])
         self.masked = self.flash & np.array([row.name.startswith("masked") for row in rows])
         self.gemm = np.array([row.gemm is not None for row in rows]) & ~self.flash
+        self.grouped = {
+            name: np.array([row.gemm is not None and row.gemm.rows == name for row in rows]) for name in ("m", "k")
+        }
         self.calls = np.array([row.calls for row in rows])
         self._later = np.array([row.turn == "later" for row in rows])
         steps = {step: at for at, step in enumerate(dict.fromkeys(x for row in rows for x in row.leading))}

@@ -110,25 +110,37 @@ class Efficiency:
     clock: float = 1.0
 
 
-def matmul_seconds(shape: Mapping[str, Array], peak: Any, bandwidth: Any, processors: float, e: Efficiency) -> Array:
+def matmul_seconds(
+    shape: Mapping[str, Array],
+    peak: Any,
+    bandwidth: Any,
+    processors: float,
+    e: Efficiency,
+    most: Mapping[str, Array] | None = None,
+) -> Array:
     """Seconds of a batched product of b x (m, k) x (k, n) that moves `nbytes`, by the best of the library's tiles.
 
-    `peak` is what large tiles reach, in FLOP/s.
+    `peak` is what large tiles reach, in FLOP/s. `most`: of experts' products, how many times the mean of m, and of k,
+    the most loaded expert has; the others share what is left.
 
     A tile takes k + depth steps; tiles run in waves of one a processor. Few tiles on a long sum are split along it, for
-    the price of writing and reading the partial sums in fp32.
+    the price of writing and reading the partial sums in fp32. A wave is over when its longest tile is.
     """
     b, m, n, k = (shape[name] for name in "bmnk")
+    uneven_m, uneven_k = (1.0, 1.0) if most is None else (most["m"], most["k"])
+    others = m * np.where(b > 1, (b - uneven_m) / np.maximum(b - 1, 1), 1)
     rate = peak / processors
     best = np.full(np.broadcast_shapes(m.shape, np.shape(rate)), np.inf)
     for tile_m, tile_n in e.tiles:
         area = tile_m * tile_n
         steps = 2 * area / (rate * area / (area + e.tile_cost))
-        tiles = b * np.ceil(m / tile_m) * np.ceil(n / tile_n) / processors
+        rows = np.ceil(uneven_m * m / tile_m) + (b - 1) * np.ceil(others / tile_m)
+        tiles = rows * np.ceil(n / tile_n) / processors
         for split in SPLITS:
             waves = e.quantised * np.ceil(tiles * split) + (1 - e.quantised) * np.maximum(tiles * split, 1)
             sums = 0 if split == 1 else 2 * 4 * split * b * m * n / bandwidth
-            best = np.minimum(best, waves * steps * (k / split + e.depth) + sums)
+            longest = np.maximum(waves * (k / split + e.depth), uneven_k * k / split + e.depth)
+            best = np.minimum(best, longest * steps + sums)
     return np.maximum(best, shape["nbytes"] / bandwidth)
 
 
@@ -167,6 +179,7 @@ def kernel_seconds(
     half: str = "bf16",
     single: str = "fp32",
     kernel: str | None = None,
+    imbalance: float = 1.0,
 ) -> Array:
     """(rows, points): seconds of one launch of each row; arguments as for `busy`."""
     bandwidth = accelerator.memory_bandwidth
@@ -186,7 +199,8 @@ def kernel_seconds(
         reach = rate[table.gemm]
         if sizes is not None and e.unaligned < 1:
             reach = reach * np.where(table.unaligned(sizes)[table.gemm], e.unaligned, 1.0)
-        seconds[table.gemm] = matmul_seconds(part, reach, streaming[table.gemm], accelerator.sm_count or 1, e)
+        most = {name: np.where(of[table.gemm], imbalance, 1.0)[:, None] for name, of in table.grouped.items()}
+        seconds[table.gemm] = matmul_seconds(part, reach, streaming[table.gemm], accelerator.sm_count or 1, e, most)
     if table.flash.any():
         part = {name: shape[name][table.flash] for name in COLUMNS}
         flash = e.flash[choose("attention kernel", kernel or e.attention, e.flash)]
@@ -222,6 +236,7 @@ def busy(
     half: str = "bf16",
     single: str = "fp32",
     kernel: str | None = None,
+    imbalance: float = 1.0,
 ) -> Busy:
     """Seconds of the kernels of one optimizer step.
 
@@ -235,11 +250,14 @@ def busy(
         half: dtype of products of 16-bit factors.
         single: dtype of products of 32-bit factors.
         kernel: the attention kernel, if not the accelerator's own.
+        imbalance: rows of the most loaded expert over the mean.
 
     Raises:
         ConfigError: the accelerator has no peak for a dtype that the step multiplies in.
     """
-    seconds = kernel_seconds(table, shape, accelerator, e, sizes=sizes, half=half, single=single, kernel=kernel)
+    seconds = kernel_seconds(
+        table, shape, accelerator, e, sizes=sizes, half=half, single=single, kernel=kernel, imbalance=imbalance
+    )
     times, turns, later = table.stretches(sizes, micro_batches)
     each = seconds * later
     spent = (times @ turns) * each

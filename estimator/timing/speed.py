@@ -225,6 +225,7 @@ def times(
         half=setup.dtype or (p.product_dtype if p.product_dtype == "fp16" else "bf16"),
         single="tf32" if p.product_dtype == "tf32" else "fp32",
         kernel=setup.attention or (fused if fused in e.flash else None),
+        imbalance=p.imbalance,
     )  # fmt: skip
     group = cluster(a, p.accelerators, between=between(a, setup.network))
     sent = messages(form, sizes, turns, setup.parameter_width, setup.gradient_width)

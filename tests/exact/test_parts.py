@@ -36,3 +36,9 @@ def test_a_drawn_model_and_recipe(seed):
 def test_a_family_in_other_sizes(family):
     _, m, p = list(families([family]))[1]
     assert [row for row in compare(m, p) if row.difference] == [], (m, p)
+
+
+def test_no_byte_depends_on_the_routing():
+    """The real step's tokens are dealt out so that one expert gets three times its share."""
+    _, m, p = next(families(["deepseek_v3"]))
+    assert [row for row in compare(m, p.replace(imbalance=3.0)) if row.difference] == []

@@ -185,6 +185,25 @@ def test_a_token_goes_through_the_published_number_of_parameters(name, active):
     assert values.active_parameters == pytest.approx(active, rel=0.04)
 
 
+def test_an_imbalance_of_experts_moves_their_products_and_nothing_else():
+    def at(imbalance):
+        plan = est.Plan(batch_size=16, seq_len=1000, precision="bf16", imbalance=imbalance)
+        return est.estimate("qwen3-30b-a3b", plan, "h200-141gb-sxm")
+
+    even, uneven = at(1.0), at(4.0)
+    # 8 tiles of 128 rows for each of 128 experts with 1,000 rows; one of 4,000 takes 32, and the others still 8.
+    assert even.time.parts["matmul"] < uneven.time.parts["matmul"]
+    assert {k: v for k, v in even.time.parts.items() if k != "matmul"} == pytest.approx(
+        {k: v for k, v in uneven.time.parts.items() if k != "matmul"}
+    )
+    assert uneven.values == even.values
+    assert "imbalance = 4" in " ".join(uneven.notes)
+    with pytest.raises(ConfigError, match="imbalance = 17: each token goes through an expert once; allowed is at most"):
+        at(17.0)
+    with pytest.raises(ConfigError, match="imbalance = 2: the model has no experts; allowed is at most 1"):
+        est.estimate("gpt2", est.Plan(imbalance=2.0), "h200-141gb-sxm")
+
+
 def test_a_model_of_many_tensors_has_a_number_of_buckets():
     """More than the 64 that numpy vectorizes over at once."""
     r = est.estimate("deepseek-v3", est.Plan(seq_len=512, precision="bf16", data_parallel=2), "h200-141gb-sxm")

@@ -30,6 +30,7 @@ from trainer.model.adapters import to_precision
 from trainer.model.decoder import build_model
 from trainer.model.loss import cross_entropy
 from trainer.model.quantised import flop_formulas, number_of_parameters, scales
+from trainer.model.router import Router
 from trainer.optim.clip import gradient_clipping
 from trainer.optim.eight_bit import AdamW8bit
 from trainer.optim.in_backward import InBackward, no_updates
@@ -223,13 +224,15 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def build_parts(m: ModelConfig, p: Plan, device: str, seed: int) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
-    """(the model, ids and targets), drawn from `seed`."""
+    """(the model, ids and targets), drawn from `seed`; with an imbalance, routers deal tokens out by it."""
     T = p.tokens(m)
     p.attention_kernel(torch.device(device).type, m)  # refuses one that the device has not
     torch.manual_seed(seed)
     with torch.device(device):
         model = to_precision(build_model(m, p), p)
         ids, targets = (torch.randint(m.vocab_size, (p.batch_size, T)) for _ in range(2))
+    for router in (x for x in model.modules() if isinstance(x, Router) and p.imbalance > 1):
+        router.routing = p.imbalance
     return model, (ids, targets)
 
 
