@@ -124,7 +124,7 @@ def mangled(draw):
 
 def test_mangled_uploads_are_refused_or_read(address, browser):
     """`UPLOADS=200 pytest tests/page/test_browser.py -k mangled` tries more."""
-    draw, statuses = Random(3), set()
+    draw, statuses = Random(5), set()
     with visitor(browser, f"{address}/?model=gpt2&batch_size=8") as page:
         page.get_by_text("From a config.json").click()
         for i in range(int(os.environ.get("UPLOADS", "4"))):
