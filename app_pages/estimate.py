@@ -65,8 +65,9 @@ def show(s: Setup) -> None:
         _memory(s, r)
     _work(r)
     modules.show(s, r)
+    last = st.container()
     sure.show(s, r)
-    with st.container() if r.fits else first:  # drawn last: it takes an account of every other recipe
+    with last if r.fits else first:  # drawn last: it takes an account of every other recipe
         found = _advice(s, r)
     if not r.fits:
         _verdict(said, s, r, found)

@@ -146,7 +146,7 @@ def _map(r: Estimate) -> None:
     names = np.array([f"{p.where.phase.value}: {p.where.module} · {p.where.op}" for p in found.account.pieces])
     moments = names[found.index]
     seen = list(dict.fromkeys(moments.ravel()))
-    legend = {"title": None, "orient": "bottom", "columns": 1, "labelLimit": 340, "symbolType": "square"}
+    legend = {"title": None, "orient": "bottom", "columns": 1, "labelLimit": 250, "symbolType": "square"}
     colour = {"type": "nominal", "scale": {"domain": seen}, "sort": seen, "legend": legend}
     x, y = charts.Axis("Micro-batch", batches), charts.Axis("Sequence", lengths)
     here = (r.plan.batch_size, length) if r.plan.batch_size > 1 else None

@@ -53,7 +53,7 @@ def show(s: Setup, r: Estimate) -> None:
         said.append(f"**What kernels reach** on this accelerator: {plain(t.origin)}")
     spent = cost_of(s)
     if spent is not None:
-        said += [f"**Cost and energy**: {plain(x)}" for x in (*spent.assumptions, *spent.missing)]
+        said.append(f"**Cost and energy** rest on {plain('; '.join((*spent.assumptions, *spent.missing)))}.")
     st.markdown("\n".join(f"- {line}" for line in said))
     if r.time is not None and r.time.predicted:
         with st.expander("What the time would be with other assumptions"):
