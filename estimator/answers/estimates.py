@@ -18,6 +18,7 @@ from estimator.describe.words import in_words
 from estimator.hardware.accelerators import Accelerator, accelerator
 from estimator.hardware.networks import network as network_of
 from estimator.memory.device import Memory, memory
+from estimator.pricing.conventions import CONVENTIONS, flops_per_token
 from estimator.timing.kernels import Variant
 from estimator.timing.speed import Setup, StackFactor, Time, at_mfu, predicted
 
@@ -110,6 +111,13 @@ class Estimate:
         return assumptions(self.model, self.plan.replace(grad_accumulation=micro_batches), self.accelerator, self.setup)
 
     @property
+    def flops_per_token(self) -> dict[str, float]:
+        """Model FLOPs of a token in training by each of `estimator.pricing.conventions.CONVENTIONS`."""
+        tokens = self.plan.tokens(self.model)
+        ledger, active = self.flops.model / (self.flops.sequences * tokens), self.values.active_parameters
+        return {name: flops_per_token(self.model, tokens, active, name, ledger) for name in CONVENTIONS}
+
+    @property
     def fits(self) -> bool:
         """Whether the step fits the accelerator's memory."""
         return self.memory.fits
@@ -128,7 +136,8 @@ class Estimate:
             "trained_parameters": self.values.trained_parameters,
             "memory": self.memory.to_dict(),
             "activation_bytes": self.values.activation_bytes,
-            "flops": asdict(self.flops) | {"model": self.flops.model, "step": self.flops.step},
+            "flops": asdict(self.flops)
+            | {"model": self.flops.model, "step": self.flops.step, "per_token": self.flops_per_token},
             "time": self.time.to_dict() if self.time is not None else None,
             "assumptions": [x.to_dict() for x in self.assumptions],
             "modules": modules,

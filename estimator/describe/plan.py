@@ -38,7 +38,7 @@ OPTIMIZERS = {
     "adamw-8bit": ("bundled",),
 }
 # What an update needs at once: an accelerator's rows are not enough.
-WHOLE_MATRICES = ("muon", "adafactor", "adamw-8bit")
+WHOLE_MATRICES = ("muon", "adafactor")
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,12 +171,6 @@ class Plan:
                 "it works on whole matrices, and sharding is {sharding!r}",
                 values=WHOLE_MATRICES,
                 say="allowed with sharding none (DDP)",
-            ),
-            Needs(
-                "precision",
-                ("fp32", "tf32", "bf16-mixed", "fp16-mixed", "bf16-master", "bf16-fsdp"),
-                "it moves fp32 parameters, and precision is {precision!r}",
-                values=("adamw-8bit",),
             ),
         ),
     )

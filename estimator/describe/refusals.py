@@ -63,7 +63,7 @@ KINDS = {
     ),
     "a hybrid, with recurrent blocks beside attention": "recurrent_gemma",
     "a hybrid, with linear attention in some layers": (
-        "kimi_linear minimax olmo_hybrid qwen3_5 qwen3_5_moe qwen3_next"
+        "kimi_linear minimax minimax_m1 minimax_text_01 olmo_hybrid qwen3_5 qwen3_5_moe qwen3_next"
     ),
     "a hybrid, with convolutions beside attention": "lfm2 lfm2_moe",
     "a model of text, images and sound": "gemma3n gemma4 phi4_multimodal qwen2_5_omni qwen3_omni_moe",
@@ -131,6 +131,10 @@ def refusal(raw: Mapping[str, Any], families: Sequence[str]) -> str | None:
         return f"{name}: {around}, which would be lost; {hint}"
     if parts:
         return f"{name}: {' and '.join(parts)} beside the text, which would be lost; {NEAREST} a decoder of text alone"
+    others = {field: x["model_type"] for field, x in raw.items() if isinstance(x, dict) and x.get("model_type")}
+    if others:
+        held = ", ".join(f"{field}: {shown(what)}" for field, what in others.items())
+        return f"{name}: {IS.get(kind, 'a model made of others')} ({held}), which would be lost; {NEAREST} one of these"
     if kind in families:
         return None
     if kind in ONE_OFF:

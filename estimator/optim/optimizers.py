@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from estimator.eager.ledger import Gemm
-from estimator.eager.letters import ONE, ceiling, larger, smaller
+from estimator.eager.letters import ONE, ZERO, ceiling, larger, smaller
 from estimator.eager.linalg import product
-from estimator.eager.ops import elementwise, in_place_with_number, mean
+from estimator.eager.ops import elementwise, in_place_with_number, mean, python_number
 from estimator.eager.tensor import BFLOAT16, FLOAT32, INT32, UINT8, Locals, transposing_copy
 from estimator.eager.views import cast
 from estimator.optim.adam import (
@@ -100,7 +100,7 @@ class Lion(Optimizer):
 
 
 class AdamW8bit(Optimizer):
-    """`trainer.optim.eight_bit.AdamW8bit`: matrices slice by slice through a scratch of four slices, then the vectors.
+    """`trainer.optim.eight_bit.AdamW8bit`: matrices slice by slice through a scratch, then the vectors.
 
     A matrix's state is a byte an element and a float32 a block, for each moment.
     """
@@ -132,13 +132,17 @@ class AdamW8bit(Optimizer):
 
     def _update_matrices(self) -> None:
         with Locals() as v, at_parameter(self.parameters[0], "AdamW, 8-bit states"):
-            scratch = slice_of(self.parameters)
+            scratch, wide = slice_of(self.parameters), all(p.dtype == FLOAT32 for p in self.parameters)
             v.m, v.v, v.s = (self.machine.empty((scratch,)) for _ in range(3))
+            if not wide:
+                v.weights = self.machine.empty((scratch,))
             v.index = self.machine.empty((scratch,), INT32)
             for p, state in zip(self.parameters, self.states, strict=True):
                 assert p.grad is not None
                 with at_parameter(p, "AdamW, 8-bit states"):
-                    in_place_with_number("mul_", p)
+                    if p.numel is not ZERO:
+                        with python_number(self.machine, FLOAT32):
+                            pass
                     # Scaling back 2, the update 13 more, absolute values, maxima and quotients 6.
                     self.machine.kernel("adamw_8bit", (p, p.grad, *state), (p, *state), arithmetic=21 * p.numel)
 

@@ -393,6 +393,9 @@ def _tables(name: str, r: Estimate, largest: int, price: float | None = None) ->
         f"optimizer: {r.flops.optimizer:,} FLOPs; a step of {r.flops.sequences:,} sequences: {r.flops.step:,} FLOPs",
         highlight=False,
     )
+    if r.model.num_experts is not None:
+        by = {name: f"{flops / 1e9:,.4g} GFLOPs" for name, flops in r.flops_per_token.items()}
+        console.print(f"a token: {by['ledger']} by the ledger, {by['6N']} by 6 N of the active ones", highlight=False)
     if r.time is not None:
         _time(r.time, console)
         for assumption in r.assumptions:

@@ -88,8 +88,7 @@ NARROW = [
 
 @pytest.mark.parametrize(("optimizer", "impl"), [(name, impl) for name, impls in OPTIMIZERS.items() for impl in impls])
 def test_optimizers_of_bf16_parameters(optimizer, impl):
-    precision = "bf16-master" if optimizer == "adamw-8bit" else "bf16"
-    for m, name in ((NARROW[0], precision), (NARROW[1], precision), (NARROW[2], "bf16-mixed")):
+    for m, name in ((NARROW[0], "bf16"), (NARROW[1], "bf16"), (NARROW[2], "bf16-mixed")):
         p = Plan(seq_len=1, precision=name, optimizer=optimizer, optimizer_impl=impl, max_grad_norm=1.0)
         assert [row for row in compare(m, p) if row.difference] == [], m
 

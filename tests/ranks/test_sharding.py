@@ -153,7 +153,7 @@ def partly_trained(random, processes):
         "precision": random.choice(["fp32", "bf16", "bf16", "bf16-mixed"]),
         "attention": random.choice(["naive", "sdpa"]),
         "checkpointing": random.choice(["none", "block", "selective"]),
-        "optimizer": random.choice(["adamw", "sgd", "lion"]),
+        "optimizer": random.choice(["adamw", "sgd", "lion", "adamw-8bit"]),
         "grad_accumulation": random.choice([1, 1, 2, 3]),
         "max_grad_norm": random.choice([None, None, 1.0]),
     }

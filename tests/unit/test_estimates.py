@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import resource
+import subprocess
+import sys
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -169,3 +173,32 @@ def test_what_cannot_be_is_refused():
         est.max_batch_size("gpt2", Plan(), 0)
     with pytest.raises(ConfigError, match="gpt2"):
         est.estimate("gpt-2-xxl")
+
+
+def test_a_models_flops_by_both_conventions_are_of_what_a_token_goes_through():
+    """6 N of the active parameters, and the ledger's, which has attention beside and leaves out the embedding."""
+    r = est.estimate("qwen3-30b-a3b", est.Plan(seq_len=512, precision="bf16"), "h200-141gb-sxm")
+    plain = r.to_dict()
+    m, by = r.model, plain["flops"]["per_token"]
+    assert by["6N"] == 6 * plain["active_parameters"]
+    products = plain["active_parameters"] - m.vocab_size * m.d_model - m.d_model * (2 * m.num_layers + 1)
+    products -= 2 * m.e * m.num_layers  # the norms on queries and keys
+    assert by["ledger"] == 6 * products + 12 * m.num_layers * m.width_of_heads * 512
+    assert plain["model_in_words"].startswith("48 layers of width 2,048, 8 of 128 experts a token")
+
+
+def test_a_large_mixture_is_answered_in_seconds_from_the_shell_and_in_milliseconds_once_it_is_known():
+    """3 s from a cold process, of CPU time, as other processes share this machine; 2 ms for a known account."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-m", "estimator", "deepseek-v3"], check=True, capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 3
+    m, p = est.preset("deepseek-v3"), est.Plan()
+    known = est.account(m, p)
+    known.evaluate(m, p)
+    spent = []
+    for batch in range(2, 22):
+        start = time.process_time()
+        known.evaluate(m, p.replace(batch_size=batch))
+        spent.append(time.process_time() - start)
+    assert min(spent) < 2e-3

@@ -247,6 +247,12 @@ def test_an_unknown_type_is_taken_for_the_family_of_its_class_and_that_is_said()
         ("mixtrall", {}, r"model_type = 'mixtrall': allowed are apertus, "),
         ("Llama", {}, r"model_type = 'Llama': did you mean llama\? allowed are"),
         ("mimo", {}, "model_type = 'mimo': .* the nearest that can be asked is qwen2"),
+        (
+            "encoder-decoder",
+            {"encoder": {"model_type": "bert"}, "decoder": {"model_type": "gpt2"}},
+            "made of others .encoder: 'bert', decoder: 'gpt2'., which would be lost",
+        ),
+        ("llama", {"draft_model": {"model_type": "eagle"}}, "made of others .draft_model: 'eagle'"),
         ("cohere2_moe", {"architectures": ["Cohere2ForCausalLM"]}, "its shared experts are averaged"),
         (
             "own",

@@ -67,8 +67,18 @@ def test_blocks_are_what_the_ledger_says_and_states_are_a_quarter():
     assert 0.25 < small / whole < 0.26
 
 
-def test_bf16_parameters_and_shards_are_refused():
-    with pytest.raises(est.ConfigError, match="adamw-8bit"):
-        est.Plan(optimizer="adamw-8bit", precision="bf16")
-    with pytest.raises(est.ConfigError, match="adamw-8bit"):
-        est.Plan(optimizer="adamw-8bit", data_parallel=2, sharding="zero1")
+def test_bf16_weights_move_as_float32_ones_do_and_are_rounded_once():
+    torch.manual_seed(0)
+    wide = torch.nn.Parameter(torch.randn(30, 20).bfloat16().float())
+    half = torch.nn.Parameter(wide.detach().bfloat16())
+    first, second = AdamW8bit([wide], lr=1e-2), AdamW8bit([half], lr=1e-2)
+    wide.grad = torch.randn(30, 20).bfloat16().float()
+    half.grad = wide.grad.bfloat16()
+    first.step()
+    second.step()
+    assert torch.equal(half, wide.bfloat16())
+    assert second.state[half]["absmax1"].dtype == torch.float32
+    again = AdamW8bit([half])
+    again.load_state_dict(copy.deepcopy(second.state_dict()))
+    assert all(torch.equal(x, again.state[half][name]) for name, x in second.state[half].items() if name != "step")
+    assert {x.dtype for name, x in again.state[half].items() if name != "step"} == {torch.uint8, torch.float32}

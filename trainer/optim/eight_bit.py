@@ -14,14 +14,14 @@ import torch
 from trainer.optim.optimizers import CPU_SLICE, CUDA_SLICE, AdamW, local
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
 
     from torch import Tensor
 
     from trainer.optim.optimizers import Scratch
 
 BLOCK = 256  # elements with a scale of their own
-CODES = ("code1", "code2")
+CODES, SCALES = ("code1", "code2"), ("absmax1", "absmax2")
 TINY = 1e-30  # in place of the greatest value of a block of zeros
 
 
@@ -45,7 +45,8 @@ class AdamW8bit(AdamW):
     """The bundled AdamW with moments of a byte an element. State of a matrix: code1, code2, absmax1, absmax2.
 
     Each step works on float32 copies of a slice of the moments, in a scratch of four such slices that lives for the
-    step. Parameters are float32.
+    step; of parameters in half precision on a copy of these too, in a fifth. A process that holds rows of a matrix
+    cuts its blocks from these.
 
     Attributes:
         tables: the fractions of either moment and the edges between them, on the parameters' device.
@@ -58,16 +59,17 @@ class AdamW8bit(AdamW):
         self.tables = [*fractions, *((x[:-1] + x[1:]) / 2 for x in fractions)]
 
     def load_state_dict(self, state_dict: Any) -> None:
-        """As torch's, which makes every state tensor of the parameter's dtype: the codes are bytes again."""
+        """As torch's, which makes every state tensor of the parameter's dtype: codes and scales are theirs again."""
         super().load_state_dict(state_dict)
-        bytes_again(self.state)
+        take_states(self, state_dict)
 
     def update(self, group: dict[str, Any], parameters: list[Tensor], scratch: Scratch) -> None:
         """Matrices slice by slice, then all vectors."""
         matrices = [p for p in parameters if p.ndim >= 2]
         if matrices:
             size = min(CPU_SLICE if matrices[0].is_cpu else CUDA_SLICE, max(local(p).numel() for p in matrices))
-            floats = [matrices[0].new_empty(size, dtype=torch.float32) for _ in range(3)]
+            wide = all(p.dtype == torch.float32 for p in matrices)  # else the weights are moved in float32 too
+            floats = [matrices[0].new_empty(size, dtype=torch.float32) for _ in range(3 if wide else 4)]
             index = matrices[0].new_empty(size, dtype=torch.int32)
             for p in matrices:
                 self._update_matrix(group, p, floats, index)
@@ -90,14 +92,20 @@ class AdamW8bit(AdamW):
         flat = [x.view(-1) for x in (p, p.grad.contiguous(), state["code1"], state["code2"])]
         for span, within, shape in _spans(p.numel(), len(index)):
             w, g, code1, code2 = (x[span].view(shape) for x in flat)
-            m, v, s, i = (x[: w.numel()].view(shape) for x in (*floats, index))
+            *more, i = (x[: w.numel()].view(shape) for x in (*floats, index))
+            m, v, s = more[:3]
+            moved = w if w.dtype == torch.float32 else more[3].copy_(w)
+            if moved is not w:
+                g = s.copy_(g)
             scale1, scale2 = (state[name][within] for name in ("absmax1", "absmax2"))
             self._decode(code1, scale1, 0, i, m)
             self._decode(code2, scale2, 1, i, v)
             m.lerp_(g, 1 - beta1)
             v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
             torch.sqrt(v, out=s).add_(eps)
-            w.mul_(1 - group["lr"] * group["weight_decay"]).addcdiv_(m, s, value=-rate)
+            moved.mul_(1 - group["lr"] * group["weight_decay"]).addcdiv_(m, s, value=-rate)
+            if moved is not w:
+                w.copy_(moved)
             self._encode(m, scale1, 0, s, i, code1)
             self._encode(v, scale2, 1, s, i, code2)
 
@@ -117,10 +125,13 @@ class AdamW8bit(AdamW):
         code.copy_(index)
 
 
-def bytes_again(states: Mapping[Tensor, dict[str, Any]]) -> None:
-    """Make the codes bytes, where `load_state_dict` has made them of the parameter's dtype."""
-    for state in states.values():
-        state.update((name, state[name].to(torch.uint8)) for name in CODES if name in state)
+def take_states(optimizer: torch.optim.Optimizer, state_dict: Any) -> None:
+    """Take codes and scales as they were saved, where `load_state_dict` has made them of the parameter's dtype."""
+    saved = state_dict["state"]
+    for group, numbers in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
+        for p, number in zip(group["params"], numbers["params"], strict=True):
+            kept = {name: x for name, x in saved.get(number, {}).items() if name in (*CODES, *SCALES)}
+            optimizer.state[p].update((name, x.to(p.device, copy=True)) for name, x in kept.items())
 
 
 def _spans(elements: int, size: int) -> Iterator[tuple[slice, slice, tuple[int, int]]]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trainer.optim.eight_bit import AdamW8bit, bytes_again
+from trainer.optim.eight_bit import AdamW8bit, take_states
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -61,9 +61,9 @@ class InBackward(torch.optim.Optimizer):
         own.grad = None
 
     def load_state_dict(self, state_dict: Any) -> None:
-        """As torch's, which makes every state tensor of the parameter's dtype: the codes of 8 bits are bytes again."""
+        """As torch's, which makes every state tensor of the parameter's dtype: those of 8 bits are theirs again."""
         super().load_state_dict(state_dict)
-        bytes_again(self.state)
+        take_states(self, state_dict)
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Nothing: backward has done it."""

@@ -30,6 +30,10 @@ def build_optimizer(weights: Weights, p: Plan, o: OptimSection, device: str) -> 
     Raises:
         ConfigError: it needs whole matrices and the parameters are sharded.
     """
+    if weights.sharded and p.optimizer == "adamw-8bit":
+        raise ConfigError(
+            "plan.optimizer = 'adamw-8bit': a checkpoint cannot share its scales out anew; allowed is --sharding none"
+        )
     if weights.sharded and p.optimizer in WHOLE_MATRICES:
         raise ConfigError(f"plan.optimizer = {p.optimizer!r}: works on whole matrices; allowed is --sharding none")
     if p.update == "after":
