@@ -99,7 +99,7 @@ def test_uploads(address, browser, tmp_path):
         page.get_by_test_id("stSidebar").get_by_text("5.0MB or smaller").first.wait_for()
         assert metric(page, "Memory needed") == before
         upload.set_input_files(good)
-        page.get_by_role("heading", name="your own, GPT-2 family").wait_for()
+        page.get_by_role("heading", name="your own, like gpt2").wait_for()
         drawn(page)
         assert metric(page, "Memory needed") != before
         assert "own-gpt2.d_model=320" in page.url
