@@ -13,6 +13,7 @@ from estimator.accounting.polynomials import Polynomials
 from estimator.accounting.step import run_step
 from estimator.accounting.trace import Trace
 from estimator.accounting.vectorised import VectorisedPeak
+from estimator.describe import pipeline
 from estimator.describe.checks import BLOCKS, ConfigError, check_figure, choose
 from estimator.describe.plan import FULLY_SHARDED
 from estimator.describe.schedules import accumulation
@@ -159,6 +160,7 @@ def account(m: ModelConfig, p: Plan, device: str = "cuda", rank: int = 0) -> Acc
         p: how it is trained.
         device: whose rules.
         rank: of which of the p.data_parallel accelerators; the first holds the most, later ones may have fewer rows.
+            Of a pipeline, which stage.
 
     Raises:
         ConfigError: an unknown device, a rank that there is not, or a sequence longer than the model's positions.
@@ -170,21 +172,24 @@ def account(m: ModelConfig, p: Plan, device: str = "cuda", rank: int = 0) -> Acc
 def sizes_for(m: ModelConfig, p: Plan, threads: int | None = None) -> Sizes:
     """The number behind each letter of the legend for `m` run as `p`."""
     order = BlockOrder(m.rotating_pattern, p.checkpointing, p.checkpoint_every, p.selection, p.adapter != "none")
-    return Sizes(_sizes(m, p, threads) | order.layout(m.num_layers).values)
+    return Sizes(_sizes(m, p, threads) | order.layout(m.num_layers // p.pipeline_parallel).values)
 
 
 def _sizes(m: ModelConfig, p: Plan, threads: int | None) -> Sizes:
     """Those of the model and the plan, without the turns of its groups of blocks."""
     sizes = sizes_of(m, p.batch_size, p.tokens(m), threads, p.shards)
     sizes = sizes if p.adapter == "none" else Sizes(sizes | {"r": p.adapter_rank})
+    sizes = Sizes(sizes | {"L": m.num_layers // p.pipeline_parallel})  # of a stage
     return sizes if p.tensor_parallel == 1 else Sizes(sizes | {"t": p.tensor_parallel})
 
 
 def recipe_of(m: ModelConfig, p: Plan, device: str, rank: int = 0) -> Recipe:
     """What of `m` and `p` decides which statements a step executes on `device`, the accelerator number `rank`."""
     tokens = p.tokens(m)
-    if not 0 <= rank < p.data_parallel:
-        raise ConfigError(f"rank = {rank}: data_parallel is {p.data_parallel}; allowed are 0 to {p.data_parallel - 1}")
+    pipeline.check_plan(p)
+    ranks = p.data_parallel * p.pipeline_parallel  # those of a tensor-parallel group are alike
+    if not 0 <= rank < ranks:
+        raise ConfigError(f"rank = {rank}: there are {ranks}; allowed are 0 to {ranks - 1}")
     if p.precision == "bf16-fsdp" and p.data_parallel == 1:
         raise ConfigError(
             "precision = 'bf16-fsdp': data_parallel is 1, and one accelerator shares with nobody; allowed are all "
@@ -207,7 +212,12 @@ def recipe_of(m: ModelConfig, p: Plan, device: str, rank: int = 0) -> Recipe:
         optimizer_impl=p.implementation(device),
         clips=p.max_grad_norm is not None,
         # The second micro-batch adds to gradients that exist, and so do all after it.
-        schedule=accumulation(min(p.grad_accumulation, 2)),
+        schedule=(
+            pipeline.schedule(p, rank, pipeline.executed(p))
+            if p.is_pipeline
+            else accumulation(min(p.grad_accumulation, 2))
+        ),
+        buffers=p.grad_accumulation if p.is_pipeline else 0,
         parallel="alone" if p.data_parallel == 1 else {"none": "ddp"}.get(p.sharding, p.sharding),
         selection=p.selection,
         adapter=p.adapter,
@@ -221,6 +231,8 @@ def recipe_of(m: ModelConfig, p: Plan, device: str, rank: int = 0) -> Recipe:
         in_backward=p.update == "in-backward",
         rank=rank % p.shards,
         tensor_parallel=p.tensor_parallel > 1,
+        pipeline=p.pipeline_schedule if p.is_pipeline else "",
+        stage=(rank, p.pipeline_parallel) if p.is_pipeline else (0, 1),
     )
     masked = m.sliding_window is not None and tokens > m.sliding_window
     if p.attention == "sdpa-flash" and fused_kernel("flash", device, masked=masked) != "flash":
@@ -384,7 +396,7 @@ class Account:
 
     def for_sizes(self, m: ModelConfig, p: Plan) -> Account:
         """This account, or the one of the shape class that `m` and `p` are in."""
-        return account(m, p, self.device, self.recipe.rank)
+        return account(m, p, self.device, self.recipe.stage[0] if self.recipe.pipeline else self.recipe.rank)
 
     def evaluate(self, m: ModelConfig, p: Plan, threads: int | None = None) -> Values:
         """The figures for `m` and `p`; `threads` are PyTorch's CPU threads, all cores by default.

@@ -19,6 +19,7 @@ from estimator.optim.masters import Masters
 from estimator.optim.optimizers import OPTIMIZERS
 from estimator.optim.scaling import GradScaler
 from estimator.parallel.data import Sharing
+from estimator.parallel.pipeline import SCHEDULES, Stage
 from estimator.parallel.sharded import REPLICAS
 
 if TYPE_CHECKING:
@@ -49,8 +50,6 @@ def run_step(recipe: Recipe, shapes: ShapeClass, device: str, stack: Stack, size
     model = Transformer(machine, recipe)
     replica = REPLICAS[recipe.parallel](model, sharing_of(recipe))
     size = shapes.letters
-    with ledger.inside("inputs"):
-        ids, targets = (_input(machine, size["B"], size["T"]) for _ in range(2))
     if not replica.updated:
         raise ConfigError(NOTHING_TRAINED)
     masters = scaler = None
@@ -60,6 +59,11 @@ def run_step(recipe: Recipe, shapes: ShapeClass, device: str, stack: Stack, size
         updated = masters.masters
     if recipe.precision == "fp16-mixed":
         scaler = GradScaler(machine)
+    if recipe.pipeline:
+        stage = _stage(machine, model, recipe, size)
+    else:
+        with ledger.inside("inputs"):
+            ids, targets = (_input(machine, size["B"], size["T"]) for _ in range(2))
     kind = OPTIMIZERS[recipe.optimizer, recipe.optimizer_impl]
     optimizer = InBackward(kind, updated) if recipe.in_backward else kind(updated)
 
@@ -93,7 +97,9 @@ def run_step(recipe: Recipe, shapes: ShapeClass, device: str, stack: Stack, size
         scaled.drop()
         loss.drop()
 
-    for move in recipe.schedule:
+    if recipe.pipeline:
+        SCHEDULES[recipe.pipeline](stage)
+    for move in recipe.schedule if not recipe.pipeline else ():
         {FORWARD: forward, BACKWARD: backpropagate}[move.kind](move.micro_batch)
     ledger.phase = Phase.OPTIMIZER
     replica.before_update()
@@ -113,6 +119,24 @@ def run_step(recipe: Recipe, shapes: ShapeClass, device: str, stack: Stack, size
         masters.write_back()
     replica.after_update()
     return ledger
+
+
+def _stage(machine: Machine, model: Transformer, recipe: Recipe, size: Mapping[str, Size]) -> Stage:
+    """One process of a pipeline, with the ids or the targets of all micro-batches where it needs them."""
+    shape, whole = (size["B"], size["T"]), (recipe.buffers * size["B"], size["T"])
+    with machine.ledger.inside("inputs"):
+        given = {name: _input(machine, *whole) for name in ("ids",) * recipe.enters + ("targets",) * recipe.leaves}
+    pieces = {name: x.view(shape, machine.contiguous(shape)).hold() for name, x in given.items()}
+
+    def loss(logits: Tensor) -> Tensor:
+        with machine.ledger.inside("loss"):
+            mean = LOSSES[recipe.loss](logits, pieces["targets"]).hold()
+            divided = div_number(mean).hold()
+            mean.drop()
+        return divided
+
+    counts = recipe.micro_batches, recipe.buffers
+    return Stage(machine, recipe.stage, counts, (*shape, size["d"]), model, pieces.get("ids"), loss)
 
 
 def sharing_of(recipe: Recipe) -> Sharing:

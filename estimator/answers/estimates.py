@@ -23,7 +23,7 @@ from estimator.timing.kernels import Variant
 from estimator.timing.speed import Setup, StackFactor, Time, at_mfu, predicted
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Iterator, Mapping
     from pathlib import Path
 
     import pandas as pd
@@ -89,6 +89,7 @@ class Estimate:
             a note says why.
         notes: what the reader should know of how the figures came about.
         setup: what of the run the plan does not say.
+        stages: of a pipeline the memory of each stage, of which `memory` is the one that needs the most.
     """
 
     model: ModelConfig
@@ -101,6 +102,7 @@ class Estimate:
     time: Time | None
     notes: tuple[str, ...]
     setup: Setup
+    stages: tuple[Memory, ...] = ()
 
     @cached_property
     def assumptions(self) -> tuple[Assumption, ...]:
@@ -221,6 +223,11 @@ def estimate(
     sizes = sizes_for(m, p, threads)
     a = account(m, p, device.device)
     values = a.values(sizes)
+    stages = tuple(_stages(m, p, device, sizes))
+    if stages:
+        at = max(range(len(stages)), key=lambda stage: stages[stage].needed)
+        a = account(m, p, device.device, at)
+        values = a.values(sizes)
     sequences = p.batch_size * p.grad_accumulation * p.data_parallel
     notes = ["The bytes are those of eager execution; compiled, fused ops save some."] if p.compile else []
     notes += [SHARDING_NOTES[p.sharding]] if p.shards > 1 else []
@@ -243,15 +250,23 @@ def estimate(
             f"last ones only those that {global_batch_size:,} leave are computed, in the time of full ones."
         )
         sequences = global_batch_size
+    together = _alone(m, p, device.device, threads) if p.accelerators > p.data_parallel else values
+    own = together if p.is_pipeline else values
     flops = Flops(
-        values.forward_flops,
-        values.backward_flops,
-        values.recompute_flops,
-        values.optimizer_flops,
+        own.forward_flops,
+        own.backward_flops,
+        own.recompute_flops,
+        own.optimizer_flops,
         sequences,
         p.batch_size,
-        *_whole(m, p, device.device, threads),
+        together.forward_flops + together.backward_flops - together.recompute_flops if own is not together else None,
+        p.tensor_parallel,
     )
+    if stages:
+        notes.append(
+            f"Memory is that of stage {at + 1} of {len(stages)}, which needs the most; the figures by "
+            "module are its own, and FLOPs those of all stages."
+        )
     if run.network is not None:
         network_of(run.network)  # refused by name here, as it would only be a note below
     setup = Setup(
@@ -265,22 +280,26 @@ def estimate(
     time = None
     if run.mfu is not None:
         peak = device.peak_flops(p.product_dtype)
-        time = at_mfu(run.mfu, m, p, peak, flops, values.active_parameters, run.steps, count)
+        time = at_mfu(run.mfu, m, p, peak, flops, together.active_parameters, run.steps, count)
     else:
         try:
-            time = predicted(m, p, device, flops, values.active_parameters, run.steps, count, setup)
+            time = predicted(m, p, device, flops, together.active_parameters, run.steps, count, setup)
         except ConfigError as error:  # no peak, no link, no calibration: marked, never guessed
             notes.append(f"No time is predicted: {error}.")
-    return Estimate(m, p, device, a, values, memory(a, values, sizes, device), flops, time, tuple(notes), setup)
+    return Estimate(m, p, device, a, values, memory(a, values, sizes, device), flops, time, tuple(notes), setup, stages)
 
 
-def _whole(m: ModelConfig, p: Plan, device: str, threads: int | None) -> tuple[int | None, int]:
-    """(`Flops.whole`, `Flops.ranks`): what several compute together is what one would compute alone."""
-    if p.tensor_parallel == 1:
-        return None, 1
-    alone = p.replace(tensor_parallel=1)
-    v = account(m, alone, device).values(sizes_for(m, alone, threads))
-    return v.forward_flops + v.backward_flops - v.recompute_flops, p.tensor_parallel
+def _alone(m: ModelConfig, p: Plan, device: str, threads: int | None) -> Values:
+    """The figures of one accelerator with the whole model, which those compute together that share it."""
+    alone = p.replace(tensor_parallel=1, pipeline_parallel=1, pipeline_schedule="1f1b")
+    return account(m, alone, device).values(sizes_for(m, alone, threads))
+
+
+def _stages(m: ModelConfig, p: Plan, device: Accelerator, sizes: Mapping[str, int]) -> Iterator[Memory]:
+    """The memory of each stage of a pipeline; nothing without one."""
+    for stage in range(p.pipeline_parallel if p.is_pipeline else 0):
+        a = account(m, p, device.device, stage)
+        yield memory(a, a.values(sizes), sizes, device)
 
 
 def check_kernel(p: Plan, a: Accelerator) -> None:
@@ -301,9 +320,10 @@ def replicated(plan: Plan, count: int | None) -> Plan:
     if count is None:
         return plan
     count = checked(Run, "count", count)
-    if count % plan.tensor_parallel:
-        raise ConfigError(f"count = {count}: the plan's tensor_parallel is {plan.tensor_parallel}; it must divide it")
-    replicas = count // plan.tensor_parallel
+    for name in ("tensor_parallel", "pipeline_parallel"):
+        if count % getattr(plan, name):
+            raise ConfigError(f"count = {count}: the plan's {name} is {getattr(plan, name)}; it must divide it")
+    replicas = count * plan.data_parallel // plan.accelerators
     if plan.data_parallel not in (1, replicas):
         raise ConfigError(f"count = {count}: the plan's data_parallel is {plan.data_parallel}; allowed is the same")
     return plan.replace(data_parallel=replicas)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from estimator.describe import tensor
+from estimator.describe import pipeline, tensor
 from estimator.describe.adapters import ALL, targets_listed
 from estimator.describe.checks import ConfigError, known_fields
 from estimator.describe.selection import Selection, parts_listed
@@ -319,6 +319,23 @@ class Plan:
         draws=(1,),
         needs=tensor.NEEDS,
     )
+    pipeline_parallel: int = integer(
+        1,
+        "Stages of a pipeline, each with as many of the blocks in a row, as torch.distributed.pipelining runs them. "
+        "The first has the embedding as well, the last the head; the micro-batches are grad_accumulation.",
+        most=10**6,
+        draws=(1,),
+        needs=pipeline.NEEDS,
+    )
+    pipeline_schedule: str = choice(
+        "1f1b",
+        "In which order a stage runs the micro-batches.",
+        {
+            "1f1b": "a backward as soon as it can, and then a forward (Narayanan et al. 2021)",
+            "gpipe": "all forwards, then all backwards (Huang et al. 2019)",
+        },
+        needs=(Needs("is_pipeline", (True,), "pipeline_parallel is {pipeline_parallel}"),),
+    )
 
     imbalance: float = number(
         1.0,
@@ -423,6 +440,7 @@ class Plan:
         """Raise ConfigError if the model's parts have something that the plan's attention or loss has not."""
         self.selection.check(model)
         tensor.check_model(self, model)
+        pipeline.check_model(self, model)
         parts = model.made_of
         most = 1.0
         if model.num_experts is not None and model.experts_per_token is not None:
@@ -502,7 +520,12 @@ class Plan:
     @property
     def accelerators(self) -> int:
         """How many work together."""
-        return self.data_parallel * self.tensor_parallel
+        return self.data_parallel * self.tensor_parallel * self.pipeline_parallel
+
+    @property
+    def is_pipeline(self) -> bool:
+        """Whether the blocks are dealt to several stages."""
+        return self.pipeline_parallel > 1
 
     @property
     def replicas(self) -> int:

@@ -36,6 +36,21 @@ def all_forward_first(micro_batches: int) -> Schedule:
     return tuple(Move(kind, i) for kind in (FORWARD, BACKWARD) for i in range(micro_batches))
 
 
+def one_forward_one_backward(micro_batches: int, stage: int, stages: int) -> Schedule:
+    """1F1B of a stage: as many forwards ahead as there are stages after it, then a backward for each forward.
+
+    Narayanan et al. 2021, "Efficient Large-Scale Language Model Training on GPU Clusters", section 2.2; PyTorch's
+    `Schedule1F1B` counts the stage itself among those that it runs ahead for.
+    """
+    ahead = min(micro_batches, stages - stage)
+    moves = [Move(FORWARD, i) for i in range(ahead)]
+    for i in range(micro_batches):
+        moves.append(Move(BACKWARD, i))
+        if ahead + i < micro_batches:
+            moves.append(Move(FORWARD, ahead + i))
+    return tuple(moves)
+
+
 def micro_batches(schedule: Schedule) -> int:
     """How many micro-batches a schedule has."""
     return len(schedule) // 2

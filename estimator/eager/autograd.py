@@ -157,18 +157,18 @@ def attach(node: Node | None, *outputs: Tensor, save: Sequence[Tensor] = ()) -> 
 Buffer = list[Tensor | None]
 
 
-def backward(loss: Tensor) -> None:
-    """Run `loss.backward()`: torch/csrc/autograd/engine.cpp on one thread.
+def backward(loss: Tensor, gradient: Tensor | None = None) -> None:
+    """Run `loss.backward(gradient)`: torch/csrc/autograd/engine.cpp on one thread.
 
     Nodes run from the latest recorded to the earliest, AccumulateGrad at once. The gradient of the loss, made by
-    Python, lives until the end.
+    Python where none is given, lives until the end.
     """
     machine, root = loss.machine, loss.grad_fn
     assert root is not None, "the loss does not depend on a parameter"
     ledger = machine.ledger
     before, machine.grad_enabled = machine.grad_enabled, False
     with ledger.at(ledger.module, ledger.block, "ones_like"):
-        seed = machine.empty(loss.shape, loss.dtype).hold()
+        seed = (machine.empty(loss.shape, loss.dtype) if gradient is None else gradient).hold()
     waits = _dependencies(root)
     ready: list[tuple[float, int, Node, Buffer]] = [(-root.sequence, 0, root, [seed.hold()])]
     pending: dict[Node, Buffer] = {}

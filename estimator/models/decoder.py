@@ -24,25 +24,30 @@ if TYPE_CHECKING:
 
 
 class Transformer(Module):
-    """ids (B, T) -> logits (B, T, V), or with targets (B, T) their loss."""
+    """ids (B, T) -> logits (B, T, V), or with targets (B, T) their loss; a stage from or to (B, T, d) between."""
 
     def __init__(self, machine: Machine, recipe: Recipe) -> None:
         super().__init__(machine, "")
         self.recipe, parts, size = recipe, recipe.parts, machine.shapes.letters
         self.parts = parts
         d, width = size["d"], size["d_e"] if recipe.projects else size["d"]
-        self.embedding = self.child(Embedding(machine, "embedding", size["V"], width))
+        enters, leaves = recipe.enters, recipe.leaves  # else another stage of a pipeline does
+        self.embedding = self.child(Embedding(machine, "embedding", size["V"], width) if enters else None)
         projects = recipe.projects
-        self.project_in = self.child(Linear(machine, "project_in", width, d, bias=False) if projects else None)
+        self.project_in = self.child(
+            Linear(machine, "project_in", width, d, bias=False) if projects and enters else None
+        )
         self.positions: Positions | Sinusoids | None = None
-        if parts.positions.kind == "learned":
+        if not enters:
+            pass
+        elif parts.positions.kind == "learned":
             rows = size["C"] + parts.positions.extra_rows
             self.positions = self.child(Positions(machine, "positions", rows, d))
         elif parts.positions.kind == "sinusoidal":
             self.positions = self.child(Sinusoids(machine, "positions", size["C"], d))
         norm = parts.norm
         self.embedding_norm = self.child(
-            build_norm(machine, "embedding_norm", norm, d) if parts.ends.embedding_norm else None
+            build_norm(machine, "embedding_norm", norm, d) if parts.ends.embedding_norm and enters else None
         )
         self.kinds: list[BlockKind] = []
         self.blocks: list[Block] = []
@@ -50,15 +55,18 @@ class Transformer(Module):
             assert isinstance(kind, BlockKind)
             self.kinds.append(kind)
             self.blocks.append(self.child(Block(machine, index, recipe, kind)))
-        self.final_norm = self.child(build_norm(machine, "final_norm", norm, d) if parts.ends.final_norm else None)
-        self.project_out = self.child(Linear(machine, "project_out", d, width, bias=False) if projects else None)
+        normed = parts.ends.final_norm and leaves
+        self.final_norm = self.child(build_norm(machine, "final_norm", norm, d) if normed else None)
+        self.project_out = self.child(
+            Linear(machine, "project_out", d, width, bias=False) if projects and leaves else None
+        )
         self.tables: list[Tensor] = []
         if parts.positions.kind == "rotary":
             self.tables = [self.buffer(size["C"], size[recipe.rotated] / 2) for _ in ("cos", "sin")]
         elif parts.positions.kind == "alibi":
             self.tables = [self.buffer(size["h"])]
         self.query_scale = self.buffer(size["C"]) if parts.attention.query_scaling != "none" else None
-        self.head = self.child(Head(machine, width, size["V"], self.embedding, recipe))
+        self.head = self.child(Head(machine, width, size["V"], self.embedding, recipe) if leaves else None)
         self.freeze()
 
     def freeze(self) -> None:
@@ -89,7 +97,7 @@ class Transformer(Module):
 
     def forward(self, v: Locals, ids: Tensor, targets: Tensor | None = None) -> Tensor:
         length = ids.shape[1]
-        v.x = dropout(self.embedded(ids), self.recipe)
+        v.x = dropout(self.embedded(ids), self.recipe) if self.recipe.enters else ids
         masks = self.masks(v, length)
         v.cos = v.sin = None
         if self.recipe.rotates:
@@ -104,7 +112,7 @@ class Transformer(Module):
             turn = (v.cos, v.sin) if kind.layer.rotates else (None, None)
             stretch = v.scale if everywhere or not kind.layer.rotates else None
             v.x = block(v.x, masks[kind.layer.attention], v.bias, *turn, stretch)
-        return self.logits_or_loss(self.leave(v.x), targets)
+        return self.logits_or_loss(self.leave(v.x), targets) if self.recipe.leaves else v.take("x")
 
     def embedded(self, ids: Tensor) -> Tensor:
         """What goes into the first block, before dropout."""

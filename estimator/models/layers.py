@@ -139,11 +139,24 @@ class Recipe:
     in_backward: bool = False  # each parameter is updated as soon as its gradient is there
     rank: int = 0  # which of those that share the shards
     tensor_parallel: bool = False
+    pipeline: str = ""  # the schedule of a pipeline
+    stage: tuple[int, int] = (0, 1)  # which of how many stages
+    buffers: int = 0  # micro-batches that a stage has room for
 
     @property
     def micro_batches(self) -> int:
         """Forward and backward passes in the step that is executed."""
         return micro_batches(self.schedule)
+
+    @property
+    def enters(self) -> bool:
+        """The stage has the embedding."""
+        return self.stage[0] == 0
+
+    @property
+    def leaves(self) -> bool:
+        """The stage has the head."""
+        return self.stage[0] == self.stage[1] - 1
 
     @property
     def order(self) -> BlockOrder:

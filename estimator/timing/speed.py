@@ -9,17 +9,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from estimator.accounting.accounts import account, sizes_for
+from estimator.describe import pipeline
 from estimator.describe.catalogue import read_data
 from estimator.describe.checks import ConfigError
 from estimator.describe.run import Run
 from estimator.describe.settings import checked
 from estimator.describe.units import SECONDS_PER_DAY, SECONDS_PER_HOUR
+from estimator.eager.letters import evaluate
 from estimator.hardware.accelerators import Accelerator, accelerator, cluster
 from estimator.hardware.networks import network, straggling
 from estimator.parallel.placement import DATA, REPLICATE, TENSOR
 from estimator.pricing.conventions import model_flops_utilisation
 from estimator.timing.communication import messages
 from estimator.timing.kernels import EAGER, FUSED, Variant, table
+from estimator.timing.pipeline import StageTime, simulated
 from estimator.timing.roofline import busy, efficiency, parts
 from estimator.timing.waiting import exposed
 
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
     from estimator.describe.model import ModelConfig
     from estimator.describe.plan import Plan
     from estimator.hardware.accelerators import Cluster
+    from estimator.timing.pipeline import Bar
     from estimator.timing.roofline import Efficiency
 
     Array = NDArray[np.float64]
@@ -240,6 +244,56 @@ def times(
     return found
 
 
+def pipeline_times(m: ModelConfig, p: Plan, a: Accelerator, setup: Setup | None = None) -> dict[str, Array]:
+    """Seconds of one optimizer step by part (`PARTS`) of the stage that ends last; what it waits is communication.
+
+    Raises:
+        ConfigError: as for `step_times`.
+    """
+    bars, works = pipeline_bars(m, p, a, setup)
+    last = max(bars, key=lambda bar: bar.end)
+    kinds, busy_seconds, launch = works[last.stage]
+    return {**kinds, "communication": np.array([last.end - busy_seconds]), "launch": launch}
+
+
+def pipeline_bars(
+    m: ModelConfig, p: Plan, a: Accelerator, setup: Setup | None = None
+) -> tuple[list[Bar], list[tuple[dict[str, Array], float, Array]]]:
+    """(every move of every stage in time, of each stage its seconds by kind, all of them, and those of launches).
+
+    The kernels are those of the micro-batches that are executed (`estimator.describe.pipeline.executed`); what comes
+    out of a stage is sent to the next one at the rate of a node's own links, or of the network where there are several
+    nodes.
+    """
+    setup, e = setup or Setup(FUSED if p.compile else EAGER), efficiency(a)
+    sizes = sizes_for(m, p, threads=1)
+    executed, count = pipeline.executed(p), p.grad_accumulation
+    group = cluster(a, p.accelerators, between=between(a, setup.network))
+    rate = group.between * e.between if group.between is not None else (group.within or 0) * e.within
+    times, works = [], []
+    for stage in range(p.pipeline_parallel):
+        form = account(m, p, a.device, stage)
+        kernels, fused = table(form, setup.variant), form.fused_kernel
+        work = busy(
+            kernels, kernels.at(sizes), sizes, 2, a, e,  # "later" kernels once: all that are executed are in the ledger
+            half=setup.dtype or (p.product_dtype if p.product_dtype == "fp16" else "bf16"),
+            single="tf32" if p.product_dtype == "tf32" else "fp32",
+            kernel=setup.attention or (fused if fused in e.flash else None),
+        )  # fmt: skip
+        phases = {phase.value: float(x[0]) for phase, x in work.phases.items()}
+        sent = next((x for x in form.traced.ledger.messages if x.kind == "send"), None)
+        latency = e.latency if setup.latency is None else setup.latency
+        send = 0.0 if sent is None else evaluate(sent.nbytes, sizes) / rate + latency
+        forward, backward = phases["forward"] / executed, phases["backward"] / executed
+        times.append(StageTime(forward, backward, send, phases["optimizer"]))
+        scale = {name: (1 if name == "optimizer" else count / executed) for name in work.kinds}
+        kinds = {name: x * scale[name] for name, x in work.kinds.items()}
+        spent = count * (forward + backward) + phases["optimizer"]
+        works.append((kinds, spent, np.array([spent - sum(float(x[0]) for x in kinds.values())])))
+    schedules = [pipeline.schedule(p, stage) for stage in range(p.pipeline_parallel)]
+    return simulated(schedules, times), works
+
+
 def axes(group: Cluster, p: Plan) -> dict[str, Cluster]:
     """The accelerators of each axis of the mesh: those that share shards lie side by side, in as few nodes as can be.
 
@@ -298,9 +352,10 @@ def predicted(
     setup = setup or Setup()
     if p.compile:
         setup = replace(setup, variant=replace(setup.variant, fused=FUSED.fused))
-    replicas = count // p.tensor_parallel
+    replicas = count // (p.tensor_parallel * p.pipeline_parallel)
     micro_batches = -(-flops.sequences // (p.batch_size * replicas))
-    spent = step_times(m, p.replace(grad_accumulation=micro_batches, data_parallel=replicas), a, setup)
+    run = p.replace(grad_accumulation=micro_batches, data_parallel=replicas)
+    spent = pipeline_times(m, run, a, setup) if p.is_pipeline else step_times(m, run, a, setup)
     found = {name: float(x[0]) for name, x in spent.items()}
     seconds = sum(found.values())
     peak = a.peak_flops(p.product_dtype)

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from estimator.describe.model import ModelConfig
 from estimator.describe.plan import Plan
 from trainer.parallel.distributed import World
-from trainer.referee.replicas import SharedStep, measure_shared, messages
+from trainer.referee.replicas import PipelineStep, SharedStep, measure_shared, messages
 
 
 def of_plan(ask):
@@ -24,6 +24,9 @@ def of_plan(ask):
 
 def losses(m, p, world):
     """Those of three steps, which see the same tokens."""
+    if p.is_pipeline:
+        step = PipelineStep(m, p, world)
+        return [step.losses() for _ in range(3)]
     step = SharedStep(m, p, world)
     found = []
     for _ in range(3):

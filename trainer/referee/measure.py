@@ -223,14 +223,19 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: x for name, x in model.named_parameters() if x.requires_grad}
 
 
-def build_parts(m: ModelConfig, p: Plan, device: str, seed: int) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
-    """(the model, ids and targets), drawn from `seed`; with an imbalance, routers deal tokens out by it."""
+def build_parts(
+    m: ModelConfig, p: Plan, device: str, seed: int, sequences: int | None = None
+) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+    """(the model, ids and targets of so many sequences, by default a micro-batch), drawn from `seed`.
+
+    With an imbalance, routers deal tokens out by it.
+    """
     T = p.tokens(m)
     p.attention_kernel(torch.device(device).type, m)  # refuses one that the device has not
     torch.manual_seed(seed)
     with torch.device(device):
         model = to_precision(build_model(m, p), p)
-        ids, targets = (torch.randint(m.vocab_size, (p.batch_size, T)) for _ in range(2))
+        ids, targets = (torch.randint(m.vocab_size, (sequences or p.batch_size, T)) for _ in range(2))
     for router in (x for x in model.modules() if isinstance(x, Router) and p.imbalance > 1):
         router.routing = p.imbalance
     return model, (ids, targets)

@@ -22,10 +22,22 @@ from torch.distributed import _functional_collectives as functional
 from torch.profiler import ProfilerActivity, profile
 
 from estimator.describe.checks import ConfigError
+from trainer.model.decoder import Transformer
 from trainer.model.quantised import scales
 from trainer.optim.precision import loss_scaler
 from trainer.parallel.distributed import World, local
-from trainer.referee.measure import Step, allocator_events, build_parts, build_updates, nbytes, onednn
+from trainer.parallel.pipeline import Stage, scheduled
+from trainer.referee.measure import (
+    LOSSES,
+    Step,
+    allocator_events,
+    build_optimizer,
+    build_parts,
+    build_updates,
+    nbytes,
+    onednn,
+    trained,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -49,7 +61,7 @@ class SharedStep(Step):
         module, self.held, self.weights, masters = world.prepare(model, p, p.sharding)
         optimizer = build_updates(self.weights.named, p, world.device.type, self.weights)
         super().__init__(model, optimizer, inputs, p, masters)
-        self.module, self.world = module, world
+        self.module, self.world, self.needed = module, world, inputs
         self.scaler = loss_scaler(p.precision, world.device.type, sharded=world.shares(p.sharding), init_scale=2.0**8)
 
     def __call__(self) -> None:
@@ -77,6 +89,48 @@ class SharedStep(Step):
             self.masters.write_back()
         self.held.spread()
         self.held.clear_gradients()
+
+
+class PipelineStep(Step):
+    """One stage's part of a step of `p.grad_accumulation` micro-batches."""
+
+    def __init__(self, m: ModelConfig, p: Plan, world: World, seed: int = 0) -> None:
+        if world.size != p.accelerators:
+            raise ConfigError(f"accelerators = {p.accelerators}: torchrun has started {world.size} processes")
+        model, (ids, targets) = build_parts(m, p, str(world.device), seed, sequences=p.batch_size * p.grad_accumulation)
+        assert isinstance(model, Transformer)
+        stage = Stage(model, world.rank, world.size)
+        needed = ((ids,) if stage.first else ()) + ((targets,) if stage.last else ())
+        super().__init__(stage, build_optimizer(trained(stage), p, world.device.type), (ids, targets), p)
+        self.place, self.run = scheduled(stage, world.device, p.pipeline_schedule, p.grad_accumulation, LOSSES[p.loss])
+        self.needed, self.buckets = needed, 0
+
+    def __call__(self) -> None:
+        """Run it."""
+        self.micro_batches()
+        self.update()
+
+    def micro_batches(self) -> None:
+        """Every forward and backward of the step."""
+        self.run(*self.inputs)
+
+    def update(self) -> None:
+        """What comes after them."""
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def losses(self) -> float:
+        """Run it; the loss of the step, which the last stage knows."""
+        found: list[Tensor] = []
+        self.run(*self.inputs, found)
+        self.update()
+        return float(sum(x.item() for x in found))
+
+    def buffers(self) -> Iterator[Tensor]:
+        """What the stages beside this one send into; made in the first step, and kept."""
+        for received in (self.place.args_recv_info, self.place.grad_recv_info):
+            for infos in received.values():
+                yield from (info.buffer for info in infos if info.buffer is not None)
 
 
 def bucket_bytes(model: nn.Module) -> int:
@@ -148,12 +202,13 @@ def measure_shared(m: ModelConfig, p: Plan, world: World, seed: int = 0) -> dict
         ConfigError: torchrun has started another number of processes than p.data_parallel.
         RuntimeError: the profiler has missed events in all of `TRIES` steps.
     """
-    step = SharedStep(m, p, world, seed)
+    step = PipelineStep(m, p, world, seed) if p.is_pipeline else SharedStep(m, p, world, seed)
     for _ in range(3):  # the first makes the optimizer's state; in the second DDP cuts its buckets anew
         step()
     parameters = [local(x.detach()) for x in (*step.model.parameters(), *scales(step.model))]
     scale = [x for x in vars(step.scaler).values() if isinstance(x, Tensor)]
-    resident = nbytes([*parameters, *step.model.buffers(), *step.inputs, *step.state(), *scale]) + step.buckets
+    resident = nbytes([*parameters, *step.model.buffers(), *step.needed, *step.state(), *scale]) + step.buckets
+    resident += nbytes(step.buffers()) if isinstance(step, PipelineStep) else 0
     step.micro_batches()
     gradients = nbytes(local(x.grad) for x in step.model.parameters() if x.grad is not None)
     step.update()

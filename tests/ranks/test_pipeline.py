@@ -1,0 +1,124 @@
+"""Pipelines: each stage's bytes against real processes under torch.distributed.pipelining, and its schedule in time."""
+
+from __future__ import annotations
+
+import os
+from random import Random
+
+import pytest
+from test_sharding import measured
+
+import estimator as est
+from estimator.accounting.accounts import account
+from estimator.describe.checks import ConfigError
+from estimator.describe.model import ModelConfig
+from estimator.describe.plan import Plan
+from estimator.describe.schedules import all_forward_first, in_flight, one_forward_one_backward, written
+from estimator.timing.pipeline import StageTime, simulated
+from trainer.referee.measure import build_step
+
+RUNS = int(os.environ.get("PIPELINE_RUNS", "0"))  # random recipes to try, in place of a few
+
+
+def model(family, layers):
+    return ModelConfig(family, layers, 24, 4, 37, 9, 2 if family == "llama" else None, 6, 32, tie_embeddings=False)
+
+
+def drawn(random, stages):
+    """A model and how so many stages run it."""
+    m = model(random.choice(["gpt2", "llama"]), stages * random.randint(1, 4))
+    schedule = random.choice(["1f1b", "gpipe"])
+    return m.replace(vocab_size=random.randint(5, 60)), Plan(
+        batch_size=random.randint(1, 3),
+        seq_len=random.choice([1, 5, 9]),
+        pipeline_parallel=stages,
+        pipeline_schedule=schedule,
+        grad_accumulation=random.randint(stages if schedule == "1f1b" else 2, 8),
+        precision=random.choice(["fp32", "fp32", "bf16"]),
+        attention=random.choice(["naive", "naive-fp32", "sdpa"]),
+        checkpointing=random.choice(["none", "none", "block", "attention", "selective"]),
+        loss=random.choice(["bundled", "torch", "torch-fp32"]),
+        optimizer=random.choice(["sgd", "sgd", "adamw", "lion"]),
+        dropout=random.choice([0.0, 0.0, 0.1]),
+    )
+
+
+@pytest.mark.parametrize("stages", [2, 4])
+def test_each_stage_holds_what_the_account_says_to_the_byte(stages, tmp_path):
+    random = Random(stages)
+    plan = {"batch_size": 2, "pipeline_parallel": stages, "optimizer": "sgd"}
+    cases = [  # the first with more micro-batches than are executed
+        (model("llama", 2 * stages), Plan(grad_accumulation=8, **plan)),
+        (model("gpt2", stages), Plan(grad_accumulation=3, pipeline_schedule="gpipe", checkpointing="block", **plan)),
+    ]
+    cases += [drawn(random, stages) for _ in range(RUNS or 2)]
+    for (m, p), processes in zip(cases, measured(stages, cases, tmp_path), strict=True):
+        for stage, real in enumerate(processes):
+            v = account(m, p, "cpu", stage).evaluate(m, p, threads=1)
+            assert {name: getattr(v, name) for name in real} == real, (m, p, stage)
+
+
+def test_losses_are_those_of_one_process(tmp_path):
+    """The mean over the micro-batches; equal to 1e-5, since a sum is in another order."""
+    cases = [
+        (model("llama", 4), Plan(batch_size=2, grad_accumulation=2, pipeline_parallel=2, pipeline_schedule=kind))
+        for kind in ("1f1b", "gpipe")
+    ]
+    for (m, _), (_, losses) in zip(cases, measured(2, cases, tmp_path, "losses"), strict=True):
+        step, alone = build_step(m, Plan(batch_size=4)), []
+        for _ in range(3):
+            loss = step.forward()
+            alone.append(loss.item())
+            step.backward(loss)
+            step.optimizer.step()
+            step.optimizer.zero_grad()
+        assert losses == pytest.approx(alone, rel=1e-5)
+
+
+def test_the_schedule_of_a_stage():
+    """Narayanan et al. 2021, figure 4, of four stages and eight micro-batches; PyTorch's first stage runs 4 ahead."""
+    assert written(one_forward_one_backward(4, 0, 2)) == "F0 F1 B0 F2 B1 F3 B2 B3"
+    assert written(one_forward_one_backward(3, 1, 2)) == "F0 B0 F1 B1 F2 B2"
+    assert [in_flight(one_forward_one_backward(8, stage, 4)) for stage in range(4)] == [4, 3, 2, 1]
+
+
+@pytest.mark.parametrize("kind", ["1f1b", "gpipe"])
+@pytest.mark.parametrize(("stages", "micro_batches"), [(2, 2), (4, 4), (4, 16), (8, 32)])
+def test_equal_stages_idle_as_the_paper_says(kind, stages, micro_batches):
+    """(p - 1) / m of the work, Narayanan et al. 2021, equation in section 2.2.1, for GPipe and 1F1B alike."""
+    each = [StageTime(1.0, 2.0, 0.0, 0.0)] * stages
+    of = {"gpipe": lambda _: all_forward_first(micro_batches)}
+    moves = [of.get(kind, lambda s: one_forward_one_backward(micro_batches, s, stages))(s) for s in range(stages)]
+    work = 3.0 * micro_batches
+    assert max(bar.end for bar in simulated(moves, each)) == pytest.approx(work * (1 + (stages - 1) / micro_batches))
+
+
+def test_an_estimate_has_the_memory_of_each_stage():
+    plan = Plan(precision="bf16", attention="sdpa", seq_len=4096, pipeline_parallel=4)
+    r = est.estimate("llama-3.1-8b", plan, "h100-80gb-sxm", count=4, global_batch_size=16)
+    assert len(r.stages) == 4
+    assert r.memory.needed == max(stage.needed for stage in r.stages)
+    middle = [stage.activations for stage in r.stages[:3]]
+    assert middle == sorted(middle, reverse=True)  # a stage has as many micro-batches in flight as come after it
+    alone = est.estimate("llama-3.1-8b", plan.replace(pipeline_parallel=1), "h100-80gb-sxm", global_batch_size=16)
+    assert r.flops.model == alone.flops.model
+    assert alone.time.seconds_per_step / 4 < r.time.seconds_per_step < alone.time.seconds_per_step / 2
+    more = est.estimate("llama-3.1-8b", plan, "h100-80gb-sxm", count=4, global_batch_size=64)
+    assert more.time.mfu > r.time.mfu  # the pipeline is filled and emptied once in either
+    assert sum(r.time.parts.values()) == pytest.approx(r.time.seconds_per_step)
+
+
+@pytest.mark.parametrize(
+    ("name", "plan", "field"),
+    [
+        ("llama-3.1-8b", {"pipeline_parallel": 3, "grad_accumulation": 4}, "num_layers"),
+        ("llama-3.1-8b", {"pipeline_parallel": 4}, "grad_accumulation"),
+        ("gpt2", {"pipeline_parallel": 2, "grad_accumulation": 4}, "tie_embeddings"),
+        ("llama-3.1-8b", {"pipeline_parallel": 2, "tensor_parallel": 2}, "tensor_parallel"),
+        ("llama-3.1-8b", {"pipeline_parallel": 2, "precision": "bf16-mixed"}, "precision"),
+        ("llama-3.1-8b", {"pipeline_schedule": "gpipe"}, "pipeline_parallel"),
+    ],
+)
+def test_what_is_not_known_is_refused(name, plan, field):
+    with pytest.raises(ConfigError, match=field):
+        est.estimate(name, Plan(seq_len=64, **plan))

@@ -1,0 +1,78 @@
+"""Pipeline parallelism by torch.distributed.pipelining: each process has some blocks in a row, a stage of the model.
+
+The first stage has the embedding as well, the last one the final norm and the head. Micro-batches go through the stages
+one after the other; a schedule says when a stage runs whose forward and whose backward: GPipe all forwards first (Huang
+et al. 2019), 1F1B each backward as soon as it can (Narayanan et al. 2021, section 2.2).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from trainer.model.decoder import Transformer
+
+SCHEDULES = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
+
+
+class Stage(nn.Module):
+    """The blocks of one process. Shapes: ids (B, T) or x (B, T, d) -> x (B, T, d) or logits (B, T, V).
+
+    Attributes:
+        model: the whole decoder, without the parts that other stages have.
+        index, stages: which of how many.
+        layers: its blocks' indices in the whole model.
+    """
+
+    def __init__(self, model: Transformer, index: int, stages: int) -> None:
+        super().__init__()
+        self.index, self.stages = index, stages
+        self.first, self.last = first, last = index == 0, index == stages - 1
+        each = len(model.blocks) // stages
+        self.layers = range(index * each, (index + 1) * each)
+        model.blocks = nn.ModuleList(model.blocks[i] for i in self.layers)
+        if not first:
+            del model.embedding
+            model.positions = None
+        if not last:
+            model.final_norm = None
+            del model.head
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What goes on to the next stage, or the logits."""
+        model = self.model
+        if self.index == 0:
+            x = model.dropout(model.embedded(x, 0))
+        T = x.shape[1]
+        masks, bias = model.masks(x, 0)
+        rotary = model.config.made_of.positions.kind == "rotary"
+        cos, sin = (table[:T, None] for table in (model.cos, model.sin)) if rotary else (None, None)
+        for i, layer in enumerate(self.layers):
+            kind = model.config.layers[layer]
+            turn = (cos, sin) if kind.rotates else (None, None)
+            x = model.run_block(i, x, masks[kind.attention], bias, *turn, None, None)
+        return model.logits_or_loss(model.leave(x), None) if self.index == self.stages - 1 else x
+
+
+def scheduled(
+    stage: Stage, device: torch.device, kind: str, micro_batches: int, loss: Callable[[Tensor, Tensor], Tensor]
+) -> tuple[PipelineStage, Callable[..., None]]:
+    """(PyTorch's stage, a step): one call of that runs every micro-batch of the given ids and targets through `stage`.
+
+    The loss of a micro-batch is divided by their number here, so that gradients need not be.
+    """
+    place = PipelineStage(stage, stage.index, stage.stages, device)
+    run = SCHEDULES[kind](place, micro_batches, lambda x, y: loss(x, y) / micro_batches, scale_grads=False)
+
+    def step(ids: Tensor, targets: Tensor, losses: list[Tensor] | None = None) -> None:
+        inputs = (ids,) if stage.first else ()
+        run.step(*inputs, target=targets if stage.last else None, losses=losses, return_outputs=False)
+
+    return place, step
