@@ -211,11 +211,12 @@ def recipe_of(m: ModelConfig, p: Plan, device: str, rank: int = 0) -> Recipe:
         optimizer=p.optimizer,
         optimizer_impl=p.implementation(device),
         clips=p.max_grad_norm is not None,
-        # The second micro-batch adds to gradients that exist, and so do all after it.
+        # The second micro-batch adds to gradients that exist, and so do all after it; where gradients become views of
+        # buckets, the last is another than those between.
         schedule=(
             pipeline.schedule(p, rank, pipeline.executed(p))
             if p.is_pipeline
-            else accumulation(min(p.grad_accumulation, 2))
+            else accumulation(min(p.grad_accumulation, 3 if _has_bucket_views(p) else 2))
         ),
         buffers=p.grad_accumulation if p.is_pipeline else 0,
         parallel="alone" if p.data_parallel == 1 else {"none": "ddp"}.get(p.sharding, p.sharding),
@@ -224,10 +225,12 @@ def recipe_of(m: ModelConfig, p: Plan, device: str, rank: int = 0) -> Recipe:
         adapter_targets=p.adapter_targets if p.adapter != "none" else "",
         adapter_dropout=p.adapter != "none" and p.adapter_dropout > 0,
         base_precision=p.base_precision,
+        balances=p.balance > 0,
         reduce_dtype=p.reduce_dtype,
         autocast=p.autocast,
         replicated=p.replicas > 1 and p.sharding in FULLY_SHARDED,
         reshard=None if p.reshard_after_forward in (None, p.shards) else int(p.reshard_after_forward),
+        bucket_view=_has_bucket_views(p),
         in_backward=p.update == "in-backward",
         rank=rank % p.shards,
         tensor_parallel=p.tensor_parallel > 1,
@@ -241,6 +244,10 @@ def recipe_of(m: ModelConfig, p: Plan, device: str, rank: int = 0) -> Recipe:
             f"{tokens} tokens; allowed are naive, naive-fp32, sdpa, sdpa-math, sdpa-efficient"
         )
     return recipe
+
+
+def _has_bucket_views(p: Plan) -> bool:
+    return p.gradient_as_bucket_view and p.data_parallel > 1
 
 
 def account_at(recipe: Recipe, sizes: Mapping[str, int], device: str) -> Account:

@@ -149,6 +149,7 @@ def sharing_of(recipe: Recipe) -> Sharing:
         reduce_dtype=FLOAT32 if mixed and recipe.reduce_dtype == "fp32" else None,
         replicated=recipe.replicated,
         reshard=recipe.reshard,
+        bucket_view=recipe.bucket_view,
     )
 
 

@@ -220,6 +220,17 @@ class Plan:
         spellings={"ddp": "none", "fsdp": "zero3"},
         common=True,
     )
+    gradient_as_bucket_view: bool = flag(
+        "With DDP, gradients are views of the buckets in which they are summed, and no second copy of them.",
+        needs=(
+            Needs(
+                "shared_by",
+                ("one accelerator", "none", "zero1"),
+                "sharding is {sharding!r}, which has no buckets",
+                say="allowed with sharding none, zero1",
+            ),
+        ),
+    )
     trained: str = text(
         "all",
         "The parts of the model that are trained, with commas: all, blocks, embedding, attention, feed-forward, norms, "
@@ -337,6 +348,19 @@ class Plan:
         needs=(Needs("is_pipeline", (True,), "pipeline_parallel is {pipeline_parallel}"),),
     )
 
+    balance: float = number(
+        0.0,
+        "Of a model with experts, the weight of the loss that evens out how many tokens each gets (Fedus et al. 2022, "
+        "equation 4); each router adds its gradient, as DeepSeek's and Megatron's do. 0 adds none.",
+        draws=(0.0,),
+        needs=(
+            Needs(
+                "precision",
+                ("fp32", "tf32", "bf16", "bf16-mixed", "bf16-master", "bf16-fsdp"),
+                "the GradScaler of {precision!r} scales the loss of the logits alone",
+            ),
+        ),
+    )
     imbalance: float = number(
         1.0,
         "Of a model with experts, the rows of the most loaded expert over the mean of all. It moves the time of their "
@@ -445,6 +469,8 @@ class Plan:
         most = 1.0
         if model.num_experts is not None and model.experts_per_token is not None:
             most = model.num_experts / model.experts_per_token
+        if self.balance and parts.experts is None:
+            raise ConfigError(f"balance = {self.balance:g}: the model has no experts; allowed is 0")
         if self.imbalance > most:
             why = "each token goes through an expert once" if parts.experts is not None else "the model has no experts"
             raise ConfigError(f"imbalance = {self.imbalance:g}: {why}; allowed is at most {most:g}")

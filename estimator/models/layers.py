@@ -132,10 +132,12 @@ class Recipe:
     adapter_targets: str = ""
     adapter_dropout: bool = False
     base_precision: str = "none"
+    balances: bool = False  # routers have a balancing loss
     reduce_dtype: str = "fp32"
     autocast: bool = False
     replicated: bool = False  # HSDP
     reshard: int | None = None
+    bucket_view: bool = False  # DDP's gradients are views of its buckets
     in_backward: bool = False  # each parameter is updated as soon as its gradient is there
     rank: int = 0  # which of those that share the shards
     tensor_parallel: bool = False

@@ -51,6 +51,7 @@ class Sharing:
         reduce_dtype: in which gradients are summed, if not their own.
         replicated: several groups hold all the shards each (HSDP).
         reshard: among how many accelerators a block's parameters are shared from forward to backward, if not all.
+        bucket_view: gradients are views of DDP's buckets.
     """
 
     micro_batches: int = 1
@@ -59,6 +60,7 @@ class Sharing:
     reduce_dtype: Dtype | None = None
     replicated: bool = False
     reshard: int | None = None
+    bucket_view: bool = False
 
 
 class Replica:
@@ -97,8 +99,9 @@ class Replica:
 class Buckets(Replica):
     """DDP: a second copy of the gradients, in which they are summed over the accelerators and copied back.
 
-    `gradient_as_bucket_view` is False unless asked for, so the buckets live as long as the model. Their bytes are noted
-    here by block; how many there are, and so how many messages, is `estimator.parallel.placement.buckets`.
+    The buckets live as long as the model. Their bytes are noted here by block; how many there are, and so how many
+    messages, is `estimator.parallel.placement.buckets`. With `gradient_as_bucket_view` a gradient becomes a view of its
+    bucket as soon as it is in it: what is added up before, over micro-batches without a message, is a copy still.
     """
 
     def __init__(self, model: Model, sharing: Sharing) -> None:
@@ -106,10 +109,16 @@ class Buckets(Replica):
         self.ready: list[Tensor] = []
         self.buffers = model.buffers
         self.buckets = []
+        self.bucket_of: dict[Tensor, Tensor] = {}
+        category = Category.GRADIENT if sharing.bucket_view else HELD
         for dtype in by_dtype(self.parameters):
             for block, part in by_block([p for p in self.parameters if p.dtype == dtype]).items():
                 with self.machine.ledger.at("" if block is None else f"blocks.{block}", block, "DDP bucket"):
-                    self.buckets.append(self.machine.empty((elements(part),), dtype, category=HELD).hold())
+                    self.buckets.append(self.machine.empty((elements(part),), dtype, category=category).hold())
+                self.bucket_of |= dict.fromkeys(part, self.buckets[-1])
+                if sharing.bucket_view:
+                    mine = [(p.storage.where, dtype.itemsize * p.numel) for p in part]
+                    self.machine.ledger.gradients[self.buckets[-1].storage] = mine
         self.machine.on_gradient = self.gradient_ready
         self.machine.on_backward_end = self.after_backward
 
@@ -133,6 +142,10 @@ class Buckets(Replica):
             self.ready.append(p)
             with python_number(self.machine, p.dtype):
                 self.machine.kernel("mul", (p.grad,), (p.grad,))
+            if self.sharing.bucket_view:
+                bucket, grad = self.bucket_of[p], p.grad
+                p.grad = Tensor(p.machine, bucket.storage, p.shape, p.machine.contiguous(p.shape), p.dtype).hold()
+                grad.drop()
 
     def after_backward(self) -> None:
         """`finalize_backward`: the sums go back into the gradients."""
@@ -144,7 +157,7 @@ class Buckets(Replica):
                     self.machine.collective(
                         "all-reduce", DATA, ready[0], waits="update", elements=whole, count=buckets(ready)
                     )
-            for p in self.parameters:
+            for p in () if self.sharing.bucket_view else self.parameters:
                 assert p.grad is not None
                 with at_parameter(p, "finalize_bucket_dense"):
                     self.machine.kernel("copy_", (p.grad,), (p.grad,))

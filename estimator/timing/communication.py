@@ -48,7 +48,7 @@ def _totals(form: Account) -> dict[Key, list[tuple[Size, Size]]]:
     terms: dict[tuple[Key, int], list[Sent]] = {}
     for sent in form.traced.ledger.messages:
         key = (sent.kind, sent.axis, sent.where.phase.value, sent.waits, sent.itemsize)
-        turn = 0 if sent.where.phase.value == "optimizer" else sent.micro_batch
+        turn = 0 if sent.where.phase.value == "optimizer" else min(sent.micro_batch, 1)
         terms.setdefault((key, turn), []).append(sent)
     total = form.traced.total
     found: dict[Key, list[tuple[Size, Size]]] = {}

@@ -157,6 +157,7 @@ def partly_trained(random, processes):
         "grad_accumulation": random.choice([1, 1, 2, 3]),
         "max_grad_norm": random.choice([None, None, 1.0]),
     }
+    plan |= {"gradient_as_bucket_view": sharding in ("none", "zero1") and random.random() < 0.5}
     if sharding in FULLY_SHARDED and random.random() < 0.5:
         plan |= {"precision": "bf16-fsdp", "reduce_dtype": random.choice(["fp32", "bf16"])}
     if kind in ("lora", "dora"):
