@@ -226,6 +226,7 @@ def recipe_of(m: ModelConfig, p: Plan, device: str, rank: int = 0) -> Recipe:
         adapter_dropout=p.adapter != "none" and p.adapter_dropout > 0,
         base_precision=p.base_precision,
         modules_to_save=p.modules_to_save,
+        balances=p.balance > 0,
         reduce_dtype=p.reduce_dtype,
         autocast=p.autocast,
         replicated=p.replicas > 1 and p.sharding in FULLY_SHARDED,

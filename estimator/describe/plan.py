@@ -356,6 +356,19 @@ class Plan:
         needs=(Needs("is_pipeline", (True,), "pipeline_parallel is {pipeline_parallel}"),),
     )
 
+    balance: float = number(
+        0.0,
+        "Of a model with experts, the weight of the loss that evens out how many tokens each gets (Fedus et al. 2022, "
+        "equation 4); each router adds its gradient, as DeepSeek's and Megatron's do. 0 adds none.",
+        draws=(0.0,),
+        needs=(
+            Needs(
+                "precision",
+                ("fp32", "tf32", "bf16", "bf16-mixed", "bf16-master", "bf16-fsdp"),
+                "the GradScaler of {precision!r} scales the loss of the logits alone",
+            ),
+        ),
+    )
     imbalance: float = number(
         1.0,
         "Of a model with experts, the rows of the most loaded expert over the mean of all. It moves the time of their "
@@ -473,6 +486,8 @@ class Plan:
         most = 1.0
         if model.num_experts is not None and model.experts_per_token is not None:
             most = model.num_experts / model.experts_per_token
+        if self.balance and parts.experts is None:
+            raise ConfigError(f"balance = {self.balance:g}: the model has no experts; allowed is 0")
         if self.imbalance > most:
             why = "each token goes through an expert once" if parts.experts is not None else "the model has no experts"
             raise ConfigError(f"imbalance = {self.imbalance:g}: {why}; allowed is at most {most:g}")

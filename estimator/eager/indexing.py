@@ -171,6 +171,21 @@ def sum_last(x: Tensor) -> Tensor:
 
 
 @op
+def sum_all(x: Tensor) -> Tensor:
+    """x.sum(): backward expands."""
+    shape = x.shape
+    node = record("SumBackward0", (x,), lambda _, grad: [grad.view(shape, (0 * ONE,) * len(shape))])
+    return attach(node, summed(x, ()))
+
+
+@op
+def with_loss(x: Tensor, loss: Tensor) -> Tensor:
+    """x as it is; in backward the loss gets a gradient of 1 (`trainer.model.router._WithLoss`)."""
+    node = record("_WithLossBackward", (x, loss), lambda _, grad: [grad, grad.machine.empty((), FLOAT32)])
+    return attach(node, x.view(x.shape, x.stride))
+
+
+@op
 def div(a: Tensor, b: Tensor) -> Tensor:
     """a / b: the second operand's gradient, -grad * ((a / b) / b), comes first."""
 

@@ -16,10 +16,12 @@ from estimator.eager.indexing import (
     index_select,
     maximum_last,
     scatter_last,
+    sum_all,
     sum_last,
     top_k,
     top_k_values,
     whole_number_divided,
+    with_loss,
 )
 from estimator.eager.ledger import Category
 from estimator.eager.letters import ONE, ceiling
@@ -43,7 +45,7 @@ class Router(Module):
         super().__init__(machine, "router")
         size, part = machine.shapes.letters, recipe.parts.experts
         assert part is not None
-        self.part, self.E = part, size["E"]
+        self.part, self.E, self.balances = part, size["E"], recipe.balances
         # Experts of attention have k heads each, which are h together.
         self.K = size["g"] if recipe.parts.attention.experts else size["K"]
         self.G, self.groups = (size["G"], size["G_K"]) if part.grouped else (ONE, ONE)
@@ -97,7 +99,34 @@ class Router(Module):
     def forward(self, v: Locals, x: Tensor) -> tuple[Tensor, Tensor]:
         v.scores = self.scores(linear(x, self.weight, self.bias))
         if self.part.score == "sparse-mixer":
-            return self.picked_in_turn(v.scores)
+            v.weights, v.experts = self.picked_in_turn(v.scores)
+        else:
+            v.weights, v.experts = self.picked_at_once(v.scores)
+        if self.balances:
+            v.weights = with_loss(v.weights, self.balance_loss(v.scores, v.experts))
+        return v.take("weights"), v.take("experts")
+
+    def balance_loss(self, scores: Tensor, experts: Tensor) -> Tensor:
+        """A scalar."""
+        with arguments((scores, experts)) as results, Locals() as v:
+            with scores.machine.no_grad():
+                v.share = cast(bincount(experts, self.E), FLOAT32)
+                ops.in_place_with_number("mul_", v.share)
+            if self.part.score == "sigmoid":
+                v.p = div(scores, sum_last(scores))
+            else:
+                v.p = scores if self.part.score == "softmax" else ops.softmax(scores)
+            results.append(sum_all(ops.mul(v.p, v.share)))
+        return results[0]
+
+    def picked_at_once(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """The K best, and their weights."""
+        with arguments((scores,)) as results, Locals() as v:
+            results.extend(self.chosen(v, scores))
+        return results[0], results[1]
+
+    def chosen(self, v: Locals, scores: Tensor) -> tuple[Tensor, Tensor]:
+        v.scores = scores
         v.experts = self.choose(v.scores)
         v.weights = gather_last(v.scores, v.experts)
         if self.part.score == "logits":

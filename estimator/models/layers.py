@@ -133,6 +133,7 @@ class Recipe:
     adapter_dropout: bool = False
     base_precision: str = "none"
     modules_to_save: str = ""
+    balances: bool = False  # routers have a balancing loss
     reduce_dtype: str = "fp32"
     autocast: bool = False
     replicated: bool = False  # HSDP

@@ -14,7 +14,7 @@ from estimator.describe.catalogue import read_data
 from estimator.describe.checks import ConfigError
 from estimator.describe.run import Run
 from estimator.describe.settings import checked
-from estimator.describe.units import SECONDS_PER_HOUR
+from estimator.describe.units import SECONDS_PER_DAY, SECONDS_PER_HOUR
 from estimator.eager.letters import evaluate
 from estimator.hardware.accelerators import Accelerator, accelerator, cluster
 from estimator.hardware.networks import network, straggling
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     Array = NDArray[np.float64]
 
 FUSED_ATTENTION = ("flash", "efficient")
-SECONDS_PER_DAY = 86400
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,7 +301,7 @@ def axes(group: Cluster, p: Plan) -> dict[str, Cluster]:
         ConfigError: a group of them does not come out even with the nodes.
     """
     if p.tensor_parallel > 1:
-        return {TENSOR: group}
+        return _beside_tensors(group, p)
     if p.replicas == 1 or p.sharding == "none":
         return {DATA: group}
     inner = min(p.shards, group.per_node)
@@ -316,6 +315,21 @@ def axes(group: Cluster, p: Plan) -> dict[str, Cluster]:
     return {
         DATA: replace(group, nodes=p.shards // inner, per_node=inner),
         REPLICATE: replace(group, nodes=nodes, per_node=here),
+    }
+
+
+def _beside_tensors(group: Cluster, p: Plan) -> dict[str, Cluster]:
+    """Those that share a block's matrices lie side by side, in as few nodes as can be."""
+    inner = min(p.tensor_parallel, group.per_node)
+    if group.per_node % inner or p.tensor_parallel % inner:
+        raise ConfigError(
+            f"tensor_parallel = {p.tensor_parallel}: must divide the {group.per_node} accelerators of a node, or be a "
+            "multiple of them"
+        )
+    here = group.per_node // inner
+    return {
+        TENSOR: replace(group, nodes=p.tensor_parallel // inner, per_node=inner),
+        DATA: replace(group, nodes=p.data_parallel // here, per_node=here),
     }
 
 

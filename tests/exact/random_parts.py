@@ -186,7 +186,9 @@ def draw(rng: Random) -> tuple[ModelConfig, Plan]:
     while True:
         try:
             m = model(rng)
-            p = random_plan(rng, m, seq_len=rng.randint(1, m.context_length) if rng.random() < 0.4 else None)
+            tokens = rng.randint(1, m.context_length) if rng.random() < 0.4 else None
+            balance = 0.0 if m.num_experts is None else rng.choice((0.0, 0.01))
+            p = random_plan(rng, m, seq_len=tokens, balance=balance)
         except ConfigError:
             continue
         return m, p

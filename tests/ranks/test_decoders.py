@@ -37,6 +37,7 @@ def decoder(seed, processes):
                 optimizer=rng.choice(["adamw", "sgd", "lion"]),
                 grad_accumulation=rng.choice([1, 1, 2, 3]),
                 max_grad_norm=rng.choice([None, None, 1.0]),
+                balance=0.0 if m.num_experts is None else rng.choice([0.0, 0.01]),
             )
             account(m, p, "cpu")
         except ConfigError:

@@ -130,7 +130,7 @@ def drawn(random, processes):
     return m, Plan(**plan)
 
 
-@pytest.mark.parametrize(("processes", "runs"), [(2, RUNS or 24), (3, RUNS or 16), (4, RUNS or 24)])
+@pytest.mark.parametrize(("processes", "runs"), [(2, RUNS or 10), (3, RUNS or 6), (4, RUNS or 10)])
 def test_random_recipes_of_fully_shard_are_exact_in_each_process(processes, runs, tmp_path):
     random = Random(processes)
     cases = [drawn(random, processes) for _ in range(runs)]

@@ -62,6 +62,28 @@ def test_each_rank_holds_what_the_account_says_to_the_byte(ranks, tmp_path):
             assert {name: getattr(v, name) for name in real} == real, (m, p, rank)
 
 
+def test_ranks_that_share_matrices_and_shards_too(tmp_path):
+    """`fully_shard` over the rows that a rank of tensor parallelism has: each of 2 x 2 processes."""
+    plan = {"batch_size": 2, "tensor_parallel": 2, "data_parallel": 2}
+    cases = [
+        (GPT2, Plan(sharding="zero3", **plan)),
+        (LLAMA, Plan(sharding="zero2", optimizer="sgd", grad_accumulation=2, **plan)),
+        (LLAMA, Plan(sharding="zero3", precision="bf16-fsdp", optimizer="sgd", checkpointing="block", **plan)),
+    ]
+    random = Random(0)
+    for _ in range(RUNS):
+        m, p = drawn(random, 2)
+        mixed = random.random() < 0.5
+        sharding = random.choice(["zero2", "zero3"])
+        cases.append(
+            (m, p.replace(data_parallel=2, sharding=sharding, precision="bf16-fsdp" if mixed else p.precision))
+        )
+    for (m, p), processes in zip(cases, measured(4, cases, tmp_path), strict=True):
+        for rank, real in enumerate(processes):
+            v = account(m, p, "cpu", rank // 2).evaluate(m, p, threads=1)
+            assert {name: getattr(v, name) for name in real} == real, (m, p, rank)
+
+
 def test_each_rank_sends_the_messages_of_the_ledger(tmp_path):
     cases = [(m, Plan(batch_size=2, tensor_parallel=2, **plan)) for m, plan in CASES[:3]]
     for (m, p), processes in zip(cases, measured(2, cases, tmp_path, "messages"), strict=True):
@@ -104,6 +126,10 @@ def test_an_estimate_of_several_accelerators():
     assert r.time.count == 4
     assert alone.time.seconds_per_step / 4 < r.time.seconds_per_step < alone.time.seconds_per_step
     assert r.time.parts["communication"] > 0
+    sharded = plan.replace(tensor_parallel=4, sharding="zero3", precision="bf16-fsdp")
+    several = est.estimate("llama-3.1-8b", sharded, "h100-80gb-sxm", count=16, global_batch_size=16)
+    assert several.plan.data_parallel == 4
+    assert several.flops.model == 16 * alone.flops.model
     with pytest.raises(ConfigError, match="count = 6: the plan's tensor_parallel is 4"):
         est.estimate("llama-3.1-8b", plan.replace(tensor_parallel=4), "h100-80gb-sxm", count=6)
 
@@ -114,7 +140,7 @@ def test_an_estimate_of_several_accelerators():
         ("llama-3.1-8b", {"tensor_parallel": 3}, "num_heads"),
         ("llama-3.1-8b", {"tensor_parallel": 16}, "num_kv_heads"),
         ("mixtral-8x7b", {"tensor_parallel": 2}, "experts"),
-        ("llama-3.1-8b", {"tensor_parallel": 2, "data_parallel": 2}, "data_parallel"),
+        ("llama-3.1-8b", {"tensor_parallel": 2, "data_parallel": 2}, "sharding"),
         ("llama-3.1-8b", {"tensor_parallel": 2, "max_grad_norm": 1.0}, "max_grad_norm"),
         ("llama-3.1-8b", {"tensor_parallel": 0}, "tensor_parallel"),
     ],

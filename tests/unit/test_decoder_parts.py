@@ -352,6 +352,24 @@ def test_the_balancing_loss_is_one_where_all_is_even_and_reaches_the_router():
     assert all(router.weight.grad.abs().sum() > 0 for router in model.routers())
 
 
+def test_a_routers_balancing_loss_is_in_its_gradient_and_nowhere_else():
+    m = MODELS["latent, groups of experts, shared"]
+    ids = torch.randint(V, (2, T))
+    gradients = []
+    for balance in (0.0, 0.25):
+        torch.manual_seed(0)
+        model = build_model(m, Plan(balance=balance))
+        for router in model.routers():
+            router.watched = True
+        logits = model(ids)
+        losses = [router.loss for router in model.routers()]
+        (logits.sum() + (0.25 - balance) * torch.stack(losses).sum()).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert len(losses) > 1
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
 def test_experts_are_chosen_within_the_best_groups():
     m = MODELS["latent keys, values of another width, gated shared expert"]
     (router, *_) = build(m).routers()

@@ -38,7 +38,7 @@ class ExpertAttention(nn.Module):
         self.part, self.kv_heads, self.head_dim = m.made_of.attention, m.kv_heads, m.e
         self.num_heads, self.pairs, self.kind = m.num_heads, m.made_of.positions.pairs, p.attention
         wide = m.kv_heads * m.e
-        self.router = Router(m)
+        self.router = Router(m, p.balance / p.grad_accumulation)
         self.queries = nn.Parameter(torch.empty(m.num_experts, wide, m.d_model))
         self.kv = Linear(m.d_model, 2 * wide, bias=False)
         self.outputs = nn.Parameter(torch.empty(m.num_experts, m.d_model, wide))

@@ -70,7 +70,7 @@ class SparseFeedForward(nn.Module):
         part = m.made_of.experts
         assert part is not None
         self.weighs_inputs = part.score == "sigmoid-all"
-        self.router = Router(m)
+        self.router = Router(m, p.balance / p.grad_accumulation)
         self.experts = Experts(m)
         self.shared = self.shared_gate = None
         if part.shared != "none":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,14 +26,17 @@ class Router(nn.Module):
             load balancing"); zeros until somebody moves it.
         routing: "learned"; "even" deals tokens out one after another; a number m deals them out so that expert 0 gets
             m times its even share. For measurements: the same tensors are made in all three.
+        balance: the weight of the balancing loss whose gradient the backward of each micro-batch adds
+            (`balance_loss`); 0 adds none.
         watched: keep the scores' loss of `load_balancing_loss` in `loss` in each forward.
     """
 
     correction: Tensor | None
     loss: Tensor | None
 
-    def __init__(self, m: ModelConfig) -> None:
+    def __init__(self, m: ModelConfig, balance: float = 0.0) -> None:
         super().__init__()
+        self.balance = balance
         part, E, K = m.made_of.experts, m.num_experts, m.experts_per_token
         assert part is not None
         assert E is not None
@@ -82,7 +85,29 @@ class Router(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         scores_NE = self.scores(F.linear(x, self.weight, self.bias))
         if self.part.score == "sparse-mixer":
-            return self.picked_in_turn(scores_NE)
+            weights_NK, experts_NK = self.picked_in_turn(scores_NE)
+        else:
+            weights_NK, experts_NK = self.picked_at_once(scores_NE)
+        if self.balance:
+            weights_NK = _WithLoss.apply(weights_NK, self.balance_loss(scores_NE, experts_NK))  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        return weights_NK, experts_NK
+
+    def balance_loss(self, scores_NE: Tensor, experts_NK: Tensor) -> Tensor:
+        """`balance` times E sum_e f_e P_e, of the share f of the choices and the mean probability P of each expert.
+
+        Fedus et al. 2022, "Switch Transformers", equation 4, for K choices a token.
+        """
+        with torch.no_grad():
+            share_E = torch.bincount(experts_NK.view(-1), minlength=self.num_experts).to(torch.float32)
+            share_E.mul_(self.balance * self.num_experts / (experts_NK.numel() * len(experts_NK)))
+        if self.part.score == "sigmoid":
+            p_NE = scores_NE / scores_NE.sum(-1, keepdim=True)
+        else:
+            p_NE = scores_NE if self.part.score == "softmax" else torch.softmax(scores_NE, -1)
+        return (p_NE * share_E).sum()
+
+    def picked_at_once(self, scores_NE: Tensor) -> tuple[Tensor, Tensor]:
+        """The K best, and their weights."""
         experts_NK = self.choose(scores_NE)
         if self.watched:
             self.loss = load_balancing_loss(scores_NE, experts_NK)
@@ -112,6 +137,21 @@ class Router(nn.Module):
             weights.append(near_NE.gather(-1, expert_N1))
             left_NE = left_NE.scatter(-1, expert_N1, float("-inf"))
         return torch.cat(weights, -1), experts_NK
+
+
+class _WithLoss(torch.autograd.Function):
+    """A tensor as it is, in whose backward a loss gets a gradient of 1: the loss counts, and nobody adds it up.
+
+    DeepSeek's AddAuxiliaryLoss (modeling_deepseek.py of DeepSeek-V2), Megatron-LM's MoEAuxLossAutoScaler.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:  # noqa: ARG004 - autograd passes both
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG004 - nothing is saved
+        return grad, torch.ones((), device=grad.device)
 
 
 class Sorted(NamedTuple):

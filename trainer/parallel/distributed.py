@@ -127,9 +127,16 @@ class World:
     def mesh(self, plan: Plan) -> DeviceMesh:
         """The processes that share shards; with `shard_group` a row of them for each group that has all (HSDP)."""
         group = plan.shard_group
+        if plan.tensor_parallel > 1:
+            return self.grid(plan)["data"]
         if group is None or group == self.size:
             return init_device_mesh(self.device.type, (self.size,))
         return init_device_mesh(self.device.type, (self.size // group, group), mesh_dim_names=("replicate", "data"))
+
+    def grid(self, plan: Plan) -> DeviceMesh:
+        """All processes, those that share a block's matrices side by side."""
+        shape = (plan.data_parallel, plan.tensor_parallel)
+        return init_device_mesh(self.device.type, shape, mesh_dim_names=("data", "tensor"))
 
     def prepare(
         self, model: nn.Module, plan: Plan, sharding: str
@@ -140,7 +147,7 @@ class World:
         weights are one and the same.
         """
         if plan.tensor_parallel > 1:
-            tensor_parallel(model, init_device_mesh(self.device.type, (plan.tensor_parallel,)))
+            tensor_parallel(model, self.grid(plan)["tensor"])
         copied = float32_copy(model) if plan.precision == "bf16-master" else None
         module, held = self.wrap(model, plan, sharding), self.weights(model, sharding)
         if copied is None:

@@ -106,13 +106,34 @@ def _flash_backward(inputs: Sequence[Any], threads: int) -> Sequence[int]:
     return found if q.dtype.itemsize >= FLOAT else [*found, 2 * threads * rows * keys * q.dtype.itemsize]
 
 
+def _layer_norm(inputs: Sequence[Any], _: int) -> Sequence[int]:
+    """Its input, made contiguous."""
+    return _copies(inputs[:1])
+
+
 def _layer_norm_backward(inputs: Sequence[Any], threads: int) -> Sequence[int]:
-    """Two rows a thread, in which the gradients of weight and bias are summed.
+    """Two rows a thread, in which the gradients of weight and bias are summed; both inputs, made contiguous.
 
     aten/src/ATen/native/cpu/layer_norm_kernel.cpp, `LayerNormBackwardKernelImplInternal`.
     """
     _, x, shape, _, _, weight, _, mask = inputs
-    return () if weight is None or not any(mask[1:]) else [2 * threads * prod(shape) * x.dtype.itemsize]
+    sums = () if weight is None or not any(mask[1:]) else [2 * threads * prod(shape) * x.dtype.itemsize]
+    return [*_copies(inputs[:2]), *sums]
+
+
+def _copies(operands: Sequence[Operand]) -> Sequence[int]:
+    """Those that are not contiguous, copied."""
+    return [x.nbytes for x in operands if not x.is_contiguous]
+
+
+def _sort(inputs: Sequence[Any], _: int) -> Sequence[int]:
+    """A buffer of its values (aten/src/ATen/native/cpu/SortingKernel.cpp)."""
+    return [inputs[0].nbytes]
+
+
+def _batch_norm(inputs: Sequence[Any], _: int) -> Sequence[int]:
+    """A scale and a shift of each channel (`batch_norm_cpu_collect_linear_and_constant_terms`)."""
+    return [inputs[0].shape[1] * FLOAT] * 2
 
 
 def _copy(inputs: Sequence[Any], _: int) -> Sequence[int]:
@@ -150,7 +171,29 @@ def _index_add(inputs: Sequence[Any], threads: int) -> Sequence[int]:
 
 def _embedding_backward(inputs: Sequence[Any], _: int) -> Sequence[int]:
     """The gradient and the indices, made contiguous (aten/src/ATen/native/Embedding.cpp)."""
-    return [x.nbytes for x in inputs[:2] if not x.is_contiguous]
+    return _copies(inputs[:2])
+
+
+def _conv2d(inputs: Sequence[Any], _: int) -> Sequence[int]:
+    """The columns that a matrix product takes the place of a convolution on (`compute_columns2d`)."""
+    x, weight, kernel, _, stride, pad = inputs
+    return _columns(x, weight, kernel, stride, pad)
+
+
+def _conv2d_backward(inputs: Sequence[Any], _: int) -> Sequence[int]:
+    """The gradient, made contiguous, and the columns (aten/src/ATen/native/ConvolutionMM2d.cpp)."""
+    grad, x, weight, kernel, stride, pad, wanted = inputs
+    held = _copies([grad])
+    return [*held, *_columns(x, weight, kernel, stride, pad)] if wanted[1] else held
+
+
+def _columns(
+    x: Operand, weight: Operand, kernel: Sequence[int], stride: Sequence[int], pad: Sequence[int]
+) -> Sequence[int]:
+    if set(kernel) == set(stride) == {1} and set(pad) == {0}:
+        return []
+    sides = [(n + 2 * p - k) // s + 1 for n, p, k, s in zip(x.shape[2:], pad, kernel, stride, strict=True)]
+    return [x.shape[0] * prod(weight.shape[1:]) * prod(sides) * x.dtype.itemsize]
 
 
 ELEMENTWISE = (
@@ -165,6 +208,11 @@ KERNELS: dict[str, Rule] = {
     **dict.fromkeys(("scatter", "scatter_", "scatter_add", "scatter_add_"), _scatter),
     "index_add_": _index_add,
     "embedding_dense_backward": _embedding_backward,
+    "_slow_conv2d_forward": _conv2d,
+    "_slow_conv2d_backward": _conv2d_backward,
+    "sort": _sort,
+    "native_batch_norm": _batch_norm,
+    "native_layer_norm": _layer_norm,
     "native_layer_norm_backward": _layer_norm_backward,
     "_scaled_dot_product_flash_attention_for_cpu": _flash,
     "_scaled_dot_product_flash_attention_for_cpu_backward": _flash_backward,

@@ -18,8 +18,9 @@ from trainer.referee.recorder.assumptions import Assumptions
 from trainer.referee.recorder.extension import extension
 from trainer.referee.recorder.ledger import Known
 from trainer.referee.recorder.log import Kind, Log, Mark
-from trainer.referee.recorder.rules import dependent_kernels, device_rules, kernels_of
+from trainer.referee.recorder.rules import dependent_kernels, kernels_of
 from trainer.referee.recorder.saved import number_of, saved_allocations, saving
+from trainer.referee.recorder.shapes import known_shapes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -35,13 +36,15 @@ def recording(assumptions: Assumptions | None = None) -> Iterator[Any]:
     native = extension()
     native.set_kernels(kernels_of(), dependent_kernels())
     native.set_libraries(LIBRARIES)
-    with device_rules(assumptions or Assumptions(LIBRARIES)), onednn(enabled=False):
+    native.set_assume((assumptions or Assumptions(LIBRARIES)).number)
+    with onednn(enabled=False), known_shapes():
         native.install()
         try:
             native.start()
             yield native
         finally:
             native.uninstall()
+            native.set_assume(None)
 
 
 @contextmanager
@@ -78,11 +81,13 @@ def marks(step: Any, native: Any) -> Iterator[None]:
         yield
 
 
-def recorded(native: Any, step: Any) -> tuple[Log, int, Known, set[int]]:
+def recorded(native: Any, step: Any, assumptions: Assumptions) -> tuple[Log, int, Known, set[int]]:
     """(the log, the row at which a steady step begins, what is alive then, which of its allocations autograd keeps)."""
     step()  # the first step makes the optimizer's state; the steady ones are alike
     with marks(step, native):
+        assumptions.counts.clear()
         log, first = _observed(native, step)
+        assumptions.fixed = dict(assumptions.counts)
         known = _known(native, step, log, first)
         native.start()
         again, begun = _observed(native, lambda: saving(native, step))

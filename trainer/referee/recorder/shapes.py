@@ -1,0 +1,47 @@
+"""Shapes of the results of CPU kernels for which PyTorch has no meta kernel."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch.library import Library
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from torch import Tensor
+
+
+def conv2d(
+    x: Tensor, weight: Tensor, kernel: Sequence[int], _: Any, stride: Sequence[int], pad: Sequence[int]
+) -> Tensor:
+    """`_slow_conv2d_forward`: (B, C, H, W) and (O, C, h, w) -> (B, O, H', W')."""
+    sides = [(n + 2 * p - k) // s + 1 for n, p, k, s in zip(x.shape[2:], pad, kernel, stride, strict=True)]
+    return x.new_empty((x.shape[0], weight.shape[0], *sides))
+
+
+def conv2d_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, _: Any, __: Any, ___: Any, wanted: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """`_slow_conv2d_backward`: the gradients of input, weight and bias, those that are wanted."""
+    shapes = (x.shape, weight.shape, weight.shape[:1])
+    return tuple(grad.new_empty(shape) if want else None for shape, want in zip(shapes, wanted, strict=True))
+
+
+SHAPES: dict[str, Callable[..., Any]] = {
+    "_slow_conv2d_forward": conv2d,
+    "_slow_conv2d_backward.output_mask": conv2d_backward,
+}
+
+
+@contextmanager
+def known_shapes() -> Iterator[None]:
+    """These as meta kernels."""
+    library: Any = Library("aten", "IMPL")  # type: ignore[no-untyped-call]  # torch leaves Library untyped
+    try:
+        for name, function in SHAPES.items():
+            library.impl(name, function, "Meta")
+        yield
+    finally:
+        library._destroy()  # noqa: SLF001 - it has no public name
