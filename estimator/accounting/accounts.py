@@ -171,7 +171,7 @@ def account(m: ModelConfig, p: Plan, device: str = "cuda", rank: int = 0) -> Acc
 
 def sizes_for(m: ModelConfig, p: Plan, threads: int | None = None) -> Sizes:
     """The number behind each letter of the legend for `m` run as `p`."""
-    order = BlockOrder(m.rotating_pattern, p.checkpointing, p.checkpoint_every, p.selection, p.adapter != "none")
+    order = BlockOrder(m.rotating_pattern, p.checkpointing, p.checkpoint_every, p.selection, p.freezes_inputs)
     return Sizes(_sizes(m, p, threads) | order.layout(m.num_layers // p.pipeline_parallel).values)
 
 
@@ -225,6 +225,7 @@ def recipe_of(m: ModelConfig, p: Plan, device: str, rank: int = 0) -> Recipe:
         adapter_targets=p.adapter_targets if p.adapter != "none" else "",
         adapter_dropout=p.adapter != "none" and p.adapter_dropout > 0,
         base_precision=p.base_precision,
+        modules_to_save=p.modules_to_save,
         balances=p.balance > 0,
         reduce_dtype=p.reduce_dtype,
         autocast=p.autocast,
