@@ -249,6 +249,15 @@ def recipe_of(m: ModelConfig, p: Plan, device: str, rank: int = 0) -> Recipe:
     return recipe
 
 
+def _parallel(p: Plan) -> str:
+    """The key of `REPLICAS`."""
+    if p.data_parallel == 1:
+        return "alone"
+    if p.sharding != "none":
+        return p.sharding
+    return "ddp-fp32" if p.fp32_gradients else "ddp"
+
+
 def _has_bucket_views(p: Plan) -> bool:
     return p.gradient_as_bucket_view and p.data_parallel > 1
 
