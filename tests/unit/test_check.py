@@ -1,6 +1,7 @@
 """`estimate check`: somebody's own code, which this command alone runs."""
 
 import json
+import pickle
 import textwrap
 
 import pytest
@@ -66,6 +67,18 @@ def test_the_parts_add_up(code, capsys):
     assert found["line"]["file"] == str(code)
     parts = ("parameters", "gradients", "optimizer", "activations", "temporary", "inputs", "buffers", "communication")
     assert sum(found[part] for part in parts) == found["peak"]
+
+
+def test_a_snapshot_of_a_card_is_laid_beside(code, tmp_path, capsys):
+    frames = [{"filename": "train.py", "line": 7, "name": "forward"}]
+    trace = [{"action": "alloc", "addr": 1, "size": 512, "stream": 0, "frames": frames}]
+    snapshot = {"segments": [{"device": 0, "total_size": 2 << 20, "allocated_size": 512}], "device_traces": [trace]}
+    path = tmp_path / "snapshot.pickle"
+    path.write_bytes(pickle.dumps(snapshot))
+    assert main(["check", f"{code}:build", "--seq-len", "64", "--snapshot", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "The snapshot's peak is 512 bytes" in out
+    assert "train.py:7" in out
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,11 @@ ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])
 
 
+def test_the_readme_knows_how_many_families_there_are():
+    found = re.search(r"a decoder of any of (\d+) families", (ROOT / "README.md").read_text())
+    assert int(found[1]) == len(FAMILIES)
+
+
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().split()) <= 1200
 

@@ -5,12 +5,17 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
 
 from estimator.describe.checks import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from torch import Tensor
 
 
 NO = ("any", "isnan", "isinf", "isneginf", "isposinf")  # operators that look for what is not expected
@@ -31,6 +36,12 @@ class Assumption(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.what}: {self.file}:{self.line}"
+
+
+def operator(made: str) -> tuple[str, int]:
+    """(the name, the elements of the first argument) of what would have made a storage (`made_of` in recorder.cpp)."""
+    name, _, elements = made.removeprefix("aten::").rpartition(":")
+    return name.partition(".")[0], int(elements or 0)
 
 
 @dataclass
@@ -63,11 +74,22 @@ class Assumptions:
         Raises:
             ConfigError: the same line has asked so often that the answer must keep it in a loop.
         """
-        name = made.removeprefix("aten::").partition(".")[0]
+        name, _ = operator(made)
         value = 0.0 if kind == "Bool" and name in NO else 1.0
         answer = ("false", "true")[int(value)] if kind == "Bool" else "1"
         self.make(f"{answer} for a value of {name or 'unknown origin'} ({kind.lower()})")
         return value
+
+    def numbers(self, made: str, x: Tensor) -> list[Any]:
+        """`x.tolist()`: counts come out even, and anything else one by one as `number` has it."""
+        name, elements = operator(made)
+        if name == "bincount" and x.dim() == 1:
+            self.make(f"even counts of {elements} in {len(x)} for values of bincount")
+            return [elements // len(x) + (i < elements % len(x)) for i in range(len(x))]
+        kind = "Bool" if x.dtype == torch.bool else str(x.dtype).removeprefix("torch.")
+        one = bool if x.dtype == torch.bool else float if x.dtype.is_floating_point else int
+        found = np.array([one(self.number(made, kind)) for _ in range(x.numel())]).reshape(x.shape)
+        return found.tolist()
 
     def _is_library(self, file: str) -> bool:
         return file.startswith("<") or any(file.startswith(folder) for folder in self.libraries)

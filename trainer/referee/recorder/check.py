@@ -13,6 +13,7 @@ import sys
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+from estimator.answers.snapshots import read_snapshot
 from estimator.describe.checks import ConfigError, shown
 from estimator.describe.plan import Plan
 from estimator.describe.settings import choices
@@ -29,6 +30,7 @@ from trainer.referee.recorder.truth import compare
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from estimator.answers.snapshots import Snapshot
     from estimator.memory.device import Memory
     from trainer.referee.recorder.recording import Recording
 
@@ -62,6 +64,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--grad-accumulation", type=int, default=1, metavar="N", help="micro-batches of a step")
     p.add_argument("--max-grad-norm", type=float, metavar="X", help="clip the gradients to this norm")
     p.add_argument("--measure", action="store_true", help="run a real step on this CPU too, and compare every event")
+    p.add_argument("--snapshot", metavar="FILE", help="of torch.cuda.memory._dump_snapshot: what a card really held")
     p.add_argument("--json", action="store_true", help="everything as JSON")
     return p
 
@@ -88,9 +91,23 @@ def run(argv: Sequence[str]) -> int:
         sys.stdout.write(report(recording, memory, name, gpu.name))
         for said in tried:
             sys.stdout.write(f"  {said}\n")
+    if args.snapshot:
+        sys.stdout.write("\n" + beside_snapshot(memory, read_snapshot(args.snapshot)))
     if args.measure:
         sys.stdout.write("\n" + compare(build, plan) + "\n")
     return 0 if memory.fits else 1
+
+
+def beside_snapshot(memory: Memory, snapshot: Snapshot) -> str:
+    """What the allocator of a card held at most, by line, and what was expected of it."""
+    off = snapshot.peak / memory.peak - 1
+    said = (
+        f"The snapshot's peak is {snapshot.peak:,} bytes allocated, in {snapshot.reserved:,} reserved at its end; the "
+        f"step above comes to {memory.peak:,}: {off:+.2%}. What the snapshot holds at its peak, by line:"
+    )
+    lines = [said]
+    lines += [f"  {size(held):>10}  {line}" for line, held in list(snapshot.held_at_peak().items())[:MODULES]]
+    return "\n".join(lines) + "\n"
 
 
 def _build(args: argparse.Namespace) -> tuple[Callable[[], Any], str]:

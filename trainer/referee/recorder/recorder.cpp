@@ -77,7 +77,7 @@ Log& log_() {
 
 constexpr size_t REAL = size_t{4} << 20;      // bytes from which on there is no memory behind a storage
 constexpr size_t REGION = size_t{64} << 40;   // addresses that such storages have
-constexpr int64_t FEW = 16;                   // real numbers that are worth computing
+constexpr int64_t FEW = 256;                   // real numbers that are worth computing
 
 struct Held {
   c10::DataPtr inner;
@@ -275,6 +275,7 @@ void kernel(const c10::OperatorHandle& op, DispatchKeySet keys, torch::jit::Stac
   }
   Shapes shapes;
   shapes.made = name;
+  if (count && arguments[0].isTensor()) shapes.made += ":" + std::to_string(arguments[0].toTensor().numel());
   std::vector<c10::IValue> results;
   for (const auto& value : arguments) results.push_back(shapes.meta_of(value));
   log.aside = true;
@@ -484,6 +485,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   });
   m.def("number_of", [](int64_t cdata) { return number_of(*reinterpret_cast<c10::StorageImpl*>(cdata)); },
         "The number of a storage, from its `_cdata`; 0 of one that was made before `install`.");
+  m.def("made_of", [](int64_t cdata) -> std::optional<std::string> {
+    const auto& data = reinterpret_cast<c10::StorageImpl*>(cdata)->data_ptr();
+    if (data.get_deleter() != &free_held) return std::nullopt;
+    const auto* held = static_cast<Held*>(data.get_context());
+    return held->known ? std::nullopt : std::optional<std::string>(held->made);
+  }, "Of a storage whose values are not known, the operator that was left out, and the elements of its first argument.");
   m.def("set_kernels", [](const std::vector<std::string>& names, const std::vector<std::string>& dependent) {
     log_().kernels = {names.begin(), names.end()};
     log_().dependent = {dependent.begin(), dependent.end()};

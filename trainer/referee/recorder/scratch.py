@@ -126,6 +126,11 @@ def _copies(operands: Sequence[Operand]) -> Sequence[int]:
     return [x.nbytes for x in operands if not x.is_contiguous]
 
 
+def _bincount(inputs: Sequence[Any], _: int) -> Sequence[int]:
+    """The least and the greatest of its numbers."""
+    return [inputs[0].dtype.itemsize] * 2
+
+
 def _sort(inputs: Sequence[Any], _: int) -> Sequence[int]:
     """A buffer of its values (aten/src/ATen/native/cpu/SortingKernel.cpp)."""
     return [inputs[0].nbytes]
@@ -210,6 +215,7 @@ KERNELS: dict[str, Rule] = {
     "embedding_dense_backward": _embedding_backward,
     "_slow_conv2d_forward": _conv2d,
     "_slow_conv2d_backward": _conv2d_backward,
+    "bincount": _bincount,
     "sort": _sort,
     "native_batch_norm": _batch_norm,
     "native_layer_norm": _layer_norm,

@@ -6,6 +6,7 @@ import gc
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import torch
 from torch.nn.modules import module as hooks
@@ -36,8 +37,9 @@ def recording(assumptions: Assumptions | None = None) -> Iterator[Any]:
     native = extension()
     native.set_kernels(kernels_of(), dependent_kernels())
     native.set_libraries(LIBRARIES)
-    native.set_assume((assumptions or Assumptions(LIBRARIES)).number)
-    with onednn(enabled=False), known_shapes():
+    assumptions = assumptions or Assumptions(LIBRARIES)
+    native.set_assume(assumptions.number)
+    with onednn(enabled=False), known_shapes(), lists(native, assumptions):
         native.install()
         try:
             native.start()
@@ -45,6 +47,28 @@ def recording(assumptions: Assumptions | None = None) -> Iterator[Any]:
         finally:
             native.uninstall()
             native.set_assume(None)
+
+
+@contextmanager
+def lists(native: Any, assumptions: Assumptions) -> Iterator[None]:
+    """`tolist` and `numpy` read memory past all operators: of values that are not known they are answered here."""
+    to_list, to_numpy = torch.Tensor.tolist, torch.Tensor.numpy
+
+    def made_of(t: torch.Tensor) -> str | None:
+        found: str | None = native.made_of(t.untyped_storage()._cdata)  # noqa: SLF001 - the storage's identity
+        return found
+
+    def tolist(self: torch.Tensor) -> Any:
+        made = made_of(self)
+        return to_list(self) if made is None else assumptions.numbers(made, self)
+
+    def numpy(self: torch.Tensor, **more: Any) -> Any:
+        if made_of(self) is not None:
+            raise NotImplementedError("numpy() of a tensor whose values are not computed")
+        return to_numpy(self, **more)
+
+    with patch.object(torch.Tensor, "tolist", tolist), patch.object(torch.Tensor, "numpy", numpy):
+        yield
 
 
 @contextmanager

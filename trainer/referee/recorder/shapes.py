@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.library import Library
 
 if TYPE_CHECKING:
@@ -29,7 +30,19 @@ def conv2d_backward(
     return tuple(grad.new_empty(shape) if want else None for shape, want in zip(shapes, wanted, strict=True))
 
 
+def bincount(x: Tensor, _: Tensor | None = None, minlength: int = 0) -> Tensor:
+    """`bincount` of numbers below `minlength`.
+
+    Raises:
+        NotImplementedError: nothing says how many there are.
+    """
+    if not minlength:
+        raise NotImplementedError("bincount without minlength: its length is a value")
+    return x.new_empty((minlength,), dtype=torch.int64)
+
+
 SHAPES: dict[str, Callable[..., Any]] = {
+    "bincount": bincount,
     "_slow_conv2d_forward": conv2d,
     "_slow_conv2d_backward.output_mask": conv2d_backward,
 }
