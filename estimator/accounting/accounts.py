@@ -219,7 +219,7 @@ def recipe_of(m: ModelConfig, p: Plan, device: str, rank: int = 0) -> Recipe:
             else accumulation(min(p.grad_accumulation, 3 if _has_bucket_views(p) else 2))
         ),
         buffers=p.grad_accumulation if p.is_pipeline else 0,
-        parallel="alone" if p.data_parallel == 1 else {"none": "ddp"}.get(p.sharding, p.sharding),
+        parallel=_parallel(p),
         selection=p.selection,
         adapter=p.adapter,
         adapter_targets=p.adapter_targets if p.adapter != "none" else "",
@@ -245,6 +245,15 @@ def recipe_of(m: ModelConfig, p: Plan, device: str, rank: int = 0) -> Recipe:
             f"{tokens} tokens; allowed are naive, naive-fp32, sdpa, sdpa-math, sdpa-efficient"
         )
     return recipe
+
+
+def _parallel(p: Plan) -> str:
+    """The key of `REPLICAS`."""
+    if p.data_parallel == 1:
+        return "alone"
+    if p.sharding != "none":
+        return p.sharding
+    return "ddp-fp32" if p.fp32_gradients else "ddp"
 
 
 def _has_bucket_views(p: Plan) -> bool:

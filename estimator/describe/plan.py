@@ -96,7 +96,12 @@ class Plan:
         label="Gradients in fp32",
         needs=(
             Needs("precision", ("bf16-master",), "precision {precision!r} has no master weights to add them for"),
-            Needs("data_parallel", (1,), "the data_parallel = {data_parallel} accelerators sum bf16 gradients"),
+            Needs(
+                "shared_by",
+                ("one accelerator", "none"),
+                "sharding is {sharding!r}, which sums bf16 gradients",
+                say="allowed on several accelerators is sharding none",
+            ),
         ),
     )
     attention: str = choice(

@@ -59,6 +59,7 @@ REAL = [
     (GPT2, {"sharding": "zero3", "checkpointing": "selective", "checkpoint_every": 2}),
     (LLAMA, {"sharding": "none", "checkpointing": "selective", "optimizer": "sgd"}),
     (LLAMA, {"sharding": "none", "precision": "fp16-mixed", "grad_accumulation": 2, "max_grad_norm": 1.0}),
+    (LLAMA, {"precision": "bf16-master", "fp32_gradients": True, "grad_accumulation": 3, "max_grad_norm": 1.0}),
     (GPT2, {"sharding": "none", "precision": "bf16-master", "optimizer": "lion", "max_grad_norm": 1.0}),
     (TIED, {"sharding": "zero1", "precision": "fp16-mixed", "optimizer_impl": "fused", "max_grad_norm": 1.0}),
     (LLAMA, {"sharding": "zero1", "precision": "bf16-master", "optimizer": "sgd", "attention": "sdpa"}),
@@ -328,9 +329,10 @@ def test_every_precision_has_an_account_on_several_accelerators(precision, shard
     assert sum(memory.parts.values()) == memory.peak
 
 
-def test_fp32_gradients_of_several_accelerators_are_refused():
-    with pytest.raises(ConfigError, match="fp32_gradients"):
-        Plan(precision="bf16-master", fp32_gradients=True, data_parallel=2)
+def test_fp32_gradients_of_several_accelerators_are_summed_as_they_are_where_nothing_is_shared():
+    Plan(precision="bf16-master", fp32_gradients=True, data_parallel=2)
+    with pytest.raises(ConfigError, match="sharding is 'zero2', which sums bf16 gradients"):
+        Plan(precision="bf16-master", fp32_gradients=True, data_parallel=2, sharding="zero2")
 
 
 @quick
