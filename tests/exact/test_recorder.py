@@ -1,10 +1,13 @@
 """The recorder of steps without data against real steps under the profiler, and against the symbolic step."""
 
 import itertools
+import os
+from random import Random
 
 import pytest
 import torch
 import transformers
+from random_parts import draw
 from torch import nn
 from torch.nn import functional as F
 
@@ -154,3 +157,10 @@ def test_code_whose_shapes_are_values_is_refused_with_its_line():
 
 def chosen(y):
     return y[y > 0]
+
+
+@pytest.mark.parametrize("seed", range(int(os.environ.get("RECORDER_SEEDS", "2"))))
+def test_random_decoders_and_recipes_peak_where_the_symbolic_step_does(seed):
+    m, p = draw(Random(seed))
+    recording = trainer.record(lambda: build_step(m, p))
+    assert recording.peak_bytes == est.account(m, p, device="cpu").evaluate(m, p).peak_bytes

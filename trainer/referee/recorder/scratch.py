@@ -15,7 +15,7 @@ from estimator.eager.indexing import EXPANDED_INDEX_WIDTH
 from estimator.eager.letters import constant
 from estimator.eager.linalg import tile_keys, tile_rows
 from estimator.eager.tensor import TRANSPOSED_BLOCK
-from trainer.referee.recorder.log import Operand
+from trainer.referee.recorder.log import DTYPES, Operand
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -47,6 +47,17 @@ def _casts(inputs: Sequence[Any], _: int) -> Sequence[int]:
     operands = [x for x in inputs if isinstance(x, Operand)]
     common = common_dtype(operands)
     return [x.numel * common.itemsize for x in operands if x.dtype != common]
+
+
+def _compared(inputs: Sequence[Any], threads: int) -> Sequence[int]:
+    """A number that something is compared with becomes a tensor in the kernel, and is then cast."""
+    x, other = inputs[:2]
+    if isinstance(other, Operand):
+        return _casts(inputs, threads)
+    number = torch.float64 if isinstance(other, float) else torch.int64
+    common = common_dtype([x, Operand(0, number, is_number=True, known=True, shape=(), stride=())])
+    casts = [y.numel * common.itemsize for y in (x,) if y.dtype != common]
+    return [number.itemsize, *casts, *([common.itemsize] if common != number else [])]
 
 
 def _where(inputs: Sequence[Any], threads: int) -> Sequence[int]:
@@ -126,6 +137,31 @@ def _copies(operands: Sequence[Operand]) -> Sequence[int]:
     return [x.nbytes for x in operands if not x.is_contiguous]
 
 
+def _sum(inputs: Sequence[Any], _: int) -> Sequence[int]:
+    """Its input in the dtype of the result; half precision is added up in float32 where two loops are summed.
+
+    `make_reduction` and `should_use_acc_buffer` of aten/src/ATen/native/ReduceOps.{h,cpp}.
+    """
+    x, dims, _keep, asked = inputs[:4]
+    dtype = x.dtype if x.dtype.is_floating_point or x.dtype.is_complex else torch.int64
+    if isinstance(asked, int):
+        dtype = DTYPES[asked]
+    summed = {d % len(x.shape) for d in dims} if dims and x.shape else set(range(len(x.shape)))
+    if dtype.itemsize < FLOAT and dtype.is_floating_point and _loops(x, summed) > 1:
+        kept = prod(n for i, n in enumerate(x.shape) if i not in summed)
+        return [FLOAT * x.numel, FLOAT * kept]
+    return [] if x.dtype == dtype else [x.numel * dtype.itemsize]
+
+
+def _loops(x: Operand, summed: set[int]) -> int:
+    """Into how many loops the dimensions that are summed coalesce: those whose strides follow from one another."""
+    loops, following = 0, None
+    for stride, n in sorted((x.stride[i], x.shape[i]) for i in summed if x.shape[i] != 1):
+        loops += stride != following
+        following = stride * n
+    return loops
+
+
 def _bincount(inputs: Sequence[Any], _: int) -> Sequence[int]:
     """The least and the greatest of its numbers."""
     return [inputs[0].dtype.itemsize] * 2
@@ -203,10 +239,11 @@ def _columns(
 
 ELEMENTWISE = (
     *("add", "sub", "mul", "div", "pow", "rsub", "maximum", "minimum", "fmod", "remainder", "atan2", "lerp"),
-    *("add_", "sub_", "mul_", "div_", "pow_", "eq", "ne", "lt", "le", "gt", "ge", "addcmul", "addcdiv"),
+    *("add_", "sub_", "mul_", "div_", "pow_", "addcmul", "addcdiv"),
 )
 KERNELS: dict[str, Rule] = {
     **dict.fromkeys(ELEMENTWISE, _casts),
+    **dict.fromkeys(("eq", "ne", "lt", "le", "gt", "ge"), _compared),
     "where": _where,
     "copy_": _copy,
     "gather": _element_moves,
@@ -217,6 +254,7 @@ KERNELS: dict[str, Rule] = {
     "_slow_conv2d_backward": _conv2d_backward,
     "bincount": _bincount,
     "sort": _sort,
+    "sum": _sum,
     "native_batch_norm": _batch_norm,
     "native_layer_norm": _layer_norm,
     "native_layer_norm_backward": _layer_norm_backward,

@@ -145,6 +145,9 @@ def _known(native: Any, step: Any, log: Log, first: int) -> Known:
         found[number_of(native, t)] = Category.BUFFER, name.rpartition(".")[0]
     for t in (x for x in tree_leaves(step.inputs) if isinstance(x, torch.Tensor)):
         found[number_of(native, t)] = Category.INPUT, ""
+    for what, category in (("state", Category.OPTIMIZER), ("gradients", Category.GRADIENT)):
+        for t in getattr(step, what, tuple)():
+            found[number_of(native, t)] = category, ""
     names = {id(p): name for name, p in step.model.named_parameters()}
     for p, state in step.optimizer.state.items():
         for t in state.values():

@@ -1,7 +1,8 @@
-"""Shapes of the results of CPU kernels for which PyTorch has no meta kernel."""
+"""Shapes of the results of CPU kernels for which PyTorch has no meta kernel, or another device's."""
 
 from __future__ import annotations
 
+import warnings
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -41,8 +42,18 @@ def bincount(x: Tensor, _: Tensor | None = None, minlength: int = 0) -> Tensor:
     return x.new_empty((minlength,), dtype=torch.int64)
 
 
+def layer_norm(
+    x: Tensor, shape: Sequence[int], weight: Tensor | None, _: Any, __: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`native_layer_norm`: mean and 1 / std of each row, in the weight's dtype (PyTorch's meta kernel has CUDA's)."""
+    rows = (*x.shape[: x.dim() - len(shape)], *(1 for _ in shape))
+    dtype = x.dtype if weight is None else weight.dtype
+    return x.new_empty(x.shape), x.new_empty(rows, dtype=dtype), x.new_empty(rows, dtype=dtype)
+
+
 SHAPES: dict[str, Callable[..., Any]] = {
     "bincount": bincount,
+    "native_layer_norm": layer_norm,
     "_slow_conv2d_forward": conv2d,
     "_slow_conv2d_backward.output_mask": conv2d_backward,
 }
@@ -53,8 +64,10 @@ def known_shapes() -> Iterator[None]:
     """These as meta kernels."""
     library: Any = Library("aten", "IMPL")  # type: ignore[no-untyped-call]  # torch leaves Library untyped
     try:
-        for name, function in SHAPES.items():
-            library.impl(name, function, "Meta")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that a kernel is overridden: it is meant to be
+            for name, function in SHAPES.items():
+                library.impl(name, function, "Meta", allow_override=True)
         yield
     finally:
         library._destroy()  # noqa: SLF001 - it has no public name
