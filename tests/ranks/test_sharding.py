@@ -183,7 +183,7 @@ def partly_trained(random, processes):
     return m, Plan(**plan)
 
 
-@pytest.mark.parametrize(("processes", "runs"), [(2, RUNS or 8), (3, RUNS or 6), (4, RUNS or 6)])
+@pytest.mark.parametrize(("processes", "runs"), [(2, RUNS or 6), (3, RUNS or 4), (4, RUNS or 4)])
 def test_parts_and_adapters_are_exact_in_each_process(processes, runs, tmp_path):
     random, cases = Random(processes), []
     while len(cases) < runs:
