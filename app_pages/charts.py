@@ -6,7 +6,6 @@ than everything else on the page together.
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -15,6 +14,7 @@ import pandas as pd
 from app_pages.vega import Drawing, Spec, chart, layer, tooltip
 from estimator.eager.ledger import Category
 from estimator.show.formatting import BYTE_UNITS, NOUNS, in_unit, place, size
+from estimator.show.snapshot import thinned
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 # The order of the colours in .streamlit/config.toml.
 CATEGORIES = tuple(NOUNS[c.value] for c in Category)
 RESERVE = "allocator and context"
-POINTS = 500  # moments of a timeline: about as many as a chart has pixels to show them
 VISIBLE = 0.002  # of the peak: what is thinner than a pixel gets no legend
 BUSY = 0.5  # of the capacity: from there on the timeline shows it as a line
 READABLE = 0.045  # of an icicle's height: what is thinner has no room for its name
@@ -101,16 +100,6 @@ def bars(rows: Sequence[tuple[str, float, str]], title: str) -> Drawing:
     label = layer("text", values, x=x, y=y, text=text, align="left", baseline="middle", dx=5, color="gray", fontSize=12)
     words = "; ".join(f"{name} {text}" for name, _, text in rows)
     return Drawing(chart([bar, label], height={"step": 30}), f"{title}: {words}.")
-
-
-def thinned(timeline: Timeline, points: int = POINTS) -> NDArray[np.intp]:
-    """Indices of at most `points` events, and the peak: of each run of events the one at which most is alive."""
-    events = len(timeline)
-    if events <= points:
-        return np.arange(events)
-    edges = np.linspace(0, events, points - 2).astype(np.intp)
-    most = [start + int(timeline.live[start:end].argmax()) for start, end in pairwise(edges)]
-    return np.unique([0, *most, timeline.peak, events - 1])
 
 
 def timeline_frame(timeline: Timeline, unit: str) -> pd.DataFrame:

@@ -84,8 +84,7 @@ def _results(s: Setup, requests: Mapping[str, Request], answers: Mapping[str, Es
         if name != base:
             what = _difference(settings[name], settings[base])
             st.markdown(f"**{name}, {plain(what)}: {plain(headline(measured, found[base], s.unit))}**")
-    names = {name: f"{name} {answers[name].accelerator.name}" for name in found}
-    vega.draw(charts.memory_bars({names[name]: answers[name].memory for name in found}, s.unit))
+    vega.draw(charts.memory_bars({name: answers[name].memory for name in found}, s.unit))
     bars = [key for key in (TIME, MONEY, ENERGY) if all(key in of for of in found.values())]
     for column, key in zip(st.columns(max(1, len(bars)), gap="medium"), bars, strict=False):
         with column:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import streamlit as st
 
-from app_pages import charts, scenarios, vega
+from app_pages import charts, modules, scenarios, sure, vega
 from app_pages.compute import changes, cost_of, costs_between, largest_batch
 from app_pages.inputs import HIDDEN
 from app_pages.labels import label, plain
@@ -63,8 +63,11 @@ def show(s: Setup) -> None:
         _timeline(s, r)
     with right:
         _memory(s, r)
-    _work(s, r)
-    with st.container() if r.fits else first:  # drawn last: it takes an account of every other recipe
+    _work(r)
+    modules.show(s, r)
+    last = st.container()
+    sure.show(s, r)
+    with last if r.fits else first:  # drawn last: it takes an account of every other recipe
         found = _advice(s, r)
     if not r.fits:
         _verdict(said, s, r, found)
@@ -147,7 +150,7 @@ def _headline(s: Setup, r: Estimate) -> None:
         f"{count(tokens)} tokens in {t.steps or 1:,} steps of {r.flops.sequences:,} sequences "
         f"({of} on each accelerator). {duration(t.seconds_per_step)} a step, {figures(t.tokens_per_second)} tokens/s"
         f"{each}, {prefixed(r.flops.step, 'FLOP')} a step; MFU {'predicted' if t.predicted else 'given'} as "
-        f"{t.mfu:.1%} of {prefixed(t.peak_flops, 'FLOP/s')}. {' '.join(r.notes)}"
+        f"{t.mfu:.1%} of {prefixed(t.peak_flops, 'FLOP/s')}. {sure.thin(r)}{' '.join(r.notes)}"
     )
 
 
@@ -229,7 +232,7 @@ def _memory(s: Setup, r: Estimate) -> None:
         hide_index=True,
         height="content",
         column_config={
-            "what": st.column_config.TextColumn(""),
+            "what": st.column_config.TextColumn("what"),
             "number": st.column_config.NumberColumn(s.unit, format="%.3f"),
             "share": st.column_config.NumberColumn("share", format="percent"),
         },
@@ -251,7 +254,7 @@ def _timeline(s: Setup, r: Estimate) -> None:
         derivation(derivations.peak(r), s.unit)
 
 
-def _work(s: Setup, r: Estimate) -> None:
+def _work(r: Estimate) -> None:
     passes = {}
     for name, form in r.values.modules.items():
         again = form.recompute_flops
@@ -271,22 +274,6 @@ def _work(s: Setup, r: Estimate) -> None:
                 (name, seconds, f"{duration(seconds)}, {seconds / total:.0%}") for name, seconds in spent if seconds
             ]
             vega.draw(charts.bars(rows, "Time of a step, by part"))
-    if r.time is not None and r.time.predicted:
-        with st.expander("How sure is the time?"):
-            rests = [(x.name, x.value, x.origin, "; ".join(x.changes())) for x in r.assumptions]
-            names = ("It rests on", "taken here", "from", "another choice, and what a step's time would be")
-            st.dataframe(pd.DataFrame(rests, columns=list(names)), hide_index=True, width="stretch")
-            st.caption(f"What kernels reach: {r.time.origin} The interval: {r.time.rows}")
-    frame = r.to_frame().astype(float)  # Arrow's integers end at 2^63
-    columns: dict[str, Any] = {"_index": st.column_config.TextColumn("module", pinned=True)}
-    for name in map(str, frame):
-        what, _, kind = name.rpartition("_")
-        if kind == "bytes":
-            frame[name] = frame[name].map(partial(in_unit, unit=s.unit))
-        titles = {"bytes": f"{what}, {s.unit}", "flops": f"{what}, FLOPs"}
-        style = {"bytes": "%.3f", "flops": "compact"}.get(kind, "localized")
-        columns[name] = st.column_config.NumberColumn(titles.get(kind, name), format=style)
-    st.dataframe(frame, column_config=columns, height="content")
 
 
 def result(d: Derivation, unit: str) -> str:

@@ -10,6 +10,7 @@ import streamlit as st
 
 from app_pages import charts, vega
 from app_pages.estimate import answer, derivation, heading, result
+from app_pages.labels import FORMS as WORDS
 from app_pages.labels import accept_names, plain
 from estimator.accounting.accounts import FORMS
 from estimator.answers import derivations
@@ -26,21 +27,7 @@ if TYPE_CHECKING:
     from estimator.studies.assignment import Note
 
 # The figures that have a formula, by the library's names, in words.
-FIGURES = {
-    "peak": "Peak",
-    "needed": "Memory needed",
-    "hours": "Training time",
-    "parameters": "Parameters",
-    "trained_parameters": "Trained parameters",
-    "parameter_bytes": "Bytes of parameters",
-    "gradient_bytes": "Gradients",
-    "optimizer_bytes": "Optimizer state",
-    "activation_bytes": "Activations",
-    "forward_flops": "FLOPs forward",
-    "backward_flops": "FLOPs backward",
-    "recompute_flops": "FLOPs recomputed",
-    "optimizer_flops": "FLOPs of the optimizer",
-}
+FIGURES = {"peak": "Peak", "needed": "Memory needed", "hours": "Training time"} | {name: WORDS[name] for name in FORMS}
 CELLS = 48  # a side of the map
 
 
@@ -159,7 +146,7 @@ def _map(r: Estimate) -> None:
     names = np.array([f"{p.where.phase.value}: {p.where.module} · {p.where.op}" for p in found.account.pieces])
     moments = names[found.index]
     seen = list(dict.fromkeys(moments.ravel()))
-    legend = {"title": None, "orient": "bottom", "columns": 1, "labelLimit": 340, "symbolType": "square"}
+    legend = {"title": None, "orient": "bottom", "columns": 1, "labelLimit": 250, "symbolType": "square"}
     colour = {"type": "nominal", "scale": {"domain": seen}, "sort": seen, "legend": legend}
     x, y = charts.Axis("Micro-batch", batches), charts.Axis("Sequence", lengths)
     here = (r.plan.batch_size, length) if r.plan.batch_size > 1 else None

@@ -1,15 +1,17 @@
-"""The foot of every page: reports to keep, and the Python and the command that give the same figures."""
+"""The foot of every page: a link, reports to keep, and the Python and the command that give the same figures."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+from urllib.parse import urlencode, urlsplit, urlunsplit
 
 import streamlit as st
 
 from app_pages.compute import cost_of
-from app_pages.model_input import REFUSED
+from app_pages.model_input import REFUSED, called
 from estimator.describe.checks import ConfigError
 from estimator.show.report import to_csv, to_json, to_markdown
+from estimator.show.snapshot import to_html
 
 if TYPE_CHECKING:
     from app_pages.inputs import Setup
@@ -24,14 +26,26 @@ def show(s: Setup) -> None:
         spent = cost_of(s)
     except ConfigError:  # said above
         return
-    st.subheader("Take it with you")
-    with st.container(horizontal=True):
-        name = f"estimate-{q.name}-{q.gpu}"
-        st.download_button("JSON", to_json(q, spent), f"{name}.json", "application/json", on_click="ignore")
-        st.download_button("CSV by module", to_csv(q), f"{name}.csv", "text/csv", on_click="ignore")
-        report = to_markdown(q, spent, s.unit)
-        st.download_button("Report (Markdown)", report, f"{name}.md", "text/markdown", on_click="ignore")
-    command, python = st.tabs(["Command", "Python"])
+    here = link()
+    st.subheader("Share")
+    address, command, python = st.tabs(["Link", "Command", "Python"])
+    address.code(here, language=None, wrap_lines=True)
     command.code(q.command(), language="sh", wrap_lines=True)
     python.code(q.python(), language="python", wrap_lines=True)
-    st.caption("The page's address holds everything that you set: send it as a link.")
+    with st.container(horizontal=True):
+        name = f"estimate-{q.name}-{q.gpu}"
+        page = to_html(q, spent, s.unit, here if here.startswith("http") else None)
+        st.download_button("Page (HTML)", page, f"{name}.html", "text/html", on_click="ignore")
+        report = to_markdown(q, spent, s.unit)
+        st.download_button("Report (Markdown)", report, f"{name}.md", "text/markdown", on_click="ignore")
+        st.download_button("CSV by module", to_csv(q), f"{name}.csv", "text/csv", on_click="ignore")
+        st.download_button("JSON", to_json(q, spent), f"{name}.json", "application/json", on_click="ignore")
+    said = f"This is the estimate of {called(q.name)} on {q.gpu}."
+    st.caption(f"{said} The page's address holds everything that you set; the link above is that address.")
+
+
+def link() -> str:
+    """The page's address with all that was set."""
+    query = urlencode(st.query_params.to_dict())
+    here = urlsplit(st.context.url or "")
+    return urlunsplit((here.scheme, here.netloc, here.path or ("/" if here.netloc else ""), query, ""))

@@ -25,6 +25,22 @@ def declared(name: str) -> Setting | None:
     return None
 
 
+# The forms of an account, by the library's names, in words.
+FORMS = {
+    "parameters": "Parameters",
+    "trained_parameters": "Trained parameters",
+    "active_parameters": "Active parameters",
+    "parameter_bytes": "Bytes of parameters",
+    "gradient_bytes": "Gradients",
+    "optimizer_bytes": "Optimizer state",
+    "activation_bytes": "Activations",
+    "forward_flops": "FLOPs forward",
+    "backward_flops": "FLOPs backward",
+    "recompute_flops": "FLOPs recomputed",
+    "optimizer_flops": "FLOPs of the optimizer",
+}
+
+
 def label(name: str) -> str:
     """What the input of a field is called on the page."""
     said = declared(name)

@@ -86,7 +86,7 @@ def _listed() -> tuple[str, ...]:
             from_hf(given.encode())
             listed += (FROM_CONFIG,)
         except ConfigError as error:
-            st.session_state[REFUSED] = str(error)
+            st.session_state[REFUSED], st.session_state[CONFIG] = str(error), ""  # said once: one may go on without it
     now = st.session_state.get("model", st.query_params.get("model", "gpt2-xl"))
     return listed if now in listed or now not in presets() else (now, *listed)
 

@@ -15,7 +15,9 @@ from estimator.describe.checks import ConfigError
 from estimator.describe.plan import Plan
 from estimator.describe.presets import presets
 from estimator.describe.settings import settings
+from estimator.describe.units import SECONDS_PER_HOUR
 from estimator.pricing.money import KINDS
+from estimator.show.csv_file import csv_of
 from estimator.show.formatting import STRATEGIES, count, dollars, duration, prefixed, size
 from estimator.show.planning import headline, sentence
 
@@ -115,7 +117,7 @@ def _rows(s: Setup, found: Plans) -> None:
     if found.options[SHOWN:]:
         with st.expander(f"{len(found.options) - SHOWN:,} more"):
             st.dataframe(found.to_frame(), hide_index=True)
-    st.download_button("CSV of all", found.to_frame().to_csv(index=False), "plan.csv", "text/csv", on_click="ignore")
+    st.download_button("CSV of all", csv_of(found.to_frame(), index=False), "plan.csv", "text/csv", on_click="ignore")
 
 
 def _row(s: Setup, o: Option) -> None:
@@ -124,14 +126,15 @@ def _row(s: Setup, o: Option) -> None:
     how = f"{STRATEGIES[o.plan.sharding]}, " if o.count > 1 else ""
     recomputed = "" if o.plan.checkpointing == "none" else f", checkpointing {o.plan.checkpointing}"
     said = [f"{count(o.parameters)} parameters on {count(o.tokens)} tokens"]
-    said.append(f"{duration(o.low * 3600)} to {duration(o.high * 3600)}")
+    said.append(f"{duration(o.low * SECONDS_PER_HOUR)} to {duration(o.high * SECONDS_PER_HOUR)}")
     if o.price is not None:
         said.append(f"\\${o.price.usd_per_hour:.2f} an hour at {o.price.provider}, {o.price.date}")
     if o.kilowatt_hours is not None:
         said.append(f"{prefixed(o.kilowatt_hours * 1e3, 'Wh')}, {o.co2_kg or 0:,.0f} kg CO2")
     said.append(f"{how}micro-batch {o.plan.batch_size}{recomputed}, {size(o.needed, s.unit)}, MFU {o.mfu:.0%}")
     left, right = st.columns([6, 1], vertical_alignment="center")
-    left.markdown(f"{star}**{o.count} x {o.accelerator}: {duration(o.hours * 3600)}, {money}**  \n{'; '.join(said)}")
+    took = duration(o.hours * SECONDS_PER_HOUR)
+    left.markdown(f"{star}**{o.count} x {o.accelerator}: {took}, {money}**  \n{'; '.join(said)}")
     scenarios.link(right, inputs_of(o), sentence(o))
 
 

@@ -10,9 +10,14 @@ CSS = """
 [data-testid="stMain"] [data-stale="true"]:not(:has(input, textarea)) {
   opacity: 0.25 !important; visibility: hidden; transition: visibility 0s linear 0.25s !important;
 }
-[class*="st-key-unfit-"] [data-testid="stMetricValue"] { opacity: 0.45; }
+[class*="st-key-unfit-"] [data-testid="stMetricValue"] { opacity: 0.6; }
 [data-testid="stMetricDelta"] > div { white-space: normal; }
 [data-testid="stMainBlockContainer"] { padding-top: 4rem; padding-bottom: 3rem; }
+[data-testid="stCaptionContainer"] { opacity: 1; color: inherit; }
+[data-testid="stCaptionContainer"] p, [data-testid="stCaptionContainer"] li { opacity: 0.8; }
+[data-testid="stCaptionContainer"] code, [data-testid="stCode"] .token { color: inherit; }
+.katex-display { overflow: visible !important; }
+@media (max-width: 640px) { .katex-display { overflow: auto hidden !important; } }
 </style>
 """
 

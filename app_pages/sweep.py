@@ -14,6 +14,8 @@ from app_pages.estimate import answer, heading
 from app_pages.labels import accept_names, label, plain
 from estimator.answers.sweeps import AXES, RUN_AXES, python
 from estimator.describe.checks import ConfigError
+from estimator.describe.units import SECONDS_PER_HOUR
+from estimator.show.csv_file import csv_of
 from estimator.show.formatting import BYTE_UNITS, dollars, duration, figures, hours, in_unit, prefixed, size
 
 if TYPE_CHECKING:
@@ -96,7 +98,7 @@ def show(s: Setup) -> None:
     for name, values in found.items():
         frame[name] = values.ravel()
     frame["fits"] = fits.ravel()
-    data = frame.to_csv(index=False)
+    data = csv_of(frame.assign(command=s.request.command()), index=False)
     st.download_button("CSV of the sweep", data, f"sweep-{'-'.join(chosen)}.csv", "text/csv", on_click="ignore")
     with st.expander("Python of the sweep"):
         st.code(python(s.request, ranges, s.price), language="python", wrap_lines=True)
@@ -132,7 +134,7 @@ def _said(metric: str, unit: str) -> tuple[str, float, Callable[[float], str]]:
     if metric == "needed":
         return f"memory needed, {unit}", BYTE_UNITS[unit], lambda x: size(x, unit)
     say: dict[str, Callable[[float], str]] = {
-        "hours": lambda x: hours(x * 3600),
+        "hours": lambda x: hours(x * SECONDS_PER_HOUR),
         "seconds": duration,
         "dollars": dollars,
         "flops": lambda x: prefixed(x, "FLOP"),

@@ -36,6 +36,7 @@ SMALL: dict[str, Any] = {
     "d_ff": 320,
 }
 BATCH = 2
+PLOT = "Predicted against measured tokens per second of one accelerator"
 COMMAND = (sys.executable, "-m", "trainer.referee.one_case")
 ONE_AT_A_TIME = Lock()  # a measurement takes a core and half a gigabyte
 
@@ -71,7 +72,7 @@ def _measurement(s: Setup) -> None:
     of = f"{model.num_layers} layers of width {model.d_model}, {BATCH} sequences of {model.context_length} tokens"
     recipe = ", ".join(f"{value}" for value in (plan.precision, plan.attention, plan.checkpointing, plan.optimizer))
     st.markdown(f"**{model.family} family**, {of}, in the sidebar's recipe ({recipe}, ...).")
-    if not st.button("Measure", type="primary", icon=":material/speed:"):
+    if not st.button("Measure", icon=":material/speed:"):
         return
     bar = st.progress(0.0, "waiting for the machine")
     rows = None
@@ -165,6 +166,6 @@ def _published() -> None:
     found = text.read_text(encoding="utf-8")
     first, _, tables = found.partition("\n")
     st.markdown(first)
-    st.image(str(plot), caption="Predicted against measured tokens per second of one accelerator", width="stretch")
+    st.image(str(plot), caption=PLOT, alt=f"{PLOT}: a cloud of points about the diagonal", width="stretch")
     with st.expander("By source, accelerator and model size, and the worst rows"):
         st.markdown(tables)

@@ -13,6 +13,20 @@ settings.register_profile("here", deadline=None, suppress_health_check=[HealthCh
 settings.load_profile("here")
 
 
+FULL = 400  # tests after which what was set aside is looked at again
+_tests = 0
+
+
+def pytest_runtest_setup():
+    """Set what lives on aside: each measurement of memory lets the collector run first, which would walk it all."""
+    global _tests  # noqa: PLW0603 - the one thing that is counted
+    _tests += 1
+    if _tests % FULL == 0:
+        gc.unfreeze()
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_ignore_collect(collection_path, config):
     """With `-m quick` only files that have quick tests are imported: others want torch, or take seconds to import."""
     path = Path(collection_path)

@@ -11,16 +11,19 @@ if find_spec("torch") is not None:  # without it, `validate-estimates --publishe
     from trainer.optim.optimizers import SGD, AdamW
     from trainer.optim.schedule import lr_cosine_schedule
     from trainer.referee.measure import Measurement, Step, build_step, measure
+    from trainer.referee.recorder.forms import ClosedForms, closed_forms
     from trainer.referee.recorder.recording import Recording, record
 
 __all__ = [
     "SGD",
     "AdamW",
+    "ClosedForms",
     "Dataset",
     "Measurement",
     "Recording",
     "Step",
     "build_step",
+    "closed_forms",
     "cross_entropy",
     "generate",
     "get_batch",

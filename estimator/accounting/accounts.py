@@ -171,7 +171,7 @@ def account(m: ModelConfig, p: Plan, device: str = "cuda", rank: int = 0) -> Acc
 
 def sizes_for(m: ModelConfig, p: Plan, threads: int | None = None) -> Sizes:
     """The number behind each letter of the legend for `m` run as `p`."""
-    order = BlockOrder(m.rotating_pattern, p.checkpointing, p.checkpoint_every, p.selection, p.adapter != "none")
+    order = BlockOrder(m.rotating_pattern, p.checkpointing, p.checkpoint_every, p.selection, p.freezes_inputs)
     return Sizes(_sizes(m, p, threads) | order.layout(m.num_layers // p.pipeline_parallel).values)
 
 
@@ -219,12 +219,13 @@ def recipe_of(m: ModelConfig, p: Plan, device: str, rank: int = 0) -> Recipe:
             else accumulation(min(p.grad_accumulation, 3 if _has_bucket_views(p) else 2))
         ),
         buffers=p.grad_accumulation if p.is_pipeline else 0,
-        parallel="alone" if p.data_parallel == 1 else {"none": "ddp"}.get(p.sharding, p.sharding),
+        parallel=_parallel(p),
         selection=p.selection,
         adapter=p.adapter,
         adapter_targets=p.adapter_targets if p.adapter != "none" else "",
         adapter_dropout=p.adapter != "none" and p.adapter_dropout > 0,
         base_precision=p.base_precision,
+        modules_to_save=p.modules_to_save,
         balances=p.balance > 0,
         reduce_dtype=p.reduce_dtype,
         autocast=p.autocast,
@@ -244,6 +245,15 @@ def recipe_of(m: ModelConfig, p: Plan, device: str, rank: int = 0) -> Recipe:
             f"{tokens} tokens; allowed are naive, naive-fp32, sdpa, sdpa-math, sdpa-efficient"
         )
     return recipe
+
+
+def _parallel(p: Plan) -> str:
+    """The key of `REPLICAS`."""
+    if p.data_parallel == 1:
+        return "alone"
+    if p.sharding != "none":
+        return p.sharding
+    return "ddp-fp32" if p.fp32_gradients else "ddp"
 
 
 def _has_bucket_views(p: Plan) -> bool:

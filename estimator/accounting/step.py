@@ -105,6 +105,7 @@ def run_step(recipe: Recipe, shapes: ShapeClass, device: str, stack: Stack, size
     replica.before_update()
     if masters is not None:
         masters.take_gradients()
+        replica.sum_up(updated)
     if scaler is not None:
         scaler.unscale_(updated)
         replica.agree_on_overflow(scaler.found_inf)

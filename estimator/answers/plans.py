@@ -24,6 +24,7 @@ from estimator.describe.plan import Plan
 from estimator.describe.presets import preset
 from estimator.describe.run import Run
 from estimator.describe.settings import checked
+from estimator.describe.units import SECONDS_PER_DAY, SECONDS_PER_HOUR
 from estimator.hardware.accelerators import accelerator, accelerators
 from estimator.pricing.money import KINDS, Price, cost, prices
 
@@ -41,7 +42,6 @@ LARGEST = 1e15  # dollars, tokens, days, parameters: beyond anyone's
 LEAST_PARAMETERS = 1e6  # a smaller model is all embedding
 SOLVED = 0.03  # of a size: shapes of whole blocks and heads are no finer
 TURNS = 6  # at most, to find it
-SECONDS_PER_DAY = 86_400
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,7 +280,7 @@ class _Asked:
             raise ConfigError(
                 "plan: nothing is given; must be at least one of dollars, days, tokens, model, parameters"
             )
-        seconds = amounts.get("days", 0) * SECONDS_PER_DAY + amounts.get("hours", 0) * 3600 or None
+        seconds = amounts.get("days", 0) * SECONDS_PER_DAY + amounts.get("hours", 0) * SECONDS_PER_HOUR or None
         limited = dollars is not None or seconds is not None
         m, name = None, "llama-shaped"
         if parameters is not None:
@@ -383,7 +383,7 @@ def _solved(
             high = min(high, size)
             size = max(low, size / 2) if best is None else math.sqrt(low * high)
             continue
-        could = asked.bought(option.hours * 3600 / option.tokens, _per_token(option))
+        could = asked.bought(option.hours * SECONDS_PER_HOUR / option.tokens, _per_token(option))
         ratio = could / option.tokens
         if ratio >= 1:
             low, best = max(low, size), option if best is None or option.parameters > best.parameters else best
@@ -431,7 +431,7 @@ def _option(
     offer, paid = _offer(gpu, count, kind)
     if asked.dollars is not None and offer is None:
         raise _RefusedError(f"{gpu}: no {kind} price is on file")
-    dollars = None if offer is None else per_token / 3600 * paid * offer.usd_per_hour
+    dollars = None if offer is None else per_token / SECONDS_PER_HOUR * paid * offer.usd_per_hour
     tokens = asked.wanted(n)
     could = asked.bought(per_token, dollars)
     if tokens is None:
@@ -448,7 +448,7 @@ def _option(
     name = asked.name
     return Option(
         name, m, r.plan.replace(grad_accumulation=1), gpu, count, n, tokens, steps, sequences,
-        seconds / 3600, low * seconds / 3600, high * seconds / 3600,
+        seconds / SECONDS_PER_HOUR, low * seconds / SECONDS_PER_HOUR, high * seconds / SECONDS_PER_HOUR,
         None if dollars is None else dollars * tokens, offer, paid,
         spent.kilowatt_hours, spent.co2_kg, r.time.mfu, r.memory.needed,
     )  # fmt: skip

@@ -41,6 +41,17 @@ def targets_listed(given: object) -> str:
     return ",".join(names)
 
 
+def saved_listed(given: object) -> str:
+    """`given` as text: names of `SAVED`.
+
+    Raises:
+        ConfigError: one of them is none.
+    """
+    spellings = SPELLINGS | {"embed_tokens": "embedding", "wte": "embedding"}
+    names = [spellings.get(word, word) for word in listed("modules_to_save", given)]
+    return ",".join(dict.fromkeys(choose("modules_to_save", name, SAVED) for name in names))
+
+
 def is_target(targets: str, name: str) -> bool:
     """Whether a linear layer of this name has an adapter."""
     return name != "head" if targets == ALL else name in targets.split(",")

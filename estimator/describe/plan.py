@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from estimator.describe import pipeline, tensor
-from estimator.describe.adapters import ALL, targets_listed
+from estimator.describe.adapters import ALL, saved_listed, targets_listed
 from estimator.describe.checks import ConfigError, known_fields
 from estimator.describe.selection import Selection, parts_listed
 from estimator.describe.settings import (
@@ -96,7 +96,12 @@ class Plan:
         label="Gradients in fp32",
         needs=(
             Needs("precision", ("bf16-master",), "precision {precision!r} has no master weights to add them for"),
-            Needs("data_parallel", (1,), "the data_parallel = {data_parallel} accelerators sum bf16 gradients"),
+            Needs(
+                "shared_by",
+                ("one accelerator", "none"),
+                "sharding is {sharding!r}, which sums bf16 gradients",
+                say="allowed on several accelerators is sharding none",
+            ),
         ),
     )
     attention: str = choice(
@@ -274,6 +279,14 @@ class Plan:
     adapter_alpha: float = number(
         16.0, "What an adapter's result is multiplied with, times r; it changes no bytes.", above=True, draws=(16.0,)
     )
+    modules_to_save: str = text(
+        "",
+        "What is trained whole beside the adapters: embedding, head, with commas. As in peft it is a copy, in the "
+        "model's dtype, and the frozen original stays.",
+        parse=lambda _, given: saved_listed(given),
+        draws=("", "head", "embedding,head"),
+        needs=(Needs("adapter", ("lora", "dora"), "it is trained beside adapters, and adapter is {adapter!r}"),),
+    )
     base_precision: str = choice(
         "none",
         "How the frozen linear layers under the adapters are kept, but the head; embedding and norms are as the "
@@ -409,6 +422,10 @@ class Plan:
         check_values(self)
         self._take_reshard()
         check_needs(self)
+        if "head" in self.modules_to_save.split(",") and "head" in self.adapter_targets.split(","):
+            raise ConfigError(
+                "modules_to_save = 'head': adapter_targets puts an adapter beside it; allowed is one of them"
+            )
         own = OPTIMIZERS[self.optimizer]
         if self.optimizer_impl not in ("auto", *own):
             raise ConfigError(
@@ -428,6 +445,11 @@ class Plan:
             object.__setattr__(self, "sharding", "zero2")
         if isinstance(self.reshard_after_forward, bool):
             object.__setattr__(self, "reshard_after_forward", None)
+
+    @property
+    def freezes_inputs(self) -> bool:
+        """No parameter before the first block is trained, whose input then has no gradient: adapters are in blocks."""
+        return self.adapter != "none" and "embedding" not in self.modules_to_save.split(",")
 
     @property
     def selection(self) -> Selection:

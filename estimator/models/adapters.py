@@ -11,7 +11,7 @@ from estimator.eager.letters import ONE, letter
 from estimator.eager.linalg import linear
 from estimator.eager.tensor import FLOAT32, Locals, op
 from estimator.eager.views import cast, clone, transpose, view
-from estimator.models.layers import Linear, Module, dropout_at
+from estimator.models.layers import Embedding, Linear, Module, dropout_at
 from estimator.models.quantised import Quantised4bit, Quantised8bit
 
 if TYPE_CHECKING:
@@ -121,6 +121,24 @@ class QuantisedLoRA(LoRA):
         return v.take("result")
 
 
+class Saved(Module):
+    """A module that is frozen and a copy of it that is trained and run: peft's `ModulesToSaveWrapper`."""
+
+    def __init__(self, original: Embedding | Linear) -> None:
+        super().__init__(original.machine, original.name)
+        machine, (rows, columns) = self.machine, original.weight.shape
+        self.child(original)
+        with machine.ledger.inside(original.name):
+            if isinstance(original, Linear):
+                copy: Embedding | Linear = Linear(machine, "copy", columns, rows, bias=original.bias is not None)
+            else:
+                copy = Embedding(machine, "copy", rows, columns)
+        self.copy, self.weight = self.child(copy), copy.weight
+
+    def forward(self, v: Locals, x: Tensor) -> Tensor:
+        return self.copy(x)
+
+
 QUANTISED: dict[str, type[Quantised4bit | Quantised8bit]] = {
     "nf4": Quantised4bit,
     "nf4-double": Quantised4bit,
@@ -155,3 +173,8 @@ def adapt(model: Module, recipe: Recipe) -> None:
                 adapted = (QuantisedLoRA if quantises else KINDS[recipe.adapter])(base, recipe)
             setattr(owner, name, adapted)
             owner.owned = [adapted if x is base else x for x in owner.owned]
+    for name in filter(None, recipe.modules_to_save.split(",")):
+        original = getattr(model, name)
+        saved = Saved(original)
+        setattr(model, name, saved)
+        model.owned = [saved if x is original else x for x in model.owned]

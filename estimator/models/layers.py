@@ -132,6 +132,7 @@ class Recipe:
     adapter_targets: str = ""
     adapter_dropout: bool = False
     base_precision: str = "none"
+    modules_to_save: str = ""
     balances: bool = False  # routers have a balancing loss
     reduce_dtype: str = "fp32"
     autocast: bool = False
@@ -151,6 +152,11 @@ class Recipe:
         return micro_batches(self.schedule)
 
     @property
+    def adapted(self) -> bool:
+        """`Plan.freezes_inputs`."""
+        return self.adapter != "none" and "embedding" not in self.modules_to_save.split(",")
+
+    @property
     def enters(self) -> bool:
         """The stage has the embedding."""
         return self.stage[0] == 0
@@ -163,9 +169,7 @@ class Recipe:
     @property
     def order(self) -> BlockOrder:
         """Which kinds of blocks follow each other."""
-        return BlockOrder(
-            self.pattern, self.checkpointing, self.checkpoint_every, self.selection, self.adapter != "none"
-        )
+        return BlockOrder(self.pattern, self.checkpointing, self.checkpoint_every, self.selection, self.adapted)
 
     def layout(self, num_layers: int) -> Layout:
         """The groups of alike blocks in a model of so many (`BlockOrder.layout`)."""

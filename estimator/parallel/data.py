@@ -84,6 +84,9 @@ class Replica:
     def before_update(self) -> None:
         """Before the optimizer's step."""
 
+    def sum_up(self, updated: Sequence[Tensor]) -> None:
+        """After the gradients of what the optimizer updates are there in its own dtype."""
+
     def agree_on_overflow(self, found: Tensor) -> None:
         """An overflow in one shard is an overflow in all (`trainer.optim.precision.ShardedScaler`)."""
 
@@ -161,6 +164,22 @@ class Buckets(Replica):
                 assert p.grad is not None
                 with at_parameter(p, "finalize_bucket_dense"):
                     self.machine.kernel("copy_", (p.grad,), (p.grad,))
+
+
+class MainGradients(Replica):
+    """Gradients that are added up in fp32 and summed over the accelerators as they are, without buckets.
+
+    `trainer.parallel.distributed.World.mean`, after the last micro-batch.
+    """
+
+    def sum_up(self, updated: Sequence[Tensor]) -> None:
+        """An all-reduce of each, and its mean."""
+        for p in updated:
+            assert p.grad is not None
+            with at_parameter(p, "all_reduce"):
+                self.machine.collective("all-reduce", DATA, p.grad, waits="step")
+                with python_number(self.machine, p.grad.dtype):
+                    self.machine.kernel("div_", (p.grad,), (p.grad,))
 
 
 class ShardedUpdate(Buckets):

@@ -15,7 +15,16 @@ from estimator.eager.letters import ZERO, D
 from estimator.eager.ops import python_number
 from estimator.eager.tensor import UINT8, Tensor, converted, op
 from estimator.eager.views import cast
-from estimator.parallel.data import HELD, Buckets, Replica, ShardedUpdate, by_block, clip_shards, elements
+from estimator.parallel.data import (
+    HELD,
+    Buckets,
+    MainGradients,
+    Replica,
+    ShardedUpdate,
+    by_block,
+    clip_shards,
+    elements,
+)
 from estimator.parallel.placement import DATA, REPLICATE, rows_on
 
 if TYPE_CHECKING:
@@ -365,6 +374,7 @@ class ShardedGradients(FullySharded):
 REPLICAS: dict[str, type[Replica]] = {
     "alone": Replica,
     "ddp": Buckets,
+    "ddp-fp32": MainGradients,
     "zero1": ShardedUpdate,
     "zero2": ShardedGradients,
     "zero3": FullySharded,

@@ -56,6 +56,7 @@ COMMANDS = (
     Command("explain", "an out-of-memory message or memory summary, beside the estimate", "estimator.show.explain:run"),
     Command("calibrate", "measure this machine, or the factor of your own log", "estimator.show.cli:calibrate"),
     Command("app", "the page, in a browser", "estimator.show.app:run"),
+    Command("completion", "what makes a shell complete these commands", "estimator.show.completion:run"),
     Command("list", "the names of all models, accelerators and networks", "estimator.show.listing:run"),
 )
 
@@ -80,7 +81,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print usage and `message`, and exit with 2."""
-        super().error(re.sub(rf"\S{{{SHOWN + 1},}}", lambda word: f"{word[0][: SHOWN - 3]}...", message))
+        said = re.sub(rf"\S{{{SHOWN + 1},}}", lambda word: f"{word[0][: SHOWN - 3]}...", message)
+        # A word that is no text (bytes that are no UTF-8) is shown as its bytes.
+        super().error(said.encode("utf-8", "backslashreplace").decode())
 
 
 class TopicHelp(argparse.Action):

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from estimator.answers.estimates import Estimate, estimate, max_batch_size
 from estimator.describe.plan import Plan
+from estimator.describe.units import SECONDS_PER_DAY, SECONDS_PER_HOUR, SECONDS_PER_YEAR
 from estimator.show.commands import Parser
-from estimator.show.formatting import DAY, HOUR, YEAR
 from estimator.studies.assignment import BYTES, COPIES, seed_notes, textbook
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ def _flops() -> Part:
 
 def _hours() -> Part:
     t = textbook(MODEL)
-    seconds = DAY * t.days(STEPS, SEQUENCES, MFU, PEAK)
+    seconds = SECONDS_PER_DAY * t.days(STEPS, SEQUENCES, MFU, PEAK)
     given = estimate(MODEL, Plan(), GPU, mfu=MFU, steps=STEPS, global_batch_size=SEQUENCES)
     found = estimate(MODEL, Plan(), GPU, steps=STEPS, global_batch_size=SEQUENCES)
     assert given.time is not None
@@ -162,14 +162,14 @@ def _hours() -> Part:
                 "a step"
             ),
             f"{STEPS:,} x {t.step_flops(SEQUENCES):,} / ({MFU} x 19.5e12) = {seconds:,.0f} s",
-            f"= {seconds / HOUR:,.0f} hours = {seconds / YEAR:.1f} years",
+            f"= {seconds / SECONDS_PER_HOUR:,.0f} hours = {seconds / SECONDS_PER_YEAR:.1f} years",
         ),
         (
             f"at the same {MFU:.0%}: {given.time.hours:,.0f} hours",
             f"predicted from the step's kernels: {found.time.mfu:.0%}, {found.time.hours:,.0f} hours",
             (
                 "nobody trains so: bf16 and fused attention on 8 A100 take "
-                f"{_usual() / HOUR:,.0f} hours for the same tokens"
+                f"{_usual() / SECONDS_PER_HOUR:,.0f} hours for the same tokens"
             ),
         ),
     )

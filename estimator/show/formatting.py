@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from estimator.describe.checks import choose
+from estimator.describe.units import SECONDS_PER_DAY, SECONDS_PER_HOUR, SECONDS_PER_YEAR
 
 if TYPE_CHECKING:
     from estimator.answers.estimates import Estimate
@@ -16,7 +17,6 @@ LARGER = {"GiB": ("TiB", 2**40), "GB": ("TB", 10**12)}
 # SI prefixes, largest first; a number keeps three significant digits before it takes the next one.
 PREFIXES = ((1e24, "Y"), (1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 LITTLE = 0.01  # of the peak: logits that are less are not spoken of
-HOUR, DAY, YEAR = 3600, 86_400, 365.25 * 86_400  # seconds; the Julian year
 
 
 def figures(x: float, digits: int = 3) -> str:
@@ -60,9 +60,16 @@ def prefixed(x: float, unit: str) -> str:
 
 def duration(seconds: float) -> str:
     """Seconds in the unit that people would use: "3.40 ms", "18.4 min", "27.1 h", "12.0 days", "14.0 years"."""
-    for factor, unit in ((YEAR, "years"), (2 * DAY, "days"), (HOUR, "h"), (120, "min"), (1, "s")):
+    day = SECONDS_PER_DAY
+    for factor, unit in (
+        (SECONDS_PER_YEAR, "years"),
+        (2 * day, "days"),
+        (SECONDS_PER_HOUR, "h"),
+        (120, "min"),
+        (1, "s"),
+    ):
         if seconds >= factor:
-            return f"{figures(seconds / {'days': DAY, 'min': 60}.get(unit, factor))} {unit}"
+            return f"{figures(seconds / {'days': day, 'min': 60}.get(unit, factor))} {unit}"
     return f"{figures(seconds * 1e3)} ms" if seconds >= 1e-3 or seconds == 0 else f"{figures(seconds * 1e6)} us"
 
 
@@ -74,7 +81,7 @@ def between(low: str, high: str) -> str:
 
 def hours(seconds: float) -> str:
     """Seconds in hours, whole ones from 100 on: "122,765 h"."""
-    number = seconds / HOUR
+    number = seconds / SECONDS_PER_HOUR
     return f"{number:,.0f} h" if number >= 100 else f"{figures(number)} h"
 
 

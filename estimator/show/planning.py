@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from estimator.describe.checks import shown
+from estimator.describe.units import SECONDS_PER_HOUR
 from estimator.pricing.money import KINDS
 from estimator.show.commands import Parser
 from estimator.show.formatting import STRATEGIES, count, dollars, duration, prefixed
@@ -105,7 +106,7 @@ def sentence(o: Option, *, model: bool = True) -> str:
     """What is trained, on what, how long and for how much."""
     what = f"{count(o.parameters)} parameters on {count(o.tokens)} tokens, on " if model else ""
     money = "" if o.dollars is None else f" for {dollars(o.dollars)}"
-    return f"{what}{o.count} x {o.accelerator} in {duration(o.hours * 3600)}{money}"
+    return f"{what}{o.count} x {o.accelerator} in {duration(o.hours * SECONDS_PER_HOUR)}{money}"
 
 
 def said(found: Plans, rows: int) -> str:
@@ -137,14 +138,14 @@ LEFT = (0, 1, 8, 12)
 
 def row(o: Option) -> tuple[str, ...]:
     """An option as cells under `HEADER`."""
-    low, high = duration(o.low * 3600), duration(o.high * 3600)
+    low, high = duration(o.low * SECONDS_PER_HOUR), duration(o.high * SECONDS_PER_HOUR)
     p, recomputed = o.plan, "" if o.plan.checkpointing == "none" else f", checkpointing {o.plan.checkpointing}"
     return (
         "*" if o.best else "",
         f"{o.count} x {o.accelerator}",
         count(o.parameters),
         count(o.tokens),
-        duration(o.hours * 3600),
+        duration(o.hours * SECONDS_PER_HOUR),
         f"{low} - {high}",
         "-" if o.dollars is None else dollars(o.dollars),
         "-" if o.price is None else f"{o.price.usd_per_hour:.2f}",

@@ -6,6 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from estimator.describe.words import in_words
+from estimator.show.csv_file import csv_of
 from estimator.show.formatting import dollars, duration, hours, prefixed, size, verdict
 
 if TYPE_CHECKING:
@@ -37,8 +38,11 @@ def cost_dict(cost: Cost | None) -> dict[str, Any] | None:
 
 
 def to_csv(request: Request) -> str:
-    """The account by module as CSV: one row a part of the model, and the total."""
-    return str(request.estimate().to_frame().to_csv())
+    """The account by module as CSV: one row a part of the model, and the total; each row names the recipe too."""
+    r = request.estimate()
+    recipe: dict[str, Any] = {"model": request.name, "accelerator": request.gpu, "count": request.count}
+    recipe |= r.plan.to_dict() | {"command": request.command()}
+    return csv_of(r.to_frame().assign(**recipe))
 
 
 def to_markdown(request: Request, cost: Cost | None = None, unit: str = "GiB") -> str:

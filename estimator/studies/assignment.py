@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from estimator.describe.checks import ConfigError, shown
 from estimator.describe.presets import preset
+from estimator.describe.units import SECONDS_PER_DAY
 from estimator.eager.ledger import Category
 from estimator.eager.letters import ZERO, L, Size, evaluate, expression
 from estimator.eager.repetition import Stack
@@ -31,7 +32,6 @@ COPIES = 4  # parameters, gradients, first and second moments
 # AdamW's arithmetic a parameter (Loshchilov and Hutter 2019, algorithm 2): decay 2, first moment 3, second moment 4
 # (the square, two products, a sum), root 1, eps 1, quotient 1, step 2. The seed notes say 17 without a derivation.
 ADAMW_FLOPS = 14
-SECONDS_PER_DAY = 86_400
 BACKWARD = 2  # "assume that the backward pass has twice the FLOPs of the forward pass"
 
 

@@ -16,11 +16,25 @@ from typing import TYPE_CHECKING, Any
 from estimator.describe.checks import choose
 from estimator.describe.model import ModelConfig
 from estimator.describe.plan import Plan
+from estimator.hardware.accelerators import accelerator
 from estimator.timing.kernels import FUSED_BY_HAND, Variant
 from estimator.timing.speed import Setup
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+
+    from estimator.hardware.accelerators import Accelerator
+
+
+def evidence(a: Accelerator) -> tuple[int, str]:
+    """How many published runs are on an accelerator or another of its architecture; and that as a sentence."""
+    here = sum(run.accelerator == a.id for run in runs())
+    alike = sum(accelerator(run.accelerator).architecture == a.architecture for run in runs())
+    if here:
+        return alike, f"Of {len(runs())} published runs that predictions are held against, {here} are on it."
+    if alike:
+        return alike, f"None of {len(runs())} published runs is on it; {alike} are on others of its architecture."
+    return 0, f"None of {len(runs())} published runs is on its architecture: its time is scaled from others'."
 
 
 @cache

@@ -14,7 +14,7 @@ from estimator.describe.catalogue import read_data
 from estimator.describe.checks import ConfigError
 from estimator.describe.run import Run
 from estimator.describe.settings import checked
-from estimator.describe.units import SECONDS_PER_HOUR
+from estimator.describe.units import SECONDS_PER_DAY, SECONDS_PER_HOUR
 from estimator.eager.letters import evaluate
 from estimator.hardware.accelerators import Accelerator, accelerator, cluster
 from estimator.hardware.networks import network, straggling
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     Array = NDArray[np.float64]
 
 FUSED_ATTENTION = ("flash", "efficient")
-SECONDS_PER_DAY = 86400
 
 
 @dataclass(frozen=True, slots=True)

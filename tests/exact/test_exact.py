@@ -88,8 +88,12 @@ LARGE = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", LARGE)
+QUICKER = "mistral-7b's heads and window, sdpa, bf16"
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == QUICKER else pytest.mark.slow) for name in LARGE]
+)
 def test_real_widths(name):
     m, p = LARGE[name]
     rows = compare(m, p)

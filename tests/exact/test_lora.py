@@ -39,6 +39,7 @@ def random_adapter(rng, m):
         "adapter_rank": rng.choice((1, 2, 4, 5)),
         "adapter_targets": rng.choice((ALL, ",".join(some), "qkv" if m.family == "gpt2" else "q,v")),
         "adapter_dropout": rng.choice((0.0, 0.1)),
+        "modules_to_save": rng.choice(("", "", "embedding", "head", "embedding,head")),
     }
 
 

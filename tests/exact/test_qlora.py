@@ -21,7 +21,7 @@ from trainer.model.quantised import quantise
 from trainer.referee.measure import build_step
 from trainer.referee.validate import compare
 
-DRAWS = int(os.environ.get("RECIPE_DRAWS", "12"))
+DRAWS = int(os.environ.get("RECIPE_DRAWS", "8"))
 LLAMA = ModelConfig("llama", 3, 24, 4, 31, 13, 2, 6, 40)
 QUANTISED = ["nf4", "nf4-double", "int8"]
 PLAN = Plan(adapter="lora", adapter_rank=3, base_precision="nf4")

@@ -1,15 +1,19 @@
 """The recorder of steps without data against real steps under the profiler, and against the symbolic step."""
 
 import itertools
+import os
+from random import Random
 
 import pytest
 import torch
 import transformers
+from random_parts import draw
 from torch import nn
 from torch.nn import functional as F
 
 import estimator as est
 import trainer
+from estimator.describe.checks import ConfigError
 from trainer.referee.first_difference import Event, real_events
 from trainer.referee.measure import build_step
 from trainer.referee.recorder.steps import as_step
@@ -125,3 +129,38 @@ def test_the_symbolic_step_says_the_same():
     assert recording.categories == symbolic.peak_categories
     assert recording.peak_where.phase == symbolic.peak_where.phase
     assert recording.peak_where.module == symbolic.peak_where.module
+
+
+def routed(read):
+    """A module whose loss reads values that come of its weights."""
+    module = nn.Linear(64, 64)
+    return lambda: (module, lambda m, x: read(m(x)).mean(), (torch.rand(32, 64),))
+
+
+def test_values_that_are_asked_for_are_assumed_and_counted_with_their_line():
+    def read(y):
+        counts = torch.bincount(y.argmax(-1), minlength=6).tolist()
+        assert sum(counts) == 32
+        assert not y.isnan().any()
+        return torch.cat(torch.split(y, counts))
+
+    recording = trainer.record(routed(read))
+    said = {str(a).rpartition("/")[2].partition(":")[0] for a in recording.assumptions}
+    assert said == {"test_recorder.py"}
+    assert {a.what.split(" for ")[0] for a in recording.assumptions} == {"even counts of 32 in 6", "false"}
+
+
+def test_code_whose_shapes_are_values_is_refused_with_its_line():
+    with pytest.raises(ConfigError, match=r"test_recorder.py:\d+: `return y\[y > 0\]` wants values"):
+        trainer.record(routed(chosen))
+
+
+def chosen(y):
+    return y[y > 0]
+
+
+@pytest.mark.parametrize("seed", range(int(os.environ.get("RECORDER_SEEDS", "2"))))
+def test_random_decoders_and_recipes_peak_where_the_symbolic_step_does(seed):
+    m, p = draw(Random(seed))
+    recording = trainer.record(lambda: build_step(m, p))
+    assert recording.peak_bytes == est.account(m, p, device="cpu").evaluate(m, p).peak_bytes

@@ -3,6 +3,7 @@
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 from page_server import ROOT
 
 CHROMIUM = Path("/usr/bin/chromium")
@@ -81,3 +82,10 @@ def shoot(page, name):
     page.wait_for_timeout(400)  # charts are drawn when they come into view
     page.screenshot(path=SHOTS / f"{name}.png")
     page.set_viewport_size(size)
+
+
+def violations(page, *, without=()):
+    """What axe, the accessibility checker, has against a page: headings, labels, contrast, names, roles."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs axe: pip install -e '.[dev]'")
+    found = axe.Axe().run(page).response["violations"]
+    return [(v["id"], node["html"][:200]) for v in found if v["id"] not in without for node in v["nodes"]]

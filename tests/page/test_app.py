@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shlex
 from dataclasses import replace
@@ -545,7 +546,12 @@ values = st.one_of(
 queries = st.dictionaries(st.one_of(st.sampled_from(NAMES), st.text(min_size=1, max_size=8)), values, max_size=7)
 
 
-@settings(max_examples=30, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
+@settings(
+    max_examples=int(os.environ.get("FUZZ_DRAWS", "30")),
+    deadline=None,
+    derandomize=True,
+    phases=[Phase.explicit, Phase.generate],
+)
 @given(st.sampled_from(VIEWS), queries)
 @example("estimate", {"batch_size": "1e400"})
 @example("estimate", {"unit": ""})

@@ -6,7 +6,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 pytest.importorskip("streamlit", reason="the page needs the app extra: pip install -e '.[app]'")
-from page_browser import drawn, metric, shoot, visitor
+from page_browser import drawn, metric, shoot, violations, visitor
 
 from app_pages import scenarios
 
@@ -108,3 +108,41 @@ def test_the_course_is_on_the_first_screen_and_its_derivation_a_link(address, br
         assert page.get_by_text("122,765 hours = 14.0 years").is_visible()
         assert page.get_by_role("link", name="Estimate it").get_attribute("href").endswith("gpu=a100-80gb-sxm")
         shoot(page, "course")
+
+
+def test_a_link_and_a_page_to_send(address, browser, tmp_path):
+    """The link is that of the page, also after a change; the snapshot has its figures and needs no server."""
+    clicks = Clicks()
+    with visitor(browser, f"{address}/?model=gpt2&batch_size=8") as page:
+        fill(clicks, page, "Micro-batch", "9")
+        page.wait_for_function("location.search.includes('batch_size=')")
+        drawn(page)
+        link = page.get_by_test_id("stCode").first
+        link.get_by_text(page.url).wait_for()
+        with page.expect_download() as download:
+            clicks.on(page.get_by_role("button", name="Page (HTML)"))
+        file = tmp_path / "snapshot.html"
+        download.value.save_as(file)
+        needed, url = metric(page, "Memory needed"), page.url
+        page.goto(f"file://{file}")
+        assert page.get_by_text(f"a step needs {needed} of").is_visible()
+        assert page.get_by_role("link", name=url).is_visible()
+        assert violations(page) == []
+    assert clicks.number == 2
+
+
+def test_a_refused_upload_leaves_nothing_of_the_model_before_it(address, browser, tmp_path):
+    clicks = Clicks()
+    broken = tmp_path / "config.json"
+    broken.write_text('{"model_type": "mamba2"}')
+    with visitor(browser, f"{address}/?model=gpt2&batch_size=8") as page:
+        before = metric(page, "Memory needed")
+        clicks.on(page.get_by_text("From a config.json"))
+        page.get_by_test_id("stFileUploaderDropzoneInput").set_input_files(broken)
+        page.get_by_test_id("stMain").get_by_text("The configuration was refused").wait_for()
+        page.get_by_test_id("stMetric").first.wait_for(state="detached")
+        assert before not in page.get_by_test_id("stMain").inner_text()
+        clicks.on(page.get_by_role("button", name="Go on with gpt2"))
+        drawn(page)
+        assert metric(page, "Memory needed") == before
+    assert clicks.number == 2

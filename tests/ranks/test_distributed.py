@@ -178,8 +178,7 @@ def test_half_precision_is_shared_out_too(runs, name, precision):
     assert one[-1][1] < one[0][1]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("sharding", ["none", "fsdp"])
+@pytest.mark.parametrize("sharding", [pytest.param("none", marks=pytest.mark.slow), "fsdp"])
 def test_torchrun_runs_the_command(runs, tmp_path, sharding):
     config = ["--config", str(runs / "c.toml"), "--data", str(runs / "data"), "--out", str(tmp_path / "x"), *TWO]
     output = torchrun("-m", "trainer", "train", *config, "--sharding", sharding)

@@ -239,7 +239,6 @@ def test_half_precision_agrees_with_float32(whole, corpus, tmp_path, precision):
     assert first[0][0] != first[0][1]  # it did compute in half precision
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler imports what torch deprecates
 def test_torch_compile_gives_the_same_losses(whole, corpus, tmp_path):
     train(configure(corpus, tmp_path, plan={"compile": True}))

@@ -77,19 +77,21 @@ def test_outputs_and_gradients_are_pefts_to_the_bit(kind, dtype, autocast, dropo
 NOT_LINEAR = ("experts", "gate", "router", "wg", "router.layer", "layer")
 
 
-def count_of_peft(row, targets):
+def count_of_peft(row, targets, **more):
     library = peft()
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = dict(row["config"])
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.pop("model_type"), **config))
-    adapted = library.get_peft_model(model, library.LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM"))
+    adapted = library.get_peft_model(
+        model, library.LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM", **more)
+    )
     return adapted.get_nb_trainable_parameters()[0]
 
 
-def own_count(row, targets):
+def own_count(row, targets, **more):
     with torch.device("meta"):
-        model = build_model(from_hf(row["config"]), PLAN.replace(adapter_targets=targets))
+        model = build_model(from_hf(row["config"]), PLAN.replace(adapter_targets=targets, **more))
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
@@ -107,6 +109,31 @@ def test_the_parameters_are_as_many_as_pefts(row):
         assert own_count(row, "q,v") == count_of_peft(row, ["q_proj", "v_proj"])
     else:
         assert from_peft is not None or m.made_of.attention.latent != "none" or m.family in ("dbrx", "jetmoe")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+@pytest.mark.parametrize("saved", ["lm_head", "embed_tokens"])
+def test_what_is_trained_whole_beside_them_is_as_many_as_pefts(name, saved):
+    row = next(row for row in ROWS if row["config"]["model_type"] == name)
+    theirs = count_of_peft(row, ["q_proj"], modules_to_save=[saved])
+    assert own_count(row, "q", modules_to_save=saved) == theirs
+
+
+def test_what_is_trained_whole_starts_as_the_original_and_is_saved_with_the_adapters(tmp_path):
+    torch.manual_seed(0)
+    p = PLAN.replace(modules_to_save="embedding,head")
+    plain, first, second = build_model(LLAMA, Plan()), build_model(LLAMA, p), build_model(LLAMA, p)
+    export_safetensors(plain, tmp_path / "model.safetensors")
+    for model in (first, second):
+        load_base(model, tmp_path / "model.safetensors")
+    ids = torch.randint(31, (2, 13))
+    assert torch.equal(first(ids), plain(ids))
+    torch.nn.init.normal_(first.head.weight)
+    save_adapters(first, tmp_path / "adapters.safetensors")
+    load_adapters(second, tmp_path / "adapters.safetensors")
+    assert torch.equal(first(ids), second(ids))
+    assert not torch.equal(first(ids), plain(ids))
 
 
 @pytest.mark.parametrize("m", [LLAMA, GPT2], ids=["llama", "gpt2"])
@@ -160,6 +187,9 @@ def test_adapters_and_the_weights_under_them_are_saved_and_loaded(tmp_path):
         ({"adapter_targets": ""}, "adapter_targets = '': must be all-linear, or some of q"),
         ({"adapter_targets": "qkv"}, "adapter_targets = 'qkv': the model's linear layers are q, k, v, out, gate"),
         ({"adapter_rank": 0}, "adapter_rank = 0"),
+        ({"modules_to_save": "norm"}, "modules_to_save = 'norm'"),
+        ({"modules_to_save": "head", "adapter_targets": "q,head"}, "adapter_targets puts an adapter beside it"),
+        ({"modules_to_save": "head", "adapter": "none"}, "it is trained beside adapters, and adapter is 'none'"),
         ({"adapter_dropout": 1.0}, "adapter_dropout = 1.0"),
         ({"adapter_alpha": 0}, "adapter_alpha = 0"),
         ({"trained": "norms"}, "it freezes the model"),

@@ -1,6 +1,7 @@
 """`estimate check`: somebody's own code, which this command alone runs."""
 
 import json
+import pickle
 import textwrap
 
 import pytest
@@ -66,6 +67,46 @@ def test_the_parts_add_up(code, capsys):
     assert found["line"]["file"] == str(code)
     parts = ("parameters", "gradients", "optimizer", "activations", "temporary", "inputs", "buffers", "communication")
     assert sum(found[part] for part in parts) == found["peak"]
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")  # it returns a view: that is the head's
+def test_a_rank_of_a_world_that_is_not_there_holds_its_shards(code, capsys):
+    from torch import distributed
+
+    with code.open("a") as file:
+        file.write(
+            textwrap.dedent("""
+            from torch.distributed.device_mesh import init_device_mesh
+            from torch.distributed.fsdp import fully_shard
+
+            def sharded(batch_size):
+                model, mesh = Model(64), init_device_mesh("cpu", (8,))
+                for block in model.blocks:
+                    fully_shard(block, mesh=mesh)
+                return fully_shard(model, mesh=mesh)
+        """)
+        )
+    try:
+        assert main(["check", f"{code}:sharded", "--seq-len", "16", "--fake-world", "8", "--json"]) == 0
+    finally:
+        distributed.destroy_process_group()
+    found = json.loads(capsys.readouterr().out)
+    rows = sum(-(-n // 8) * width for n, width in ((100, 64), *2 * ((256, 64), (64, 256)), (100, 64)))
+    biases = sum(-(-n // 8) for n in (256, 64, 256, 64, 100))
+    assert found["parameters"] == 4 * (rows + biases)
+    assert found["optimizer"] >= 2 * found["parameters"]
+
+
+def test_a_snapshot_of_a_card_is_laid_beside(code, tmp_path, capsys):
+    frames = [{"filename": "train.py", "line": 7, "name": "forward"}]
+    trace = [{"action": "alloc", "addr": 1, "size": 512, "stream": 0, "frames": frames}]
+    snapshot = {"segments": [{"device": 0, "total_size": 2 << 20, "allocated_size": 512}], "device_traces": [trace]}
+    path = tmp_path / "snapshot.pickle"
+    path.write_bytes(pickle.dumps(snapshot))
+    assert main(["check", f"{code}:build", "--seq-len", "64", "--snapshot", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "The snapshot's peak is 512 bytes" in out
+    assert "train.py:7" in out
 
 
 @pytest.mark.parametrize(

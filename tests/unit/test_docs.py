@@ -8,8 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from estimator.describe.families import FAMILIES
+
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])
+
+
+def test_the_readme_knows_how_many_families_there_are():
+    found = re.search(r"a decoder of any of (\d+) families", (ROOT / "README.md").read_text())
+    assert int(found[1]) == len(FAMILIES)
 
 
 def test_the_readme_is_short():
@@ -57,3 +64,8 @@ def test_the_library_of_the_readme_runs():
     exec(compile(code, "README.md", "exec"), names)  # noqa: S102 - our own page
     assert names["r"].fits
     assert names["a"].evaluate(names["m"], names["p"]).parameters == 1_557_611_200
+
+
+def test_the_documents_say_how_many_families_are_read():
+    for name in ("README.md", "CHANGELOG.md", "docs/guide.md"):
+        assert f"any of {len(FAMILIES)} families" in (ROOT / name).read_text(), name

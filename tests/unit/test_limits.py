@@ -26,6 +26,7 @@ from estimator.show import commands
 
 ROOT = Path(__file__).parents[2]
 LONG = "x" * 5000
+DRAWS = int(os.environ.get("FUZZ_DRAWS", "200"))  # random command lines; 2,000 by hand
 
 
 @pytest.fixture(autouse=True)
@@ -175,15 +176,17 @@ def command_line(draw):
 
 
 def test_any_command_line_is_answered_or_refused_in_a_sentence(capsys):
-    """Two hundred at random, always the same: status 0 or 2, no traceback, JSON that any reader reads."""
+    """At random, always the same: status 0 or 2, no traceback, JSON that any reader reads, and none takes long."""
     draw, statuses = random.Random(1), []
 
     def refuse(word):
         raise AssertionError(f"{word} in JSON")
 
-    for _ in range(200):
+    for _ in range(DRAWS):
         argv = command_line(draw)
+        start = time.process_time()
         status, out, err = run(capsys, *argv)
+        assert time.process_time() - start < 5, argv
         statuses.append(status)
         assert status in (0, 2), argv
         assert "Traceback" not in out + err, argv
@@ -191,7 +194,7 @@ def test_any_command_line_is_answered_or_refused_in_a_sentence(capsys):
         assert "x" * 251 not in err
         if status == 0 and "--json" in argv and not {"--help", "--max-batch"} & set(argv):
             json.loads(out, parse_constant=refuse)
-    assert 30 < statuses.count(0) < 170  # both are tried
+    assert 0.15 < statuses.count(0) / DRAWS < 0.85  # both are tried
 
 
 def shell(line, **environment):

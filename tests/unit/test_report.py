@@ -5,13 +5,17 @@ import csv
 import io
 import json
 import shlex
+from dataclasses import replace
+from html.parser import HTMLParser
 
 import pytest
 
 import estimator as est
 from estimator.answers.request import Request
 from estimator.show import commands
+from estimator.show.formatting import hours, size
 from estimator.show.report import to_csv, to_json, to_markdown
+from estimator.show.snapshot import to_html
 
 GPT2 = est.preset("gpt2-xl")
 CASES = [
@@ -52,6 +56,34 @@ def test_the_reports_hold_the_figures():
     assert json.loads(to_json(request_, spent))["memory"]["needed"] == r.memory.needed
     rows = list(csv.DictReader(io.StringIO(to_csv(request_))))
     assert sum(int(row["parameters"]) for row in rows if row["module"] != "total") == r.values.parameters
+    assert {row["precision"] for row in rows} == {r.plan.precision}
+    assert {row["command"] for row in rows} == {request_.command()}
     text = to_markdown(request_, spent)
     for figure in (f"{r.memory.needed:,}", f"{r.values.parameters:,}", "122,765 h", request_.command()):
         assert figure in text
+
+
+class Read(HTMLParser):
+    """The texts of a page, and what it would fetch or run."""
+
+    def __init__(self):
+        super().__init__()
+        self.texts, self.outside = [], []
+
+    def handle_starttag(self, tag, attrs):
+        if tag in ("script", "link", "img", "iframe") or any(name in ("src", "onload", "onclick") for name, _ in attrs):
+            self.outside.append(tag)
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+def test_the_snapshot_needs_nothing_else_and_holds_the_figures():
+    request_ = replace(CASES[0], name="<script>alert(1)</script>")
+    r = request_.estimate()
+    page = Read()
+    page.feed(to_html(request_, est.cost(request_.gpu, r.time.seconds), link="http://x.example/?a=1&b=2"))
+    assert page.outside == []
+    for figure in (size(r.memory.needed), f"{r.values.parameters:,}", hours(r.time.seconds), request_.command()):
+        assert any(figure in text for text in page.texts)
+    assert any("<script>" in text for text in page.texts)  # as it is written

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from trainer.files.checkpoint import CheckpointError, write_atomically
-from trainer.model.adapters import adapter_parameters
+from trainer.model.adapters import adapter_parameters, take_originals
 
 if TYPE_CHECKING:
     import os
@@ -49,8 +49,10 @@ def load_base(model: nn.Module, path: str | os.PathLike[str]) -> None:
         CheckpointError: no safetensors file, or of another model; the model is then untouched.
     """
     adapters = adapter_parameters(model)
-    own = {name.replace(".base.", "."): p for name, p in model.named_parameters() if name not in adapters}
+    names = {name: name.replace(".base.", ".").replace(".original.", ".") for name, _ in model.named_parameters()}
+    own = {names[name]: p for name, p in model.named_parameters() if name not in adapters}
     _copy(_read(path), own, path)
+    take_originals(model)
 
 
 def _read(path: str | os.PathLike[str]) -> dict[str, Tensor]:

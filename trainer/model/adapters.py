@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from copy import deepcopy
 from typing import TYPE_CHECKING
 
 import torch
@@ -112,6 +113,30 @@ class QuantisedLoRA(LoRA):
         return result  # noqa: RET504 - peft has the name
 
 
+class Saved(nn.Module):
+    """A module that is frozen and a copy of it that is trained and run: peft's `ModulesToSaveWrapper`.
+
+    Attributes:
+        original: the frozen one.
+        copy: the other, in the same dtype; of a head that shares the embedding's matrix with a matrix of its own.
+    """
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        self.original, self.copy = original, deepcopy(original).requires_grad_(requires_grad=True)
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The copy's."""
+        weight = self.copy.weight
+        assert isinstance(weight, nn.Parameter)
+        return weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.copy(x)
+        return result
+
+
 KINDS = {"lora": LoRA, "dora": DoRA}
 
 
@@ -131,10 +156,27 @@ def adapt(model: nn.Module, p: Plan) -> None:
             kind = QuantisedLoRA if quantises else KINDS[p.adapter]
             adapter = kind(base, p.adapter_rank, p.adapter_alpha, p.adapter_dropout)
             setattr(model.get_submodule(owner), name, adapter)
+    for name in filter(None, p.modules_to_save.split(",")):
+        setattr(model, name, Saved(getattr(model, name)))
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The adapters' matrices and magnitudes, by name."""
+    """The adapters' matrices and magnitudes and the copies that are trained beside them, by name."""
+    found = _narrow_parameters(model)
+    for path, module in model.named_modules():
+        if isinstance(module, Saved):
+            found |= {f"{path}.copy.{name}": p for name, p in module.copy.named_parameters()}
+    return found
+
+
+def take_originals(model: nn.Module) -> None:
+    """Make the copies what the frozen modules are."""
+    for module in model.modules():
+        if isinstance(module, Saved):
+            module.copy.load_state_dict(module.original.state_dict())
+
+
+def _narrow_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     found: dict[str, nn.Parameter] = {}
     for path, module in model.named_modules():
         if isinstance(module, DoRA):
@@ -150,7 +192,7 @@ def to_precision(model: nn.Module, p: Plan) -> nn.Module:
     What is quantised comes in bfloat16, as checkpoints do, save where all is float32.
     """
     model.to(PARAMETERS.get(p.precision))
-    for x in adapter_parameters(model).values():
+    for x in _narrow_parameters(model).values():
         x.data = x.detach().float()
     quantise(model, p.base_precision, torch.float32 if p.precision in ("fp32", "tf32") else torch.bfloat16)
     return model

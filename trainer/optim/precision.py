@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from contextlib import AbstractContextManager
 
     from torch import Tensor, nn
@@ -72,12 +72,18 @@ class Masters:
     Attributes:
         named: the copies, of parameters or of a process's shards of them, by name.
         pairs: (parameter, copy).
+        mean: makes the copies' gradients the mean of all processes', in place, where nothing else has.
     """
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], named: Mapping[str, nn.Parameter], *, fp32_gradients: bool = False
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        named: Mapping[str, nn.Parameter],
+        *,
+        fp32_gradients: bool = False,
+        mean: Callable[[Tensor], object] | None = None,
     ) -> None:
-        self.named, self.fp32_gradients = named, fp32_gradients
+        self.named, self.fp32_gradients, self.mean = named, fp32_gradients, mean
         self.pairs = [(p, named[name]) for name, p in parameters.items()]
         if fp32_gradients:
             for p, master in self.pairs:
@@ -90,6 +96,8 @@ class Masters:
             if p.grad is not None:
                 master.grad = p.grad.float()
                 p.grad = None
+            if self.mean is not None and master.grad is not None:
+                self.mean(master.grad)
 
     @torch.no_grad()
     def write_back(self) -> None:

@@ -89,6 +89,11 @@ class World:
             dist.all_reduce(x)
         return x
 
+    def mean(self, x: Tensor) -> None:
+        """Make `x` the mean over the processes, in place."""
+        dist.all_reduce(x)
+        x.div_(self.size)
+
     def any(self, flag: bool) -> bool:
         """Whether `flag` is set in any process: what one decides on a signal, all must do in the same step."""
         return bool(self.total(torch.tensor(float(flag), device=self.device))) if self.size > 1 else flag
@@ -104,6 +109,8 @@ class World:
         ZeRO-3 empties a block's parameters after its forward and gathers them again for its backward; ZeRO-2 does not.
         """
         if self.size == plan.tensor_parallel:
+            return model
+        if plan.fp32_gradients:  # which are summed as they are: `mean`
             return model
         if sharding in ("none", "zero1"):
             devices = [self.device] if self.device.type == "cuda" else None
@@ -153,7 +160,8 @@ class World:
         if copied is None:
             return module, held, held, None
         updated = Weights(self.shard(copied, plan) if self.shares(sharding) else copied)
-        return module, held, updated, Masters(held.named, updated.named, fp32_gradients=plan.fp32_gradients)
+        mean = self.mean if plan.fp32_gradients and self.size > 1 else None
+        return module, held, updated, Masters(held.named, updated.named, fp32_gradients=plan.fp32_gradients, mean=mean)
 
     def shares(self, sharding: str) -> bool:
         """Whether each process updates a part of the parameters."""

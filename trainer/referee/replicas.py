@@ -57,7 +57,8 @@ class SharedStep(Step):
         if world.size != p.accelerators:
             raise ConfigError(f"accelerators = {p.accelerators}: torchrun has started {world.size} processes")
         model, inputs = build_parts(m, p, str(world.device), seed)
-        self.buckets = bucket_bytes(model) if p.data_parallel > 1 and p.sharding in ("none", "zero1") else 0
+        buckets = p.data_parallel > 1 and p.sharding in ("none", "zero1") and not p.fp32_gradients
+        self.buckets = bucket_bytes(model) if buckets else 0
         module, self.held, self.weights, masters = world.prepare(model, p, p.sharding)
         optimizer = build_updates(self.weights.named, p, world.device.type, self.weights)
         super().__init__(model, optimizer, inputs, p, masters)
@@ -209,8 +210,9 @@ def measure_shared(m: ModelConfig, p: Plan, world: World, seed: int = 0) -> dict
     scale = [x for x in vars(step.scaler).values() if isinstance(x, Tensor)]
     resident = nbytes([*parameters, *step.model.buffers(), *step.needed, *step.state(), *scale]) + step.buckets
     resident += nbytes(step.buffers()) if isinstance(step, PipelineStep) else 0
+    resident += nbytes(x.grad for x in step.updated if x.grad is not None)
     step.micro_batches()
-    gradients = nbytes(local(x.grad) for x in step.model.parameters() if x.grad is not None)
+    gradients = nbytes(local(x) for x in step.gradients())
     step.update()
     found = {
         "parameter_bytes": nbytes(parameters),

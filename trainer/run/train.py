@@ -318,8 +318,10 @@ class Share:
 
 def check_precision(config: TrainConfig, world: World) -> None:
     """Raise ConfigError for a precision that several processes cannot share."""
-    if world.size > 1 and config.plan.fp32_gradients:
-        raise ConfigError("plan.fp32_gradients = True: DDP sums the gradients in bfloat16; allowed is one process")
+    if world.shares(config.sharding) and config.plan.fp32_gradients:
+        raise ConfigError(
+            f"plan.fp32_gradients = True: {config.sharding} sums the gradients in bfloat16; allowed is --sharding none"
+        )
 
 
 def load(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import inspect
 import json
@@ -128,9 +129,10 @@ def of_config(path: str | Path, batch_size: int, seq_len: int, **changes: Any) -
 
     def build() -> Any:
         torch.manual_seed(0)
-        module = own._from_config(config) if own else automatic.from_config(config)  # noqa: SLF001 - what it calls too
+        mine = copy.deepcopy(config)  # a model changes its own
+        mine.use_cache = False
+        module = own._from_config(mine) if own else automatic.from_config(mine)  # noqa: SLF001 - what it calls too
         module.train()
-        module.config.use_cache = False
         return module, loss_with_labels, batch_of(module, batch_size, seq_len)
 
     return build

@@ -6,6 +6,7 @@ Nothing else of this project runs code that it is given: the page and `from_hf` 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import linecache
 import resource
@@ -13,6 +14,9 @@ import sys
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+import torch.distributed as dist
+
+from estimator.answers.snapshots import read_snapshot
 from estimator.describe.checks import ConfigError, shown
 from estimator.describe.plan import Plan
 from estimator.describe.settings import choices
@@ -29,6 +33,7 @@ from trainer.referee.recorder.truth import compare
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from estimator.answers.snapshots import Snapshot
     from estimator.memory.device import Memory
     from trainer.referee.recorder.recording import Recording
 
@@ -62,6 +67,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--grad-accumulation", type=int, default=1, metavar="N", help="micro-batches of a step")
     p.add_argument("--max-grad-norm", type=float, metavar="X", help="clip the gradients to this norm")
     p.add_argument("--measure", action="store_true", help="run a real step on this CPU too, and compare every event")
+    p.add_argument("--fake-world", type=int, metavar="N", help="as rank 0 of N, in PyTorch's fake process group")
+    p.add_argument("--snapshot", metavar="FILE", help="of torch.cuda.memory._dump_snapshot: what a card really held")
     p.add_argument("--json", action="store_true", help="everything as JSON")
     return p
 
@@ -73,6 +80,8 @@ def run(argv: Sequence[str]) -> int:
         ConfigError: what is asked cannot be.
     """
     args = parser().parse_args(argv)
+    if args.fake_world is not None:
+        fake_world(args.fake_world)
     build, name = _build(args)
     given = {f.name: getattr(args, f.name) for f in fields(Plan) if getattr(args, f.name, None) is not None}
     plan = Plan(**{name: value for name, value in given.items() if name not in ("batch_size", "seq_len")})
@@ -88,9 +97,35 @@ def run(argv: Sequence[str]) -> int:
         sys.stdout.write(report(recording, memory, name, gpu.name))
         for said in tried:
             sys.stdout.write(f"  {said}\n")
+    if args.snapshot:
+        sys.stdout.write("\n" + beside_snapshot(memory, read_snapshot(args.snapshot)))
     if args.measure:
         sys.stdout.write("\n" + compare(build, plan) + "\n")
     return 0 if memory.fits else 1
+
+
+def fake_world(ranks: int) -> None:
+    """Be rank 0 of so many, whose messages go nowhere: DTensor's layouts and `fully_shard` on a "cpu" mesh.
+
+    Raises:
+        ConfigError: fewer than one.
+    """
+    if ranks < 1:
+        raise ConfigError(f"fake_world = {ranks}: must be 1 or more")
+    store = importlib.import_module("torch.testing._internal.distributed.fake_pg").FakeStore()
+    dist.init_process_group("fake", store=store, rank=0, world_size=ranks)
+
+
+def beside_snapshot(memory: Memory, snapshot: Snapshot) -> str:
+    """What the allocator of a card held at most, by line, and what was expected of it."""
+    off = snapshot.peak / memory.peak - 1
+    said = (
+        f"The snapshot's peak is {snapshot.peak:,} bytes allocated, in {snapshot.reserved:,} reserved at its end; the "
+        f"step above comes to {memory.peak:,}: {off:+.2%}. What the snapshot holds at its peak, by line:"
+    )
+    lines = [said]
+    lines += [f"  {size(held):>10}  {line}" for line, held in list(snapshot.held_at_peak().items())[:MODULES]]
+    return "\n".join(lines) + "\n"
 
 
 def _build(args: argparse.Namespace) -> tuple[Callable[[], Any], str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import traceback
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from estimator.accounting.recorded import RecordedAccount
-from estimator.describe.checks import choose
+from estimator.describe.checks import ConfigError, choose
 from estimator.eager.ledger import Phase
 from trainer.referee.recorder.assumptions import Assumptions
 from trainer.referee.recorder.ledger import Reader
@@ -131,8 +132,16 @@ def record(build: Callable[[], Any], plan: Plan | None = None, device: str = "cp
     began = time.perf_counter()
     assumptions = Assumptions(LIBRARIES)
     with recording(assumptions) as native:
-        step = as_step(build(), plan)
-        log, first, known, saved = recorded(native, step)
+        try:
+            step = as_step(build(), plan)
+            log, first, known, saved = recorded(native, step, assumptions)
+        except NotImplementedError as error:
+            line = traceback.extract_tb(error.__traceback__)
+            own = next((x for x in reversed(line) if not x.filename.startswith(LIBRARIES)), line[-1])
+            raise ConfigError(
+                f"{own.filename}:{own.lineno}: `{own.line}` wants values or a kernel that there is not without data "
+                f"({str(error).partition('.')[0]})"
+            ) from error
         parameters = sum(p.numel() for p in step.model.parameters())
         del step
     reading = Reader(log, known, device, torch.get_num_threads(), saved).read(first)
@@ -140,7 +149,7 @@ def record(build: Callable[[], Any], plan: Plan | None = None, device: str = "cp
     return Recording(
         RecordedAccount(reading.ledger, device),
         [places[i] if i >= 0 else None for i in reading.lines],
-        dict(assumptions.counts),
+        assumptions.fixed,
         time.perf_counter() - began,
         parameters,
     )

@@ -1,19 +1,11 @@
-"""Which operators compute, and so are left out, and what is assumed of the values that they would have computed."""
+"""Which operators compute, and so are left out."""
 
 from __future__ import annotations
 
-import warnings
-from contextlib import contextmanager
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch.library import Library
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from trainer.referee.recorder.assumptions import Assumptions
 
 has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key  # noqa: SLF001 - the dispatcher's own answer
 operators = torch._C._dispatch_get_all_op_names  # noqa: SLF001 - likewise
@@ -35,6 +27,7 @@ def kernels_of() -> list[str]:
         name
         for name, schema in schemas().items()
         if (has_kernel(name, "CPU") or name in COMPUTING)
+        and "c10d" not in name  # messages go to the process group, which may be PyTorch's fake one
         and not any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
         and name.removeprefix("aten::").partition(".")[0] not in (*FORMS, *WRITTEN)
     ]
@@ -52,16 +45,3 @@ def schemas() -> dict[str, Any]:
     found = torch._C._jit_get_all_schemas()  # noqa: SLF001 - likewise
     named = {f"{s.name}.{s.overload_name}" if s.overload_name else s.name: s for s in found}
     return {name: named[name] for name in operators() if name in named}
-
-
-@contextmanager
-def device_rules(assumptions: Assumptions) -> Iterator[None]:
-    """What asks a tensor for values that nobody has computed gets those that are assumed."""
-    library = Library("aten", "IMPL")  # type: ignore[no-untyped-call]  # torch leaves Library untyped
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of kernels that are overridden: that is what it is for
-            library.impl("_local_scalar_dense", assumptions.number, "Meta", allow_override=True)  # type: ignore[no-untyped-call]  # likewise
-        yield
-    finally:
-        library._destroy()  # type: ignore[no-untyped-call]  # noqa: SLF001 - it has no public name

@@ -46,7 +46,8 @@ def saving(native: Any, step: Callable[[], object]) -> None:
 
 
 def number_of(native: Any, t: Tensor) -> int:
-    """The number of a tensor's storage in the log."""
+    """The number of a tensor's storage in the log; of a DTensor, this rank's."""
+    t = getattr(t, "_local_tensor", t)
     return int(native.number_of(t.untyped_storage()._cdata))  # noqa: SLF001 - the storage's identity
 
 

@@ -15,7 +15,7 @@ from estimator.eager.indexing import EXPANDED_INDEX_WIDTH
 from estimator.eager.letters import constant
 from estimator.eager.linalg import tile_keys, tile_rows
 from estimator.eager.tensor import TRANSPOSED_BLOCK
-from trainer.referee.recorder.log import Operand
+from trainer.referee.recorder.log import DTYPES, Operand
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -47,6 +47,17 @@ def _casts(inputs: Sequence[Any], _: int) -> Sequence[int]:
     operands = [x for x in inputs if isinstance(x, Operand)]
     common = common_dtype(operands)
     return [x.numel * common.itemsize for x in operands if x.dtype != common]
+
+
+def _compared(inputs: Sequence[Any], threads: int) -> Sequence[int]:
+    """A number that something is compared with becomes a tensor in the kernel, and is then cast."""
+    x, other = inputs[:2]
+    if isinstance(other, Operand):
+        return _casts(inputs, threads)
+    number = torch.float64 if isinstance(other, float) else torch.int64
+    common = common_dtype([x, Operand(0, number, is_number=True, known=True, shape=(), stride=())])
+    casts = [y.numel * common.itemsize for y in (x,) if y.dtype != common]
+    return [number.itemsize, *casts, *([common.itemsize] if common != number else [])]
 
 
 def _where(inputs: Sequence[Any], threads: int) -> Sequence[int]:
@@ -106,13 +117,64 @@ def _flash_backward(inputs: Sequence[Any], threads: int) -> Sequence[int]:
     return found if q.dtype.itemsize >= FLOAT else [*found, 2 * threads * rows * keys * q.dtype.itemsize]
 
 
+def _layer_norm(inputs: Sequence[Any], _: int) -> Sequence[int]:
+    """Its input, made contiguous."""
+    return _copies(inputs[:1])
+
+
 def _layer_norm_backward(inputs: Sequence[Any], threads: int) -> Sequence[int]:
-    """Two rows a thread, in which the gradients of weight and bias are summed.
+    """Two rows a thread, in which the gradients of weight and bias are summed; both inputs, made contiguous.
 
     aten/src/ATen/native/cpu/layer_norm_kernel.cpp, `LayerNormBackwardKernelImplInternal`.
     """
     _, x, shape, _, _, weight, _, mask = inputs
-    return () if weight is None or not any(mask[1:]) else [2 * threads * prod(shape) * x.dtype.itemsize]
+    sums = () if weight is None or not any(mask[1:]) else [2 * threads * prod(shape) * x.dtype.itemsize]
+    return [*_copies(inputs[:2]), *sums]
+
+
+def _copies(operands: Sequence[Operand]) -> Sequence[int]:
+    """Those that are not contiguous, copied."""
+    return [x.nbytes for x in operands if not x.is_contiguous]
+
+
+def _sum(inputs: Sequence[Any], _: int) -> Sequence[int]:
+    """Its input in the dtype of the result; half precision is added up in float32 where two loops are summed.
+
+    `make_reduction` and `should_use_acc_buffer` of aten/src/ATen/native/ReduceOps.{h,cpp}.
+    """
+    x, dims, _keep, asked = inputs[:4]
+    dtype = x.dtype if x.dtype.is_floating_point or x.dtype.is_complex else torch.int64
+    if isinstance(asked, int):
+        dtype = DTYPES[asked]
+    summed = {d % len(x.shape) for d in dims} if dims and x.shape else set(range(len(x.shape)))
+    if dtype.itemsize < FLOAT and dtype.is_floating_point and _loops(x, summed) > 1:
+        kept = prod(n for i, n in enumerate(x.shape) if i not in summed)
+        return [FLOAT * x.numel, FLOAT * kept]
+    return [] if x.dtype == dtype else [x.numel * dtype.itemsize]
+
+
+def _loops(x: Operand, summed: set[int]) -> int:
+    """Into how many loops the dimensions that are summed coalesce: those whose strides follow from one another."""
+    loops, following = 0, None
+    for stride, n in sorted((x.stride[i], x.shape[i]) for i in summed if x.shape[i] != 1):
+        loops += stride != following
+        following = stride * n
+    return loops
+
+
+def _bincount(inputs: Sequence[Any], _: int) -> Sequence[int]:
+    """The least and the greatest of its numbers."""
+    return [inputs[0].dtype.itemsize] * 2
+
+
+def _sort(inputs: Sequence[Any], _: int) -> Sequence[int]:
+    """A buffer of its values (aten/src/ATen/native/cpu/SortingKernel.cpp)."""
+    return [inputs[0].nbytes]
+
+
+def _batch_norm(inputs: Sequence[Any], _: int) -> Sequence[int]:
+    """A scale and a shift of each channel (`batch_norm_cpu_collect_linear_and_constant_terms`)."""
+    return [inputs[0].shape[1] * FLOAT] * 2
 
 
 def _copy(inputs: Sequence[Any], _: int) -> Sequence[int]:
@@ -150,21 +212,51 @@ def _index_add(inputs: Sequence[Any], threads: int) -> Sequence[int]:
 
 def _embedding_backward(inputs: Sequence[Any], _: int) -> Sequence[int]:
     """The gradient and the indices, made contiguous (aten/src/ATen/native/Embedding.cpp)."""
-    return [x.nbytes for x in inputs[:2] if not x.is_contiguous]
+    return _copies(inputs[:2])
+
+
+def _conv2d(inputs: Sequence[Any], _: int) -> Sequence[int]:
+    """The columns that a matrix product takes the place of a convolution on (`compute_columns2d`)."""
+    x, weight, kernel, _, stride, pad = inputs
+    return _columns(x, weight, kernel, stride, pad)
+
+
+def _conv2d_backward(inputs: Sequence[Any], _: int) -> Sequence[int]:
+    """The gradient, made contiguous, and the columns (aten/src/ATen/native/ConvolutionMM2d.cpp)."""
+    grad, x, weight, kernel, stride, pad, wanted = inputs
+    held = _copies([grad])
+    return [*held, *_columns(x, weight, kernel, stride, pad)] if wanted[1] else held
+
+
+def _columns(
+    x: Operand, weight: Operand, kernel: Sequence[int], stride: Sequence[int], pad: Sequence[int]
+) -> Sequence[int]:
+    if set(kernel) == set(stride) == {1} and set(pad) == {0}:
+        return []
+    sides = [(n + 2 * p - k) // s + 1 for n, p, k, s in zip(x.shape[2:], pad, kernel, stride, strict=True)]
+    return [x.shape[0] * prod(weight.shape[1:]) * prod(sides) * x.dtype.itemsize]
 
 
 ELEMENTWISE = (
     *("add", "sub", "mul", "div", "pow", "rsub", "maximum", "minimum", "fmod", "remainder", "atan2", "lerp"),
-    *("add_", "sub_", "mul_", "div_", "pow_", "eq", "ne", "lt", "le", "gt", "ge", "addcmul", "addcdiv"),
+    *("add_", "sub_", "mul_", "div_", "pow_", "addcmul", "addcdiv"),
 )
 KERNELS: dict[str, Rule] = {
     **dict.fromkeys(ELEMENTWISE, _casts),
+    **dict.fromkeys(("eq", "ne", "lt", "le", "gt", "ge"), _compared),
     "where": _where,
     "copy_": _copy,
     "gather": _element_moves,
     **dict.fromkeys(("scatter", "scatter_", "scatter_add", "scatter_add_"), _scatter),
     "index_add_": _index_add,
     "embedding_dense_backward": _embedding_backward,
+    "_slow_conv2d_forward": _conv2d,
+    "_slow_conv2d_backward": _conv2d_backward,
+    "bincount": _bincount,
+    "sort": _sort,
+    "sum": _sum,
+    "native_batch_norm": _batch_norm,
+    "native_layer_norm": _layer_norm,
     "native_layer_norm_backward": _layer_norm_backward,
     "_scaled_dot_product_flash_attention_for_cpu": _flash,
     "_scaled_dot_product_flash_attention_for_cpu_backward": _flash_backward,

@@ -6,6 +6,7 @@ import gc
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import torch
 from torch.nn.modules import module as hooks
@@ -18,8 +19,9 @@ from trainer.referee.recorder.assumptions import Assumptions
 from trainer.referee.recorder.extension import extension
 from trainer.referee.recorder.ledger import Known
 from trainer.referee.recorder.log import Kind, Log, Mark
-from trainer.referee.recorder.rules import dependent_kernels, device_rules, kernels_of
+from trainer.referee.recorder.rules import dependent_kernels, kernels_of
 from trainer.referee.recorder.saved import number_of, saved_allocations, saving
+from trainer.referee.recorder.shapes import known_shapes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -35,13 +37,38 @@ def recording(assumptions: Assumptions | None = None) -> Iterator[Any]:
     native = extension()
     native.set_kernels(kernels_of(), dependent_kernels())
     native.set_libraries(LIBRARIES)
-    with device_rules(assumptions or Assumptions(LIBRARIES)), onednn(enabled=False):
+    assumptions = assumptions or Assumptions(LIBRARIES)
+    native.set_assume(assumptions.number)
+    with onednn(enabled=False), known_shapes(), lists(native, assumptions):
         native.install()
         try:
             native.start()
             yield native
         finally:
             native.uninstall()
+            native.set_assume(None)
+
+
+@contextmanager
+def lists(native: Any, assumptions: Assumptions) -> Iterator[None]:
+    """`tolist` and `numpy` read memory past all operators: of values that are not known they are answered here."""
+    to_list, to_numpy = torch.Tensor.tolist, torch.Tensor.numpy
+
+    def made_of(t: torch.Tensor) -> str | None:
+        found: str | None = native.made_of(t.untyped_storage()._cdata)  # noqa: SLF001 - the storage's identity
+        return found
+
+    def tolist(self: torch.Tensor) -> Any:
+        made = made_of(self)
+        return to_list(self) if made is None else assumptions.numbers(made, self)
+
+    def numpy(self: torch.Tensor, **more: Any) -> Any:
+        if made_of(self) is not None:
+            raise NotImplementedError("numpy() of a tensor whose values are not computed")
+        return to_numpy(self, **more)
+
+    with patch.object(torch.Tensor, "tolist", tolist), patch.object(torch.Tensor, "numpy", numpy):
+        yield
 
 
 @contextmanager
@@ -78,11 +105,13 @@ def marks(step: Any, native: Any) -> Iterator[None]:
         yield
 
 
-def recorded(native: Any, step: Any) -> tuple[Log, int, Known, set[int]]:
+def recorded(native: Any, step: Any, assumptions: Assumptions) -> tuple[Log, int, Known, set[int]]:
     """(the log, the row at which a steady step begins, what is alive then, which of its allocations autograd keeps)."""
     step()  # the first step makes the optimizer's state; the steady ones are alike
     with marks(step, native):
+        assumptions.counts.clear()
         log, first = _observed(native, step)
+        assumptions.fixed = dict(assumptions.counts)
         known = _known(native, step, log, first)
         native.start()
         again, begun = _observed(native, lambda: saving(native, step))
@@ -116,6 +145,9 @@ def _known(native: Any, step: Any, log: Log, first: int) -> Known:
         found[number_of(native, t)] = Category.BUFFER, name.rpartition(".")[0]
     for t in (x for x in tree_leaves(step.inputs) if isinstance(x, torch.Tensor)):
         found[number_of(native, t)] = Category.INPUT, ""
+    for what, category in (("state", Category.OPTIMIZER), ("gradients", Category.GRADIENT)):
+        for t in getattr(step, what, tuple)():
+            found[number_of(native, t)] = category, ""
     names = {id(p): name for name, p in step.model.named_parameters()}
     for p, state in step.optimizer.state.items():
         for t in state.values():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -44,7 +45,7 @@ def judged(build: Callable[[], Any], plan: Plan | None = None) -> Truth:
         Event(int(delta), f"{e.where.phase} {e.where.module} {e.where.op}")
         for e, delta in zip(recording.ledger.events, recording.account.delta, strict=True)
     ]
-    real = real_events(as_step(build(), plan))
+    real = _real(build, plan)
     runs = in_runs(ours[setup:]), in_runs(real)
     first = next((i for i, (a, b) in enumerate(zip(*runs, strict=False)) if _bytes(a) != _bytes(b)), None)
     if first is None and len(runs[0]) != len(runs[1]):
@@ -54,6 +55,17 @@ def judged(build: Callable[[], Any], plan: Plan | None = None) -> Truth:
         live += event.nbytes
         most = max(most, live)
     return Truth((recording.peak_bytes, most), (len(ours) - setup, len(real)), first, recording, runs)
+
+
+def _real(build: Callable[[], Any], plan: Plan | None) -> list[Event]:
+    """The events of a real step; as in the recording, what only the garbage collector would free stays."""
+    step = as_step(build(), plan)
+    gc.collect()
+    gc.disable()
+    try:
+        return real_events(step)
+    finally:
+        gc.enable()
 
 
 def in_runs(events: Iterable[Event]) -> list[list[Event]]:

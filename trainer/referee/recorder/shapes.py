@@ -1,0 +1,73 @@
+"""Shapes of the results of CPU kernels for which PyTorch has no meta kernel, or another device's."""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.library import Library
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from torch import Tensor
+
+
+def conv2d(
+    x: Tensor, weight: Tensor, kernel: Sequence[int], _: Any, stride: Sequence[int], pad: Sequence[int]
+) -> Tensor:
+    """`_slow_conv2d_forward`: (B, C, H, W) and (O, C, h, w) -> (B, O, H', W')."""
+    sides = [(n + 2 * p - k) // s + 1 for n, p, k, s in zip(x.shape[2:], pad, kernel, stride, strict=True)]
+    return x.new_empty((x.shape[0], weight.shape[0], *sides))
+
+
+def conv2d_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, _: Any, __: Any, ___: Any, wanted: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """`_slow_conv2d_backward`: the gradients of input, weight and bias, those that are wanted."""
+    shapes = (x.shape, weight.shape, weight.shape[:1])
+    return tuple(grad.new_empty(shape) if want else None for shape, want in zip(shapes, wanted, strict=True))
+
+
+def bincount(x: Tensor, _: Tensor | None = None, minlength: int = 0) -> Tensor:
+    """`bincount` of numbers below `minlength`.
+
+    Raises:
+        NotImplementedError: nothing says how many there are.
+    """
+    if not minlength:
+        raise NotImplementedError("bincount without minlength: its length is a value")
+    return x.new_empty((minlength,), dtype=torch.int64)
+
+
+def layer_norm(
+    x: Tensor, shape: Sequence[int], weight: Tensor | None, _: Any, __: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`native_layer_norm`: mean and 1 / std of each row, in the weight's dtype (PyTorch's meta kernel has CUDA's)."""
+    rows = (*x.shape[: x.dim() - len(shape)], *(1 for _ in shape))
+    dtype = x.dtype if weight is None else weight.dtype
+    return x.new_empty(x.shape), x.new_empty(rows, dtype=dtype), x.new_empty(rows, dtype=dtype)
+
+
+SHAPES: dict[str, Callable[..., Any]] = {
+    "bincount": bincount,
+    "native_layer_norm": layer_norm,
+    "_slow_conv2d_forward": conv2d,
+    "_slow_conv2d_backward.output_mask": conv2d_backward,
+}
+
+
+@contextmanager
+def known_shapes() -> Iterator[None]:
+    """These as meta kernels."""
+    library: Any = Library("aten", "IMPL")  # type: ignore[no-untyped-call]  # torch leaves Library untyped
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that a kernel is overridden: it is meant to be
+            for name, function in SHAPES.items():
+                library.impl(name, function, "Meta", allow_override=True)
+        yield
+    finally:
+        library._destroy()  # noqa: SLF001 - it has no public name
