@@ -358,7 +358,7 @@ class Plan:
             "1f1b": "a backward as soon as it can, and then a forward (Narayanan et al. 2021)",
             "gpipe": "all forwards, then all backwards (Huang et al. 2019)",
         },
-        needs=(Needs("is_pipeline", (True,), "pipeline_parallel is {pipeline_parallel}"),),
+        needs=(Needs("is_pipeline", (True,), "pipeline_parallel is {pipeline_parallel}", say="allowed above 1"),),
     )
 
     balance: float = number(
