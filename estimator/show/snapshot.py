@@ -81,7 +81,7 @@ def to_html(request: Request, cost: Cost | None = None, unit: str = "GiB", link:
         f"<p>transformer-estimator {escape(estimator.__version__)}</p>",
     ]
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
-    head, body = f"<head>{head}<style>{STYLE}</style></head>", f"<body>{''.join(parts)}</body>"
+    head, body = f"<head>{head}<style>{STYLE}</style></head>", f"<body><main>{''.join(parts)}</main></body>"
     return f'<!doctype html>\n<html lang="en">{head}{body}</html>\n'
 
 
