@@ -261,13 +261,12 @@ def pipeline_bars(
 ) -> tuple[list[Bar], list[tuple[dict[str, Array], float, Array]]]:
     """(every move of every stage in time, of each stage its seconds by kind, all of them, and those of launches).
 
-    The kernels are those of the micro-batches that are executed (`estimator.describe.pipeline.executed`); what comes
-    out of a stage is sent to the next one at the rate of a node's own links, or of the network where there are several
-    nodes.
+    All micro-batches but the first run the kernels of the second; what comes out of a stage is sent to the next one at
+    the rate of a node's own links, or of the network where there are several nodes.
     """
     setup, e = setup or Setup(FUSED if p.compile else EAGER), efficiency(a)
     sizes = sizes_for(m, p, threads=1)
-    executed, count = pipeline.executed(p), p.grad_accumulation
+    count = p.grad_accumulation
     group = cluster(a, p.accelerators, between=between(a, setup.network))
     rate = group.between * e.between if group.between is not None else (group.within or 0) * e.within
     times, works = [], []
@@ -275,7 +274,7 @@ def pipeline_bars(
         form = account(m, p, a.device, stage)
         kernels, fused = table(form, setup.variant), form.fused_kernel
         work = busy(
-            kernels, kernels.at(sizes), sizes, 2, a, e,  # "later" kernels once: all that are executed are in the ledger
+            kernels, kernels.at(sizes), sizes, count, a, e,
             half=setup.dtype or (p.product_dtype if p.product_dtype == "fp16" else "bf16"),
             single="tf32" if p.product_dtype == "tf32" else "fp32",
             kernel=setup.attention or (fused if fused in e.flash else None),
@@ -284,12 +283,10 @@ def pipeline_bars(
         sent = next((x for x in form.traced.ledger.messages if x.kind == "send"), None)
         latency = e.latency if setup.latency is None else setup.latency
         send = 0.0 if sent is None else evaluate(sent.nbytes, sizes) / rate + latency
-        forward, backward = phases["forward"] / executed, phases["backward"] / executed
+        forward, backward = phases["forward"] / count, phases["backward"] / count
         times.append(StageTime(forward, backward, send, phases["optimizer"]))
-        scale = {name: (1 if name == "optimizer" else count / executed) for name in work.kinds}
-        kinds = {name: x * scale[name] for name, x in work.kinds.items()}
         spent = count * (forward + backward) + phases["optimizer"]
-        works.append((kinds, spent, np.array([spent - sum(float(x[0]) for x in kinds.values())])))
+        works.append((dict(work.kinds), spent, np.array([spent - sum(float(x[0]) for x in work.kinds.values())])))
     schedules = [pipeline.schedule(p, stage) for stage in range(p.pipeline_parallel)]
     return simulated(schedules, times), works
 

@@ -44,7 +44,10 @@ MODULES = 12  # lines of the table of modules
 
 def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
-    p = argparse.ArgumentParser(prog="estimate check", description=__doc__.partition("\n")[0].partition(": ")[2])
+    p = argparse.ArgumentParser(
+        prog="estimate check",
+        description="Whether a step of your own code fits, and whose statement its peak is. It runs that code.",
+    )
     p.add_argument(
         "code", nargs="?", metavar="FILE.py:FUNCTION", help="returns a module, (module, loss, inputs) or a step"
     )
