@@ -314,10 +314,16 @@ def _same_step(r: Estimate) -> tuple[Any, ...]:
     return r.account.recipe, r.plan.batch_size, r.plan.compile
 
 
-def chunking_saves(now: Estimate) -> int:
-    """Bytes that must not be free where the loss is chunked; 0 where there are no logits at the peak to chunk."""
+def chunking_saves(now: Estimate) -> int | None:
+    """Bytes that must not be free where the loss is chunked; 0 where there are no logits at the peak to chunk.
+
+    None where the plan or the model cannot have such a loss (logits with a soft cap, a head with a bias, ...).
+    """
     if not now.memory.logits:
         return 0
     sizes = now.memory.sizes
-    a = account(now.model, now.plan.replace(loss="chunked"), now.account.device)
+    try:
+        a = account(now.model, now.plan.replace(loss="chunked"), now.account.device)
+    except ConfigError:
+        return None
     return now.memory.needed - memory(a, a.values(sizes), sizes, now.accelerator).needed

@@ -139,12 +139,13 @@ def logits(estimate: Estimate, unit: str = "GiB") -> str:
     share = memory.logits / memory.peak
     if share < LITTLE:
         return ""
-    saves = chunking_saves(estimate)
-    less = f"need {size(saves, unit)} less" if saves > NOTICEABLE * memory.needed else "need no less: the peak moves"
     shape = f"{plan.batch_size:,} x {plan.tokens(model):,} x {model.vocab_size:,}"
-    return (
-        f"The logits and the loss's copies of them ({shape}) are {share:.0%} of the peak; a chunked loss would {less}."
-    )
+    said = f"The logits and the loss's copies of them ({shape}) are {share:.0%} of the peak"
+    saves = chunking_saves(estimate)
+    if saves is None:
+        return f"{said}."
+    less = f"need {size(saves, unit)} less" if saves > NOTICEABLE * memory.needed else "need no less: the peak moves"
+    return f"{said}; a chunked loss would {less}."
 
 
 NOUNS = {

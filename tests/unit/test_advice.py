@@ -6,9 +6,10 @@ import pytest
 
 import estimator as est
 from estimator.accounting import accounts
-from estimator.answers.advice import GOALS, MOST, Advisor, advice, single_changes
+from estimator.answers.advice import GOALS, MOST, Advisor, advice, chunking_saves, single_changes
 from estimator.describe.settings import choices
 from estimator.show import commands
+from estimator.show.formatting import logits
 
 PLANS = [est.Plan(), est.Plan(batch_size=8), est.Plan(batch_size=4, attention="sdpa", checkpointing="block")]
 
@@ -150,3 +151,13 @@ def test_what_only_many_accelerators_hold_is_shared_among_the_fewest():
     assert change.fits
     fewer = now.plan.replace(**change.fields, data_parallel=change.machine["count"] // 2)
     assert not est.estimate("llama-3.1-405b", fewer, "h100-80gb-sxm").fits
+
+
+def test_what_a_chunked_loss_would_save_is_not_said_of_a_model_that_cannot_have_it():
+    """Gemma 2 caps its logits, which a loss with the head in it does not."""
+    plan = est.Plan(batch_size=1, seq_len=512, attention="naive", precision="bf16")
+    r = est.estimate("gemma-2-9b", plan, "h100-80gb-sxm")
+    assert chunking_saves(r) is None
+    assert "a chunked loss" not in logits(r)
+    r = est.estimate("gpt2", plan.replace(batch_size=16), "h100-80gb-sxm")
+    assert "a chunked loss" in logits(r)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from estimator.describe.checks import ConfigError
@@ -26,9 +27,12 @@ def checkpointed(build: Callable[[], Any]) -> Callable[[], Any]:
     def built() -> Any:
         found = build()
         module = found[0] if isinstance(found, tuple) else getattr(found, "model", found)
-        if not hasattr(module, "gradient_checkpointing_enable"):
+        enable = getattr(module, "gradient_checkpointing_enable", None)
+        if enable is None:
             raise ConfigError("the module has no gradient_checkpointing_enable")
-        module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # transformers' next release has another name for it
+            enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         return found
 
     return built
