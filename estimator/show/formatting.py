@@ -9,6 +9,8 @@ from estimator.describe.checks import choose
 from estimator.describe.units import SECONDS_PER_DAY, SECONDS_PER_HOUR, SECONDS_PER_YEAR
 
 if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
     from estimator.answers.estimates import Estimate
 
 BYTE_UNITS = {"GiB": 2**30, "GB": 10**9}
@@ -161,3 +163,14 @@ NOUNS = {
 
 # What people call the ways in which accelerators share a run.
 STRATEGIES = {"none": "DDP", "zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "FSDP (ZeRO-3)"}
+
+
+def in_columns(table: Sequence[Sequence[str]], left: Collection[int]) -> list[str]:
+    """Rows of cells as lines: the columns `left` begin at the left, all others end at the right."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in table
+    ]

@@ -13,7 +13,7 @@ from estimator.describe.run import Run
 from estimator.describe.settings import settings
 from estimator.describe.units import GIB
 from estimator.show.cli import model_of, parser
-from estimator.show.formatting import STRATEGIES, dollars, duration
+from estimator.show.formatting import STRATEGIES, dollars, duration, in_columns
 
 if TYPE_CHECKING:
     import argparse
@@ -93,13 +93,7 @@ def said(found: Layouts, count: int, gpu: str, rows: int = ROWS) -> str:
         lines = [f"Fastest of {len(found.options):,} that fit: {way}: {speed}."]
         lines += [f"The least number of accelerators on which it fits is {found.smallest:,}.", ""]
         table = [HEADER, *(row(o, first) for o in found.options[:rows])]
-        widths = [max(len(line[i]) for line in table) for i in range(len(HEADER))]
-        for line in table:
-            cells = (
-                cell.ljust(w) if i in LEFT else cell.rjust(w)
-                for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-            )
-            lines.append("  ".join(cells).rstrip())
+        lines += in_columns(table, LEFT)
         more = len(found.options) - rows
         lines += ["", "* no other is both faster and leaves more room."]
         lines += [f"{more} more: --rows."] if more > 0 else []

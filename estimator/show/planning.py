@@ -12,7 +12,7 @@ from estimator.describe.checks import shown
 from estimator.describe.units import SECONDS_PER_HOUR
 from estimator.pricing.money import KINDS
 from estimator.show.commands import Parser
-from estimator.show.formatting import STRATEGIES, count, dollars, duration, prefixed
+from estimator.show.formatting import STRATEGIES, count, dollars, duration, in_columns, prefixed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -114,13 +114,7 @@ def said(found: Plans, rows: int) -> str:
     lines = [headline(found), ""]
     if found.options:
         table = [HEADER, *(row(o) for o in found.options[:rows])]
-        widths = [max(len(line[i]) for line in table) for i in range(len(HEADER))]
-        for line in table:
-            cells = (
-                cell.ljust(w) if i in LEFT else cell.rjust(w)
-                for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-            )
-            lines.append("  ".join(cells).rstrip())
+        lines += in_columns(table, LEFT)
         more = len(found.options) - rows
         lines += ["", "* no other is both cheaper and faster." + (f" {more} more: --rows." if more > 0 else "")]
     lines += [f"Assumed: {text}." for text in found.assumptions]
