@@ -87,7 +87,7 @@ def slowest(est, count):
 
 
 def sweep(est, m, p):
-    from estimator.eager.sizes import sizes_of
+    from estimator.accounting.sizes import sizes_of
     from estimator.timing.speed import times
 
     count = 10_000

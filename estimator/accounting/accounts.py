@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from estimator.accounting.peak import Piece, peak_pieces
 from estimator.accounting.polynomials import Polynomials
+from estimator.accounting.sizes import GIVEN, sizes_of
 from estimator.accounting.step import run_step
 from estimator.accounting.trace import Trace
 from estimator.accounting.vectorised import VectorisedPeak
@@ -21,7 +22,7 @@ from estimator.describe.selection import part_of
 from estimator.eager.ledger import Category, Phase
 from estimator.eager.letters import LETTERS, SYMBOLS, ZERO, Size, Sizes, as_sizes, expression, substituted
 from estimator.eager.repetition import TURNS
-from estimator.eager.sizes import GIVEN, ShapeClass, sizes_of
+from estimator.eager.sizes import ShapeClass
 from estimator.models.attention import fused_kernel
 from estimator.models.layers import BlockOrder, Recipe
 

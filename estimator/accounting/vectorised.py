@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from estimator.accounting.sizes import GIVEN, cpu_threads
 from estimator.describe.checks import (
     BLOCKS_OF_A_SWEEP,
     FIGURE,
@@ -22,7 +23,7 @@ from estimator.describe.plan import Plan
 from estimator.describe.run import Run
 from estimator.describe.settings import limits
 from estimator.eager.letters import Sizes
-from estimator.eager.sizes import GIVEN, cpu_threads, is_count
+from estimator.eager.sizes import is_count
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from estimator.accounting.accounts import Account, Values, account, sizes_for
 from estimator.answers.assumptions import Assumption, assumptions
+from estimator.answers.notes import notes, notes_of_stages
 from estimator.describe.catalogue import number
 from estimator.describe.checks import ConfigError, TooLargeError, choose
-from estimator.describe.plan import FULLY_SHARDED, Plan
+from estimator.describe.plan import Plan
 from estimator.describe.presets import preset
 from estimator.describe.run import Run
 from estimator.describe.settings import checked, limits
@@ -31,12 +32,6 @@ if TYPE_CHECKING:
     from estimator.describe.model import ModelConfig
 
 WITHOUT_FLASH = ("volta", "turing")  # flash_api.cpp, mha_fwd: "FlashAttention only supports Ampere GPUs or newer."
-FULLY_SHARD = "PyTorch's fully_shard on each block and on the model, gradients scattered in every micro-batch"
-SHARDING_NOTES = {
-    "zero1": "ZeRO-1 is DDP with an optimizer that works on its own rows of every parameter and then gathers the rest.",
-    "zero2": f"ZeRO-2 is {FULLY_SHARD}, parameters kept from forward to backward.",
-    "zero3": f"ZeRO-3 is {FULLY_SHARD}, parameters gathered again for backward.",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,35 +216,10 @@ def estimate(
         )
     check_kernel(p, device)
     sizes = sizes_for(m, p, threads)
-    a = account(m, p, device.device)
-    values = a.values(sizes)
     stages = tuple(_stages(m, p, device, sizes))
-    if stages:
-        at = max(range(len(stages)), key=lambda stage: stages[stage].needed)
-        a = account(m, p, device.device, at)
-        values = a.values(sizes)
-    sequences = p.batch_size * p.grad_accumulation * p.data_parallel
-    notes = ["The bytes are those of eager execution; compiled, fused ops save some."] if p.compile else []
-    notes += [SHARDING_NOTES[p.sharding]] if p.shards > 1 else []
-    if m.num_experts is not None:
-        routed = "all experts get equally many tokens" if p.imbalance == 1 else "one expert gets more than its share"
-        notes.append(
-            f"The time is that of a step in which {routed} (imbalance = {p.imbalance:g}); bytes and FLOPs are the same "
-            "whichever experts are chosen, as each accelerator holds all of them."
-        )
-    if p.shards > 1 and p.sharding in FULLY_SHARDED and p.precision in ("bf16-mixed", "fp16-mixed"):
-        notes.append(
-            f"{p.precision} here is autocast under FSDP: parameters are gathered in fp32, and autocast keeps a 16-bit "
-            'copy of each until backward is over. precision="bf16-fsdp" gathers them in bf16.'
-        )
-    if p.sharding != "none" and p.data_parallel == 1:
-        notes.append("One accelerator has nobody to share with: sharding changes nothing.")
-    if global_batch_size is not None and global_batch_size != sequences:
-        notes.append(
-            f"{p.grad_accumulation:,} micro-batches of {p.batch_size} on {count} make {sequences:,} sequences: of the "
-            f"last ones only those that {global_batch_size:,} leave are computed, in the time of full ones."
-        )
-        sequences = global_batch_size
+    worst = max(range(len(stages)), key=lambda stage: stages[stage].needed, default=0)
+    a = account(m, p, device.device, worst)
+    values = a.values(sizes)
     together = _alone(m, p, device.device, threads) if p.accelerators > p.data_parallel else values
     own = together if p.is_pipeline else values
     flops = Flops(
@@ -257,18 +227,11 @@ def estimate(
         own.backward_flops,
         own.recompute_flops,
         own.optimizer_flops,
-        sequences,
+        run.global_batch_size or p.batch_size * p.grad_accumulation * p.data_parallel,
         p.batch_size,
         together.forward_flops + together.backward_flops - together.recompute_flops if own is not together else None,
         p.tensor_parallel,
     )
-    if stages:
-        notes.append(
-            f"Memory is that of stage {at + 1} of {len(stages)}, which needs the most; the figures by "
-            "module are its own, and FLOPs those of all stages."
-        )
-    if run.network is not None:
-        network_of(run.network)  # refused by name here, as it would only be a note below
     setup = Setup(
         Variant(wide=frozenset(run.wide)),
         attention=run.attention_kernel,
@@ -277,6 +240,9 @@ def estimate(
         overlap=run.overlap,
         stack_factor=stack_factor,
     )
+    said = [*notes(m, p, run.global_batch_size), *notes_of_stages(worst, len(stages))]
+    if run.network is not None:
+        network_of(run.network)  # refused by name here, as it would only be a note below
     time = None
     if run.mfu is not None:
         peak = device.peak_flops(p.product_dtype)
@@ -285,8 +251,8 @@ def estimate(
         try:
             time = predicted(m, p, device, flops, together.active_parameters, run.steps, count, setup)
         except ConfigError as error:  # no peak, no link, no calibration: marked, never guessed
-            notes.append(f"No time is predicted: {error}.")
-    return Estimate(m, p, device, a, values, memory(a, values, sizes, device), flops, time, tuple(notes), setup, stages)
+            said.append(f"No time is predicted: {error}.")
+    return Estimate(m, p, device, a, values, memory(a, values, sizes, device), flops, time, tuple(said), setup, stages)
 
 
 def _alone(m: ModelConfig, p: Plan, device: str, threads: int | None) -> Values:

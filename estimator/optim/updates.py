@@ -1,4 +1,4 @@
-"""What every optimizer's step is made of: where its updates are noted, its state, clipping and zeroing of gradients."""
+"""What every optimizer's step is made of: where its updates are noted, its state, zeroing of gradients."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from estimator.eager.ledger import Category
-from estimator.eager.letters import ZERO
 from estimator.eager.ops import python_number
-from estimator.eager.tensor import FLOAT32, Dtype, Locals, Tensor
+from estimator.eager.tensor import FLOAT32, Dtype, Tensor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -88,42 +87,3 @@ class Optimizer:
     def step(self) -> None:
         """One update of all parameters."""
         raise NotImplementedError
-
-
-def clip_gradients(parameters: Sequence[Tensor]) -> None:
-    """`trainer.optim.clip.gradient_clipping`: a norm a parameter, the norm of those stacked, the factor in place.
-
-    All in the gradients' dtype. The scalars between norm and factor are less than the stack that is gone by then.
-    """
-    machine = parameters[0].machine
-    with Locals() as v, machine.ledger.at("clipping", None, "gradient_clipping"):
-        norms = gradient_norms(parameters)
-        dtype = norms[0].dtype
-        stacked = machine.empty((number_of(parameters),), dtype).hold()
-        v.norm = machine.empty((), dtype)
-        stacked.drop()
-        v.factor = machine.empty((), dtype)
-        for p in parameters:
-            assert p.grad is not None
-            with at_parameter(p, "mul_"):
-                in_place("mul_", p.grad, v.factor, arithmetic=1)
-        for p, norm in zip(parameters, norms, strict=True):
-            with at_parameter(p, "gradient_clipping"):
-                norm.drop()
-
-
-def gradient_norms(parameters: Sequence[Tensor]) -> list[Tensor]:
-    """The norm of each parameter's gradient, in its dtype, held."""
-    norms = []
-    for p in parameters:
-        assert p.grad is not None
-        with at_parameter(p, "vector_norm"):
-            norms.append(p.machine.empty((), p.grad.dtype).hold())
-            p.machine.kernel("vector_norm", (p.grad,), (norms[-1],), arithmetic=2 * p.numel)
-    return norms
-
-
-def number_of(parameters: Sequence[Tensor]) -> Size:
-    """How many parameters a model of any number of layers has."""
-    stack = parameters[0].machine.stack
-    return sum((stack.times(p.storage.where.block) for p in parameters), ZERO)

@@ -13,7 +13,8 @@ from estimator.eager.ledger import Category
 from estimator.eager.letters import ONE, ZERO
 from estimator.eager.ops import python_number
 from estimator.eager.tensor import Tensor
-from estimator.optim.updates import at_parameter, clip_gradients, gradient_norms, in_place, number_of, zero_grad
+from estimator.optim.clipping import clip_gradients, gradient_norms, number_of
+from estimator.optim.updates import at_parameter, in_place, zero_grad
 from estimator.parallel.placement import DATA, buckets, pieces, rows_on
 
 if TYPE_CHECKING:

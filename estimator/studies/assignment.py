@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
+from estimator.accounting.sizes import sizes_of
 from estimator.describe.checks import ConfigError, shown
 from estimator.describe.presets import preset
 from estimator.describe.units import SECONDS_PER_DAY
 from estimator.eager.ledger import Category
 from estimator.eager.letters import ZERO, L, Size, evaluate, expression
 from estimator.eager.repetition import Stack
-from estimator.eager.sizes import ShapeClass, sizes_of
+from estimator.eager.sizes import ShapeClass
 from estimator.eager.tensor import INT64, Machine
 from estimator.models.textbook import Textbook
 

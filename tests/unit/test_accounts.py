@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 
 import estimator as est
 from estimator.accounting.accounts import FORMS, account, components, recipe_of
+from estimator.accounting.sizes import sizes_of
 from estimator.describe.checks import ConfigError
 from estimator.describe.model import ModelConfig
 from estimator.describe.plan import Plan
 from estimator.eager.ledger import Category
 from estimator.eager.letters import SYMBOLS
-from estimator.eager.sizes import sizes_of
 
 
 @st.composite

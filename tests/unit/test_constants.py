@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from estimator.describe.catalogue import read_data
-from estimator.studies import ablation, published
+from estimator.studies import ablation, published, published_report
 from estimator.timing.roofline import Efficiency, Flash
 
 ROOT = Path(__file__).parents[2]
@@ -60,5 +60,5 @@ def test_each_part_changes_what_it_is_about(part):
 
 def test_the_document_has_todays_tables():
     text = (ROOT / "docs" / "time.md").read_text()
-    assert published.table() in text
-    assert published.calibrated_table() in text
+    assert published_report.table() in text
+    assert published_report.calibrated_table() in text

@@ -8,8 +8,8 @@ import torch
 from rich.console import Console
 
 import estimator as est
+from estimator.accounting.sizes import sizes_of
 from estimator.eager.letters import evaluate
-from estimator.eager.sizes import sizes_of
 from estimator.timing.roofline import efficiency
 from estimator.timing.speed import times
 from trainer.referee import validate

@@ -11,8 +11,8 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from estimator.describe.catalogue import read_data
-from estimator.studies import published
-from estimator.studies.runs import SOURCES, left_out, rows, runs
+from estimator.studies import published, published_plot, published_report
+from estimator.studies.runs import NAMES, SOURCES, left_out, rows, runs
 from estimator.timing.roofline import PARTS
 from estimator.timing.speed import spread
 
@@ -61,7 +61,7 @@ def test_every_row_is_a_run_or_says_why_it_is_none():
     total = sum(len(rows(name)) for name in SOURCES)
     out = sum(reasons.total() for reasons in left_out().values())
     assert len(runs()) + out == total
-    assert "| Megatron-LM | 25 | tensor and pipeline parallelism |" in published.missing()
+    assert "| Megatron-LM | 25 | tensor and pipeline parallelism |" in published_report.missing()
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -85,7 +85,7 @@ def test_each_row_becomes_the_run_that_it_describes():
 
 
 def test_the_table_has_a_line_for_each_stack_and_their_mean():
-    lines = published.table().splitlines()[2:]
+    lines = published_report.table().splitlines()[2:]
     regimes = {j.regime for j in published.judged()}
     assert len(lines) == len(published.stacks()) + 1 + len(regimes)
     assert len(published.worst(7)) == 7
@@ -94,15 +94,18 @@ def test_the_table_has_a_line_for_each_stack_and_their_mean():
 
 
 def test_the_plot_has_a_point_for_each_run():
-    tree = ET.fromstring(published.plot())  # noqa: S314 - our own
+    tree = ET.fromstring(published_plot.plot())  # noqa: S314 - our own
     circles = tree.findall("{http://www.w3.org/2000/svg}circle")
-    assert len(circles) == len(published.judged()) + len(published.NAMES)
-    assert all(0 < float(c.get("cx")) < published.WIDTH and 0 < float(c.get("cy")) < published.HEIGHT for c in circles)
+    assert len(circles) == len(published.judged()) + len(NAMES)
+    assert all(
+        0 < float(c.get("cx")) < published_plot.WIDTH and 0 < float(c.get("cy")) < published_plot.HEIGHT
+        for c in circles
+    )
 
 
 def test_the_residuals_on_file_are_those_of_the_rows():
-    """After a change of the model: python -m estimator.studies.published --residuals > estimator/data/residuals.toml"""
-    assert tomllib.loads(published.residuals()) == read_data("residuals")
+    """After a change: python -m estimator.studies.published_report --residuals > estimator/data/residuals.toml"""
+    assert tomllib.loads(published_report.residuals()) == read_data("residuals")
     for part in PARTS:
         (low, high), said = spread(dict.fromkeys(PARTS, 0.0) | {part: 1.0})
         assert 0.5 < low <= 1 <= high < 2
@@ -138,9 +141,9 @@ def test_the_command_needs_no_torch_and_writes_what_it_prints_only_where_it_is_t
 
 
 def test_the_kept_report_and_the_pages_are_those_of_today():
-    assert (ROOT / "validation" / "published.md").read_text() == published.report()
-    assert (ROOT / "validation" / "published.svg").read_text() == published.plot()
-    assert published.table() in (ROOT / "docs" / "time.md").read_text()
+    assert (ROOT / "validation" / "published.md").read_text() == published_report.report()
+    assert (ROOT / "validation" / "published.svg").read_text() == published_plot.plot()
+    assert published_report.table() in (ROOT / "docs" / "time.md").read_text()
     mean = published.overall()
     said = f"{mean.median:.1%}, and the 90th percentile {mean.percentile_90:.1%}".replace("%", " %")
     assert said in (ROOT / "README.md").read_text()

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 
 from estimator.accounting.accounts import account, recipe_of, sizes_for
+from estimator.accounting.sizes import sizes_of
 from estimator.accounting.step import run_step
 from estimator.accounting.trace import Trace
 from estimator.describe.model import ModelConfig
 from estimator.describe.plan import Plan
 from estimator.eager.ledger import Phase
 from estimator.eager.repetition import Group, Stack
-from estimator.eager.sizes import ShapeClass, sizes_of
+from estimator.eager.sizes import ShapeClass
 from estimator.memory.device import rounded_peak, timeline
 
 GPT2 = ModelConfig("gpt2", 7, 48, 4, 101, 32)

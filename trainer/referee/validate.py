@@ -30,7 +30,7 @@ from estimator.describe.plan import Plan
 from estimator.describe.settings import choices
 from estimator.hardware.accelerators import accelerator
 from estimator.memory.device import memory
-from estimator.studies import device, published
+from estimator.studies import device, published_report
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -223,7 +223,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command; 0 if every exact figure is equal, 1 if one is not, 2 for bad arguments."""
     argv = sys.argv[1:] if argv is None else list(argv)
     if "--published" in argv:
-        return published.main([word for word in argv if word != "--published"])
+        return published_report.main([word for word in argv if word != "--published"])
     if "--import" in argv:
         return device.main([word for word in argv if word != "--import"])
     if "--time" in argv:

@@ -1,0 +1,56 @@
+"""What a reader should know of how the figures of an estimate came about, in sentences."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from estimator.describe.plan import FULLY_SHARDED
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from estimator.describe.model import ModelConfig
+    from estimator.describe.plan import Plan
+
+FULLY_SHARD = "PyTorch's fully_shard on each block and on the model, gradients scattered in every micro-batch"
+SHARDING_NOTES = {
+    "zero1": "ZeRO-1 is DDP with an optimizer that works on its own rows of every parameter and then gathers the rest.",
+    "zero2": f"ZeRO-2 is {FULLY_SHARD}, parameters kept from forward to backward.",
+    "zero3": f"ZeRO-3 is {FULLY_SHARD}, parameters gathered again for backward.",
+}
+
+
+def notes(m: ModelConfig, p: Plan, global_batch_size: int | None) -> Iterator[str]:
+    """What the plan makes of the figures."""
+    if p.compile:
+        yield "The bytes are those of eager execution; compiled, fused ops save some."
+    if p.shards > 1:
+        yield SHARDING_NOTES[p.sharding]
+    if m.num_experts is not None:
+        routed = "all experts get equally many tokens" if p.imbalance == 1 else "one expert gets more than its share"
+        yield (
+            f"The time is that of a step in which {routed} (imbalance = {p.imbalance:g}); bytes and FLOPs are the same "
+            "whichever experts are chosen, as each accelerator holds all of them."
+        )
+    if p.shards > 1 and p.sharding in FULLY_SHARDED and p.precision in ("bf16-mixed", "fp16-mixed"):
+        yield (
+            f"{p.precision} here is autocast under FSDP: parameters are gathered in fp32, and autocast keeps a 16-bit "
+            'copy of each until backward is over. precision="bf16-fsdp" gathers them in bf16.'
+        )
+    if p.sharding != "none" and p.data_parallel == 1:
+        yield "One accelerator has nobody to share with: sharding changes nothing."
+    sequences = p.batch_size * p.grad_accumulation * p.data_parallel
+    if global_batch_size is not None and global_batch_size != sequences:
+        yield (
+            f"{p.grad_accumulation:,} micro-batches of {p.batch_size} on {p.accelerators} make {sequences:,} sequences:"
+            f" of the last ones only those that {global_batch_size:,} leave are computed, in the time of full ones."
+        )
+
+
+def notes_of_stages(worst: int, stages: int) -> Iterator[str]:
+    """Whose figures those of a pipeline are."""
+    if stages:
+        yield (
+            f"Memory is that of stage {worst + 1} of {stages}, which needs the most; the figures by "
+            "module are its own, and FLOPs those of all stages."
+        )

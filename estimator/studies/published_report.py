@@ -1,0 +1,171 @@
+"""What is printed and written of the errors on published runs: tables, a file of rows, the spread of the residuals.
+
+    validate-estimates --published     (or python -m estimator.studies.published_report)
+
+Needs no torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from estimator.studies.published import calibrated, grouped, judged, overall, quantile, stacks, summary, worst
+from estimator.studies.published_plot import plot
+from estimator.studies.runs import left_out
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+ENOUGH = 20  # runs of a regime whose 5th and 95th percentile mean something
+HEADER = "| stack | runs | count as | median error | 90th percentile | bias |\n|---|---:|---:|---:|---:|---:|\n"
+
+
+def table() -> str:
+    """The errors as a Markdown table: by stack, their mean, and by what most of the time goes to."""
+    regimes = grouped(lambda j: j.regime)
+    found = [*stacks(), overall(), *(summary(regimes[name], f"all that are {name}") for name in sorted(regimes))]
+    return HEADER + "".join(
+        f"| {s.group} | {s.count} | {s.independent:.0f} | {s.median:.1%} | {s.percentile_90:.1%} | {s.bias:+.1%} |\n"
+        for s in found
+    )
+
+
+def calibrated_table() -> str:
+    """Those errors as a Markdown table, beside what they were."""
+    before = {s.group: s for s in stacks()}
+    lines = [
+        "| stack | rows | median error before | after three rows of it | 90th percentile |\n|---|---:|---:|---:|---:|\n"
+    ]
+    lines += [
+        f"| {stack} | {s.count} | {before[stack].median:.1%} | {s.median:.1%} | {s.percentile_90:.1%} |\n"
+        for stack, (s, _) in calibrated().items()
+    ]
+    return "".join(lines)
+
+
+def missing() -> str:
+    """The published rows that no plan describes, as a Markdown table."""
+    lines = ["| source | rows left out | why |\n|---|---:|---|\n"]
+    for source, reasons in left_out().items():
+        lines += [f"| {source} | {count} | {reason} |\n" for reason, count in reasons.items()]
+    return "".join(lines)
+
+
+def worst_rows(count: int = 10) -> str:
+    """Those runs as a Markdown table."""
+    lines = ["| stack | model | T | B | accelerators | tokens/s measured | predicted | error |\n"]
+    lines.append("|---|---|---:|---:|---|---:|---:|---:|\n")
+    for j in worst(count):
+        r = j.run
+        sizes = f"{r.row['model']} {r.model.num_layers} x {r.model.d_model}"
+        lines.append(
+            f"| {r.stack} | {sizes} | {r.plan.tokens(r.model):,} | {r.plan.batch_size} "
+            f"| {r.plan.data_parallel} | {r.measured:,.0f} | {j.predicted:,.0f} | {j.error:+.1%} |\n"
+        )
+    return "".join(lines)
+
+
+def report(count: int = 10) -> str:
+    """Everything that the command prints and writes, in Markdown."""
+    return (
+        f"Predicted tokens per second against {len(judged())} published training runs of {len(stacks())} stacks; no "
+        f"efficiency was fitted to them. Each stack weighs the same.\n\n{table()}\nThe worst rows:\n\n"
+        f"{worst_rows(count)}\nWith a factor from three rows of each stack of six or more (`estimate calibrate --log`):"
+        f"\n\n{calibrated_table()}\nPublished rows that no plan describes:\n\n{missing()}"
+    )
+
+
+def records() -> list[dict[str, Any]]:
+    """One flat record a run, for a file."""
+    return [
+        {
+            "source": j.run.row["source"],
+            "stack": j.run.stack,
+            "model": j.run.row["model"],
+            "accelerator": j.run.accelerator,
+            "accelerators": j.run.plan.data_parallel,
+            "seq_len": j.run.plan.tokens(j.run.model),
+            "batch_size": j.run.plan.batch_size,
+            "measured": j.run.measured,
+            "predicted": j.predicted,
+            "regime": j.regime,
+            "error": j.error,
+        }
+        for j in judged()
+    ]
+
+
+def residuals() -> str:
+    """`data/residuals.toml`: between which factors on the predicted time nine published runs of ten lie.
+
+    By regime where there are enough runs in it, and over all. Each stack weighs the same, so that the many runs of one
+    do not speak for the others.
+    """
+    groups = {name: members for name, members in grouped(lambda j: j.regime).items() if len(members) >= ENOUGH}
+    groups["all"] = list(judged())
+    how = "`python -m estimator.studies.published_report --residuals`"
+    lines = [f"# Measured time over predicted, 5th and 95th percentile: {how}.\n"]
+    for name, members in groups.items():
+        shares = Counter[str]()
+        for j in members:
+            shares[j.run.stack] += j.run.weight  # type: ignore[assignment]
+        ratios = np.array([1 + j.error for j in members])  # of times, the inverse of that of tokens per second
+        weights = np.array([j.run.weight / shares[j.run.stack] for j in members])
+        low, high = (quantile(ratios, weights, q) for q in (0.05, 0.95))
+        stacks = {j.run.stack for j in members}
+        kind = "" if name == "all" else f" {name}"
+        said = (
+            f"Errors on {len(members)}{kind} published runs of {len(stacks)} stacks, listed in validation/published.md."
+        )
+        rows = json.dumps(said, allow_nan=False)
+        lines.append(f"\n[{name}]\nlow = {min(low, 1):.3f}\nhigh = {max(high, 1):.3f}\nrows = {rows}\n")
+    kept = calibrated()
+    ratios = np.array([x for _, of in kept.values() for x in of])
+    weights = np.array([1 / len(of) for _, of in kept.values() for _ in of])
+    low, high = (quantile(ratios, weights, q) for q in (0.05, 0.95))
+    said = f"{len(ratios)} published runs of {len(kept)} stacks, once three others of the stack gave its factor."
+    rows = json.dumps(said, allow_nan=False)
+    lines.append(f"\n[calibrated]\nlow = {min(low, 1):.3f}\nhigh = {max(high, 1):.3f}\nrows = {rows}\n")
+    return "".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command: print the table and the worst rows, and write them and the plot where it is told; 0 when done."""
+    parser = argparse.ArgumentParser(
+        prog="validate-estimates --published",
+        description="How far the predicted time is from the training runs that others published.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write published.md and published.svg to DIR")
+    parser.add_argument("--worst", type=int, default=10, metavar="N", help="rows to list (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every run's figures to FILE")
+    parser.add_argument("--residuals", action="store_true", help="print estimator/data/residuals.toml, and stop")
+    args = parser.parse_args(argv)
+    if args.residuals:
+        sys.stdout.write(residuals())
+        return 0
+    if args.worst < 1:
+        parser.error(f"--worst = {args.worst}: must be at least 1")
+    text = report(args.worst)
+    sys.stdout.write(text)
+    try:
+        if args.out:
+            args.out.mkdir(parents=True, exist_ok=True)
+            (args.out / "published.md").write_text(text, encoding="utf-8")
+            (args.out / "published.svg").write_text(plot(), encoding="utf-8")
+        if args.json:
+            args.json.write_text(json.dumps(records(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        parser.error(f"cannot write {error.filename!r}: {error.strerror}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
