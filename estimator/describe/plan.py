@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 FULLY_SHARDED = ("zero2", "zero3")  # what PyTorch's fully_shard does
 # The implementations of each optimizer; "auto" is the first, on CUDA foreach in place of loop: torch.optim's default
-# there, but for Adafactor's, which takes lists only where it is asked to (`foreach` of torch.optim._adafactor.adafactor).
+# there, but for Adafactor's, which takes lists only where it is asked to (torch.optim._adafactor.adafactor).
 OPTIMIZERS = {
     "adamw": ("loop", "foreach", "fused", "bundled"),
     "adam": ("loop", "foreach", "fused"),
@@ -185,7 +185,7 @@ class Plan:
         "auto",
         "How the update is written.",
         {
-            "auto": "what torch picks: loop on the CPU, foreach on CUDA (adafactor: loop); for sgd and lion the bundled one",
+            "auto": "what torch picks: loop on the CPU and for adafactor, else foreach; for sgd and lion the bundled one",
             "loop": "torch.optim's, a loop over parameters",
             "foreach": "torch.optim's, a list of parameters at a time",
             "fused": "torch.optim's, in one kernel",
