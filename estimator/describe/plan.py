@@ -185,7 +185,7 @@ class Plan:
         "auto",
         "How the update is written.",
         {
-            "auto": "what torch picks: loop on the CPU and for adafactor, else foreach; for sgd and lion the bundled one",
+            "auto": "what torch picks: loop on the CPU and for adafactor, else foreach; sgd and lion: bundled",
             "loop": "torch.optim's, a loop over parameters",
             "foreach": "torch.optim's, a list of parameters at a time",
             "fused": "torch.optim's, in one kernel",
