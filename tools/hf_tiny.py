@@ -53,6 +53,14 @@ SIZES = {
 }
 # What a family needs beside, or in place of these.
 BESIDE = {
+    "aria_text": {"moe_topk": 2},
+    "cohere2_moe": {
+        "num_shared_experts": 2,
+        "prefix_dense_intermediate_size": 72,
+        "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+        "expert_selection_fn": "sigmoid",
+    },
     "flint": {"mlp_only_layers": [1]},
     "granite_swa": {"layer_rope_theta": [0, 10000, 10000, 10000]},
     "granitemoe_swa": {"layer_rope_theta": [0, 10000, 10000, 10000]},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from estimator.describe.family import (
     CLIPPED,
+    COHERE,
     EVERY_LAYER,
     GRANITE,
     GRANITE_SHARED,
@@ -17,6 +18,7 @@ from estimator.describe.family import (
     LN_NO_BIAS,
     NO_BIASES,
     QK_NORMED,
+    RMS,
     Family,
 )
 from estimator.describe.rules import (
@@ -24,15 +26,19 @@ from estimator.describe.rules import (
     after_first,
     all_four,
     at_moe_layers,
+    averaged_with_shared,
     between_moe_layers,
     by_group_limit,
+    chosen_score,
     cycle,
+    dense_prefix,
     dots_windows,
     either,
     every_step,
     exaone_windows,
     if_grouped,
     in_windows,
+    in_windows_or_dense,
     last_of,
     listed_or_after_first,
     listed_or_after_one,
@@ -46,6 +52,7 @@ from estimator.describe.rules import (
     shared_of,
     shared_width,
     size,
+    windows_after_dense,
     windows_if_used,
     with_rope,
     with_theta,
@@ -68,12 +75,44 @@ MIXTURES: dict[str, Family] = {
         rotates=lambda c: [kind == "window" for kind in c.kinds],
         sparse=lambda c: [i >= c.count("num_dense_layers") for i in range(c.layers)],
     ),
+    "aria_text": Family(
+        attention=all_four("attention_bias"),
+        experts={"score": "logits", "shared": "plain"},
+        sizes={
+            "num_experts": size("moe_num_experts"),
+            "experts_per_token": size("moe_topk"),
+            "d_expert": size("intermediate_size"),
+            "d_shared": lambda c: c.size("moe_num_shared_experts") * c.size("intermediate_size"),
+        },
+        refused=(
+            ("mlp_bias", False, "the shared experts would have biases too"),
+            ("hidden_act", "silu", "the family's experts have no other, its shared ones would"),
+        ),
+    ),
     "axk1": Family(
         attention=LATENT,
         positions={"pairs": either("rope_interleave", "neighbours", "halves")},
         experts=GROUPED | {"out_norm": True},
         sizes=LATENT_SIZES | GROUP_SIZES,
         sparse=listed_or_after_one,
+    ),
+    "cohere2_moe": Family(
+        **COHERE | {"norm": lambda c: LN_NO_BIAS if c("rms_norm_eps") is None else RMS},
+        attention=all_four("attention_bias"),
+        experts={
+            "score": chosen_score,
+            "normalised": yes("norm_topk_prob"),
+            "shared": lambda c: "plain" if c.count("num_shared_experts") else "none",
+            "averaged": averaged_with_shared,
+        },
+        sizes={
+            "d_ff": lambda c: c.size("prefix_dense_intermediate_size"),
+            "d_expert": size("intermediate_size"),
+            "d_shared": lambda c: c.count("num_shared_experts") * c.size("intermediate_size") or None,
+        },
+        kinds=windows_after_dense,
+        rotates=in_windows_or_dense,
+        sparse=dense_prefix,
     ),
     "dbrx": Family(
         norm=LN_NO_BIAS,

@@ -84,7 +84,6 @@ ONE_OFF = {
         "llama",
     ),
     "chatglm": ("its code and the names of its fields are its own", "glm4"),
-    "cohere2_moe": ("its shared experts are averaged with the others", "cohere2"),
     "deepseek_v32": (INDEXED, "deepseek_v3"),
     "deepseek_v4": ("its stream is several streams side by side, and its keys are compressed", "deepseek_v3"),
     "diffllama": ("its attention is the difference of two", "llama"),

@@ -253,7 +253,7 @@ def test_an_unknown_type_is_taken_for_the_family_of_its_class_and_that_is_said()
             "made of others .encoder: 'bert', decoder: 'gpt2'., which would be lost",
         ),
         ("llama", {"draft_model": {"model_type": "eagle"}}, "made of others .draft_model: 'eagle'"),
-        ("cohere2_moe", {"architectures": ["Cohere2ForCausalLM"]}, "its shared experts are averaged"),
+        ("diffllama", {"architectures": ["LlamaForCausalLM"]}, "its attention is the difference of two"),
         (
             "own",
             {"architectures": ["LlamaForCausalLM"], "auto_map": {"AutoModel": "x"}},

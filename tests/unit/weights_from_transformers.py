@@ -154,7 +154,7 @@ def laid_out(name, x, m):
         return x.unflatten(0, (-1, 2, m.e // 2)).flip(1).flatten(0, 2)
     if family == "ernie4_5_moe" and name.endswith("correction"):
         return x[0]
-    if family in ("gpt_oss", "llama4_text") and name.endswith(("experts.gate_up", "experts.down")):
+    if family in ("aria_text", "gpt_oss", "llama4_text") and name.endswith(("experts.gate_up", "experts.down")):
         x = x.transpose(1, 2)
     if family == "gpt_oss" and "experts.gate_up" in name:
         return torch.cat([x[:, 0::2], x[:, 1::2]], 1)
