@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from estimator.eager.letters import Size
     from estimator.eager.repetition import Stack
 
+    _Place = tuple[Phase, int | None, int]
+
 
 @dataclass(frozen=True)
 class Moment:
@@ -138,6 +140,8 @@ class Trace:
             before[group, end:] += so_far[-1]
         peaks = (self.sign > 0) & np.append(self.sign[1:] < 0, True)
         peaks[: self.step] = False
+        positions = self._positions()
+        by_event = {at: key for key, at in positions.items()}
         places, counts = [], []
         for i in np.flatnonzero(peaks):
             where, group = self.ledger.events[i].where, int(self.group[i])
@@ -145,7 +149,7 @@ class Trace:
                 places.append(where)
                 counts.append(np.concatenate((once[i][None], before[:, i])))
                 continue
-            low, high = (live[partner] - live[i] for partner in self._partners(int(i)))
+            low, high = (live[at] - live[i] for at in self._partners(int(i), by_event[int(i)], positions))
             if bool((low == -high).all()) and (bool((low == net[i]).all()) or bool((high == net[i]).all())):
                 continue
             first = np.concatenate(((once[i] + inside[i])[None], before[:, i]))
@@ -156,8 +160,7 @@ class Trace:
             counts += [first, last]
         return places, np.array(counts)
 
-    @cached_property
-    def _positions(self) -> dict[tuple[Phase, int | None, int], int]:
+    def _positions(self) -> dict[_Place, int]:
         """(phase, block, n): the n-th event of a block in a phase."""
         count: dict[tuple[Phase, int | None], int] = {}
         positions = {}
@@ -167,17 +170,13 @@ class Trace:
             count[key] += 1
         return positions
 
-    @cached_property
-    def _places(self) -> dict[int, tuple[Phase, int | None, int]]:
-        return {at: key for key, at in self._positions.items()}
-
-    def _partners(self, i: int) -> tuple[int, int]:
+    def _partners(self, i: int, place: _Place, positions: Mapping[_Place, int]) -> tuple[int, int]:
         """The events of the first and the last turn that are event i of the middle one; i where there is none."""
-        phase, block, ordinal = self._places[i]
+        phase, block, ordinal = place
         if block is None:
             return i, i
         unit = len(self.stack.groups[self.stack.places[block].group].pattern)
-        ends = (self._positions.get((phase, block + step, ordinal), i) for step in (-unit, unit))
+        ends = (positions.get((phase, block + step, ordinal), i) for step in (-unit, unit))
         first, last = (at if self.ledger.events[at].where.op == self.ledger.events[i].where.op else i for at in ends)
         return first, last
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from estimator.accounting.accounts import account, recipe_of, sizes_for, vectorised_peak
+from estimator.accounting.collector import collected_later
 from estimator.answers.estimates import check_kernel
 from estimator.answers.plans import RECIPE
 from estimator.describe.checks import ConfigError, choose
@@ -154,6 +155,7 @@ def layouts(
     return search(model, plan, on, **how).to_frame()
 
 
+@collected_later()
 def search(
     model: ModelConfig | str,
     plan: Plan | None = None,

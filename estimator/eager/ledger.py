@@ -164,11 +164,13 @@ class Ledger:
     op: str = ""
     recompute: bool = False
     updates: bool = False  # what runs is the optimizer's, whatever the phase
+    places: dict[Where, Where] = field(default_factory=dict)  # each place once: a seventh of what the events would have
 
     @property
     def here(self) -> Where:
         """The place that the next event will carry."""
-        return Where(self.phase, self.module, self.block, self.op)
+        where = Where(self.phase, self.module, self.block, self.op)
+        return self.places.setdefault(where, where)
 
     @contextmanager
     def updating(self) -> Iterator[None]:
