@@ -30,14 +30,17 @@ PRESETS = (
 # What people run: autocast to bf16, fused attention and optimizer, PyTorch's own loss, clipped gradients.
 RECIPE = {"gpu": "h100-80gb-sxm", "precision": "bf16-mixed", "attention": "sdpa", "loss": "torch"}
 RECIPE |= {"optimizer_impl": "fused", "max_grad_norm": 1.0}
+LONGEST = 2**17  # tokens: of ten million the FLOPs are beyond 64 bits
 LAST = is_metric("Energy")  # the last of the figures
 ALONE, CROWD, MEMORY = 4.0, 10.0, 600e6  # seconds, seconds, bytes: what is promised
 
 
 def first(url, model, *, leaving=True):
     """Seconds until a new visitor has the figures of a model in the recipe that people run."""
-    unfused = {"attention": "naive"} if est.preset(model).unfused else {}  # no fused kernel has its soft caps
-    session = Session(url, urlencode({"model": model, **RECIPE, **unfused}), until=LAST, leaving=leaving)
+    m = est.preset(model)
+    asked = {"model": model, **RECIPE, "seq_len": min(m.context_length, LONGEST)}
+    asked |= {"attention": "naive"} if m.unfused else {}  # no fused kernel has its soft caps
+    session = Session(url, urlencode(asked), until=LAST, leaving=leaving)
     session.close()
     if session.first is None:
         raise SystemExit(f"{model}: the page drew no figures: {session.exceptions}")

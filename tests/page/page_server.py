@@ -69,7 +69,7 @@ class Session:
         self._open = ExitStack()
         stream = url.replace("http", "ws") + "/_stcore/stream"
         self.socket = self._open.enter_context(
-            connect(stream, subprotocols=["streamlit"], max_size=None, open_timeout=30)
+            connect(stream, subprotocols=["streamlit"], max_size=None, open_timeout=30, close_timeout=0.1)
         )
         self.query, self.states = query, {}
         self.drawn, self.inputs, self.exceptions = {}, {}, []
