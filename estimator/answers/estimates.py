@@ -21,7 +21,7 @@ from estimator.hardware.networks import network as network_of
 from estimator.memory.device import Memory, memory
 from estimator.pricing.conventions import CONVENTIONS, flops_per_token
 from estimator.timing.kernels import Variant
-from estimator.timing.speed import Setup, StackFactor, Time, at_mfu, predicted
+from estimator.timing.speed import Setup, Time, at_mfu, predicted
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from estimator.describe.model import ModelConfig
+    from estimator.timing.stack import StackFactor
 
 WITHOUT_FLASH = ("volta", "turing")  # flash_api.cpp, mha_fwd: "FlashAttention only supports Ampere GPUs or newer."
 

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from estimator.describe.settings import Setting
     from estimator.timing.speed import Time
 
+ALMOST_ALL = 0.999  # of the parameters are trained: what is left out says more
+
 
 def _common() -> dict[str, str]:
     """The short help: what most people need, and in how few words."""
@@ -155,14 +157,17 @@ def calibrate(argv: Sequence[str]) -> int:
 
 def _calibrate_by_log(args: argparse.Namespace) -> int:
     """`estimate calibrate --log FILE MODEL ...`: measured steps over predicted ones."""
-    from estimator.answers.logs import explanation, read_log, save, stack_factor  # noqa: PLC0415 - only for this
+    from estimator.answers.logs import explanation, load, logged, read_log, save  # noqa: PLC0415 - only for this
+    from estimator.timing.stack import StackFactor  # noqa: PLC0415 - the same
 
     log = read_log(args.log)
+    earlier = load(args.stack_factor).runs if args.stack_factor else ()
+    args.stack_factor = None
     r = asked(args)
     if r.time is None or not r.time.predicted:
         raise ConfigError(f"log = {args.log!r}: no time is predicted for this run: {' '.join(r.notes)}")
     tokens = r.time.tokens_per_second * r.time.seconds_per_step
-    found = stack_factor(log, r.time, tokens, f"{args.log} ({log.format})")
+    found = StackFactor((*earlier, logged(log, r.time, tokens, f"{args.log} ({log.format})")))
     sys.stdout.write(explanation(found, r) + "\n")
     if args.out:
         save(found, args.out)
@@ -293,8 +298,10 @@ def parameters(values: Values) -> str:
 
 def trained(values: Values) -> str:
     """How many of the parameters are trained."""
-    share = values.trained_parameters / values.parameters
-    return f"trained: {values.trained_parameters:,} of {values.parameters:,} parameters ({share:.3g} of them)"
+    whole, part = values.parameters, values.trained_parameters
+    if part > ALMOST_ALL * whole:  # a mixture whose routers have a correction that no gradient moves
+        return f"trained: all parameters but {whole - part:,}"
+    return f"trained: {part:,} of {whole:,} parameters ({part / whole:.3g} of them)"
 
 
 def verdict(r: Estimate, largest: int) -> str:
