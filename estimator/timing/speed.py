@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from estimator.accounting.accounts import account, sizes_for
+from estimator.accounting.accounts import account, sizes_for, stage_account
 from estimator.describe import pipeline
 from estimator.describe.catalogue import read_data
 from estimator.describe.checks import ConfigError
@@ -265,13 +265,12 @@ def pipeline_bars(
     the rate of a node's own links, or of the network where there are several nodes.
     """
     setup, e = setup or Setup(FUSED if p.compile else EAGER), efficiency(a)
-    sizes = sizes_for(m, p, threads=1)
     count = p.grad_accumulation
     group = cluster(a, p.accelerators, between=between(a, setup.network))
     rate = group.between * e.between if group.between is not None else (group.within or 0) * e.within
     times, works = [], []
     for stage in range(p.pipeline_parallel):
-        form = account(m, p, a.device, stage)
+        form, sizes = stage_account(m, p, a.device, stage), sizes_for(m, p, threads=1, stage=stage)
         kernels, fused = table(form, setup.variant), form.fused_kernel
         work = busy(
             kernels, kernels.at(sizes), sizes, count, a, e,
