@@ -89,7 +89,7 @@ def bars(rows: Sequence[tuple[str, float, str]], title: str) -> Drawing:
         {"name": name, "amount": amount, "text": text, "colour": SOLID[i % len(SOLID)]}
         for i, (name, amount, text) in enumerate(rows)
     ]
-    scale = {"domain": [0, most * 1.45], "nice": False}  # room for the text
+    scale = {"domain": [0, most * 1.7], "nice": False}  # room for the text
     x: Spec = {"field": "amount", "type": "quantitative", "axis": None, "scale": scale}
     style = {"ticks": False, "domain": False, "labelFontSize": 13, "labelLimit": 220}
     y: Spec = {"field": "name", "type": "nominal", "sort": None, "title": None, "axis": style}
@@ -131,7 +131,7 @@ def timeline_chart(estimate: Estimate, unit: str) -> Drawing:
     seen = [name for name in present if frame[name].max() > VISIBLE * peak]
     capacity = in_unit(memory.capacity or 0, unit)
     crowded = memory.peak > BUSY * (memory.capacity or 0)
-    plane = Plane(events, max(1.28 * peak, 1.08 * capacity if crowded else 0))  # room above the peak for its name
+    plane = Plane(events, max(1.2 * peak, 1.08 * capacity if crowded else 0))  # room above the peak for its name
 
     band, names = _phases(phases_of(timeline), plane)
     layers = [band, _areas(present, seen, plane, unit), names, _ruler(plane), *_peak(estimate, peak, plane, unit)]
@@ -203,16 +203,15 @@ def _ruler(plane: Plane) -> Spec:
 
 
 def _peak(estimate: Estimate, peak: float, plane: Plane, unit: str) -> tuple[Spec, Spec]:
-    """A point at the peak, and beside it how much it is and where in the step."""
-    timeline, where = estimate.memory.timeline, estimate.memory.where
+    """A point at the peak, and beside it how much it is; where it is in the step says the sentence below the chart."""
+    timeline = estimate.memory.timeline
     mark = [{"event": timeline.peak, "number": peak}]
     style = {"filled": True, "size": 70, "opacity": 1, "color": "gray", "stroke": "white", "strokeWidth": 1.5}
     point = layer("point", mark, x=plane.x("event"), y=plane.y("number"), **style)
     late = timeline.peak > plane.events / 2
     side = {"align": "right" if late else "left", "dx": -9 if late else 9}
-    at = " · ".join(part for part in (where.module or where.phase.value, where.op) if part)
-    said = [f"peak {size(estimate.memory.peak, unit)}", at]
-    style = {"baseline": "bottom", "dy": -5, "lineHeight": 15, "fontSize": 12, "fontWeight": 600, "color": "gray"}
+    said = f"peak {size(estimate.memory.peak, unit)}"
+    style = {"baseline": "bottom", "dy": -5, "fontSize": 12, "fontWeight": 600, "color": "gray"}
     called = layer("text", mark, x=plane.x("event"), y=plane.y("number"), text={"value": said}, **side, **style)
     return point, called
 

@@ -3,6 +3,7 @@
 import gc
 from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 # Accounts are thousands of small objects that live on; walking them again and again took a tenth of the suite's time.
@@ -33,3 +34,25 @@ def pytest_ignore_collect(collection_path, config):
     if config.option.markexpr != "quick" or path.suffix != ".py":
         return None
     return "mark.quick" not in path.read_text(encoding="utf-8") or None
+
+
+@pytest.fixture
+def no_onednn():
+    """Its products in bf16 take scratch that depends on the machine; without it, what is left is PyTorch's own."""
+    import torch
+
+    enabled = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = False
+    yield
+    torch.backends.mkldnn.enabled = enabled
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Tensors of some bytes are handed to a second thread in vain, and slowly on a busy machine."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from estimator.describe.catalogue import read_data
-from estimator.studies import ablation, operators, published
+from estimator.studies import ablation, operators, published_report
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,9 +30,9 @@ def text() -> str:
     kept = (ROOT / "validation" / "2026-11-26-published-before.md").read_text(encoding="utf-8")
     template = (ROOT / "tools" / "time.template.md").read_text(encoding="utf-8")
     return template.format(
-        after=published.table(),
+        after=published_report.table(),
         before=kept[kept.index("| stack |") :],
-        calibrated=published.calibrated_table(),
+        calibrated=published_report.calibrated_table(),
         ablation=ablation.table(),
         operators=operators.report().split("\n", 1)[0] + "\n\n" + operators.speeds(),
         constants=constants(),

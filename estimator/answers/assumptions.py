@@ -74,8 +74,11 @@ def assumptions(m: ModelConfig, p: Plan, a: Accelerator, setup: Setup) -> tuple[
     if p.compile:
         setup = replace(setup, variant=replace(setup.variant, fused=FUSED.fused))
 
+    own = setup.stack_factor
+
     def seconds(changed: Setup) -> float:
-        return sum(float(x[0]) for x in step_times(m, p, a, changed).values())
+        spent = step_times(m, p, a, replace(changed, stack_factor=None))
+        return sum(float(x[0]) for x in (spent if own is None else own.by_parts(spent)).values())
 
     now = seconds(setup)
 
@@ -126,7 +129,8 @@ def assumptions(m: ModelConfig, p: Plan, a: Accelerator, setup: Setup) -> tuple[
         found.append(Assumption("gradients are summed", value, origin, change))
     if a.boost_clock is not None:
         found.append(Assumption("clock", f"{a.boost_clock / 1e6:,.0f} MHz", "the datasheet's", {}))
-    if setup.stack_factor is not None:
-        own = setup.stack_factor
-        found.append(Assumption("factor of your stack", f"{own.factor:.3f}", own.source, {}))
+    if own is not None:
+        spent = step_times(m, p, a, replace(setup, stack_factor=None))
+        factor = sum(float(x[0]) for x in own.calibrated(spent).values()) / sum(float(x[0]) for x in spent.values())
+        found.append(Assumption("factor of your stack", f"{factor:.3f}", own.source, {"none": 1 / factor - 1}))
     return tuple(found)

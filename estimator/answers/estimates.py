@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from estimator.accounting.accounts import Account, Values, account, sizes_for, stage_account
 from estimator.answers.assumptions import Assumption, assumptions
-from estimator.answers.notes import notes, notes_of_stages
+from estimator.answers.notes import notes, notes_of_card, notes_of_stages
 from estimator.describe.catalogue import number
 from estimator.describe.checks import ConfigError, TooLargeError, choose
 from estimator.describe.plan import Plan
@@ -21,7 +21,7 @@ from estimator.hardware.networks import network as network_of
 from estimator.memory.device import Memory, memory
 from estimator.pricing.conventions import CONVENTIONS, flops_per_token
 from estimator.timing.kernels import Variant
-from estimator.timing.speed import Setup, StackFactor, Time, at_mfu, predicted
+from estimator.timing.speed import Setup, Time, at_mfu, predicted
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from estimator.describe.model import ModelConfig
+    from estimator.timing.stack import StackFactor
 
 WITHOUT_FLASH = ("volta", "turing")  # flash_api.cpp, mha_fwd: "FlashAttention only supports Ampere GPUs or newer."
 
@@ -240,6 +241,7 @@ def estimate(
         stack_factor=stack_factor,
     )
     said = [*notes(m, p, run.global_batch_size), *notes_of_stages(worst, len(stages))]
+    said += notes_of_card(device, p.product_dtype)
     if run.network is not None:
         network_of(run.network)  # refused by name here, as it would only be a note below
     time = None

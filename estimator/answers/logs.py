@@ -9,16 +9,19 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import math
 import re
 import statistics
 import tomllib
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from estimator.describe.catalogue import number, read_data
+from estimator.describe.catalogue import number
 from estimator.describe.checks import ConfigError
-from estimator.timing.speed import StackFactor, regime
+from estimator.timing.roofline import PARTS
+from estimator.timing.speed import regime
+from estimator.timing.stack import NINE_OF_TEN, Logged, StackFactor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -27,6 +30,8 @@ if TYPE_CHECKING:
     from estimator.timing.speed import Time
 
 LEAST = 3  # steps that a median needs
+KNOWN = 0.6  # a factor is known whose deviation is below so much of what it was beforehand
+SMALL = 0.03  # a part of a step too small to be told apart
 WARM = 1.5  # a first step longer than so many medians is warming up
 LOG_LIMIT = 50_000_000  # bytes; a larger log is cut before it is given
 # Words for what a figure is: seconds of a step, or tokens per second of one accelerator or of the job.
@@ -61,11 +66,18 @@ class Log:
         format: whose log it is.
         what: `SECONDS`, `PER_ACCELERATOR` or `OF_THE_JOB`.
         values: one a step (or a line of several steps).
+        together: steps that a single value is the mean of.
     """
 
     format: str
     what: str
     values: tuple[float, ...]
+    together: int = 1
+
+    @property
+    def steps(self) -> int:
+        """How many were measured, at least."""
+        return len(self.values) * self.together
 
     def seconds(self, tokens: float, count: int) -> tuple[float, ...]:
         """Seconds of each step, of `tokens` tokens of the whole job on `count` accelerators, the warm ones alone."""
@@ -103,9 +115,9 @@ def read_log(path: str | Path) -> Log:
             f"and the lines of {known}"
         )
     values = tuple(number("log", x, above=True) for x in found.values)
-    if len(values) < LEAST:
-        raise ConfigError(f"log = {str(path)!r}: {len(values)} steps of {found.format}; at least {LEAST} are needed")
-    return Log(found.format, found.what, values)
+    if found.steps < LEAST:
+        raise ConfigError(f"log = {str(path)!r}: {found.steps} steps of {found.format}; at least {LEAST} are needed")
+    return replace(found, values=values)
 
 
 def _figures(format_: str, records: Iterable[Mapping[str, Any]]) -> Log | None:
@@ -119,7 +131,11 @@ def _figures(format_: str, records: Iterable[Mapping[str, Any]]) -> Log | None:
 
 
 def _trainer_state(text: str) -> Log | None:
-    """transformers' trainer_state.json: its log_history, where steps carry a rate; else times between its steps."""
+    """transformers' trainer_state.json: its log_history.
+
+    Its lines carry a rate where TrainingArguments asks for one, else no time at all but the last's, which is the mean
+    of all steps (`speed_metrics` in trainer_utils.py).
+    """
     try:
         state = json.loads(text)
     except ValueError:
@@ -133,9 +149,12 @@ def _trainer_state(text: str) -> Log | None:
     timed = [(x["step"], x["train_runtime"]) for x in history if "step" in x and "train_runtime" in x]
     pairs = itertools.pairwise(timed)
     values = [(t1 - t0) / (s1 - s0) for (s0, t0), (s1, t1) in pairs if s1 > s0 and t1 > t0]
-    if not values:
-        values = [1 / x["train_steps_per_second"] for x in history if x.get("train_steps_per_second")]
-    return Log("transformers", SECONDS, tuple(values)) if values else None
+    if values:
+        return Log("transformers", SECONDS, tuple(values))
+    rate, steps = (
+        next((x[name] for x in history[::-1] if x.get(name)), None) for name in ("train_steps_per_second", "step")
+    )
+    return Log("transformers", SECONDS, (1 / rate,), steps) if rate and isinstance(steps, int) else None
 
 
 def _metrics(text: str) -> Log | None:
@@ -180,53 +199,76 @@ def _column(text: str) -> Log | None:
 # ---- the factor
 
 
-def stack_factor(log: Log, time: Time, tokens: float, source: str) -> StackFactor:
-    """What the log's steps take over what `time` predicts for them.
+def logged(log: Log, time: Time, tokens: float, source: str) -> Logged:
+    """What the log's steps take, beside what `time` predicts for them without any factor.
 
-    The spread is that of the steps themselves and of what published stacks keep of a factor from one configuration to
-    another (`data/residuals.toml`, calibrated), whichever is wider.
+    Args:
+        log: of a run.
+        time: its prediction.
+        tokens: of a step of the whole job.
+        source: what to call the log.
     """
     measured = log.seconds(tokens, time.count)
-    ratios = sorted(x / time.seconds_per_step for x in measured)
-    middle = statistics.median(ratios)
-    kept = read_data("residuals")["calibrated"]
-    low, high = min(ratios[0], kept["low"] * middle), max(ratios[-1], kept["high"] * middle)
-    return StackFactor(middle, low, high, len(ratios), source)
+    # The deviation of a median of n values of a normal distribution is sqrt(pi / 2n) of theirs.
+    several = len(measured) > 1
+    spread = statistics.stdev(map(math.log, measured)) * math.sqrt(math.pi / 2 / len(measured)) if several else 0.0
+    parts = tuple(time.parts[name] for name in PARTS)
+    return Logged(parts, statistics.median(measured), spread, len(measured) * log.together, source)
 
 
 def explanation(found: StackFactor, r: Estimate) -> str:
-    """Where a factor can come from: what each part would have to take for the prediction to be right."""
+    """What the last log says, and where a factor can come from.
+
+    Args:
+        found: of all logs.
+        r: the prediction for the last one, without any factor.
+    """
     time = r.time
     assert time is not None
-    said = [
-        (
-            f"Measured steps take {found.factor:.3f} of the predicted {time.seconds_per_step:.4g} s "
-            f"({found.low:.3f} to {found.high:.3f} is carried into further predictions)."
-        )
-    ]
     assert time.spread is not None
-    if time.spread[0] <= found.factor <= time.spread[1]:
+    last = found.runs[-1]
+    said = [
+        f"Measured steps take {last.measured:.4g} s, {last.ratio:.3f} of the predicted {time.seconds_per_step:.4g} s."
+    ]
+    if time.spread[0] <= last.ratio <= time.spread[1]:
         said.append("That is within what published runs of other stacks show.")
-    missing = (found.factor - 1) * time.seconds_per_step
-    for name, seconds in sorted(time.parts.items(), key=lambda item: -item[1]):
-        wanted = seconds + missing
-        if seconds > 0.02 * time.seconds_per_step and wanted > 0:
-            share = seconds / time.seconds_per_step
-            said.append(
-                f"{name}, {share:.0%} of the prediction: alone it would have to take {wanted / seconds:.2f} of it."
-            )
+    count = len(found.runs)
+    said.append(f"By part, after {count} logged run{'s' if count > 1 else ''}, nine stacks of ten in brackets:")
+    apart = True
+    for name, (factor, now, before) in found.factors().items():
+        share = time.parts[name] / time.seconds_per_step
+        low, high = (factor * math.exp(side * NINE_OF_TEN * now) for side in (-1, 1))
+        known = now < KNOWN * before
+        apart &= known or share < SMALL
+        said.append(
+            f"  {name}, {share:.0%} of the prediction: {factor:.2f} of it ({low:.2f} to {high:.2f})"
+            + ("" if known else ", hardly known")
+        )
+    if not apart:
+        said.append(
+            "Logs of other sizes tell the parts apart: another batch, sequence or number of nodes, each given with "
+            "--stack-factor and what was written before."
+        )
+    low, high = found.spread(time.parts)
+    said.append(f"Carried into further predictions; of this run, within {low:.2f} to {high:.2f} of it.")
     said.append(f"The step is {regime(time.parts)}.")
     said += [f"{assumption}." for assumption in r.assumptions if assumption.origin != "given"]
     return "\n".join(said)
 
 
 def save(found: StackFactor, path: str | Path) -> None:
-    """Write a factor as TOML.
+    """Write a factor as TOML: the runs that it follows from.
 
     Raises:
         ConfigError: the file cannot be written.
     """
-    lines = [f"{name} = {json.dumps(value, allow_nan=False)}\n" for name, value in asdict(found).items()]
+    lines = ["# By `estimate calibrate --log`: measured runs beside their predicted seconds by part.\n"]
+    for run in found.runs:
+        plain = {name: getattr(run, name) for name in ("measured", "spread", "steps", "source")}
+        lines.append("\n[[runs]]\n")
+        lines += [f"{name} = {json.dumps(value, allow_nan=False)}\n" for name, value in plain.items()]
+        parts = ", ".join(f"{name} = {x!r}" for name, x in zip(PARTS, run.parts, strict=True))
+        lines.append(f"parts = {{ {parts} }}\n")
     try:
         Path(path).write_text("".join(lines), encoding="utf-8")
     except OSError as error:
@@ -240,12 +282,23 @@ def load(path: str | Path) -> StackFactor:
         ConfigError: the file cannot be read, or is not what that command writes.
     """
     try:
-        table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        factor, low, high = (number(name, table[name], above=True) for name in ("factor", "low", "high"))
-        return StackFactor(factor, low, high, int(table["steps"]), str(table["source"]))
+        runs = tomllib.loads(Path(path).read_text(encoding="utf-8"))["runs"]
+        found = tuple(
+            Logged(
+                tuple(number(name, run["parts"][name]) for name in PARTS),
+                number("measured", run["measured"], above=True),
+                number("spread", run["spread"]),
+                int(run["steps"]),
+                str(run["source"]),
+            )
+            for run in runs
+        )
+        if not found or any(sum(run.parts) <= 0 for run in found):
+            raise ValueError("no run with predicted seconds")  # noqa: TRY301 - said below with the file's name
     except OSError as error:
         raise ConfigError(f"stack_factor = {str(path)!r}: cannot be read ({error.strerror})") from None
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(
             f"stack_factor = {str(path)!r}: is not what `estimate calibrate --log` writes ({error})"
         ) from None
+    return StackFactor(found)

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
     from estimator.describe.model import ModelConfig
     from estimator.describe.plan import Plan
+    from estimator.hardware.accelerators import Accelerator
 
 FULLY_SHARD = "PyTorch's fully_shard on each block and on the model, gradients scattered in every micro-batch"
 SHARDING_NOTES = {
@@ -54,3 +55,17 @@ def notes_of_stages(worst: int, stages: int) -> Iterator[str]:
             f"Memory is that of stage {worst + 1} of {stages}, which needs the most; the figures by "
             "module are its own, and FLOPs those of all stages."
         )
+
+
+def notes_of_card(a: Accelerator, dtype: str) -> Iterator[str]:
+    """Which of the figures that carry the answer nobody read in a source; `dtype` is that of the products."""
+    told = {"memory_bytes": "memory", "memory_bandwidth": "memory bandwidth", f"peak.{dtype}": f"peak in {dtype}"}
+    doubtful = [name for field, name in told.items() if _is_there(a, field) and not a.is_verified(field)]
+    if doubtful:
+        yield f"Of {a.id}, these figures were recalled or derived, not read in a source: {', '.join(doubtful)}."
+
+
+def _is_there(a: Accelerator, field: str) -> bool:
+    """Whether the card has the figure at all."""
+    name, _, dtype = field.partition(".")
+    return dtype in a.peak if dtype else getattr(a, name) is not None

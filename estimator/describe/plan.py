@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from estimator.describe.model import ModelConfig
 
 FULLY_SHARDED = ("zero2", "zero3")  # what PyTorch's fully_shard does
-# The implementations of each optimizer; "auto" is the first, on CUDA foreach in place of loop.
+# The implementations of each optimizer; "auto" is the first, on CUDA foreach in place of loop: torch.optim's default
+# there, but for Adafactor's, which takes lists only where it is asked to (torch.optim._adafactor.adafactor).
 OPTIMIZERS = {
     "adamw": ("loop", "foreach", "fused", "bundled"),
     "adam": ("loop", "foreach", "fused"),
@@ -34,9 +35,10 @@ OPTIMIZERS = {
     "sgd-momentum": ("loop", "foreach", "fused"),
     "lion": ("bundled",),
     "muon": ("loop", "foreach", "fused"),
-    "adafactor": ("loop",),
+    "adafactor": ("loop", "foreach"),
     "adamw-8bit": ("bundled",),
 }
+LISTS_IF_ASKED = ("adafactor",)
 # What an update needs at once: an accelerator's rows are not enough.
 WHOLE_MATRICES = ("muon", "adafactor")
 
@@ -183,7 +185,7 @@ class Plan:
         "auto",
         "How the update is written.",
         {
-            "auto": "what torch picks: loop on the CPU, foreach on CUDA; for sgd and lion the bundled one",
+            "auto": "what torch picks: loop on the CPU and for adafactor, else foreach; sgd and lion: bundled",
             "loop": "torch.optim's, a loop over parameters",
             "foreach": "torch.optim's, a list of parameters at a time",
             "fused": "torch.optim's, in one kernel",
@@ -480,7 +482,8 @@ class Plan:
         if self.optimizer_impl != "auto":
             return self.optimizer_impl
         own = OPTIMIZERS[self.optimizer]
-        return "foreach" if device == "cuda" and "foreach" in own and own[0] == "loop" else own[0]
+        lists = device == "cuda" and "foreach" in own and self.optimizer not in LISTS_IF_ASKED
+        return "foreach" if lists and own[0] == "loop" else own[0]
 
     def check_model(self, model: ModelConfig) -> None:
         """Raise ConfigError if the model's parts have something that the plan's attention or loss has not."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from estimator.eager.ops import elementwise, in_place_with_number, with_number
 from estimator.optim.updates import Optimizer, at_parameter, in_place
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from estimator.eager.tensor import Tensor
 
 
@@ -49,24 +51,30 @@ class ForeachAdamW(Optimizer):
 
     def step(self) -> None:
         self.count_step()
-        roots = []
-        for p, (m, v) in zip(self.parameters, self.states, strict=True):
-            assert p.grad is not None
+        if self.decays:
+            self.for_each(lambda p, *_: in_place_with_number("mul_", p))
+        self.for_each(lambda p, m, _: in_place("lerp_", m, p.grad, arithmetic=3))
+        self.for_each(lambda _, __, v: in_place_with_number("mul_", v))
+        self.for_each(lambda p, _, v: in_place("addcmul_", v, p.grad, arithmetic=3))
+        roots = self.for_each(lambda _, __, v: elementwise("sqrt", v).hold())
+        self.for_each(lambda _, __, ___, root: in_place_with_number("div_", root), roots)
+        self.for_each(lambda _, __, ___, root: in_place_with_number("add_", root), roots)
+        self.for_each(lambda p, m, _, root: in_place("addcdiv_", p, m, root, arithmetic=3), roots)
+        self.for_each(lambda *of: of[-1].drop(), roots)
+
+    def count_step(self) -> None:
+        """`torch._foreach_add_(steps, torch.tensor(1.0))`: the number is a tensor once, not for each parameter."""
+        with at_parameter(self.parameters[0], "Adam foreach"):
+            if self.keeps_steps_on_device:
+                self.machine.empty(()).hold().drop()
+
+    def for_each(self, kernel: Callable[..., Any], *more: list[Tensor]) -> list[Any]:
+        """One `torch._foreach_` function: its kernel on (parameter, both moments, ...) of one after the other."""
+        found = []
+        for p, states, *others in zip(self.parameters, self.states, *more, strict=True):
             with at_parameter(p, "Adam foreach"):
-                if self.decays:
-                    in_place("mul_", p, arithmetic=1)
-                in_place("lerp_", m, p.grad, arithmetic=3)
-                in_place("mul_", v, arithmetic=1)
-                in_place("addcmul_", v, p.grad, arithmetic=3)
-                roots.append(elementwise("sqrt", v).hold())
-        for p, (m, _), root in zip(self.parameters, self.states, roots, strict=True):
-            with at_parameter(p, "Adam foreach"):
-                in_place_with_number("div_", root)
-                in_place_with_number("add_", root)
-                in_place("addcdiv_", p, m, root, arithmetic=3)
-        for p, root in zip(self.parameters, roots, strict=True):
-            with at_parameter(p, "Adam foreach"):
-                root.drop()
+                found.append(kernel(p, *states, *others))
+        return found
 
 
 class FusedAdamW(Optimizer):

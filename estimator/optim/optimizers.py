@@ -22,7 +22,7 @@ from estimator.optim.adam import (
 from estimator.optim.updates import Optimizer, at_parameter, in_place
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from estimator.eager.letters import Size
     from estimator.eager.tensor import Shape, Tensor
@@ -198,6 +198,83 @@ class Adafactor(Optimizer):
         norm.discard()
 
 
+class ForeachAdafactor(Adafactor):
+    """torch.optim.Adafactor(foreach=True): `_multi_tensor_adafactor`. All matrices together, then all vectors.
+
+    The updates of the first of these groups live on until those of the second are there.
+    """
+
+    def step(self) -> None:
+        groups: dict[bool, list[int]] = {}
+        for i, state in enumerate(self.states):
+            groups.setdefault(len(state) == 2, []).append(i)
+        before: dict[int, Tensor] = {}
+        for factored, group in groups.items():
+            self.count_step()
+            for i in self._each(group):
+                self._norm(self.parameters[i])
+            estimates = self._of_matrices(group) if factored else self._of_vectors(group)
+            for i in self._each(group):
+                in_place("clamp_min_", estimates[i], arithmetic=1)
+                in_place("rsqrt_", estimates[i], arithmetic=2)
+                in_place("mul_", estimates[i], self._grad(i), arithmetic=1)
+            self._let_go(before)
+            for i in self._each(group):
+                self._norm(estimates[i])
+            for i in self._each(group):
+                in_place_with_number("mul_", estimates[i])
+                in_place("add_", self.parameters[i], estimates[i], arithmetic=2)
+            before = estimates
+        self._let_go(before)
+
+    def _each(self, group: Iterable[int]) -> Iterator[int]:
+        """One parameter of a list after the other."""
+        for i in group:
+            with at_parameter(self.parameters[i], "Adafactor foreach"):
+                yield i
+
+    def _grad(self, i: int) -> Tensor:
+        grad = self.parameters[i].grad
+        assert grad is not None
+        return grad
+
+    def _let_go(self, tensors: dict[int, Tensor]) -> None:
+        """`del` of a list."""
+        for i in self._each(tensors):
+            tensors[i].drop()
+
+    def _of_matrices(self, group: Sequence[int]) -> dict[int, Tensor]:
+        for which in (0, 1):  # rows, then columns
+            means = {}
+            for i in self._each(group):
+                state, grad = self.states[i][which], self._grad(i)
+                means[i] = self.machine.empty(state.shape, state.dtype).hold()
+                self.machine.kernel("linalg_vector_norm", (grad,), (means[i],), arithmetic=2 * grad.numel)
+            for i in self._each(group):
+                in_place("mul_", means[i], arithmetic=1)
+                in_place_with_number("div_", means[i])
+                in_place("lerp_", self.states[i][which], means[i], arithmetic=3)
+            self._let_go(means)
+        estimates, averages = {}, {}
+        for i in self._each(group):
+            row, column = self.states[i]
+            estimates[i] = product("mm" if len(column.shape) == 2 else "bmm", row, column).hold()
+        for i in self._each(group):
+            row, _ = self.states[i]
+            averages[i] = mean(row, (*row.shape[:-2], ONE, ONE)).hold()
+        for i in self._each(group):
+            in_place("div_", estimates[i], averages[i], arithmetic=1)
+        self._let_go(averages)
+        return estimates
+
+    def _of_vectors(self, group: Sequence[int]) -> dict[int, Tensor]:
+        squares = {i: elementwise("mul", self._grad(i), self._grad(i)).hold() for i in self._each(group)}
+        for i in self._each(group):
+            in_place("lerp_", self.states[i][0], squares[i], arithmetic=3)
+        self._let_go(squares)
+        return {i: elementwise("clone", self.states[i][0]).hold() for i in self._each(group)}
+
+
 def is_for_muon(p: Tensor) -> bool:
     """`trainer.optim.optimizers.is_for_muon`: a block's matrix, no norm's weight and nothing of experts."""
     where = p.storage.where
@@ -292,5 +369,6 @@ OPTIMIZERS: dict[tuple[str, str], type[Optimizer]] = {
     ("muon", "foreach"): ForeachMuon,
     ("muon", "fused"): FusedMuon,
     ("adafactor", "loop"): Adafactor,
+    ("adafactor", "foreach"): ForeachAdafactor,
     ("adamw-8bit", "bundled"): AdamW8bit,
 }

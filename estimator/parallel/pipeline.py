@@ -18,7 +18,7 @@ from estimator.parallel.data import HELD
 from estimator.parallel.placement import PIPELINE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from estimator.eager.ledger import Ledger
     from estimator.eager.letters import Size
@@ -262,9 +262,3 @@ def one_forward_one_backward(stage: Stage) -> None:
 
 
 SCHEDULES: dict[str, Callable[[Stage], None]] = {"gpipe": gpipe, "1f1b": one_forward_one_backward}
-
-
-def stages_of(layers: int, stages: int) -> Sequence[range]:
-    """The blocks of each stage: as many in each."""
-    each = layers // stages
-    return [range(i * each, (i + 1) * each) for i in range(stages)]

@@ -155,14 +155,17 @@ def calibrate(argv: Sequence[str]) -> int:
 
 def _calibrate_by_log(args: argparse.Namespace) -> int:
     """`estimate calibrate --log FILE MODEL ...`: measured steps over predicted ones."""
-    from estimator.answers.logs import explanation, read_log, save, stack_factor  # noqa: PLC0415 - only for this
+    from estimator.answers.logs import explanation, load, logged, read_log, save  # noqa: PLC0415 - only for this
+    from estimator.timing.stack import StackFactor  # noqa: PLC0415 - the same
 
     log = read_log(args.log)
+    earlier = load(args.stack_factor).runs if args.stack_factor else ()
+    args.stack_factor = None
     r = asked(args)
     if r.time is None or not r.time.predicted:
         raise ConfigError(f"log = {args.log!r}: no time is predicted for this run: {' '.join(r.notes)}")
     tokens = r.time.tokens_per_second * r.time.seconds_per_step
-    found = stack_factor(log, r.time, tokens, f"{args.log} ({log.format})")
+    found = StackFactor((*earlier, logged(log, r.time, tokens, f"{args.log} ({log.format})")))
     sys.stdout.write(explanation(found, r) + "\n")
     if args.out:
         save(found, args.out)

@@ -14,25 +14,32 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from estimator.studies.runs import Run, runs
+from estimator.timing.roofline import PARTS
 from estimator.timing.speed import regime, step_times
+from estimator.timing.stack import Logged, StackFactor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
     from numpy.typing import NDArray
 
     from estimator.timing.roofline import Efficiency
 
 SIX = 6  # rows of a stack, of which three calibrate the rest
+DRAWS = 40  # of three rows
 
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """A run beside its prediction, tokens per second of one accelerator, and what most of its time goes to."""
+    """A run beside its prediction, tokens per second of one accelerator, and what most of its time goes to.
+
+    `parts`: the predicted seconds of a step by part.
+    """
 
     run: Run
     predicted: float
     regime: str
+    parts: Mapping[str, float]
 
     @property
     def error(self) -> float:
@@ -58,9 +65,8 @@ class Summary:
 def predict(run: Run, e: Efficiency | None = None) -> Judged:
     """The run with its prediction; `e` in place of what its accelerator's kernels reach."""
     each = [step_times(run.model, p, run.accelerator, run.setup, e) for p in run.plans]
-    parts = {name: sum(float(of[name][0]) for of in each) for name in each[0]}
-    tokens = run.plan.batch_size * run.plan.tokens(run.model) * run.plan.grad_accumulation
-    return Judged(run, tokens * len(each) / sum(parts.values()), regime(parts))
+    parts = {name: sum(float(of[name][0]) for of in each) / len(each) for name in each[0]}
+    return Judged(run, run.tokens / sum(parts.values()), regime(parts), parts)
 
 
 @cache
@@ -105,23 +111,62 @@ def overall() -> Summary:
     return overall_of(judged())[0]
 
 
-def calibrated() -> dict[str, tuple[Summary, list[float]]]:
-    """Of each stack of six rows or more: the errors of the rest once three of its rows have given its factor.
+@dataclass(frozen=True, slots=True)
+class Calibrated:
+    """The rest of a stack's rows, once three of them have given its factors.
 
-    The three are its rows at a quarter, a half and three quarters of the order in which they were published, and the
-    factor is the middle of what they take over what was predicted. With the summary come measured over predicted times.
+    Attributes:
+        errors: of those at a quarter, a half and three quarters of the order of publication.
+        covered: part of those that lie within the interval that was given for nine of ten.
+        before: the median error of a row without factors.
+        others: the median error of the rest, the middle of `DRAWS` draws of three rows, and the ninth worst in ten.
     """
+
+    errors: Summary
+    covered: float
+    before: float
+    others: tuple[float, float]
+
+
+def calibrate(known: Iterable[Judged], rest: Iterable[Judged]) -> list[tuple[Judged, bool]]:
+    """The rest as those that are known have it, each with whether it is within its interval."""
+    stack = StackFactor(
+        tuple(Logged(tuple(j.parts[x] for x in PARTS), j.run.tokens / j.run.measured, 0.0, 1, "") for j in known)
+    )
+    found = []
+    for j in rest:
+        again = stack.calibrated({name: np.array([x]) for name, x in j.parts.items()})
+        parts = {name: float(x[0]) for name, x in again.items()}
+        predicted = j.run.tokens / sum(parts.values())
+        low, high = stack.spread(j.parts)
+        found.append((replace(j, predicted=predicted, parts=parts), low <= predicted / j.run.measured <= high))
+    return found
+
+
+@cache
+def calibrated() -> dict[str, Calibrated]:
+    """Of each stack of six rows or more: the errors of the rest once three of its rows have given its factors."""
     found = {}
     for stack, members in grouped(lambda j: j.run.stack).items():
         if len(members) < SIX:
             continue
-        at = {len(members) * q // 4 for q in (1, 2, 3)}
-        factor = float(np.median([1 + members[i].error for i in at]))
-        rest = [
-            replace(j, predicted=j.predicted / factor) for i, j in enumerate(members) if i not in at
-        ]  # a time that many times as long
-        found[stack] = summary(rest, stack), [1 + j.error for j in rest]
+        random = np.random.default_rng(DRAWS)
+        draws = [random.choice(len(members), 3, replace=False) for _ in range(DRAWS)]
+        by_draw = [_rest(members, set(draw.tolist())) for draw in draws]
+        medians = [summary([j for j, _ in rest], stack).median for rest in by_draw]
+        rest = _rest(members, {len(members) * q // 4 for q in (1, 2, 3)})
+        weights = np.array([j.run.weight for j, _ in rest])
+        found[stack] = Calibrated(
+            summary([j for j, _ in rest], stack),
+            float(weights @ [within for _, within in rest] / weights.sum()),
+            summary(members, stack).median,
+            (float(np.median(medians)), float(np.quantile(medians, 0.9))),
+        )
     return found
+
+
+def _rest(members: list[Judged], at: set[int]) -> list[tuple[Judged, bool]]:
+    return calibrate([members[i] for i in sorted(at)], [j for i, j in enumerate(members) if i not in at])
 
 
 def worst(count: int = 10) -> tuple[Judged, ...]:

@@ -39,13 +39,12 @@ def table() -> str:
 
 def calibrated_table() -> str:
     """Those errors as a Markdown table, beside what they were."""
-    before = {s.group: s for s in stacks()}
-    lines = [
-        "| stack | rows | median error before | after three rows of it | 90th percentile |\n|---|---:|---:|---:|---:|\n"
-    ]
+    header = "| stack | rows | median error before | after three rows of it | 90th percentile | within the interval "
+    lines = [f"{header}| any three: middle | ninth of ten |\n|---|---:|---:|---:|---:|---:|---:|---:|\n"]
     lines += [
-        f"| {stack} | {s.count} | {before[stack].median:.1%} | {s.median:.1%} | {s.percentile_90:.1%} |\n"
-        for stack, (s, _) in calibrated().items()
+        f"| {stack} | {c.errors.count} | {c.before:.1%} | {c.errors.median:.1%} | {c.errors.percentile_90:.1%} "
+        f"| {c.covered:.0%} | {c.others[0]:.1%} | {c.others[1]:.1%} |\n"
+        for stack, c in calibrated().items()
     ]
     return "".join(lines)
 
@@ -77,8 +76,8 @@ def report(count: int = 10) -> str:
     return (
         f"Predicted tokens per second against {len(judged())} published training runs of {len(stacks())} stacks; no "
         f"efficiency was fitted to them. Each stack weighs the same.\n\n{table()}\nThe worst rows:\n\n"
-        f"{worst_rows(count)}\nWith a factor from three rows of each stack of six or more (`estimate calibrate --log`):"
-        f"\n\n{calibrated_table()}\nPublished rows that no plan describes:\n\n{missing()}"
+        f"{worst_rows(count)}\nWith factors by part from three rows of each stack of six or more (`estimate calibrate "
+        f"--log`):\n\n{calibrated_table()}\nPublished rows that no plan describes:\n\n{missing()}"
     )
 
 
@@ -126,13 +125,6 @@ def residuals() -> str:
         )
         rows = json.dumps(said, allow_nan=False)
         lines.append(f"\n[{name}]\nlow = {min(low, 1):.3f}\nhigh = {max(high, 1):.3f}\nrows = {rows}\n")
-    kept = calibrated()
-    ratios = np.array([x for _, of in kept.values() for x in of])
-    weights = np.array([1 / len(of) for _, of in kept.values() for _ in of])
-    low, high = (quantile(ratios, weights, q) for q in (0.05, 0.95))
-    said = f"{len(ratios)} published runs of {len(kept)} stacks, once three others of the stack gave its factor."
-    rows = json.dumps(said, allow_nan=False)
-    lines.append(f"\n[calibrated]\nlow = {min(low, 1):.3f}\nhigh = {max(high, 1):.3f}\nrows = {rows}\n")
     return "".join(lines)
 
 

@@ -76,6 +76,11 @@ class Run:
         return self.plans[0]
 
     @property
+    def tokens(self) -> int:
+        """Of one accelerator in an optimizer step."""
+        return self.plan.batch_size * self.plan.tokens(self.model) * self.plan.grad_accumulation
+
+    @property
     def stack(self) -> str:
         """Source, card and software: runs that share what nobody wrote down."""
         return f"{NAMES[self.source]}, {self.software}, {self.accelerator}"

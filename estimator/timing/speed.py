@@ -38,28 +38,11 @@ if TYPE_CHECKING:
     from estimator.hardware.accelerators import Cluster
     from estimator.timing.pipeline import Bar
     from estimator.timing.roofline import Efficiency
+    from estimator.timing.stack import StackFactor
 
     Array = NDArray[np.float64]
 
 FUSED_ATTENTION = ("flash", "efficient")
-
-
-@dataclass(frozen=True, slots=True)
-class StackFactor:
-    """Measured time over predicted, of steps of one run: what later predictions on the same stack are multiplied with.
-
-    Attributes:
-        factor: the median.
-        low, high: between which nine steps of ten are expected.
-        steps: how many were measured.
-        source: which log.
-    """
-
-    factor: float
-    low: float
-    high: float
-    steps: int
-    source: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,9 +222,7 @@ def times(
         part = straggling() if setup.straggling is None else setup.straggling
         waited = waited + part * np.log2(group.nodes) * (waited + sum(compute.values()))
     found = parts(work, waited)
-    if setup.stack_factor is not None:
-        found = {name: setup.stack_factor.factor * x for name, x in found.items()}
-    return found
+    return found if setup.stack_factor is None else setup.stack_factor.calibrated(found)
 
 
 def pipeline_times(m: ModelConfig, p: Plan, a: Accelerator, setup: Setup | None = None) -> dict[str, Array]:
@@ -253,7 +234,8 @@ def pipeline_times(m: ModelConfig, p: Plan, a: Accelerator, setup: Setup | None 
     bars, works = pipeline_bars(m, p, a, setup)
     last = max(bars, key=lambda bar: bar.end)
     kinds, busy_seconds, launch = works[last.stage]
-    return {**kinds, "communication": np.array([last.end - busy_seconds]), "launch": launch}
+    found = {**kinds, "communication": np.array([last.end - busy_seconds]), "launch": launch}
+    return found if setup is None or setup.stack_factor is None else setup.stack_factor.calibrated(found)
 
 
 def pipeline_bars(
@@ -366,7 +348,13 @@ def predicted(
     replicas = count // (p.tensor_parallel * p.pipeline_parallel)
     micro_batches = -(-flops.sequences // (p.batch_size * replicas))
     run = p.replace(grad_accumulation=micro_batches, data_parallel=replicas)
-    spent = pipeline_times(m, run, a, setup) if p.is_pipeline else step_times(m, run, a, setup)
+    plain = replace(setup, stack_factor=None)
+    spent = pipeline_times(m, run, a, plain) if p.is_pipeline else step_times(m, run, a, plain)
+    within, rows = spread({name: float(x[0]) for name, x in spent.items()})
+    if (own := setup.stack_factor) is not None:
+        within = own.spread({name: float(x[0]) for name, x in spent.items()})
+        spent = own.calibrated(spent)
+        rows = f"By {len(own.runs)} logged runs of your stack, {own.source}: nine runs of ten of it."
     found = {name: float(x[0]) for name, x in spent.items()}
     seconds = sum(found.values())
     peak = a.peak_flops(p.product_dtype)
@@ -374,11 +362,6 @@ def predicted(
     origin = efficiency(a).origin
     if account(m, p, a.device).fused_kernel == "efficient" and "efficient" not in efficiency(a).flash:
         origin = f"{origin} Nobody has published measurements of the memory-efficient attention: flash's."
-    within, rows = spread(found)
-    if setup.stack_factor is not None:
-        own = setup.stack_factor
-        within = (own.low / own.factor, own.high / own.factor)
-        rows = f"{own.steps} steps of {own.source}, by which the prediction is multiplied ({own.factor:.3f})."
     return _time(m, p, flops, parameters, steps, count, seconds, mfu, peak, found, within, rows, origin)
 
 

@@ -13,16 +13,10 @@ from estimator.describe.presets import preset
 from trainer.referee.measure import build_step
 from trainer.referee.validate import compare
 
+pytestmark = pytest.mark.usefixtures("no_onednn")
+
 LLAMA = ModelConfig("llama", 12, 24, 4, 31, 13, 2, 6, 40, tie_embeddings=False)
 GPT2 = ModelConfig("gpt2", 12, 24, 3, 31, 13)
-
-
-@pytest.fixture(autouse=True)
-def no_onednn():
-    """Its products in bf16 take scratch that depends on the machine; without it, what is left is PyTorch's own."""
-    torch.backends.mkldnn.enabled = False
-    yield
-    torch.backends.mkldnn.enabled = True
 
 
 def differences(m, p):

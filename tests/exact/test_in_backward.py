@@ -14,17 +14,11 @@ from estimator.describe.plan import OPTIMIZERS, Plan
 from trainer.referee.measure import build_step
 from trainer.referee.validate import compare
 
+pytestmark = pytest.mark.usefixtures("no_onednn")
+
 DRAWS = int(os.environ.get("RECIPE_DRAWS", "10"))
 LLAMA = ModelConfig("llama", 3, 24, 4, 31, 13, 2, 6, 40)
 IN_BACKWARD = {"update": "in-backward", "grad_accumulation": 1, "max_grad_norm": None}
-
-
-@pytest.fixture(autouse=True)
-def no_onednn():
-    """Its products in bf16 take scratch that depends on the machine; without it, what is left is PyTorch's own."""
-    torch.backends.mkldnn.enabled = False
-    yield
-    torch.backends.mkldnn.enabled = True
 
 
 def test_random_models_and_recipes():

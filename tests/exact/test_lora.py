@@ -4,7 +4,6 @@ import os
 import random
 
 import pytest
-import torch
 from random_plans import random_model, random_plan
 
 from estimator.describe.adapters import ALL
@@ -14,17 +13,11 @@ from estimator.describe.plan import Plan
 from estimator.describe.settings import choices
 from trainer.referee.validate import compare
 
+pytestmark = pytest.mark.usefixtures("no_onednn")
+
 DRAWS = int(os.environ.get("RECIPE_DRAWS", "12"))
 LLAMA = ModelConfig("llama", 5, 24, 4, 31, 13, 2, 6, 40)
 GPT2 = ModelConfig("gpt2", 5, 24, 3, 31, 13)
-
-
-@pytest.fixture(autouse=True)
-def no_onednn():
-    """Its products in bf16 take scratch that depends on the machine; without it, what is left is PyTorch's own."""
-    torch.backends.mkldnn.enabled = False
-    yield
-    torch.backends.mkldnn.enabled = True
 
 
 def differences(m, p):

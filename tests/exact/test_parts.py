@@ -8,22 +8,12 @@ from __future__ import annotations
 from random import Random
 
 import pytest
-import torch
 from families_at_sizes import families
 from random_parts import draw
 
 from trainer.referee.validate import compare
 
-
-@pytest.fixture(autouse=True)
-def plain_kernels():
-    """oneDNN's scratch depends on the machine; one thread, as the sizes are small."""
-    threads, enabled = torch.get_num_threads(), torch.backends.mkldnn.enabled
-    torch.set_num_threads(1)
-    torch.backends.mkldnn.enabled = False
-    yield
-    torch.set_num_threads(threads)
-    torch.backends.mkldnn.enabled = enabled
+pytestmark = pytest.mark.usefixtures("no_onednn", "one_thread")
 
 
 @pytest.mark.parametrize("seed", range(160, 200))

@@ -21,19 +21,13 @@ from trainer.model.quantised import quantise
 from trainer.referee.measure import build_step
 from trainer.referee.validate import compare
 
+pytestmark = pytest.mark.usefixtures("no_onednn")
+pytest.importorskip("bitsandbytes", reason="whose layers are measured: a development dependency")
+
 DRAWS = int(os.environ.get("RECIPE_DRAWS", "8"))
 LLAMA = ModelConfig("llama", 3, 24, 4, 31, 13, 2, 6, 40)
 QUANTISED = ["nf4", "nf4-double", "int8"]
 PLAN = Plan(adapter="lora", adapter_rank=3, base_precision="nf4")
-
-
-@pytest.fixture(autouse=True)
-def no_onednn():
-    """Its products in bf16 take scratch that depends on the machine; without it, what is left is PyTorch's own."""
-    pytest.importorskip("bitsandbytes", reason="whose layers are measured: a development dependency")
-    torch.backends.mkldnn.enabled = False
-    yield
-    torch.backends.mkldnn.enabled = True
 
 
 def even(m):

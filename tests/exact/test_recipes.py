@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -13,15 +12,9 @@ from estimator.describe.plan import OPTIMIZERS, Plan
 from estimator.describe.settings import choices
 from trainer.referee.validate import compare
 
+pytestmark = pytest.mark.usefixtures("no_onednn")
+
 EXAMPLES = 3  # shapes a recipe: each is several real steps under the profiler
-
-
-@pytest.fixture(autouse=True)
-def no_onednn():
-    """Its products in bf16 take scratch that depends on the machine; without it, what is left is PyTorch's own."""
-    torch.backends.mkldnn.enabled = False
-    yield
-    torch.backends.mkldnn.enabled = True
 
 
 @st.composite

@@ -14,6 +14,8 @@ from estimator.describe.schedules import accumulation, all_forward_first, in_fli
 from trainer.referee.first_difference import compare
 from trainer.referee.measure import measure
 
+pytestmark = pytest.mark.usefixtures("no_onednn")
+
 GPT2 = ModelConfig("gpt2", 5, 24, 3, 101, 13)
 LLAMA = ModelConfig("llama", 3, 24, 4, 37, 9, 2, 6, 31, tie_embeddings=False)
 EDGES = ModelConfig("gpt2", 1, 6, 1, 17, 1)
@@ -28,14 +30,6 @@ CASES = [
     (LLAMA, {"dropout": 0.1, "checkpointing": "attention"}, "F0 B0 F1 F2 B2 B1"),
     (EDGES, {"optimizer": "sgd"}, "F0 F1 F2 B0 B1 B2"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def no_onednn():
-    """Its products in bf16 take scratch that depends on the machine; without it, what is left is PyTorch's own."""
-    torch.backends.mkldnn.enabled = False
-    yield
-    torch.backends.mkldnn.enabled = True
 
 
 @pytest.mark.parametrize(("m", "plan", "moves"), CASES, ids=[f"{m.family} {moves}" for m, _, moves in CASES])

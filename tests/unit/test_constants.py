@@ -18,12 +18,14 @@ def test_every_constant_has_a_source_that_is_no_training_run():
     listed = read_data("constants")
     assert {f.name for f in fields(Efficiency)} - {"origin"} == set(listed["efficiency"])
     assert {f.name for f in fields(Flash)} == set(listed["flash"])
-    assert set(read_data("networks")) == set(listed["networks"])
+    for data in ("networks", "prior"):
+        assert set(read_data(data)) == set(listed[data])
     for where, entries in listed.items():
         for name, entry in entries.items():
             assert entry["source"], (where, name)
-            # Residuals are the judge's: factors around a prediction, which they do not move.
-            assert entry["kind"] in (KINDS if where != "residuals" else {"judge"}), (where, name)
+            # The judge's are around a prediction, which they do not move.
+            judges = where == "residuals" or (where, name) == ("prior", "configuration")
+            assert entry["kind"] in ({"judge"} if judges else KINDS), (where, name)
 
 
 def test_every_number_in_the_code_of_the_time_model_is_listed():

@@ -21,16 +21,10 @@ from trainer.model import norms
 from trainer.model.decoder import build_model
 from trainer.model.positions import ROPE_THETA
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROWS = [json.loads(line) for line in (Path(__file__).parents[1] / "data/hf/tiny.jsonl").read_text().splitlines()]
 T = 40  # longer than the windows of 16, at most once as long as any context
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def shapes(tensors):

@@ -17,15 +17,9 @@ from trainer.model.router import deal_out, load_balancing_loss
 from trainer.optim.optimizers import is_for_muon, is_matrix
 from trainer.referee.measure import build_optimizer, build_step
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 V, C, T = 23, 16, 13
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 SIZES = {"num_layers": 4, "d_model": 32, "num_heads": 4, "vocab_size": V, "context_length": C, "d_ff": 24}

@@ -12,14 +12,7 @@ from estimator.describe.settings import choices
 from trainer.model.decoder import build_model
 from trainer.model.generate import generate, sample
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tensors of some bytes are handed to a second thread in vain, and slowly on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 CONFIGS = {

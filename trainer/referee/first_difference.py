@@ -128,8 +128,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     said = "The first event at which a step's ledger and a real step differ, with those around it."
     parser = argparse.ArgumentParser(prog="first_difference", description=said)
     parser.add_argument("model", help="a preset or the path of a config.json")
-    parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="sizes of the model")
-    parser.add_argument("--plan", nargs="*", default=[], metavar="FIELD=VALUE", help="fields of the plan")
+    parser.add_argument(
+        "--set", nargs="*", action="extend", default=[], metavar="FIELD=VALUE", help="sizes of the model"
+    )
+    parser.add_argument(
+        "--plan", nargs="*", action="extend", default=[], metavar="FIELD=VALUE", help="fields of the plan"
+    )
     parser.add_argument("--schedule", metavar="MOVES", help='micro-batches in another order: "F0 F1 B0 B1"')
     args = parser.parse_args(argv)
     try:

@@ -64,7 +64,7 @@ def _optimizer_of(named: Mapping[str, nn.Parameter], p: Plan, o: OptimSection, d
         case "lion":
             return Lion(groups, lr=o.lr, betas=o.betas)
         case "adafactor":
-            return torch.optim.Adafactor(groups, lr=o.lr)
+            return torch.optim.Adafactor(groups, lr=o.lr, foreach=kind == "foreach")
         case "adamw-8bit":
             return AdamW8bit(groups, lr=o.lr, betas=o.betas, eps=o.eps)
         case "muon":
