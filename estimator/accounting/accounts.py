@@ -197,7 +197,8 @@ def recipe_of(m: ModelConfig, p: Plan, device: str, rank: int = 0) -> Recipe:
     """What of `m` and `p` decides which statements a step executes on `device`, the accelerator number `rank`."""
     tokens = p.tokens(m)
     pipeline.check_plan(p)
-    ranks = p.data_parallel * p.pipeline_parallel  # those of a tensor-parallel group are alike
+    # Those of a tensor-parallel group are alike, and all replicas of a stage.
+    ranks = p.pipeline_parallel if p.is_pipeline else p.data_parallel
     if not 0 <= rank < ranks:
         raise ConfigError(f"rank = {rank}: there are {ranks}; allowed are 0 to {ranks - 1}")
     if p.precision == "bf16-fsdp" and p.data_parallel == 1:
@@ -242,7 +243,7 @@ def recipe_of(m: ModelConfig, p: Plan, device: str, rank: int = 0) -> Recipe:
         reshard=None if p.reshard_after_forward in (None, p.shards) else int(p.reshard_after_forward),
         bucket_view=_has_bucket_views(p),
         in_backward=p.update == "in-backward",
-        rank=rank % p.shards,
+        rank=0 if p.is_pipeline else rank % p.shards,
         tensor_parallel=p.tensor_parallel > 1,
         pipeline=p.pipeline_schedule if p.is_pipeline else "",
         stage=_stage(p, rank),
@@ -525,4 +526,4 @@ def vectorised_peak(recipe: Recipe, device: str) -> VectorisedPeak:
     return VectorisedPeak(recipe, device, account_at)
 
 
-_known = _Known(64)
+_known = _Known(256)

@@ -40,7 +40,7 @@ def run_step(recipe: Recipe, shapes: ShapeClass, device: str, stack: Stack, size
 
     `sizes` answer what the execution asks of them; the answers are in the ledger.
     """
-    if recipe.parallel != "alone" and recipe.schedule != accumulation(recipe.micro_batches):
+    if recipe.parallel != "alone" and not recipe.pipeline and recipe.schedule != accumulation(recipe.micro_batches):
         raise ConfigError(
             f"schedule = {written(recipe.schedule)}: accelerators that share a step run each micro-batch's backward "
             "directly after its forward"

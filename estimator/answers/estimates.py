@@ -24,7 +24,7 @@ from estimator.timing.kernels import Variant
 from estimator.timing.speed import Setup, Time, at_mfu, predicted
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping
+    from collections.abc import Collection, Iterator
     from pathlib import Path
 
     import pandas as pd

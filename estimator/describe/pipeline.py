@@ -15,21 +15,28 @@ if TYPE_CHECKING:
 
 ALIKE = 3  # micro-batches that are executed of those that a stage runs ahead, and of those between: the middle one
 # stands for all others
-NEEDS = tuple(
-    Needs(name, known, f"it is not known together with {name} = {{{name}!r}}")
-    for name, known in (
-        ("data_parallel", (1,)),
-        ("tensor_parallel", (1,)),
-        ("adapter", ("none",)),
-        ("trained", ("all",)),
-        ("frozen", ("",)),
-        ("max_grad_norm", (None,)),
-        ("update", ("after",)),
-        ("loss", ("bundled", "torch", "torch-fp32")),
-        ("checkpoint_every", (1,)),
-        ("precision", ("fp32", "tf32", "bf16")),
-        ("optimizer", ("adamw", "adam", "sgd", "sgd-momentum", "lion")),
-    )
+NEEDS = (
+    Needs(
+        "shared_by",
+        ("one accelerator", "none"),
+        "what is sharded around it is not known",
+        say="allowed on several accelerators is sharding none (DDP)",
+    ),
+    *(
+        Needs(name, known, f"it is not known together with {name} = {{{name}!r}}")
+        for name, known in (
+            ("gradient_as_bucket_view", (False,)),
+            ("adapter", ("none",)),
+            ("trained", ("all",)),
+            ("frozen", ("",)),
+            ("max_grad_norm", (None,)),
+            ("update", ("after",)),
+            ("loss", ("bundled", "torch", "torch-fp32")),
+            ("checkpoint_every", (1,)),
+            ("precision", ("fp32", "tf32", "bf16")),
+            ("optimizer", ("adamw", "adam", "sgd", "sgd-momentum", "lion")),
+        )
+    ),
 )
 
 
@@ -37,12 +44,24 @@ def check_plan(p: Plan) -> None:
     """Raise ConfigError if the micro-batches of `p` are too few for its stages."""
     if p.pipeline_parallel == 1:
         return
-    least = p.pipeline_parallel if p.pipeline_schedule == "1f1b" else 2
+    least = least_micro_batches(p)
+    if p.data_parallel > 1 and p.pipeline_schedule == "gpipe":
+        raise ConfigError(
+            "pipeline_schedule = 'gpipe': DDP's reducer fails under PyTorch's ScheduleGPipe (an assertion in "
+            f"reducer.cpp), and data_parallel is {p.data_parallel}; allowed is 1f1b"
+        )
     if p.grad_accumulation < least:
         raise ConfigError(
             f"grad_accumulation = {p.grad_accumulation}: {p.pipeline_parallel} stages under {p.pipeline_schedule} take "
             f"at least {least} micro-batches; allowed is at least that"
         )
+
+
+def least_micro_batches(p: Plan) -> int:
+    """The fewest that the schedule takes: 1F1B one for each stage."""
+    if not p.is_pipeline:
+        return 1
+    return p.pipeline_parallel if p.pipeline_schedule == "1f1b" else 2
 
 
 def check_model(p: Plan, m: ModelConfig) -> None:

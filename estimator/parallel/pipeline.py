@@ -18,7 +18,7 @@ from estimator.parallel.data import HELD
 from estimator.parallel.placement import PIPELINE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from estimator.eager.ledger import Ledger
     from estimator.eager.letters import Size
