@@ -116,11 +116,24 @@ def every_step(c: Fields) -> list[bool]:
     return [i not in dense and (i + 1) % step == 0 for i in range(c.layers)]
 
 
+def every_step_after_two(c: Fields) -> list[bool]:
+    """The same, where no `mlp_only_layers` are the first two (Flint)."""
+    dense = (0, 1) if c("mlp_only_layers") is None else ()
+    return [every and i not in dense for i, every in enumerate(every_step(c))]
+
+
 def at_moe_layers(c: Fields) -> list[bool]:
     """Those that `moe_layers` lists; else every `interleave_moe_layer_step`-th (Llama 4)."""
     if c("moe_layers") is not None:
         return [i in c.indices("moe_layers") for i in range(c.layers)]
     return [(i + 1) % c.size("interleave_moe_layer_step") == 0 for i in range(c.layers)]
+
+
+def between_moe_layers(c: Fields) -> list[bool]:
+    """Every `moe_layer_interval`-th layer from `moe_layer_start_index` to `moe_layer_end_index`, -1 being the last."""
+    every, first, last = c.size("moe_layer_interval"), c.count("moe_layer_start_index"), c("moe_layer_end_index")
+    last = c.layers - 1 if last in (-1, None) else c.count("moe_layer_end_index")
+    return [(i + 1) % every == 0 and first <= i <= last for i in range(c.layers)]
 
 
 def falcon_order(c: Fields) -> str:

@@ -206,10 +206,11 @@ class Module:
         self.checkpointed = self.selective = False
         self.unit: Unit | None = None
 
-    def parameter(self, *shape: Size) -> Tensor:
-        """A new parameter of this module."""
+    def parameter(self, *shape: Size, trained: bool = True) -> Tensor:
+        """A new parameter of this module; one that is never trained wants no gradient whatever a plan says."""
         with self.inside():
             p = ops.parameter(self.machine, shape, self.machine.dtype)
+        p.requires_grad = trained
         self.owned.append(p)
         return p
 
