@@ -11,12 +11,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from estimator.eager.ledger import Category, Phase
-from estimator.eager.letters import ONE, ZERO, as_sizes, evaluate
+from estimator.eager.letters import ONE, ZERO, as_sizes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from estimator.eager.ledger import Ledger, Where
-    from estimator.eager.letters import Size
+    from estimator.eager.letters import Size, Sizes
     from estimator.eager.repetition import Stack
 
     _Place = tuple[Phase, int | None, int]
@@ -43,12 +43,24 @@ class Moment:
     counts: NDArray[np.int32]
 
 
+def rounded_up(nbytes: Any, granule: int) -> Any:
+    """Bytes as blocks of `granule` hold them."""
+    return -(-nbytes // granule) * granule
+
+
+def _each(values: Sizes, nbytes: Size, copies: Size, granule: int) -> Any:
+    """Of copies of one storage, which there may be none of."""
+    count = values.value(copies)
+    return rounded_up(values.value(nbytes) // np.maximum(count, 1), granule) * count
+
+
 class Trace:
     """A ledger as arrays.
 
     Attributes:
         stack: the blocks that were executed.
         classes: (bytes, category) of each size class.
+        copies: of each size class, how many storages of equal size its bytes are.
         step: index of the first event after the setup.
         klass, sign: of each event, the size class and +1 or -1.
         group: of each event, which of `stack.repeated` it happens once in every middle turn of; -1 if it happens once.
@@ -56,11 +68,11 @@ class Trace:
 
     def __init__(self, ledger: Ledger, stack: Stack) -> None:
         self.ledger, self.stack = ledger, stack
-        index: dict[tuple[Size, Category], int] = {}
-        self.klass = np.array(
-            [index.setdefault((e.storage.nbytes, e.storage.category), len(index)) for e in ledger.events], dtype=np.intp
-        )
-        self.classes = list(index)
+        index: dict[tuple[Size, Category, Size], int] = {}
+        keys = [(e.storage.nbytes, e.storage.category, e.storage.copies) for e in ledger.events]
+        self.klass = np.array([index.setdefault(key, len(index)) for key in keys], dtype=np.intp)
+        self.classes = [(nbytes, category) for nbytes, category, _ in index]
+        self.copies = [copies for *_, copies in index]
         self.sign = np.array([e.sign for e in ledger.events], dtype=np.int64)
         self.step = next(i for i, e in enumerate(ledger.events) if e.where.phase is not Phase.SETUP)
         self._turns = self._executed_turns()
@@ -181,9 +193,16 @@ class Trace:
         return first, last
 
     def class_bytes(self, sizes: Mapping[str, int], granule: int = 1) -> NDArray[np.int64]:
-        """Bytes of one storage of each class, rounded up to `granule`."""
+        """Bytes of one storage of each class, or of its copies together, each rounded up to `granule`."""
+        return np.array([int(n) for n in self.rounded_classes(sizes, granule)], dtype=np.int64)
+
+    def rounded_classes(self, sizes: Mapping[str, Any], granule: int) -> list[Any]:
+        """The same at `sizes` that are numbers or arrays."""
         values = as_sizes(sizes)
-        return np.array([-(-evaluate(n, values) // granule) * granule for n, _ in self.classes], dtype=np.int64)
+        return [
+            rounded_up(values.value(n), granule) if copies is ONE else _each(values, n, copies, granule)
+            for (n, _), copies in zip(self.classes, self.copies, strict=True)
+        ]
 
     def repetitions(self, sizes: Mapping[str, int]) -> list[int]:
         """How often the middle turn of each group that repeats happens at `sizes`."""
