@@ -143,8 +143,7 @@ class Recipe:
     rank: int = 0  # which of those that share the shards
     tensor_parallel: bool = False
     pipeline: str = ""  # the schedule of a pipeline
-    stage: tuple[int, int] = (0, 1)  # which of how many stages
-    buffers: int = 0  # micro-batches that a stage has room for
+    stage: tuple[int, int] = (0, 1)  # which of how many stages: (0, 2) of all first ones, (1, 3) between, (1, 2) last
 
     @property
     def micro_batches(self) -> int:
