@@ -13,11 +13,11 @@ from app_pages.compute import largest_batch
 from app_pages.estimate import answer
 from app_pages.inputs import HIDDEN, supported
 from app_pages.labels import explained, label, plain
-from app_pages.model_input import LIMIT, called
+from app_pages.model_input import called
 from estimator.describe.checks import ConfigError
 from estimator.describe.plan import Plan
 from estimator.describe.presets import preset, presets
-from estimator.describe.settings import choices
+from estimator.describe.settings import choices, limits
 from estimator.show.comparison import ENERGY, MONEY, TIME, Figure, change, headline, measures, paid, said
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ def _other(name: str, base: Request) -> Request | None:
             batch = st.number_input(
                 label("batch_size"),
                 1,
-                LIMIT,
+                limits(Plan)["batch_size"],
                 None,
                 key=f"{name}.batch_size",
                 bind="query-params",

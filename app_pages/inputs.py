@@ -11,7 +11,7 @@ import streamlit as st
 
 from app_pages import targets
 from app_pages.labels import explained, label, plain
-from app_pages.model_input import LIMIT, model_input
+from app_pages.model_input import model_input
 from estimator.accounting.accounts import DEVICES
 from estimator.answers.request import Request
 from estimator.describe.plan import FULLY_SHARDED, Plan
@@ -138,7 +138,7 @@ def _plan_input(name: str, model: ModelConfig) -> Any:
         return st.number_input(**common, min_value=least, max_value=most, step=0.05 if most <= 1 else 0.1)
     if name == "seq_len":
         common["placeholder"] = f"{model.context_length:,}"
-    return st.number_input(**common, min_value=1, max_value=LIMIT)
+    return st.number_input(**common, min_value=1, max_value=limits(Plan)[name])
 
 
 def _machine() -> tuple[str, int]:
@@ -155,7 +155,7 @@ def _machine() -> tuple[str, int]:
     count = right.number_input(
         label("count"),
         min_value=1,
-        max_value=LIMIT,
+        max_value=limits(Run)["count"],
         value=1,
         key="count",
         bind="query-params",

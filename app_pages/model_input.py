@@ -20,8 +20,6 @@ from estimator.describe.words import in_words
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-# What the widgets take at most: beyond any model, and few enough events to draw the step.
-LIMIT = 10_000_000
 # May be left empty: as published, or following d_model and the heads.
 FOLLOWING = ("num_kv_heads", "head_dim", "d_ff", "sliding_window")
 BASES = {preset(name).family: name for name in starting_points()}  # what a model of one's own starts from, by family
@@ -175,7 +173,7 @@ def _sizes(name: str, published: ModelConfig) -> dict[str, Any]:
         value = columns[i % 2].number_input(
             label(field),
             min_value=1,
-            max_value=min(limits(ModelConfig)[field], LIMIT),
+            max_value=limits(ModelConfig)[field],
             value=None if field in FOLLOWING else own,
             placeholder="none" if shown is None else f"{shown:,}",
             key=f"{name}.{field}",

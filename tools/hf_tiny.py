@@ -39,6 +39,10 @@ SIZES = {
     "num_experts_per_tok": 2,
     "n_shared_experts": 1,
     "num_shared_experts": 2,
+    "moe_num_experts": 8,
+    "moe_k": 2,
+    "moe_num_shared_experts": 2,
+    "shared_expert_intermediate_size": 40,
     "n_group": 2,
     "topk_group": 1,
     "q_lora_rank": 24,
@@ -49,6 +53,15 @@ SIZES = {
 }
 # What a family needs beside, or in place of these.
 BESIDE = {
+    "aria_text": {"moe_topk": 2},
+    "cohere2_moe": {
+        "num_shared_experts": 2,
+        "prefix_dense_intermediate_size": 72,
+        "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+        "expert_selection_fn": "sigmoid",
+    },
+    "flint": {"mlp_only_layers": [1]},
     "granite_swa": {"layer_rope_theta": [0, 10000, 10000, 10000]},
     "granitemoe_swa": {"layer_rope_theta": [0, 10000, 10000, 10000]},
     "mellum": {"layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]},
@@ -99,7 +112,8 @@ def main():
     transformers_logging.set_verbosity(transformers_logging.CRITICAL)
     torch.manual_seed(0)
     rows = [json.loads(line) for line in OUT.read_text().splitlines()]
-    new = [row(kind) for kind in FAMILIES if kind not in {one["family"] for one in rows}]
+    there = {one["family"] for one in rows}
+    new = [row(kind) for kind in FAMILIES if kind in CONFIG_MAPPING and kind not in there]
     OUT.write_text("".join(json.dumps(one) + "\n" for one in rows + new))
     for one in new:
         print(one["family"], f"{one['parameters']:,} parameters, {one['forward_flops']:,} FLOPs forward")

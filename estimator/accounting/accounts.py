@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from threading import RLock
 from typing import TYPE_CHECKING, Any
@@ -167,20 +167,29 @@ def account(m: ModelConfig, p: Plan, device: str = "cuda", rank: int = 0) -> Acc
         ConfigError: an unknown device, a rank that there is not, or a sequence longer than the model's positions.
     """
     choose("device", device, DEVICES)
-    return account_at(recipe_of(m, p, device, rank), sizes_for(m, p, threads=1), device)
+    if not p.is_pipeline:
+        return account_at(recipe_of(m, p, device, rank), sizes_for(m, p, threads=1), device)
+    return stage_account(m, p, device, rank).of_stage(rank)
 
 
-def sizes_for(m: ModelConfig, p: Plan, threads: int | None = None) -> Sizes:
-    """The number behind each letter of the legend for `m` run as `p`."""
+def stage_account(m: ModelConfig, p: Plan, device: str, stage: int) -> Account:
+    """The account of a stage of a pipeline, the same for all that are alike: at `sizes_for(m, p, stage=stage)`."""
+    return account_at(recipe_of(m, p, device, stage), sizes_for(m, p, threads=1, stage=stage), device)
+
+
+def sizes_for(m: ModelConfig, p: Plan, threads: int | None = None, stage: int = 0) -> Sizes:
+    """The number behind each letter of the legend for `m` run as `p`; of a pipeline those of a stage."""
     order = BlockOrder(m.rotating_pattern, p.checkpointing, p.checkpoint_every, p.selection, p.freezes_inputs)
-    return Sizes(_sizes(m, p, threads) | order.layout(m.num_layers // p.pipeline_parallel).values)
+    return Sizes(_sizes(m, p, threads, stage) | order.layout(m.num_layers // p.pipeline_parallel).values)
 
 
-def _sizes(m: ModelConfig, p: Plan, threads: int | None) -> Sizes:
+def _sizes(m: ModelConfig, p: Plan, threads: int | None, stage: int = 0) -> Sizes:
     """Those of the model and the plan, without the turns of its groups of blocks."""
     sizes = sizes_of(m, p.batch_size, p.tokens(m), threads, p.shards)
     sizes = sizes if p.adapter == "none" else Sizes(sizes | {"r": p.adapter_rank})
     sizes = Sizes(sizes | {"L": m.num_layers // p.pipeline_parallel})  # of a stage
+    if p.is_pipeline:
+        sizes = Sizes(sizes | {"M": p.grad_accumulation, "w": pipeline.in_flight(p, stage)})
     return sizes if p.tensor_parallel == 1 else Sizes(sizes | {"t": p.tensor_parallel})
 
 
@@ -188,7 +197,8 @@ def recipe_of(m: ModelConfig, p: Plan, device: str, rank: int = 0) -> Recipe:
     """What of `m` and `p` decides which statements a step executes on `device`, the accelerator number `rank`."""
     tokens = p.tokens(m)
     pipeline.check_plan(p)
-    ranks = p.data_parallel * p.pipeline_parallel  # those of a tensor-parallel group are alike
+    # Those of a tensor-parallel group are alike, and all replicas of a stage.
+    ranks = p.pipeline_parallel if p.is_pipeline else p.data_parallel
     if not 0 <= rank < ranks:
         raise ConfigError(f"rank = {rank}: there are {ranks}; allowed are 0 to {ranks - 1}")
     if p.precision == "bf16-fsdp" and p.data_parallel == 1:
@@ -215,11 +225,10 @@ def recipe_of(m: ModelConfig, p: Plan, device: str, rank: int = 0) -> Recipe:
         # The second micro-batch adds to gradients that exist, and so do all after it; where gradients become views of
         # buckets, the last is another than those between.
         schedule=(
-            pipeline.schedule(p, rank, pipeline.executed(p))
+            pipeline.executed(p, rank)
             if p.is_pipeline
             else accumulation(min(p.grad_accumulation, 3 if _has_bucket_views(p) else 2))
         ),
-        buffers=p.grad_accumulation if p.is_pipeline else 0,
         parallel=_parallel(p),
         selection=p.selection,
         adapter=p.adapter,
@@ -234,10 +243,10 @@ def recipe_of(m: ModelConfig, p: Plan, device: str, rank: int = 0) -> Recipe:
         reshard=None if p.reshard_after_forward in (None, p.shards) else int(p.reshard_after_forward),
         bucket_view=_has_bucket_views(p),
         in_backward=p.update == "in-backward",
-        rank=rank % p.shards,
+        rank=0 if p.is_pipeline else rank % p.shards,
         tensor_parallel=p.tensor_parallel > 1,
         pipeline=p.pipeline_schedule if p.is_pipeline else "",
-        stage=(rank, p.pipeline_parallel) if p.is_pipeline else (0, 1),
+        stage=_stage(p, rank),
     )
     masked = m.sliding_window is not None and tokens > m.sliding_window
     if p.attention == "sdpa-flash" and fused_kernel("flash", device, masked=masked) != "flash":
@@ -246,6 +255,13 @@ def recipe_of(m: ModelConfig, p: Plan, device: str, rank: int = 0) -> Recipe:
             f"{tokens} tokens; allowed are naive, naive-fp32, sdpa, sdpa-math, sdpa-efficient"
         )
     return recipe
+
+
+def _stage(p: Plan, stage: int) -> tuple[int, int]:
+    """`Recipe.stage`: all stages between the first and the last are alike."""
+    if not p.is_pipeline:
+        return 0, 1
+    return min(stage, 1), 3 if 0 < stage < p.pipeline_parallel - 1 else 2
 
 
 def _parallel(p: Plan) -> str:
@@ -344,6 +360,7 @@ class Account:
         executed_modules: the same by part of the model.
         pieces: the polynomials of the peak's maximum, each with its moment and its categories.
         first: sizes at which it holds.
+        stage: of a pipeline, whose figures `evaluate` gives.
     """
 
     recipe: Recipe
@@ -354,6 +371,11 @@ class Account:
     executed_modules: Mapping[str, Forms]
     pieces: tuple[Piece, ...]
     first: Sizes
+    stage: int = 0
+
+    def of_stage(self, stage: int) -> Account:
+        """This account, as that of a stage which is like the one that was executed."""
+        return replace(self, stage=stage)
 
     @property
     def forms(self) -> Forms:
@@ -414,7 +436,7 @@ class Account:
 
     def for_sizes(self, m: ModelConfig, p: Plan) -> Account:
         """This account, or the one of the shape class that `m` and `p` are in."""
-        return account(m, p, self.device, self.recipe.stage[0] if self.recipe.pipeline else self.recipe.rank)
+        return account(m, p, self.device, self.stage if self.recipe.pipeline else self.recipe.rank)
 
     def evaluate(self, m: ModelConfig, p: Plan, threads: int | None = None) -> Values:
         """The figures for `m` and `p`; `threads` are PyTorch's CPU threads, all cores by default.
@@ -422,7 +444,7 @@ class Account:
         Raises:
             ConfigError: `m` and `p` take another recipe than this account's.
         """
-        return self.for_sizes(m, p).values(sizes_for(m, p, threads))
+        return self.for_sizes(m, p).values(sizes_for(m, p, threads, self.stage))
 
     def values(self, sizes: Mapping[str, int]) -> Values:
         """The figures at `sizes`, which must be in this account's shape class.
@@ -504,4 +526,4 @@ def vectorised_peak(recipe: Recipe, device: str) -> VectorisedPeak:
     return VectorisedPeak(recipe, device, account_at)
 
 
-_known = _Known(64)
+_known = _Known(256)

@@ -19,7 +19,7 @@ from estimator.optim.masters import Masters
 from estimator.optim.optimizers import OPTIMIZERS
 from estimator.optim.scaling import GradScaler
 from estimator.parallel.data import Sharing
-from estimator.parallel.pipeline import SCHEDULES, Stage
+from estimator.parallel.pipeline import MICRO_BATCHES, SCHEDULES, Stage
 from estimator.parallel.sharded import REPLICAS
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def run_step(recipe: Recipe, shapes: ShapeClass, device: str, stack: Stack, size
 
     `sizes` answer what the execution asks of them; the answers are in the ledger.
     """
-    if recipe.parallel != "alone" and recipe.schedule != accumulation(recipe.micro_batches):
+    if recipe.parallel != "alone" and not recipe.pipeline and recipe.schedule != accumulation(recipe.micro_batches):
         raise ConfigError(
             f"schedule = {written(recipe.schedule)}: accelerators that share a step run each micro-batch's backward "
             "directly after its forward"
@@ -124,7 +124,7 @@ def run_step(recipe: Recipe, shapes: ShapeClass, device: str, stack: Stack, size
 
 def _stage(machine: Machine, model: Transformer, recipe: Recipe, size: Mapping[str, Size]) -> Stage:
     """One process of a pipeline, with the ids or the targets of all micro-batches where it needs them."""
-    shape, whole = (size["B"], size["T"]), (recipe.buffers * size["B"], size["T"])
+    shape, whole = (size["B"], size["T"]), (MICRO_BATCHES * size["B"], size["T"])
     with machine.ledger.inside("inputs"):
         given = {name: _input(machine, *whole) for name in ("ids",) * recipe.enters + ("targets",) * recipe.leaves}
     pieces = {name: x.view(shape, machine.contiguous(shape)).hold() for name, x in given.items()}
@@ -136,8 +136,9 @@ def _stage(machine: Machine, model: Transformer, recipe: Recipe, size: Mapping[s
             mean.drop()
         return divided
 
-    counts = recipe.micro_batches, recipe.buffers
-    return Stage(machine, recipe.stage, counts, (*shape, size["d"]), model, pieces.get("ids"), loss)
+    ahead = next(i for i, move in enumerate(recipe.schedule) if move.kind == BACKWARD)
+    counts = recipe.micro_batches, ahead
+    return Stage(machine, recipe.stage, *counts, (*shape, size["d"]), model, pieces.get("ids"), loss)
 
 
 def sharing_of(recipe: Recipe) -> Sharing:

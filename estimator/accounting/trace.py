@@ -11,12 +11,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from estimator.eager.ledger import Category, Phase
-from estimator.eager.letters import ONE, ZERO, as_sizes, evaluate
+from estimator.eager.letters import ONE, ZERO, as_sizes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -24,8 +24,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from estimator.eager.ledger import Ledger, Where
-    from estimator.eager.letters import Size
+    from estimator.eager.letters import Size, Sizes
     from estimator.eager.repetition import Stack
+
+    _Place = tuple[Phase, int | None, int]
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,24 @@ class Moment:
     counts: NDArray[np.int32]
 
 
+def rounded_up(nbytes: Any, granule: int) -> Any:
+    """Bytes as blocks of `granule` hold them."""
+    return -(-nbytes // granule) * granule
+
+
+def _each(values: Sizes, nbytes: Size, copies: Size, granule: int) -> Any:
+    """Of copies of one storage, which there may be none of."""
+    count = values.value(copies)
+    return rounded_up(values.value(nbytes) // np.maximum(count, 1), granule) * count
+
+
 class Trace:
     """A ledger as arrays.
 
     Attributes:
         stack: the blocks that were executed.
         classes: (bytes, category) of each size class.
+        copies: of each size class, how many storages of equal size its bytes are.
         step: index of the first event after the setup.
         klass, sign: of each event, the size class and +1 or -1.
         group: of each event, which of `stack.repeated` it happens once in every middle turn of; -1 if it happens once.
@@ -54,11 +68,11 @@ class Trace:
 
     def __init__(self, ledger: Ledger, stack: Stack) -> None:
         self.ledger, self.stack = ledger, stack
-        index: dict[tuple[Size, Category], int] = {}
-        self.klass = np.array(
-            [index.setdefault((e.storage.nbytes, e.storage.category), len(index)) for e in ledger.events], dtype=np.intp
-        )
-        self.classes = list(index)
+        index: dict[tuple[Size, Category, Size], int] = {}
+        keys = [(e.storage.nbytes, e.storage.category, e.storage.copies) for e in ledger.events]
+        self.klass = np.array([index.setdefault(key, len(index)) for key in keys], dtype=np.intp)
+        self.classes = [(nbytes, category) for nbytes, category, _ in index]
+        self.copies = [copies for *_, copies in index]
         self.sign = np.array([e.sign for e in ledger.events], dtype=np.int64)
         self.step = next(i for i, e in enumerate(ledger.events) if e.where.phase is not Phase.SETUP)
         self._turns = self._executed_turns()
@@ -138,6 +152,8 @@ class Trace:
             before[group, end:] += so_far[-1]
         peaks = (self.sign > 0) & np.append(self.sign[1:] < 0, True)
         peaks[: self.step] = False
+        positions = self._positions()
+        by_event = {at: key for key, at in positions.items()}
         places, counts = [], []
         for i in np.flatnonzero(peaks):
             where, group = self.ledger.events[i].where, int(self.group[i])
@@ -145,7 +161,7 @@ class Trace:
                 places.append(where)
                 counts.append(np.concatenate((once[i][None], before[:, i])))
                 continue
-            low, high = (live[partner] - live[i] for partner in self._partners(int(i)))
+            low, high = (live[at] - live[i] for at in self._partners(int(i), by_event[int(i)], positions))
             if bool((low == -high).all()) and (bool((low == net[i]).all()) or bool((high == net[i]).all())):
                 continue
             first = np.concatenate(((once[i] + inside[i])[None], before[:, i]))
@@ -156,8 +172,7 @@ class Trace:
             counts += [first, last]
         return places, np.array(counts)
 
-    @cached_property
-    def _positions(self) -> dict[tuple[Phase, int | None, int], int]:
+    def _positions(self) -> dict[_Place, int]:
         """(phase, block, n): the n-th event of a block in a phase."""
         count: dict[tuple[Phase, int | None], int] = {}
         positions = {}
@@ -167,24 +182,27 @@ class Trace:
             count[key] += 1
         return positions
 
-    @cached_property
-    def _places(self) -> dict[int, tuple[Phase, int | None, int]]:
-        return {at: key for key, at in self._positions.items()}
-
-    def _partners(self, i: int) -> tuple[int, int]:
+    def _partners(self, i: int, place: _Place, positions: Mapping[_Place, int]) -> tuple[int, int]:
         """The events of the first and the last turn that are event i of the middle one; i where there is none."""
-        phase, block, ordinal = self._places[i]
+        phase, block, ordinal = place
         if block is None:
             return i, i
         unit = len(self.stack.groups[self.stack.places[block].group].pattern)
-        ends = (self._positions.get((phase, block + step, ordinal), i) for step in (-unit, unit))
+        ends = (positions.get((phase, block + step, ordinal), i) for step in (-unit, unit))
         first, last = (at if self.ledger.events[at].where.op == self.ledger.events[i].where.op else i for at in ends)
         return first, last
 
     def class_bytes(self, sizes: Mapping[str, int], granule: int = 1) -> NDArray[np.int64]:
-        """Bytes of one storage of each class, rounded up to `granule`."""
+        """Bytes of one storage of each class, or of its copies together, each rounded up to `granule`."""
+        return np.array([int(n) for n in self.rounded_classes(sizes, granule)], dtype=np.int64)
+
+    def rounded_classes(self, sizes: Mapping[str, Any], granule: int) -> list[Any]:
+        """The same at `sizes` that are numbers or arrays."""
         values = as_sizes(sizes)
-        return np.array([-(-evaluate(n, values) // granule) * granule for n, _ in self.classes], dtype=np.int64)
+        return [
+            rounded_up(values.value(n), granule) if copies is ONE else _each(values, n, copies, granule)
+            for (n, _), copies in zip(self.classes, self.copies, strict=True)
+        ]
 
     def repetitions(self, sizes: Mapping[str, int]) -> list[int]:
         """How often the middle turn of each group that repeats happens at `sizes`."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from estimator.accounting.accounts import account
+from estimator.accounting.collector import collected_later
 from estimator.answers.estimates import Estimate, estimate, max_batch_size
 from estimator.describe.checks import ConfigError, choose
 from estimator.describe.plan import Plan
@@ -139,6 +140,7 @@ class Advisor:
             **self.options,
         )
 
+    @collected_later()
     def single(self) -> tuple[Change, ...]:
         """Single changes that save memory, work or time; those that make it fit first, the fastest first.
 
@@ -154,6 +156,7 @@ class Advisor:
                 found.append(change)
         return tuple(sorted(found, key=_by_time))
 
+    @collected_later()
     def improvements(self, goal: str = "memory") -> tuple[Change, ...]:
         """What is better for `goal`, fewest changes first, up to four together; then, if it must, another machine.
 

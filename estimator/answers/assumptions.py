@@ -10,8 +10,9 @@ from estimator.describe.run import WIDE
 from estimator.hardware.accelerators import cluster
 from estimator.hardware.networks import network, straggling
 from estimator.timing.kernels import FUSED
+from estimator.timing.mesh import between
 from estimator.timing.roofline import efficiency
-from estimator.timing.speed import FUSED_ATTENTION, Setup, between, step_times
+from estimator.timing.speed import FUSED_ATTENTION, Setup, step_times
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from estimator.accounting.accounts import Account, Values, account, sizes_for
+from estimator.accounting.accounts import Account, Values, account, sizes_for, stage_account
 from estimator.answers.assumptions import Assumption, assumptions
 from estimator.answers.notes import notes, notes_of_card, notes_of_stages
 from estimator.describe.catalogue import number
@@ -24,7 +24,7 @@ from estimator.timing.kernels import Variant
 from estimator.timing.speed import Setup, Time, at_mfu, predicted
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping
+    from collections.abc import Collection, Iterator
     from pathlib import Path
 
     import pandas as pd
@@ -216,10 +216,9 @@ def estimate(
             "modelled; allowed are accelerators of the cuda and cpu backends"
         )
     check_kernel(p, device)
-    sizes = sizes_for(m, p, threads)
-    stages = tuple(_stages(m, p, device, sizes))
+    stages = tuple(_stages(m, p, device, threads))
     worst = max(range(len(stages)), key=lambda stage: stages[stage].needed, default=0)
-    a = account(m, p, device.device, worst)
+    a, sizes = account(m, p, device.device, worst), sizes_for(m, p, threads, worst)
     values = a.values(sizes)
     together = _alone(m, p, device.device, threads) if p.accelerators > p.data_parallel else values
     own = together if p.is_pipeline else values
@@ -263,10 +262,10 @@ def _alone(m: ModelConfig, p: Plan, device: str, threads: int | None) -> Values:
     return account(m, alone, device).values(sizes_for(m, alone, threads))
 
 
-def _stages(m: ModelConfig, p: Plan, device: Accelerator, sizes: Mapping[str, int]) -> Iterator[Memory]:
+def _stages(m: ModelConfig, p: Plan, device: Accelerator, threads: int | None) -> Iterator[Memory]:
     """The memory of each stage of a pipeline; nothing without one."""
     for stage in range(p.pipeline_parallel if p.is_pipeline else 0):
-        a = account(m, p, device.device, stage)
+        a, sizes = stage_account(m, p, device.device, stage), sizes_for(m, p, threads, stage)
         yield memory(a, a.values(sizes), sizes, device)
 
 

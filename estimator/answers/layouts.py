@@ -1,8 +1,8 @@
 """Every way to lay a run out on so many accelerators: which fit, how fast they are, and why the others are not.
 
-A layout is tensor parallelism within a node, data parallelism with a sharding, the accelerators that share the shards
-(HSDP), a micro-batch and what is checkpointed. One account a recipe holds for all micro-batches and counts, so that
-thousands of layouts take seconds.
+A layout is tensor parallelism within a node, the stages of a pipeline, data parallelism with a sharding, the
+accelerators that share the shards (HSDP), a micro-batch and what is checkpointed. One account a recipe holds for all
+micro-batches and counts, so that thousands of layouts take seconds.
 """
 
 from __future__ import annotations
@@ -10,15 +10,19 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from estimator.accounting.accounts import account, recipe_of, sizes_for, vectorised_peak
+from estimator.accounting.collector import collected_later
 from estimator.answers.estimates import check_kernel
+from estimator.answers.pipelined import figures as pipelined
+from estimator.answers.pipelined import least_bytes, needed_by
 from estimator.answers.plans import RECIPE
 from estimator.describe.checks import ConfigError, choose
+from estimator.describe.pipeline import least_micro_batches
 from estimator.describe.plan import FULLY_SHARDED, Plan
 from estimator.describe.presets import preset
 from estimator.describe.run import Run
@@ -28,8 +32,9 @@ from estimator.hardware.accelerators import Accelerator, accelerator
 from estimator.hardware.networks import network as network_of
 from estimator.memory.device import needed
 from estimator.pricing.money import cost
+from estimator.timing.mesh import between
 from estimator.timing.roofline import PARTS
-from estimator.timing.speed import Setup, between, regime, times
+from estimator.timing.speed import Setup, regime, times
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping
@@ -38,10 +43,12 @@ if TYPE_CHECKING:
     import pandas as pd
     from numpy.typing import NDArray
 
+    from estimator.accounting.accounts import Values
     from estimator.describe.model import ModelConfig
 
 AXES = (
     "tensor_parallel",
+    "pipeline_parallel",
     "sharding",
     "shard_group",
     "batch_size",
@@ -118,6 +125,7 @@ class Layouts:
             {
                 "data_parallel": o.plan.data_parallel,
                 "tensor_parallel": o.plan.tensor_parallel,
+                "pipeline_parallel": o.plan.pipeline_parallel,
                 "sharding": o.plan.sharding,
                 "shard_group": o.plan.shards,
                 "precision": o.plan.precision,
@@ -154,6 +162,7 @@ def layouts(
     return search(model, plan, on, **how).to_frame()
 
 
+@collected_later()
 def search(
     model: ModelConfig | str,
     plan: Plan | None = None,
@@ -192,7 +201,7 @@ def search(
         choose("fixed", name, AXES)
     asked = _Search(m, plan or LAID_OUT, a, Setup(network=network), frozenset(fixed), checked(Run, "count", count))
     sequences = checked(Run, "global_batch_size", global_batch_size)
-    least = asked.count // max(asked.tensors(asked.count))
+    least = asked.count // max(ranks * stages for ranks, stages in asked.shares(asked.count))
     if sequences < least:
         raise ConfigError(
             f"global_batch_size = {sequences}: on {asked.count} accelerators each replica of it takes a sequence at "
@@ -231,15 +240,37 @@ class _Search:
 
     def ways(self, refused: Counter[str]) -> Iterator[Plan]:
         """Each sharding, group of shards and checkpointing, in micro-batches of one; why others cannot be."""
-        for ranks in self.tensors(self.count):
-            replicas = self.count // ranks
-            for sharding in self._shardings(replicas, ranks):
+        for ranks, stages in self.shares(self.count):
+            replicas = self.count // (ranks * stages)
+            for sharding in self._shardings(replicas, ranks, stages):
                 for group in self._groups(sharding, replicas if ranks == 1 else 1):
                     for kind in self._checkpointings():
                         try:
-                            yield self._way(self.count, sharding, group, kind, ranks)
+                            yield self._way(self.count, sharding, group, kind, ranks, stages)
                         except ConfigError as why:
                             refused[str(why)] += 1
+
+    def shares(self, count: int) -> list[tuple[int, int]]:
+        """(tensor-parallel ranks, stages of a pipeline) that are tried: those that fill the accelerators evenly.
+
+        Stages have blocks in equal numbers; only 1 where the plan or the model has what is not known together with it.
+        """
+        found = []
+        for ranks in self.tensors(count):
+            if "pipeline_parallel" in self.fixed:
+                several = [self.plan.pipeline_parallel]
+            else:
+                divisors = [n for n in range(2, self.model.num_layers + 1) if self.model.num_layers % n == 0]
+                several = [1, *(n for n in divisors if count % (ranks * n) == 0)]
+            found += [(ranks, stages) for stages in several if stages == 1 or self._known(count, ranks, stages)]
+        return found
+
+    def _known(self, count: int, ranks: int, stages: int) -> bool:
+        try:
+            self._way(count, "none", None, "none", ranks, stages).check_model(self.model)
+        except ConfigError:
+            return "pipeline_parallel" in self.fixed  # and says why
+        return True
 
     def tensors(self, count: int) -> list[int]:
         """The numbers of tensor-parallel ranks that are tried on so many accelerators: those that fill a node evenly.
@@ -262,10 +293,10 @@ class _Search:
             found.append(ranks)
         return found
 
-    def _shardings(self, replicas: int, ranks: int) -> tuple[str, ...]:
+    def _shardings(self, replicas: int, ranks: int, stages: int = 1) -> tuple[str, ...]:
         if "sharding" in self.fixed:
             return (self.plan.sharding,)
-        if replicas == 1:
+        if replicas == 1 or stages > 1:
             return ("none",)
         return tuple(choices(Plan)["sharding"]) if ranks == 1 else FULLY_SHARDED
 
@@ -281,7 +312,9 @@ class _Search:
             return (self.plan.checkpointing,)
         return (*KINDS, self.plan.checkpointing) if self.plan.checkpointing not in KINDS else KINDS
 
-    def _way(self, count: int, sharding: str, group: int | None, checkpointing: str, ranks: int = 1) -> Plan:
+    def _way(
+        self, count: int, sharding: str, group: int | None, checkpointing: str, ranks: int = 1, stages: int = 1
+    ) -> Plan:
         """The plan so laid out.
 
         Raises:
@@ -289,8 +322,10 @@ class _Search:
         """
         checked(Plan, "checkpointing", checkpointing)
         changes: dict[str, Any] = {
-            "data_parallel": count // ranks,
+            "data_parallel": count // (ranks * stages),
             "tensor_parallel": ranks,
+            "pipeline_parallel": stages,
+            "pipeline_schedule": self.plan.pipeline_schedule if stages > 1 else "1f1b",
             "sharding": sharding,
             "shard_group": group,
             "checkpointing": checkpointing,
@@ -298,7 +333,7 @@ class _Search:
             "grad_accumulation": 1,
         }
         if self.plan.precision in ("bf16-mixed", "bf16-fsdp"):
-            whole = sharding not in FULLY_SHARDED or count == ranks
+            whole = sharding not in FULLY_SHARDED or count == ranks * stages
             changes["precision"] = "bf16-mixed" if whole else "bf16-fsdp"
             if whole:
                 changes |= {"reduce_dtype": "fp32", "autocast": False}
@@ -313,8 +348,12 @@ class _Search:
         else:  # of those that take the same number of turns the smallest: a last one that is not full takes its time
             share = -(-sequences // way.data_parallel)
             batches = np.unique([-(-share // turns) for turns in range(1, share + 1)])
+        batches = batches[-(-sequences // (batches * way.data_parallel)) >= least_micro_batches(way)]
         turns = -(-sequences // (batches * way.data_parallel))
         found: list[Option] = []
+        if way.is_pipeline and self._crowded(way, sequences):
+            refused[self._too_much(way)] += len(batches)
+            return found
         try:
             for points, memory, spent in self._figures(way, batches, turns):
                 spare = self.accelerator.memory_bytes - memory
@@ -325,17 +364,36 @@ class _Search:
                     work = float(self.flops) * sequences
                     found.append(self._option(plan, int(memory[i]), parts, work, sequences, rate))
                 if len(points) > (fit := int((spare >= 0).sum())):
-                    least = f"{way.sharding}, checkpointing {way.checkpointing}"
-                    refused[f"more than {self.accelerator.memory_bytes / GIB:.1f} GiB: {least}"] += len(points) - fit
+                    refused[self._too_much(way)] += len(points) - fit
         except ConfigError as why:
             refused[str(why)] += len(batches)
         return found
+
+    def _too_much(self, way: Plan) -> str:
+        axes = {"tensor parallel": way.tensor_parallel, "pipeline of": way.pipeline_parallel}
+        several = "".join(f"{name} {n}, " for name, n in axes.items() if n > 1)
+        most = f"more than {self.accelerator.memory_bytes / GIB:.1f} GiB"
+        return f"{most}: {several}{way.sharding}, checkpointing {way.checkpointing}"
+
+    def _crowded(self, way: Plan, sequences: int) -> bool:
+        """A bound says already that no micro-batch of a pipeline fits; most do not, and no step need be executed."""
+        alone = self._alone(way.precision)
+        itemsize = 2 if way.precision == "bf16" else 4
+        return least_bytes(self.model, way, alone, itemsize, sequences) > self.accelerator.memory_bytes
+
+    def _alone(self, precision: str) -> Values:
+        """The figures of a micro-batch of one on one accelerator that has all of the model."""
+        alone = self._way(1, "none", None, "none").replace(batch_size=1, precision=precision)
+        return _evaluated(self.model, alone, self.accelerator.device)
 
     def _figures(
         self, way: Plan, batches: NDArray[np.int64], turns: NDArray[np.int64]
     ) -> Iterator[tuple[NDArray[np.intp], NDArray[np.int64], dict[str, NDArray[np.float64]]]]:
         """(points, bytes needed, seconds by part), alike points together."""
         device = self.accelerator.device
+        if way.is_pipeline:
+            yield from pipelined(self.model, way, self.accelerator, self.setup, batches, turns)
+            return
         for several in np.unique(turns > 1):
             points = np.flatnonzero((turns > 1) == several)
             plan = way.replace(grad_accumulation=2 if several else 1)
@@ -366,8 +424,7 @@ class _Search:
     @cached_property
     def flops(self) -> int:
         """Model FLOPs of a sequence, whoever computes them."""
-        alone = self._way(1, "none", None, "none").replace(batch_size=1)
-        v = account(self.model, alone, self.accelerator.device).evaluate(self.model, alone)
+        v = self._alone(self._way(1, "none", None, "none").precision)
         return v.forward_flops + v.backward_flops - v.recompute_flops
 
     def smallest(self, sequences: int) -> int | None:
@@ -397,16 +454,23 @@ class _Search:
     def _fits(self, count: int, batch: int, sequences: int) -> bool:
         group = self.plan.shard_group if "shard_group" in self.fixed else None
         device = self.accelerator.device
-        for ranks in self.tensors(count):
-            replicas = count // ranks
-            turns = -(-sequences // (batch * replicas))
-            if count % ranks or batch * replicas > sequences:
+        for ranks, stages in self.shares(count):
+            replicas = count // (ranks * stages)
+            if count % (ranks * stages) or batch * replicas > sequences:
                 continue
+            turns = np.array([-(-sequences // (batch * replicas))])
             kinds = reversed(self._checkpointings())
-            for kind, sharding in itertools.product(kinds, reversed(self._shardings(replicas, ranks))):
+            for kind, sharding in itertools.product(kinds, reversed(self._shardings(replicas, ranks, stages))):
                 try:
-                    way = self._way(count, sharding, group, kind, ranks)
-                    way = way.replace(batch_size=batch, grad_accumulation=min(turns, 2))
+                    way = self._way(count, sharding, group, kind, ranks, stages)
+                    if way.is_pipeline and self._crowded(way, sequences):
+                        continue
+                    if way.is_pipeline:
+                        memory = needed_by(self.model, way, self.accelerator, np.array([batch]), turns)
+                        if turns >= least_micro_batches(way) and memory <= self.accelerator.memory_bytes:
+                            return True
+                        continue
+                    way = way.replace(batch_size=batch, grad_accumulation=min(int(turns[0]), 2))
                     sizes = sizes_for(self.model, way)
                     recipe = recipe_of(self.model, way, device)
                 except ConfigError:
@@ -415,6 +479,11 @@ class _Search:
                 if needed(form, sizes, self.accelerator)[0] <= self.accelerator.memory_bytes:
                     return True
         return False
+
+
+@lru_cache(maxsize=16)
+def _evaluated(m: ModelConfig, p: Plan, device: str) -> Values:
+    return account(m, p, device).evaluate(m, p)
 
 
 def _plain(x: Any) -> Any:

@@ -14,6 +14,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from estimator.accounting.accounts import account
+from estimator.accounting.collector import collected_later
 from estimator.answers.estimates import Estimate, estimate, max_batch_size
 from estimator.answers.request import Request
 from estimator.describe.catalogue import number, read_data
@@ -159,6 +160,7 @@ class Plans:
         return pd.DataFrame(rows)
 
 
+@collected_later()
 def plan(
     model: ModelConfig | str | Path | None = None,
     recipe: Plan | None = None,

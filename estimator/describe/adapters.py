@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 ALL = "all-linear"  # peft's: every linear layer but the one that makes the logits
 # The linear layers' names, of all parts that a model may have.
 LINEAR = (
-    *("q", "k", "v", "qkv", "kv", "out", "q_down", "q_up", "kv_down", "kv_up"),
+    *("q", "k", "v", "qkv", "kv", "out", "out_gate", "q_down", "q_up", "kv_down", "kv_up"),
     *("gate", "up", "gate_up", "down", "shared_gate", "project_in", "project_out", "head"),
 )
 # What transformers calls them in most models.

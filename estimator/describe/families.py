@@ -66,6 +66,14 @@ DENSE: dict[str, Family] = {
         mlp=PLAIN,
         refused=(("qk_norm", True, QK_NORMED[2]),),
     ),
+    "apertus1p5_text": Family(
+        attention=all_four("attention_bias") | {"qk_norm": "head"},
+        mlp=PLAIN,
+        refused=(
+            ("qk_norm", True, QK_NORMED[2]),
+            ("output_vocab_size", None, "the head would have other rows than the embedding"),
+        ),
+    ),
     "arcee": Family(attention=all_four("attention_bias"), mlp={"gated": False, "bias": yes("mlp_bias")}),
     "biogpt": Family(
         **OLD,

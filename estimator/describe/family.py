@@ -130,7 +130,7 @@ GLM: dict[str, Any] = {
 GROUPED: dict[str, Any] = {
     "score": "sigmoid",
     "normalised": yes("norm_topk_prob"),
-    "corrected": True,
+    "correction": "buffer",
     "grouped": True,
     "scaling": number("routed_scaling_factor"),
     "shared": lambda c: "plain" if shared_width(c) else "none",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from estimator.describe.family import (
     CLIPPED,
+    COHERE,
     EVERY_LAYER,
     GRANITE,
     GRANITE_SHARED,
@@ -17,6 +18,7 @@ from estimator.describe.family import (
     LN_NO_BIAS,
     NO_BIASES,
     QK_NORMED,
+    RMS,
     Family,
 )
 from estimator.describe.rules import (
@@ -24,14 +26,20 @@ from estimator.describe.rules import (
     after_first,
     all_four,
     at_moe_layers,
+    averaged_with_shared,
+    between_moe_layers,
     by_group_limit,
+    chosen_score,
     cycle,
+    dense_prefix,
     dots_windows,
     either,
     every_step,
     exaone_windows,
     if_grouped,
     in_windows,
+    in_windows_or_dense,
+    last_of,
     listed_or_after_first,
     listed_or_after_one,
     listed_or_all,
@@ -40,9 +48,11 @@ from estimator.describe.rules import (
     number,
     one_for_all,
     query_scaling,
+    root_of_d,
     shared_of,
     shared_width,
     size,
+    windows_after_dense,
     windows_if_used,
     with_rope,
     with_theta,
@@ -50,6 +60,60 @@ from estimator.describe.rules import (
 )
 
 MIXTURES: dict[str, Family] = {
+    "afmoe": Family(
+        order="sandwich",
+        attention=all_four("attention_bias") | {"qk_norm": "head", "out_gate": True},
+        experts={
+            "score": "sigmoid",
+            "correction": "parameter",
+            "scaling": number("route_scale"),
+            "shared": "plain",
+        },
+        ends={"embedding_scale": lambda c: root_of_d(c) if c.flag("mup_enabled") else None},
+        sizes={"d_shared": shared_of("num_shared_experts")},
+        kinds=last_of("global_attn_every_n_layers", 4),
+        rotates=lambda c: [kind == "window" for kind in c.kinds],
+        sparse=lambda c: [i >= c.count("num_dense_layers") for i in range(c.layers)],
+    ),
+    "aria_text": Family(
+        attention=all_four("attention_bias"),
+        experts={"score": "logits", "shared": "plain"},
+        sizes={
+            "num_experts": size("moe_num_experts"),
+            "experts_per_token": size("moe_topk"),
+            "d_expert": size("intermediate_size"),
+            "d_shared": lambda c: c.size("moe_num_shared_experts") * c.size("intermediate_size"),
+        },
+        refused=(
+            ("mlp_bias", False, "the shared experts would have biases too"),
+            ("hidden_act", "silu", "the family's experts have no other, its shared ones would"),
+        ),
+    ),
+    "axk1": Family(
+        attention=LATENT,
+        positions={"pairs": either("rope_interleave", "neighbours", "halves")},
+        experts=GROUPED | {"out_norm": True},
+        sizes=LATENT_SIZES | GROUP_SIZES,
+        sparse=listed_or_after_one,
+    ),
+    "cohere2_moe": Family(
+        **COHERE | {"norm": lambda c: LN_NO_BIAS if c("rms_norm_eps") is None else RMS},
+        attention=all_four("attention_bias"),
+        experts={
+            "score": chosen_score,
+            "normalised": yes("norm_topk_prob"),
+            "shared": lambda c: "plain" if c.count("num_shared_experts") else "none",
+            "averaged": averaged_with_shared,
+        },
+        sizes={
+            "d_ff": lambda c: c.size("prefix_dense_intermediate_size"),
+            "d_expert": size("intermediate_size"),
+            "d_shared": lambda c: c.count("num_shared_experts") * c.size("intermediate_size") or None,
+        },
+        kinds=windows_after_dense,
+        rotates=in_windows_or_dense,
+        sparse=dense_prefix,
+    ),
     "dbrx": Family(
         norm=LN_NO_BIAS,
         attention={"fused": True, "clip": lambda c: c.inside("attn_config").number_or_none("clip_qkv")},
@@ -79,7 +143,7 @@ MIXTURES: dict[str, Family] = {
     "deepseek_v2": Family(
         attention=LATENT,
         positions={"pairs": "neighbours"},
-        experts=GROUPED | {"score": "softmax", "corrected": False, "normalised": False, "grouped": by_group_limit},
+        experts=GROUPED | {"score": "softmax", "correction": "none", "normalised": False, "grouped": by_group_limit},
         sizes=LATENT_SIZES
         | GROUP_SIZES
         | {"expert_groups": if_grouped("n_group"), "groups_per_token": if_grouped("topk_group")},
@@ -105,6 +169,20 @@ MIXTURES: dict[str, Family] = {
         kinds=dots_windows,
         sparse=after_first,
     ),
+    "ernie4_5_moe": Family(
+        positions={"pairs": "neighbours"},
+        experts={
+            "correction": "parameter",
+            "shared": lambda c: "plain" if c.count("moe_num_shared_experts") else "none",
+        },
+        sizes={
+            "num_experts": size("moe_num_experts"),
+            "experts_per_token": size("moe_k"),
+            "d_shared": lambda c: c.count("moe_num_shared_experts") * c.size("moe_intermediate_size") or None,
+        },
+        sparse=between_moe_layers,
+        refused=(("use_bias", False, "the shared experts would have biases too"),),
+    ),
     "exaone_moe": Family(
         attention={"qk_norm": "head"},
         experts=GROUPED | {"shared": "plain"},
@@ -117,6 +195,16 @@ MIXTURES: dict[str, Family] = {
         order="post",
         attention=all_four("attention_bias") | {"qk_norm": "width"},
         experts={"normalised": yes("norm_topk_prob")},
+    ),
+    "flint": Family(
+        attention=all_four("attention_bias") | {"qk_norm": "head", "sinks": True},
+        experts={"score": "sigmoid", "normalised": yes("norm_topk_prob"), "shared": "plain"},
+        sizes={"d_shared": size("shared_expert_intermediate_size")},
+        kinds=lambda c: ["full" if i < 2 or i % 4 == 1 or i == c.layers - 1 else "window" for i in range(c.layers)],
+        rotates=lambda c: [kind == "window" for kind in c.kinds],
+        sparse=lambda c: [
+            every and (i > 1 or c("mlp_only_layers") is not None) for i, every in enumerate(every_step(c))
+        ],
     ),
     "glm4_moe": Family(
         attention={"bias": yes("attention_bias"), "qk_norm": either("use_qk_norm", "head", "none")},
@@ -160,7 +248,7 @@ MIXTURES: dict[str, Family] = {
         attention=all_four("attention_bias") | {"qk_norm": "head"},
         experts={
             "score": "sigmoid",
-            "corrected": True,
+            "correction": "buffer",
             "scaling": number("router_scaling_factor"),
             "shared": "plain",
         },
@@ -193,9 +281,22 @@ MIXTURES: dict[str, Family] = {
         kinds=cycle("full"),
         sparse=listed_or_all,
     ),
+    "kolibri1": Family(
+        order="sandwich",
+        attention={"qk_norm": "head"},
+        experts={
+            "score": "sigmoid-chosen",
+            "correction": "buffer",
+            "normalised": yes("norm_topk_prob"),
+            "shared": "plain",
+        },
+        sizes={"d_shared": size("shared_expert_intermediate_size")},
+        kinds=cycle("window", "window", "window", "window", "full"),
+        rotates=in_windows,
+    ),
     "minimax_m2": Family(
         attention={"qk_norm": "width"},
-        experts={"score": "sigmoid", "corrected": True},
+        experts={"score": "sigmoid", "correction": "buffer"},
         partial=True,
         refused=(QK_NORMED, ("shared_intermediate_size", 0, "the family's class has no shared expert"), *NO_BIASES),
     ),

@@ -71,6 +71,8 @@ class Attention:
         query_scaling: queries are multiplied with a factor of their position: "none"; "all" (Ministral 3); "unrotated"
             (in layers without rotation: Llama 4).
         out_norm: an rms norm over all heads together before the output projection (BitNet).
+        out_gate: what attention finds is multiplied with the sigmoid of one more projection of the input, as wide as
+            all heads together, before the output projection (AFMoE).
         experts: the projections of queries and to the output are experts as well, with a router of their own and one
             bias of d; a token's queries are the k heads of each of its K experts, so that h = K k; keys and values are
             one projection (JetMoe).
@@ -89,6 +91,7 @@ class Attention:
     latent: str = "none"
     query_scaling: str = "none"
     out_norm: bool = False
+    out_gate: bool = False
     experts: bool = False
 
     def __post_init__(self) -> None:
@@ -99,10 +102,10 @@ class Attention:
             )
         if self.qk_norm == "none" and self.qk_norm_kind != Norm():
             raise ConfigError("Attention.qk_norm_kind: there is no such norm; allowed with a qk_norm is another kind")
-        if self.latent != "none" and (self.fused or self.qk_norm != "none" or self.sinks or self.clip):
+        if self.latent != "none" and (self.fused or self.qk_norm != "none" or self.sinks or self.clip or self.out_gate):
             raise ConfigError(
                 f"Attention.latent = {self.latent!r}: latent attention has its own projections and norms; allowed with "
-                "it are fused = false, qk_norm = 'none', sinks = false, clip = none"
+                "it are fused = false, qk_norm = 'none', sinks = false, clip = none, out_gate = false"
             )
 
 
@@ -166,6 +169,7 @@ SCORES = {
     "softmax": "softmax over all experts in fp32, then the K greatest",
     "logits": "the K greatest logits, then a softmax of those",
     "sigmoid": "sigmoid in fp32, then the K greatest",
+    "sigmoid-chosen": "the K greatest logits, then a sigmoid of those (Kolibri)",
     "sigmoid-all": "the K greatest logits put through a sigmoid, all others 0; every expert computes every token",
     "sparse-mixer": "two picks of one, each with a softmax of the logits near the greatest (Phi-3.5-MoE)",
 }
@@ -178,45 +182,57 @@ class Experts:
     Attributes:
         score: how the router turns logits into weights, one of `SCORES`.
         normalised: the chosen weights are divided by their sum.
-        corrected: a buffer is added to the scores before experts are chosen, not to their weights (DeepSeek-V3).
+        correction: what is added to the scores before experts are chosen, not to their weights: "none"; "buffer"
+            (DeepSeek-V3); "parameter" (of the model, but no gradient moves it: ERNIE 4.5, AFMoE).
         grouped: experts are chosen within the best groups of experts only (expert_groups, groups_per_token).
         scaling: what the weights are multiplied with; None for nothing.
         router_bias: the router has a bias.
         bias: the experts have biases (gpt-oss).
         out_bias: one bias of d is added to the sum of a token's experts (JetMoe).
+        out_norm: an rms norm over that sum, the shared expert's part included (A.X K1).
         activation: of the experts, one of `ACTIVATIONS` or "clamped-swiglu" (gpt-oss: (up + 1) gate sigmoid(1.702
             gate), both clamped to 7).
         shared: an expert that all tokens go through, of width d_shared: "none", "plain", or "gated" (times
             sigmoid of a learned score a token: Qwen2-MoE).
         shared_fused: its gate and up are one matrix, whose result is split (Granite).
+        averaged: the mean of the chosen experts' sum and the shared one's result, in place of their sum (Cohere 2).
     """
 
     score: str = "softmax"
     normalised: bool = True
-    corrected: bool = False
+    correction: str = "none"
     grouped: bool = False
     scaling: float | None = None
     router_bias: bool = False
     bias: bool = False
     out_bias: bool = False
+    out_norm: bool = False
     activation: str = "silu"
     shared: str = "none"
     shared_fused: bool = False
+    averaged: bool = False
 
     def __post_init__(self) -> None:
         check(
             self,
             score=tuple(SCORES),
+            correction=("none", "buffer", "parameter"),
             activation=(*(name for name in ACTIVATIONS if name != "xielu"), "clamped-swiglu"),
             shared=("none", "plain", "gated"),
         )
-        if self.shared_fused and self.shared == "none":
-            raise ConfigError("Experts.shared_fused = True: there is no shared expert; allowed with plain or gated")
+        for name in ("shared_fused", "averaged"):
+            if getattr(self, name) and self.shared == "none":
+                raise ConfigError(f"Experts.{name} = True: there is no shared expert; allowed with plain or gated")
         if self.activation not in ACTIVATIONS and self.shared != "none":
             raise ConfigError(
                 f"Experts.shared = {self.shared!r}: a shared expert is an MLP, which has no {self.activation}; allowed "
                 "with it is none"
             )
+
+    @property
+    def normalises(self) -> bool:
+        """The weights are divided by their sum; a softmax of the chosen is that already, "sigmoid-all" is never."""
+        return self.normalised and self.score in ("softmax", "sigmoid", "sigmoid-chosen")
 
 
 @dataclass(frozen=True, slots=True)

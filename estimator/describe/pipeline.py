@@ -13,40 +13,55 @@ if TYPE_CHECKING:
     from estimator.describe.plan import Plan
     from estimator.describe.schedules import Schedule
 
-MOST = 128  # micro-batches of a schedule that keeps all in flight: a stage's step is executed with each of them
-NEEDS = tuple(
-    Needs(name, known, f"it is not known together with {name} = {{{name}!r}}")
-    for name, known in (
-        ("data_parallel", (1,)),
-        ("tensor_parallel", (1,)),
-        ("adapter", ("none",)),
-        ("trained", ("all",)),
-        ("frozen", ("",)),
-        ("max_grad_norm", (None,)),
-        ("update", ("after",)),
-        ("loss", ("bundled", "torch", "torch-fp32")),
-        ("checkpoint_every", (1,)),
-        ("precision", ("fp32", "tf32", "bf16")),
-        ("optimizer", ("adamw", "adam", "sgd", "sgd-momentum", "lion")),
-    )
+ALIKE = 3  # micro-batches that are executed of those that a stage runs ahead, and of those between: the middle one
+# stands for all others
+NEEDS = (
+    Needs(
+        "shared_by",
+        ("one accelerator", "none"),
+        "what is sharded around it is not known",
+        say="allowed on several accelerators is sharding none (DDP)",
+    ),
+    *(
+        Needs(name, known, f"it is not known together with {name} = {{{name}!r}}")
+        for name, known in (
+            ("gradient_as_bucket_view", (False,)),
+            ("adapter", ("none",)),
+            ("trained", ("all",)),
+            ("frozen", ("",)),
+            ("max_grad_norm", (None,)),
+            ("update", ("after",)),
+            ("loss", ("bundled", "torch", "torch-fp32")),
+            ("checkpoint_every", (1,)),
+            ("precision", ("fp32", "tf32", "bf16")),
+            ("optimizer", ("adamw", "adam", "sgd", "sgd-momentum", "lion")),
+        )
+    ),
 )
 
 
 def check_plan(p: Plan) -> None:
-    """Raise ConfigError if the micro-batches of `p` are too few for its stages, or too many to execute."""
+    """Raise ConfigError if the micro-batches of `p` are too few for its stages."""
     if p.pipeline_parallel == 1:
         return
-    least = p.pipeline_parallel if p.pipeline_schedule == "1f1b" else 2
+    least = least_micro_batches(p)
+    if p.data_parallel > 1 and p.pipeline_schedule == "gpipe":
+        raise ConfigError(
+            "pipeline_schedule = 'gpipe': DDP's reducer fails under PyTorch's ScheduleGPipe (an assertion in "
+            f"reducer.cpp), and data_parallel is {p.data_parallel}; allowed is 1f1b"
+        )
     if p.grad_accumulation < least:
         raise ConfigError(
             f"grad_accumulation = {p.grad_accumulation}: {p.pipeline_parallel} stages under {p.pipeline_schedule} take "
             f"at least {least} micro-batches; allowed is at least that"
         )
-    if executed(p) > MOST:
-        raise ConfigError(
-            f"grad_accumulation = {p.grad_accumulation}: {p.pipeline_parallel} stages under {p.pipeline_schedule} take "
-            f"{executed(p)} micro-batches to be run one by one; allowed are at most {MOST}"
-        )
+
+
+def least_micro_batches(p: Plan) -> int:
+    """The fewest that the schedule takes: 1F1B one for each stage."""
+    if not p.is_pipeline:
+        return 1
+    return p.pipeline_parallel if p.pipeline_schedule == "1f1b" else 2
 
 
 def check_model(p: Plan, m: ModelConfig) -> None:
@@ -67,19 +82,30 @@ def check_model(p: Plan, m: ModelConfig) -> None:
             raise ConfigError(f"pipeline_parallel = {stages}: how {name} is cut into stages is not known; allowed is 1")
 
 
-def schedule(p: Plan, stage: int, micro_batches: int | None = None) -> Schedule:
-    """The moves of a stage, numbered from 0, of the plan's micro-batches or of so many."""
-    count = p.grad_accumulation if micro_batches is None else micro_batches
+def schedule(p: Plan, stage: int) -> Schedule:
+    """The moves of a stage, numbered from 0."""
     if p.pipeline_schedule == "gpipe":
-        return all_forward_first(count)
-    return one_forward_one_backward(count, stage, p.pipeline_parallel)
+        return all_forward_first(p.grad_accumulation)
+    return one_forward_one_backward(p.grad_accumulation, stage, p.pipeline_parallel)
 
 
-def executed(p: Plan) -> int:
-    """How many micro-batches stand for all: under 1F1B those that fill and empty the pipeline, and three between.
-
-    All others do what the three do, when as many are in flight.
-    """
+def in_flight(p: Plan, stage: int) -> int:
+    """How many forwards a stage runs before its first backward: so many micro-batches it has alive at the most."""
     if p.pipeline_schedule == "gpipe":
         return p.grad_accumulation
-    return min(p.grad_accumulation, p.pipeline_parallel + 3)
+    return min(p.grad_accumulation, p.pipeline_parallel - stage)
+
+
+def executed(p: Plan, stage: int) -> Schedule:
+    """The moves that stand for all of a stage's: of the forwards ahead, and of those between, at most `ALIKE`.
+
+    Under 1F1B the send of the last forward but one of those ahead is held until there is no forward left. So it makes a
+    difference whether a backward comes after that micro-batch's own and before the last forward.
+    """
+    own = in_flight(p, stage)
+    ahead, between = min(own, ALIKE), min(p.grad_accumulation - own, ALIKE)
+    if p.pipeline_schedule == "gpipe":
+        return all_forward_first(ahead)
+    if own > ALIKE and between:
+        between = ALIKE if p.grad_accumulation - own > own - 2 else 1
+    return one_forward_one_backward(ahead + between, 0, ahead)

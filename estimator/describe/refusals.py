@@ -79,18 +79,15 @@ GEMMA3 = "gemma3_text"
 GATED = "what its attention finds goes through a gate"
 INDEXED = "an indexer picks the keys that a token sees"
 ONE_OFF = {
-    "afmoe": (GATED, "glm4_moe"),
     "baichuan": (
         "one name stands for rotary positions and for ALiBi, and for a head whose rows are normalised",
         "llama",
     ),
     "chatglm": ("its code and the names of its fields are its own", "glm4"),
-    "cohere2_moe": ("its shared experts are averaged with the others", "cohere2"),
     "deepseek_v32": (INDEXED, "deepseek_v3"),
     "deepseek_v4": ("its stream is several streams side by side, and its keys are compressed", "deepseek_v3"),
     "diffllama": ("its attention is the difference of two", "llama"),
     "doge": ("its attention weighs keys with a mask that is learned", "llama"),
-    "ernie4_5_moe": ("the correction of its router's scores is a parameter that no gradient moves", "glm4_moe"),
     "gemma3n_text": ("its stream is several streams side by side, and its layers have embeddings of their own", GEMMA3),
     "gemma4_text": ("keys, values and heads differ between its layers", GEMMA3),
     "glm_moe_dsa": (INDEXED, "deepseek_v3"),

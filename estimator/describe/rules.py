@@ -116,11 +116,24 @@ def every_step(c: Fields) -> list[bool]:
     return [i not in dense and (i + 1) % step == 0 for i in range(c.layers)]
 
 
+def every_step_after_two(c: Fields) -> list[bool]:
+    """The same, where no `mlp_only_layers` are the first two (Flint)."""
+    dense = (0, 1) if c("mlp_only_layers") is None else ()
+    return [every and i not in dense for i, every in enumerate(every_step(c))]
+
+
 def at_moe_layers(c: Fields) -> list[bool]:
     """Those that `moe_layers` lists; else every `interleave_moe_layer_step`-th (Llama 4)."""
     if c("moe_layers") is not None:
         return [i in c.indices("moe_layers") for i in range(c.layers)]
     return [(i + 1) % c.size("interleave_moe_layer_step") == 0 for i in range(c.layers)]
+
+
+def between_moe_layers(c: Fields) -> list[bool]:
+    """Every `moe_layer_interval`-th layer from `moe_layer_start_index` to `moe_layer_end_index`, -1 being the last."""
+    every, first, last = c.size("moe_layer_interval"), c.count("moe_layer_start_index"), c("moe_layer_end_index")
+    last = c.layers - 1 if last in (-1, None) else c.count("moe_layer_end_index")
+    return [(i + 1) % every == 0 and first <= i <= last for i in range(c.layers)]
 
 
 def falcon_order(c: Fields) -> str:
@@ -242,6 +255,46 @@ def dots_windows(c: Fields) -> list[str]:
 def in_windows(c: Fields) -> list[bool]:
     """Positions are rotary in layers with a window only; in all where the file has no window."""
     return [kind == "window" or c("sliding_window") is None for kind in c.kinds]
+
+
+def dense_prefix(c: Fields) -> list[bool]:
+    """All layers but the first `first_k_dense_replace`, of a file that has it; or those of `mlp_layer_types`."""
+    listed: list[bool] = listed_or(lambda c: [i >= _dense_prefix(c) for i in range(c.layers)])(c)
+    return listed
+
+
+def _dense_prefix(c: Fields) -> int:
+    return c.count("first_k_dense_replace") if "first_k_dense_replace" in c.raw else 0
+
+
+def windows_after_dense(c: Fields) -> list[str]:
+    """Windows but in every so many-th layer, dense layers and others counted apart (Cohere 2 with experts)."""
+    first = min(_dense_prefix(c), c.layers)
+    every = [c.size("prefix_dense_sliding_window_pattern")] * first + [c.size("sliding_window_pattern")] * c.layers
+    counted = [*range(1, first + 1), *range(1, c.layers - first + 1)]
+    return ["window" if i % n else "full" for i, n in zip(counted, every, strict=False)]
+
+
+def in_windows_or_dense(c: Fields) -> list[bool]:
+    """Positions are rotary in layers with a window, and in dense ones whose own pattern is 1."""
+    forced = c.size("prefix_dense_sliding_window_pattern") == 1
+    return [kind == "window" or (forced and not sparse) for kind, sparse in zip(c.kinds, dense_prefix(c), strict=True)]
+
+
+def chosen_score(c: Fields) -> str:
+    """How the chosen experts' logits become weights, by `expert_selection_fn`."""
+    name = c("expert_selection_fn")
+    if name not in ("softmax", "sigmoid"):
+        raise ConfigError(f"expert_selection_fn = {shown(name)}: allowed are softmax, sigmoid")
+    return "logits" if name == "softmax" else "sigmoid-chosen"
+
+
+def averaged_with_shared(c: Fields) -> bool:
+    """Whether the shared expert's result is averaged with the others', or added."""
+    how = c("shared_expert_combination_strategy")
+    if how not in ("average", "sum"):
+        raise ConfigError(f"shared_expert_combination_strategy = {shown(how)}: allowed are average, sum")
+    return how == "average" and c.count("num_shared_experts") > 0
 
 
 def with_theta(c: Fields) -> list[bool]:

@@ -87,6 +87,7 @@ def _attention(m: ModelConfig) -> Iterator[str]:
         if any(layer.attention == kind for layer in m.layers) and size is not None:
             yield f"{kind}s of {size:,} tokens {_of_layers(m, _attends(kind))}"
     yield "attention sinks" if a.sinks else ""
+    yield "attention behind a gate" if a.out_gate else ""
     yield f"scores capped at {a.softcap:g}" if a.softcap is not None else ""
     yield f"queries, keys and values clamped to {a.clip:g}" if a.clip is not None else ""
     rotary = m.made_of.positions.kind == "rotary"

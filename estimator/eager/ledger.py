@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple
 
-from estimator.eager.letters import ZERO, Size
+from estimator.eager.letters import ONE, ZERO, Size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -42,7 +42,7 @@ class Category(StrEnum):
 
 @dataclass(eq=False, slots=True)
 class Storage:
-    """One allocation, of elements of `itemsize` bytes.
+    """One allocation, of elements of `itemsize` bytes; or `copies` of one, which together have `nbytes`.
 
     `owners` counts the tensors that share it; `hooked` says that saved_tensors_hooks sees it saved.
     """
@@ -53,6 +53,7 @@ class Storage:
     where: Where
     owners: int = 0
     hooked: bool = False
+    copies: Size = ONE
 
 
 class Where(NamedTuple):
@@ -164,11 +165,13 @@ class Ledger:
     op: str = ""
     recompute: bool = False
     updates: bool = False  # what runs is the optimizer's, whatever the phase
+    places: dict[Where, Where] = field(default_factory=dict)  # each place once: a seventh of what the events would have
 
     @property
     def here(self) -> Where:
         """The place that the next event will carry."""
-        return Where(self.phase, self.module, self.block, self.op)
+        where = Where(self.phase, self.module, self.block, self.op)
+        return self.places.setdefault(where, where)
 
     @contextmanager
     def updating(self) -> Iterator[None]:
@@ -179,10 +182,10 @@ class Ledger:
         finally:
             self.updates = before
 
-    def allocate(self, elements: Size, itemsize: int, category: Category) -> Storage:
-        """A new storage of so many elements."""
-        nbytes = itemsize * elements
-        storage = Storage(nbytes, itemsize, category, self.here)
+    def allocate(self, elements: Size, itemsize: int, category: Category, copies: Size = ONE) -> Storage:
+        """A new storage of so many elements, or so many `copies` of one."""
+        nbytes = itemsize * elements if copies is ONE else itemsize * elements * copies
+        storage = Storage(nbytes, itemsize, category, self.here, copies=copies)
         if nbytes is not ZERO:
             self.events.append(Event(1, storage, storage.where, self.micro_batch))
         return storage

@@ -30,6 +30,8 @@ COUNTS = (
     "W",
     "A",
     "t",
+    "M",
+    "w",
 )  # letters whose value of 1 says nothing of a shape, or is said by another: they stay
 
 

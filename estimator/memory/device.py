@@ -298,10 +298,10 @@ def needed(account: Account, sizes: Mapping[str, Any], accelerator: Accelerator 
 def rounded_peaks(account: Account, sizes: Mapping[str, Any], granule: int = GRANULE) -> NDArray[np.int64]:
     """(points,): `rounded_peak` at each point of `sizes`, numbers or arrays of one length."""
     traced, values = account.traced, as_sizes(sizes)
-    columns = [np.atleast_1d(np.asarray(values.value(n))).astype(np.int64) for n, _ in traced.classes]
+    columns = [np.atleast_1d(np.asarray(n)).astype(np.int64) for n in traced.rounded_classes(values, granule)]
     times = [np.atleast_1d(np.asarray(values.value(n))).astype(np.int64) for n in traced.stack.repetitions]
     points = max(map(len, (*columns, *times)))
-    size = np.stack([np.broadcast_to(-(-column // granule) * granule, points) for column in columns])
+    size = np.stack([np.broadcast_to(column, points) for column in columns])
     live = traced.moment_counts[:, 0] @ size
     for at, turns in enumerate(times, 1):
         live += (traced.moment_counts[:, at] @ size) * turns

@@ -9,7 +9,7 @@ from estimator.eager import autocast, ops
 from estimator.eager.attention import attention_math
 from estimator.eager.letters import ONE, constant
 from estimator.eager.linalg import MASK_ALIGNMENT, matmul, scaled_dot_product_attention
-from estimator.eager.pointwise import clamp, soft_cap
+from estimator.eager.pointwise import clamp, sigmoid, soft_cap
 from estimator.eager.tensor import BOOL, FLOAT32, Locals, Tensor, arguments
 from estimator.eager.views import cast, concatenate, expand, repeat_heads, reshape, slice_last, split, transpose, view
 from estimator.models.layers import Linear, Module, dropout
@@ -107,6 +107,9 @@ class Attention(Module):
                     self.child(build_norm(machine, name, a.qk_norm_kind, *shape))
                     for name, shape in zip(("q_norm", "k_norm"), shapes, strict=True)
                 )
+            self.out_gate = None
+            if a.out_gate:
+                self.out_gate = self.child(Linear(machine, "out_gate", size["d"], wide, bias=False))
             self.out_norm = self.child(build_norm(machine, "out_norm", Norm("rms"), wide) if a.out_norm else None)
             self.out = self.child(Linear(machine, "out", wide, size["d"], bias=a.out_bias))
         self.sinks = self.parameter(self.h) if a.sinks else None
@@ -121,6 +124,8 @@ class Attention(Module):
         else:
             for layer, width in ((self.q, wide), (self.k, narrow), (self.v, narrow)):
                 layer.cut_by("output", width)
+        if self.out_gate is not None:
+            self.out_gate.cut_by("output", wide)
         self.out.cut_by("input", wide)
 
     def project(self, v: Locals, x: Tensor) -> None:
@@ -183,4 +188,6 @@ class Attention(Module):
         v.v = repeat_heads(v.v, self.g)
         v.y = attend(v.q, v.k, v.v, mask, self.recipe, bias, self.sinks)
         y = reshape(transpose(v.y, 1, 2), (B, T, self.widths[0]))
+        if self.out_gate is not None:
+            y = ops.mul(y, sigmoid(self.out_gate(x)))
         return dropout(self.out(y if self.out_norm is None else self.out_norm(y)), self.recipe)

@@ -78,7 +78,7 @@ class Transformer(Module):
             where = p.storage.where
             selection = elsewhere if where.block is None else self.kinds[where.block].selection
             if self.recipe.adapter == "none":
-                p.requires_grad = selection.has(where.module)
+                p.requires_grad = p.requires_grad and selection.has(where.module)
             if p.requires_grad:
                 self.machine.ledger.trained.append((where, p.numel))
 
@@ -93,7 +93,7 @@ class Transformer(Module):
         if isinstance(self.positions, Sinusoids):
             found.append(self.positions.table)
         routers = (getattr(block.ffn, "router", None) for block in self.blocks)
-        return found + [r.correction for r in routers if r is not None and r.correction is not None]
+        return found + [r.buffer for r in routers if r is not None and r.buffer is not None]
 
     def forward(self, v: Locals, ids: Tensor, targets: Tensor | None = None) -> Tensor:
         length = ids.shape[1]

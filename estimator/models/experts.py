@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from estimator.describe.parts import MLP, PICKS
+from estimator.describe.parts import MLP, PICKS, Norm
 from estimator.eager import ops
 from estimator.eager.indexing import (
     add_rows,
@@ -31,6 +31,7 @@ from estimator.eager.tensor import BOOL, FLOAT32, Locals, Tensor, arguments, emp
 from estimator.eager.views import cast, concatenate, reshape, split, unsqueeze, view
 from estimator.models.feed_forward import GatedFeedForward, gated
 from estimator.models.layers import Linear, Module, dropout
+from estimator.models.norms import build_norm
 
 if TYPE_CHECKING:
     from estimator.eager.letters import Size
@@ -51,10 +52,13 @@ class Router(Module):
         self.G, self.groups = (size["G"], size["G_K"]) if part.grouped else (ONE, ONE)
         self.weight = self.parameter(self.E, size["d"])
         self.bias = self.parameter(self.E) if part.router_bias else None
-        self.correction = None
-        if part.corrected:
+        self.correction = self.buffer = None
+        if part.correction == "parameter":
+            self.correction = self.parameter(self.E, trained=False)
+        elif part.correction == "buffer":
             with self.inside():
-                self.correction = machine.empty((self.E,), machine.dtype, category=Category.BUFFER).hold()
+                self.buffer = machine.empty((self.E,), machine.dtype, category=Category.BUFFER).hold()
+            self.correction = self.buffer
 
     def scores(self, logits: Tensor) -> Tensor:
         """(N, E) in fp32."""
@@ -131,9 +135,9 @@ class Router(Module):
         v.weights = gather_last(v.scores, v.experts)
         if self.part.score == "logits":
             v.weights = ops.softmax(v.weights)
-        elif self.part.score == "sigmoid-all":
+        elif self.part.score in ("sigmoid-all", "sigmoid-chosen"):
             v.weights = sigmoid(v.weights)
-        elif self.part.normalised:
+        if self.part.normalises:
             v.weights = div(v.weights, sum_last(v.weights))
         if self.part.scaling is not None:
             v.weights = ops.mul_number(v.weights)
@@ -212,7 +216,7 @@ class SparseFeedForward(Module):
         super().__init__(machine, "ffn")
         self.recipe, part, size = recipe, recipe.parts.experts, machine.shapes.letters
         assert part is not None
-        self.weighs_inputs = part.score == "sigmoid-all"
+        self.weighs_inputs, self.averages = part.score == "sigmoid-all", part.averaged
         self.shared = self.shared_gate = None
         with self.inside():
             self.router = self.child(Router(machine, recipe))
@@ -223,6 +227,8 @@ class SparseFeedForward(Module):
                 self.shared = self.child(shared)
             if part.shared == "gated":
                 self.shared_gate = self.child(Linear(machine, "shared_gate", size["d"], ONE, bias=False))
+            norm = build_norm(machine, "out_norm", Norm("rms"), size["d"]) if part.out_norm else None
+            self.out_norm = self.child(norm)
         self.out_bias = self.parameter(size["d"]) if part.out_bias else None
 
     def routed(self, x: Tensor) -> Tensor:
@@ -253,4 +259,8 @@ class SparseFeedForward(Module):
             if self.shared_gate is not None:
                 v.shared = ops.mul(sigmoid(self.shared_gate(v.flat)), v.shared)
             v.y = ops.add(v.y, v.shared)
+            if self.averages:
+                v.y = ops.mul_number(v.y)
+        if self.out_norm is not None:
+            v.y = self.out_norm(v.y)
         return dropout(view(v.y, x.shape), self.recipe)

@@ -143,8 +143,7 @@ class Recipe:
     rank: int = 0  # which of those that share the shards
     tensor_parallel: bool = False
     pipeline: str = ""  # the schedule of a pipeline
-    stage: tuple[int, int] = (0, 1)  # which of how many stages
-    buffers: int = 0  # micro-batches that a stage has room for
+    stage: tuple[int, int] = (0, 1)  # which of how many stages: (0, 2) of all first ones, (1, 3) between, (1, 2) last
 
     @property
     def micro_batches(self) -> int:
@@ -207,10 +206,11 @@ class Module:
         self.checkpointed = self.selective = False
         self.unit: Unit | None = None
 
-    def parameter(self, *shape: Size) -> Tensor:
-        """A new parameter of this module."""
+    def parameter(self, *shape: Size, trained: bool = True) -> Tensor:
+        """A new parameter of this module; one that is never trained wants no gradient whatever a plan says."""
         with self.inside():
             p = ops.parameter(self.machine, shape, self.machine.dtype)
+        p.requires_grad = trained
         self.owned.append(p)
         return p
 

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from estimator.describe.settings import Setting
     from estimator.timing.speed import Time
 
+ALMOST_ALL = 0.999  # of the parameters are trained: what is left out says more
+
 
 def _common() -> dict[str, str]:
     """The short help: what most people need, and in how few words."""
@@ -296,8 +298,10 @@ def parameters(values: Values) -> str:
 
 def trained(values: Values) -> str:
     """How many of the parameters are trained."""
-    share = values.trained_parameters / values.parameters
-    return f"trained: {values.trained_parameters:,} of {values.parameters:,} parameters ({share:.3g} of them)"
+    whole, part = values.parameters, values.trained_parameters
+    if part > ALMOST_ALL * whole:  # a mixture whose routers have a correction that no gradient moves
+        return f"trained: all parameters but {whole - part:,}"
+    return f"trained: {part:,} of {whole:,} parameters ({part / whole:.3g} of them)"
 
 
 def verdict(r: Estimate, largest: int) -> str:

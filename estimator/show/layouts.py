@@ -68,9 +68,9 @@ def _parser() -> argparse.ArgumentParser:
     p = parser()
     p.prog = "estimate layouts"
     p.description = (
-        "Every tensor parallelism within a node, sharding, group of shards, micro-batch and checkpointing on so many "
-        "accelerators that fits, the fastest first. Those that are given as options stay as they are. Defaults are "
-        "bf16, fused attention and optimizer, no clipping."
+        "Every tensor parallelism within a node, pipeline, sharding, group of shards, micro-batch and checkpointing on "
+        "so many accelerators that fits, the fastest first. Those that are given as options stay as they are. Defaults "
+        "are bf16, fused attention and optimizer, no clipping."
     )
     p.add_argument("--rows", type=int, default=ROWS, help="rows to print (default: %(default)s)")
     return p
@@ -109,6 +109,7 @@ def layout(o: Option) -> str:
     """Tensor parallelism, the sharding, and of groups how many accelerators each has."""
     p = o.plan
     tensor = [f"tensor parallel {p.tensor_parallel}"] if p.tensor_parallel > 1 else []
+    tensor += [f"pipeline of {p.pipeline_parallel}"] if p.pipeline_parallel > 1 else []
     if p.data_parallel == 1:
         return " x ".join(tensor) or "alone"
     groups = f" in {p.replicas} groups of {p.shards}" if p.shard_group and p.replicas > 1 else ""

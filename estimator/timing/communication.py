@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from estimator.eager.letters import ONE, ZERO, as_sizes
+from estimator.parallel.placement import DATA
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -47,6 +48,8 @@ def _totals(form: Account) -> dict[Key, list[tuple[Size, Size]]]:
     """Of each kind of message, (bytes, count) in the first micro-batch and in those after it."""
     terms: dict[tuple[Key, int], list[Sent]] = {}
     for sent in form.traced.ledger.messages:
+        if sent.kind == "send" or (form.recipe.pipeline and sent.axis != DATA and sent.micro_batch > 1):
+            continue  # what a stage sends on is its schedule's; a third micro-batch sends what the second does
         key = (sent.kind, sent.axis, sent.where.phase.value, sent.waits, sent.itemsize)
         turn = 0 if sent.where.phase.value == "optimizer" else min(sent.micro_batch, 1)
         terms.setdefault((key, turn), []).append(sent)

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from estimator.describe.schedules import FORWARD
+import numpy as np
+
+from estimator.describe.schedules import FORWARD, all_forward_first
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from numpy.typing import NDArray
 
     from estimator.describe.schedules import Schedule
 
 
 class StageTime(NamedTuple):
-    """Seconds of one micro-batch in a stage, of sending what comes out of it, and of its update."""
+    """Seconds of one micro-batch in a stage, of sending what comes out onwards and (`back`) back, and of its update."""
 
-    forward: float
-    backward: float
-    send: float
-    update: float
+    forward: Any
+    backward: Any
+    send: Any
+    update: Any
+    back: Any = 0.0
 
 
 class Bar(NamedTuple):
@@ -56,7 +61,7 @@ def simulated(schedules: Sequence[Schedule], times: Sequence[StageTime]) -> list
                     sent = done.get((source, kind, turn))
                     if sent is None:
                         break
-                    ready = sent + times[source].send
+                    ready = sent + (times[source].send if onwards else times[source].back)
                 start = max(free[stage], ready)
                 free[stage] = start + (times[stage].forward if onwards else times[stage].backward)
                 done[stage, kind, turn] = free[stage]
@@ -65,3 +70,37 @@ def simulated(schedules: Sequence[Schedule], times: Sequence[StageTime]) -> list
         if len(bars) == before:
             raise ValueError("the stages' schedules wait for one another")
     return bars + [Bar(stage, "update", free[stage], free[stage] + spent.update) for stage, spent in enumerate(times)]
+
+
+def finished(kind: str, counts: NDArray[np.int64], times: StageTime) -> NDArray[np.float64]:
+    """(stages, points): when each stage's update is over; the last entry of `simulated`, for many steps at once.
+
+    Args:
+        kind: "1f1b" or "gpipe".
+        counts: (points,), micro-batches of each step, at least as many as there are stages under 1F1B.
+        times: (stages, points) each.
+    """
+    if kind == "gpipe":
+        found = [_simulated_ends(int(n), times, at) for at, n in enumerate(counts.tolist())]
+        return np.stack(found, axis=1)
+    stages = len(times.forward)
+    index = np.arange(stages)[:, None]
+    # What a forward adds that only passes through the stages from the first on.
+    through = (times.forward + np.concatenate([np.zeros_like(times.send[:1]), times.send[:-1]])).cumsum(0)
+    free, behind = np.zeros(times.forward.shape), np.full(times.forward.shape, -np.inf)
+    for turn in range(int(counts.max()) + stages):
+        ready = np.concatenate([behind[1:] + times.back[1:], np.full_like(behind[:1], -np.inf)])
+        mine = turn - (stages - index)  # the micro-batch whose backward each stage runs now
+        runs = (mine >= 0) & (mine < counts)
+        behind = np.where(runs, np.maximum(free, ready) + times.backward, behind)
+        free = np.where(runs, behind, free)
+        ends = np.maximum.accumulate(free + times.forward - through, 0) + through
+        free = np.where(turn < counts, ends, free)
+    return free + times.update
+
+
+def _simulated_ends(count: int, times: StageTime, point: int) -> list[float]:
+    stages = len(times.forward)
+    each = [StageTime(*(float(x[stage, point]) for x in times)) for stage in range(stages)]
+    bars = simulated([all_forward_first(count)] * stages, each)
+    return [bar.end for bar in bars[-stages:]]

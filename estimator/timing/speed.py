@@ -9,21 +9,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from estimator.accounting.accounts import account, sizes_for
-from estimator.describe import pipeline
 from estimator.describe.catalogue import read_data
-from estimator.describe.checks import ConfigError
 from estimator.describe.run import Run
 from estimator.describe.settings import checked
 from estimator.describe.units import SECONDS_PER_DAY, SECONDS_PER_HOUR
-from estimator.eager.letters import evaluate
 from estimator.hardware.accelerators import Accelerator, accelerator, cluster
-from estimator.hardware.networks import network, straggling
-from estimator.parallel.placement import DATA, REPLICATE, TENSOR
+from estimator.hardware.networks import straggling
 from estimator.pricing.conventions import model_flops_utilisation
 from estimator.timing.communication import messages
 from estimator.timing.kernels import EAGER, FUSED, Variant, table
-from estimator.timing.pipeline import StageTime, simulated
+from estimator.timing.mesh import axes, between
 from estimator.timing.roofline import busy, efficiency, parts
+from estimator.timing.stages import pipeline_times
 from estimator.timing.waiting import exposed
 
 if TYPE_CHECKING:
@@ -35,8 +32,6 @@ if TYPE_CHECKING:
     from estimator.accounting.accounts import Account
     from estimator.describe.model import ModelConfig
     from estimator.describe.plan import Plan
-    from estimator.hardware.accelerators import Cluster
-    from estimator.timing.pipeline import Bar
     from estimator.timing.roofline import Efficiency
     from estimator.timing.stack import StackFactor
 
@@ -238,103 +233,6 @@ def times(
         waited = waited + part * np.log2(group.nodes) * (waited + sum(compute.values()))
     found = parts(work, waited)
     return found if setup.stack_factor is None else setup.stack_factor.calibrated(found)
-
-
-def pipeline_times(m: ModelConfig, p: Plan, a: Accelerator, setup: Setup | None = None) -> dict[str, Array]:
-    """Seconds of one optimizer step by part (`PARTS`) of the stage that ends last; what it waits is communication.
-
-    Raises:
-        ConfigError: as for `step_times`.
-    """
-    bars, works = pipeline_bars(m, p, a, setup)
-    last = max(bars, key=lambda bar: bar.end)
-    kinds, busy_seconds, launch = works[last.stage]
-    found = {**kinds, "communication": np.array([last.end - busy_seconds]), "launch": launch}
-    return found if setup is None or setup.stack_factor is None else setup.stack_factor.calibrated(found)
-
-
-def pipeline_bars(
-    m: ModelConfig, p: Plan, a: Accelerator, setup: Setup | None = None
-) -> tuple[list[Bar], list[tuple[dict[str, Array], float, Array]]]:
-    """(every move of every stage in time, of each stage its seconds by kind, all of them, and those of launches).
-
-    All micro-batches but the first run the kernels of the second; what comes out of a stage is sent to the next one at
-    the rate of a node's own links, or of the network where there are several nodes.
-    """
-    setup, e = setup or Setup(FUSED if p.compile else EAGER), efficiency(a)
-    sizes = sizes_for(m, p, threads=1)
-    count = p.grad_accumulation
-    group = cluster(a, p.accelerators, between=between(a, setup.network))
-    rate = group.between * e.between if group.between is not None else (group.within or 0) * e.within
-    times, works = [], []
-    for stage in range(p.pipeline_parallel):
-        form = account(m, p, a.device, stage)
-        kernels, fused = table(form, setup.variant), form.fused_kernel
-        work = busy(
-            kernels, kernels.at(sizes), sizes, count, a, e,
-            half=setup.dtype or (p.product_dtype if p.product_dtype == "fp16" else "bf16"),
-            single="tf32" if p.product_dtype == "tf32" else "fp32",
-            kernel=setup.attention or (fused if fused in e.flash else None),
-        )  # fmt: skip
-        phases = {phase.value: float(x[0]) for phase, x in work.phases.items()}
-        sent = next((x for x in form.traced.ledger.messages if x.kind == "send"), None)
-        latency = e.latency if setup.latency is None else setup.latency
-        send = 0.0 if sent is None else evaluate(sent.nbytes, sizes) / rate + latency
-        forward, backward = phases["forward"] / count, phases["backward"] / count
-        times.append(StageTime(forward, backward, send, phases["optimizer"]))
-        spent = count * (forward + backward) + phases["optimizer"]
-        works.append((dict(work.kinds), spent, np.array([spent - sum(float(x[0]) for x in work.kinds.values())])))
-    schedules = [pipeline.schedule(p, stage) for stage in range(p.pipeline_parallel)]
-    return simulated(schedules, times), works
-
-
-def axes(group: Cluster, p: Plan) -> dict[str, Cluster]:
-    """The accelerators of each axis of the mesh: those that share shards lie side by side, in as few nodes as can be.
-
-    Raises:
-        ConfigError: a group of them does not come out even with the nodes.
-    """
-    if p.tensor_parallel > 1:
-        return _beside_tensors(group, p)
-    if p.replicas == 1 or p.sharding == "none":
-        return {DATA: group}
-    inner = min(p.shards, group.per_node)
-    if group.per_node % inner or p.shards % inner:
-        raise ConfigError(
-            f"shard_group = {p.shard_group}: must divide the {group.per_node} accelerators of a node, or be a multiple "
-            "of them"
-        )
-    here = group.per_node // inner  # groups inside one node
-    nodes = p.replicas // here
-    return {
-        DATA: replace(group, nodes=p.shards // inner, per_node=inner),
-        REPLICATE: replace(group, nodes=nodes, per_node=here),
-    }
-
-
-def _beside_tensors(group: Cluster, p: Plan) -> dict[str, Cluster]:
-    """Those that share a block's matrices lie side by side, in as few nodes as can be."""
-    inner = min(p.tensor_parallel, group.per_node)
-    if group.per_node % inner or p.tensor_parallel % inner:
-        raise ConfigError(
-            f"tensor_parallel = {p.tensor_parallel}: must divide the {group.per_node} accelerators of a node, or be a "
-            "multiple of them"
-        )
-    here = group.per_node // inner
-    return {
-        TENSOR: replace(group, nodes=p.tensor_parallel // inner, per_node=inner),
-        DATA: replace(group, nodes=p.data_parallel // here, per_node=here),
-    }
-
-
-def between(a: Accelerator, given: str | float | None = None) -> float | None:
-    """Bytes/s of one accelerator to another node: as given, else what is assumed, or its own typical network's if less.
-
-    None where the catalogue has no network for it and none is given.
-    """
-    if given is None and a.inter_node_bandwidth is not None:
-        return min(network().bandwidth, a.inter_node_bandwidth)
-    return None if given is None else network(given).bandwidth
 
 
 def predicted(

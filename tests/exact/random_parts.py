@@ -65,6 +65,7 @@ def attention(rng: Random, experts: bool) -> Attention:
         qk_norm_late=qk_norm.startswith("head") and rng.random() < 0.3,
         sinks=rng.random() < 0.15,
         out_norm=rng.random() < 0.15,
+        out_gate=rng.random() < 0.2,
         **common,
     )
 
@@ -87,15 +88,17 @@ def experts(rng: Random) -> Experts:
     return Experts(
         score,
         normalised=rng.random() < 0.5,
-        corrected=rng.random() < 0.3,
+        correction=rng.choice(("none", "none", "buffer", "parameter")),
         grouped=rng.random() < 0.3,
         scaling=maybe(rng, 2.5),
         router_bias=rng.random() < 0.3,
         bias=rng.random() < 0.3,
         out_bias=rng.random() < 0.3,
+        out_norm=rng.random() < 0.2,
         activation=rng.choice((*(name for name in ACTIVATIONS if name != "xielu"), "clamped-swiglu")),
         shared=shared,
         shared_fused=shared != "none" and rng.random() < 0.4,
+        averaged=shared != "none" and rng.random() < 0.3,
     )
 
 

@@ -60,21 +60,22 @@ class Session:
     Attributes:
         drawn: the elements of the last run, by their place on the page: what a browser shows once the run has ended.
         inputs: by label, those that were drawn.
-        first: seconds of the first run, or until the element for which `until` is true.
+        first: seconds of the first run, or until the element for which `until` is true; with `leaving`, the visitor
+            waits for nothing else.
         exceptions: messages of the tracebacks that were drawn.
     """
 
-    def __init__(self, url, query="", until=None):
+    def __init__(self, url, query="", until=None, *, leaving=False):
         self._open = ExitStack()
         stream = url.replace("http", "ws") + "/_stcore/stream"
         self.socket = self._open.enter_context(
-            connect(stream, subprotocols=["streamlit"], max_size=None, open_timeout=30)
+            connect(stream, subprotocols=["streamlit"], max_size=None, open_timeout=30, close_timeout=0.1)
         )
         self.query, self.states = query, {}
         self.drawn, self.inputs, self.exceptions = {}, {}, []
-        self.first = self.run(until)
+        self.first = self.run(until, leaving=leaving)
 
-    def run(self, until=None):
+    def run(self, until=None, *, leaving=False):
         """Run the page; seconds until it is drawn, or until an element for which `until` is true."""
         message = BackMsg()
         message.rerun_script.query_string = self.query
@@ -93,6 +94,8 @@ class Session:
                 self._note(element)
                 if found is None and until is not None and until(element):
                     found = time.perf_counter() - start
+                    if leaving:
+                        return found
             if kind == "script_finished" and answer.script_finished != ForwardMsg.FINISHED_EARLY_FOR_RERUN:
                 return found if until is not None else time.perf_counter() - start
 

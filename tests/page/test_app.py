@@ -555,6 +555,7 @@ queries = st.dictionaries(st.one_of(st.sampled_from(NAMES), st.text(min_size=1, 
 @given(st.sampled_from(VIEWS), queries)
 @example("estimate", {"batch_size": "1e400"})
 @example("estimate", {"unit": ""})
+@example("estimate", {"model": "llama-4-scout-text"})  # of ten million tokens
 @example("estimate", {"gpt2-xl.num_layers": "2000", "gpt2-xl.vocab_size": "10000000", "batch_size": "10000000"})
 @example("sweep", {"gpt2-xl.d_ff": "10000000", "x": "num_layers", "num_layers.to": "10000000", "y": "d_model"})
 @example("sweep", {"seq_len": "1", "gpt2-xl.num_layers": "1", "y": "seq_len"})

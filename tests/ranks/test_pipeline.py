@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from random import Random
 
+import numpy as np
 import pytest
 from test_sharding import measured
 
@@ -14,7 +15,7 @@ from estimator.describe.checks import ConfigError
 from estimator.describe.model import ModelConfig
 from estimator.describe.plan import Plan
 from estimator.describe.schedules import all_forward_first, in_flight, one_forward_one_backward, written
-from estimator.timing.pipeline import StageTime, simulated
+from estimator.timing.pipeline import StageTime, finished, simulated
 from trainer.referee.measure import build_step
 
 RUNS = int(os.environ.get("PIPELINE_RUNS", "0"))  # random recipes to try, in place of a few
@@ -33,7 +34,7 @@ def drawn(random, stages):
         seq_len=random.choice([1, 5, 9]),
         pipeline_parallel=stages,
         pipeline_schedule=schedule,
-        grad_accumulation=random.randint(stages if schedule == "1f1b" else 2, 8),
+        grad_accumulation=random.randint(stages if schedule == "1f1b" else 2, 11),
         precision=random.choice(["fp32", "fp32", "bf16"]),
         attention=random.choice(["naive", "naive-fp32", "sdpa"]),
         checkpointing=random.choice(["none", "none", "block", "attention", "selective"]),
@@ -49,13 +50,29 @@ def test_each_stage_holds_what_the_account_says_to_the_byte(stages, tmp_path):
     plan = {"batch_size": 2, "pipeline_parallel": stages, "optimizer": "sgd"}
     cases = [  # the first with more micro-batches than are executed
         (model("llama", 2 * stages), Plan(grad_accumulation=8, **plan)),
-        (model("gpt2", stages), Plan(grad_accumulation=3, pipeline_schedule="gpipe", checkpointing="block", **plan)),
+        (model("gpt2", stages), Plan(grad_accumulation=7, pipeline_schedule="gpipe", checkpointing="block", **plan)),
     ]
     cases += [drawn(random, stages) for _ in range(RUNS or 2)]
     for (m, p), processes in zip(cases, measured(stages, cases, tmp_path), strict=True):
         for stage, real in enumerate(processes):
             v = account(m, p, "cpu", stage).evaluate(m, p, threads=1)
             assert {name: getattr(v, name) for name in real} == real, (m, p, stage)
+
+
+def test_stages_of_shared_matrices_and_of_replicas_are_exact_too(tmp_path):
+    """Four processes: two stages of two that share each block's matrices, or of two replicas under DDP."""
+    random = Random(5)
+    cases = [
+        (model("llama", 4), Plan(batch_size=2, grad_accumulation=5, pipeline_parallel=2, optimizer="sgd", **axis))
+        for axis in ({"tensor_parallel": 2}, {"data_parallel": 2})
+    ]
+    for _ in range(RUNS or 2):
+        m, p = drawn(random, 2)
+        cases.append((m, p.replace(**{random.choice(["tensor_parallel", "data_parallel"]): 2})))
+    for (m, p), processes in zip(cases, measured(4, cases, tmp_path), strict=True):
+        for rank, real in enumerate(processes):
+            v = account(m, p, "cpu", rank // 2).evaluate(m, p, threads=1)
+            assert {name: getattr(v, name) for name in real} == real, (m, p, rank)
 
 
 def test_losses_are_those_of_one_process(tmp_path):
@@ -93,6 +110,18 @@ def test_equal_stages_idle_as_the_paper_says(kind, stages, micro_batches):
     assert max(bar.end for bar in simulated(moves, each)) == pytest.approx(work * (1 + (stages - 1) / micro_batches))
 
 
+def test_the_ends_of_many_steps_at_once_are_those_of_each_schedule():
+    random = np.random.default_rng(0)
+    for stages in (2, 3, 8):
+        counts = np.array([stages, stages + 1, 3 * stages + 1])
+        times = StageTime(*(random.random((stages, len(counts))) for _ in range(5)))
+        ends = finished("1f1b", counts, times)
+        for point, count in enumerate(counts.tolist()):
+            each = [StageTime(*(float(x[stage, point]) for x in times)) for stage in range(stages)]
+            bars = simulated([one_forward_one_backward(count, stage, stages) for stage in range(stages)], each)
+            assert ends[:, point] == pytest.approx([bar.end for bar in bars[-stages:]])
+
+
 def test_an_estimate_has_the_memory_of_each_stage():
     plan = Plan(precision="bf16", attention="sdpa", seq_len=4096, pipeline_parallel=4)
     r = est.estimate("llama-3.1-8b", plan, "h100-80gb-sxm", count=4, global_batch_size=16)
@@ -114,7 +143,11 @@ def test_an_estimate_has_the_memory_of_each_stage():
         ("llama-3.1-8b", {"pipeline_parallel": 3, "grad_accumulation": 4}, "num_layers"),
         ("llama-3.1-8b", {"pipeline_parallel": 4}, "grad_accumulation"),
         ("gpt2", {"pipeline_parallel": 2, "grad_accumulation": 4}, "tie_embeddings"),
-        ("llama-3.1-8b", {"pipeline_parallel": 2, "tensor_parallel": 2}, "tensor_parallel"),
+        (
+            "llama-3.1-8b",
+            {"pipeline_parallel": 2, "grad_accumulation": 2, "data_parallel": 2, "sharding": "zero3"},
+            "pipeline_parallel",
+        ),
         ("llama-3.1-8b", {"pipeline_parallel": 2, "precision": "bf16-mixed"}, "precision"),
         ("llama-3.1-8b", {"pipeline_schedule": "gpipe"}, "pipeline_parallel"),
     ],

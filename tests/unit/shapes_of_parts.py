@@ -43,6 +43,7 @@ def _attention(m):
     elif a.qk_norm == "head-own":
         shapes += [(h, e), (k, e)] * len(_norm(a.qk_norm_kind, e))
     shapes += [(h * e,)] if a.out_norm else []
+    shapes += [(h * e, d)] if a.out_gate else []
     return shapes + ([(h,)] if a.sinks else [])
 
 
@@ -51,6 +52,8 @@ def _experts(m):
     shapes = [(n, 2 * f, d), (n, d, f), *_linear(n, d, x.router_bias)]
     shapes += [(n, 2 * f), (n, d)] if x.bias else []
     shapes += [(d,)] if x.out_bias else []
+    shapes += [(d,)] if x.out_norm else []
+    shapes += [(n,)] if x.correction == "parameter" else []
     up = [(2 * m.d_shared, d)] if x.shared_fused else [(m.d_shared, d)] * 2 if m.d_shared else []
     shapes += [*up, (d, m.d_shared)] if x.shared != "none" else []
     return shapes + ([(1, d)] if x.shared == "gated" else [])

@@ -120,11 +120,23 @@ declare(
     **EXPERTS,
 )
 declare(
+    "attention behind a gate, a correction that is a parameter, a norm over the experts",
+    Parts(
+        order="sandwich",
+        attention=Attention(qk_norm="head", out_gate=True),
+        experts=Experts("sigmoid-chosen", correction="parameter", shared="plain", averaged=True, out_norm=True),
+    ),
+    pattern=Pattern((FULL,), (Layer("window", sparse=True), Layer(rotates=False, sparse=True))),
+    sliding_window=5,
+    d_shared=10,
+    **EXPERTS,
+)
+declare(
     "latent, groups of experts, shared",
     Parts(
         attention=Attention(latent="keys-and-queries", bias=True, out_bias=True),
         positions=Positions(pairs="neighbours"),
-        experts=Experts("sigmoid", corrected=True, grouped=True, scaling=2.5, shared="plain"),
+        experts=Experts("sigmoid", correction="buffer", grouped=True, scaling=2.5, shared="plain"),
     ),
     LATENT | EXPERTS,
     query_rank=10,
@@ -195,7 +207,7 @@ def test_all_kernels_agree_and_every_parameter_learns(m):
         model = build(m, name)
         logits.append(model(ids))
         F.cross_entropy(logits[-1].flatten(0, 1), ids.flatten()).backward()
-        assert [n for n, p in model.named_parameters() if p.grad is None] == []
+        assert [n for n, p in model.named_parameters() if p.grad is None and p.requires_grad] == []
     for other in logits[1:]:
         torch.testing.assert_close(other, logits[0], rtol=1e-4, atol=1e-4)  # "naive-fp32" is in the list
 

@@ -244,7 +244,7 @@ def test_an_unknown_type_is_taken_for_the_family_of_its_class_and_that_is_said()
 @pytest.mark.parametrize(
     ("kind", "change", "message"),
     [
-        ("mixtrall", {}, r"model_type = 'mixtrall': allowed are apertus, "),
+        ("mixtrall", {}, r"model_type = 'mixtrall': allowed are afmoe, apertus, "),
         ("Llama", {}, r"model_type = 'Llama': did you mean llama\? allowed are"),
         ("mimo", {}, "model_type = 'mimo': .* the nearest that can be asked is qwen2"),
         (
@@ -253,7 +253,7 @@ def test_an_unknown_type_is_taken_for_the_family_of_its_class_and_that_is_said()
             "made of others .encoder: 'bert', decoder: 'gpt2'., which would be lost",
         ),
         ("llama", {"draft_model": {"model_type": "eagle"}}, "made of others .draft_model: 'eagle'"),
-        ("cohere2_moe", {"architectures": ["Cohere2ForCausalLM"]}, "its shared experts are averaged"),
+        ("diffllama", {"architectures": ["LlamaForCausalLM"]}, "its attention is the difference of two"),
         (
             "own",
             {"architectures": ["LlamaForCausalLM"], "auto_map": {"AutoModel": "x"}},
@@ -262,7 +262,7 @@ def test_an_unknown_type_is_taken_for_the_family_of_its_class_and_that_is_said()
         ("own", {"architectures": ["LlamaForCausalLM"], "mm_vision_tower": "x"}, "a vision part beside the text"),
         ("own", {"architectures": ["NoneForCausalLM"]}, "model_type = 'own': allowed are"),
         ("own", {"auto_map": {}, "is_encoder_decoder": True}, "model_type = 'own': an encoder-decoder"),
-        (None, {}, r"model_type = None: .*allowed are apertus, "),
+        (None, {}, r"model_type = None: .*allowed are afmoe, apertus, "),
         (["llama"], {}, "model_type"),
         ("mistral", {"attention_bias": True}, "attention_bias = True"),
         ("phi3", {"lm_head_bias": True}, "lm_head_bias = True"),

@@ -18,6 +18,7 @@ SEQUENCES, COUNT = 24, 8
 FIELDS = (
     "data_parallel",
     "tensor_parallel",
+    "pipeline_parallel",
     "sharding",
     "shard_group",
     "batch_size",
@@ -81,6 +82,40 @@ def test_it_finds_what_a_loop_over_all_layouts_finds(found):
         assert o.seconds == pytest.approx(r.time.seconds_per_step)
         assert o.mfu == pytest.approx(r.time.mfu)
         assert o.tokens_per_second == pytest.approx(r.time.tokens_per_second_per_accelerator)
+
+
+def test_pipelines_are_searched_too_and_each_row_estimated_alone_is_the_same():
+    model = MODEL.replace(num_layers=4, tie_embeddings=False)
+    plan = PLAN.replace(precision="bf16", seq_len=128)
+    card = replace(CARD, memory_bytes=int(3.4 * 2**30), per_node=2)
+    found = search(model, plan, card, count=4, global_batch_size=12, fixed=("checkpointing",)).options
+    expected = {}
+    for ranks, stages in itertools.product((1, 2), (1, 2, 4)):
+        replicas = 4 // (ranks * stages)
+        shardings = ("none", "zero1", "zero2", "zero3") if stages == 1 else ("none",)
+        batches = [n for n in range(1, 13) if replicas and 12 // replicas % n == 0]
+        for sharding, batch in itertools.product(shardings, batches):
+            try:
+                p = plan.replace(
+                    tensor_parallel=ranks, pipeline_parallel=stages, data_parallel=replicas, batch_size=batch,
+                    sharding=sharding,
+                )  # fmt: skip
+                r = est.estimate(model, p, card, global_batch_size=12)
+            except ConfigError:
+                continue
+            if r.fits:
+                expected[stages, *key(r)] = r
+    listed = {(o.plan.pipeline_parallel, *key(o)): o for o in found}
+    assert {stages for stages, *_ in listed} == {1, 2, 4}
+    assert {ranks for stages, ranks, *_ in listed if stages == 2} == {1, 2}
+    best = min(expected.values(), key=lambda r: r.time.seconds_per_step)
+    assert found[0].seconds == pytest.approx(best.time.seconds_per_step)
+    for at, r in expected.items():
+        if at[0] > 1:
+            assert listed[at].needed == r.memory.needed
+            assert listed[at].seconds == pytest.approx(r.time.seconds_per_step)
+            assert listed[at].parts == pytest.approx(dict(r.time.parts))
+    assert {at for at in listed if at[0] > 1} == {at for at in expected if at[0] > 1}
 
 
 def test_those_on_the_front_are_not_bettered(found):

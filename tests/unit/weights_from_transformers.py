@@ -36,6 +36,12 @@ NORMS = {  # by the order of a block, what the norms are called; the first that 
         "ffn_norm": r"post_attention_layernorm",
         "ffn_post_norm": r"post_mlp_layernorm",
     },
+    "afmoe": {
+        "attention_norm": r"input_layernorm",
+        "attention_post_norm": r"post_attention_layernorm",
+        "ffn_norm": r"pre_mlp_layernorm",
+        "ffn_post_norm": r"post_mlp_layernorm",
+    },
     "hyperclovax": {
         "attention_norm": r"input_layernorm",
         "attention_post_norm": r"post_norm1",
@@ -63,9 +69,12 @@ IN_A_BLOCK = {
     "attention.kv_norm": ATTENTION + "kv_a_layernorm",
     "attention.kv_up": ATTENTION + "kv_b_proj",
     "attention.out_norm": ATTENTION + "attn_sub_norm",
+    "attention.out_gate": ATTENTION + "gate_proj",
     "attention.out": ATTENTION + r"(o_proj|out_proj|dense|c_proj)",
     "attention.sinks": ATTENTION + "sinks",
-    "ffn.router": MLP + r"(gate|router)(\.wg|\.layer)?",
+    "ffn.router.correction": MLP + r"(gate\.moe_statics\.e_score_correction_bias|expert_bias)",
+    "ffn.out_norm": MLP + "post_mlp_layernorm",
+    "ffn.router": MLP + r"(gate|router)(\.wg|\.layer|\.gate)?",
     "ffn.experts.gate_up": MLP + r"(experts\.gate_up_proj|input_linear)",
     "ffn.experts.gate_up_bias": MLP + r"experts\.gate_up_proj_bias",
     "ffn.experts.down": MLP + r"(experts\.down_proj|output_linear)",
@@ -143,7 +152,9 @@ def laid_out(name, x, m):
         return torch.cat([q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)])
     if name.endswith(("q.weight", "k.weight")) and family == "nanochat":  # it rotates the other way round
         return x.unflatten(0, (-1, 2, m.e // 2)).flip(1).flatten(0, 2)
-    if family in ("gpt_oss", "llama4_text") and name.endswith(("experts.gate_up", "experts.down")):
+    if family == "ernie4_5_moe" and name.endswith("correction"):
+        return x[0]
+    if family in ("aria_text", "gpt_oss", "llama4_text") and name.endswith(("experts.gate_up", "experts.down")):
         x = x.transpose(1, 2)
     if family == "gpt_oss" and "experts.gate_up" in name:
         return torch.cat([x[:, 0::2], x[:, 1::2]], 1)
@@ -167,7 +178,8 @@ def copy_weights(model, theirs, m):
     """Fill `model`, of the configuration `m`, with the named parameters of transformers' model: each of them once."""
     own, theirs = dict(model.named_parameters()), each_heads_norms(theirs)
     found = dbrx_experts(theirs, m) if m.family == "dbrx" else {}
-    order = m.family if m.family in NORMS else m.made_of.order
+    order = {"kolibri1": "glm4"}.get(m.family, m.family)
+    order = order if order in NORMS else m.made_of.order
     for name, x in theirs.items():
         ours = renamed(name, order, own)
         assert ours not in found, (name, ours)

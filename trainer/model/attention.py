@@ -114,6 +114,7 @@ class Attention(nn.Module):
         qkv: the one projection, (h + 2 k) e wide: queries of all heads, then keys, then values.
         q, k, v: three of them.
         q_norm, k_norm: of queries and keys.
+        out_gate: whose sigmoid what attention finds is multiplied with, or None.
         out_norm: an RMSNorm before the output projection, or None.
         out: the output projection.
         sinks: (h), see `attend`.
@@ -138,6 +139,7 @@ class Attention(nn.Module):
                 "width": (widths[:1], widths[1:2]),
             }[a.qk_norm]
             self.q_norm, self.k_norm = build_norm(a.qk_norm_kind, *q_shape), build_norm(a.qk_norm_kind, *k_shape)
+        self.out_gate = Linear(m.d_model, widths[0], bias=False) if a.out_gate else None
         self.out_norm = build_norm(Norm("rms"), widths[0]) if a.out_norm else None
         self.out = Linear(m.num_heads * m.e, m.d_model, bias=a.out_bias)
         self.sinks = nn.Parameter(torch.zeros(m.num_heads)) if a.sinks else None
@@ -194,6 +196,9 @@ class Attention(nn.Module):
             q, k, v, mask, self.kind, dropout,
             scale=self.part.scale, cap=self.part.softcap, bias_h1T=bias, sinks_h=self.sinks,
         )  # fmt: skip
+        if self.out_gate is not None:
+            y = y.transpose(1, 2).reshape(B, T, self.widths[0]) * torch.sigmoid(self.out_gate(x))
+            return self.dropout(self.out(y if self.out_norm is None else self.out_norm(y)))
         if self.out_norm is not None:
             return self.dropout(self.out(self.out_norm(y.transpose(1, 2).reshape(B, T, self.widths[0]))))
         return self.dropout(self.out(y.transpose(1, 2).reshape(B, T, self.widths[0])))

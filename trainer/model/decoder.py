@@ -118,7 +118,7 @@ class Transformer(nn.Module):
         for name, p in self.named_parameters():
             module = name.rpartition(".")[0]
             layer = int(module.split(".")[1]) if module.startswith("blocks.") else None
-            p.requires_grad_(selection.at(layer).has(module))
+            p.requires_grad_(p.requires_grad and selection.at(layer).has(module))
         if not any(p.requires_grad for p in self.parameters()):
             raise ConfigError(NOTHING_TRAINED)
 

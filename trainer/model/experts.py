@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from estimator.describe.parts import MLP
+from estimator.describe.parts import MLP, Norm
 from trainer.model.feed_forward import GatedFeedForward, gated
 from trainer.model.grouped import grouped_product
 from trainer.model.layers import INIT_STD, Linear
+from trainer.model.norms import build_norm
 from trainer.model.router import Router, sort_by_expert
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ class SparseFeedForward(nn.Module):
         experts: of which each token takes K.
         shared: the expert of all tokens, or None.
         shared_gate: a score a token whose sigmoid the shared expert's result is multiplied with, or None.
+        out_norm: an RMSNorm over what all experts have made of a token, or None.
         out_bias: (d), added to the sum of a token's experts, or None.
     """
 
@@ -69,7 +71,7 @@ class SparseFeedForward(nn.Module):
         super().__init__()
         part = m.made_of.experts
         assert part is not None
-        self.weighs_inputs = part.score == "sigmoid-all"
+        self.weighs_inputs, self.averages = part.score == "sigmoid-all", part.averaged
         self.router = Router(m, p.balance / p.grad_accumulation)
         self.experts = Experts(m)
         self.shared = self.shared_gate = None
@@ -79,6 +81,7 @@ class SparseFeedForward(nn.Module):
             self.shared = GatedFeedForward(mlp, m.d_model, m.d_shared, dropout=0.0)
         if part.shared == "gated":
             self.shared_gate = Linear(m.d_model, 1, bias=False)
+        self.out_norm = build_norm(Norm("rms"), m.d_model) if part.out_norm else None
         self.out_bias = nn.Parameter(torch.zeros(m.d_model)) if part.out_bias else None
         self.dropout = nn.Dropout(p.dropout)
 
@@ -105,4 +108,8 @@ class SparseFeedForward(nn.Module):
             if self.shared_gate is not None:
                 shared = torch.sigmoid(self.shared_gate(x_Nd)) * shared
             y = y + shared
+            if self.averages:
+                y = y * 0.5
+        if self.out_norm is not None:
+            y = self.out_norm(y)
         return self.dropout(y.view(x.shape))

@@ -22,8 +22,8 @@ class Router(nn.Module):
     Attributes:
         weight: (E, d), a row for each expert.
         bias: (E), or None.
-        correction: (E), a buffer added to the scores where experts are chosen (Wang et al. 2024, "Auxiliary-loss-free
-            load balancing"); zeros until somebody moves it.
+        correction: (E), a buffer or a parameter without a gradient, added to the scores where experts are chosen (Wang
+            et al. 2024, "Auxiliary-loss-free load balancing"); zeros until somebody moves it; or None.
         routing: "learned"; "even" deals tokens out one after another; a number m deals them out so that expert 0 gets
             m times its even share. For measurements: the same tensors are made in all three.
         balance: the weight of the balancing loss whose gradient the backward of each micro-batch adds
@@ -45,7 +45,10 @@ class Router(nn.Module):
         self.groups, self.groups_per_token = m.expert_groups, m.groups_per_token
         self.weight = nn.Parameter(torch.empty(E, m.d_model))
         self.bias = nn.Parameter(torch.zeros(E)) if part.router_bias else None
-        self.register_buffer("correction", torch.zeros(E) if part.corrected else None)
+        if part.correction == "parameter":
+            self.correction = nn.Parameter(torch.zeros(E), requires_grad=False)
+        else:
+            self.register_buffer("correction", torch.zeros(E) if part.correction == "buffer" else None)
         nn.init.normal_(self.weight, std=INIT_STD)
         self.routing: str | float = "learned"
         self.watched, self.loss = False, None
@@ -114,9 +117,9 @@ class Router(nn.Module):
         weights_NK = scores_NE.gather(-1, experts_NK)
         if self.part.score == "logits":
             weights_NK = torch.softmax(weights_NK, -1)
-        elif self.part.score == "sigmoid-all":
+        elif self.part.score in ("sigmoid-all", "sigmoid-chosen"):
             weights_NK = torch.sigmoid(weights_NK)
-        elif self.part.normalised:
+        if self.part.normalises:
             weights_NK = weights_NK / weights_NK.sum(-1, keepdim=True)
         if self.part.scaling is not None:
             weights_NK = weights_NK * self.part.scaling

@@ -141,9 +141,9 @@ class World:
         return init_device_mesh(self.device.type, (self.size // group, group), mesh_dim_names=("replicate", "data"))
 
     def grid(self, plan: Plan) -> DeviceMesh:
-        """All processes, those that share a block's matrices side by side."""
-        shape = (plan.data_parallel, plan.tensor_parallel)
-        return init_device_mesh(self.device.type, shape, mesh_dim_names=("data", "tensor"))
+        """All processes, those that share a block's matrices side by side, the stages of a pipeline furthest apart."""
+        shape = (plan.pipeline_parallel, plan.data_parallel, plan.tensor_parallel)
+        return init_device_mesh(self.device.type, shape, mesh_dim_names=("pipeline", "data", "tensor"))
 
     def prepare(
         self, model: nn.Module, plan: Plan, sharding: str

@@ -16,6 +16,8 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from torch.distributed.device_mesh import DeviceMesh
+
     from trainer.model.decoder import Transformer
 
 SCHEDULES = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
@@ -62,13 +64,23 @@ class Stage(nn.Module):
 
 
 def scheduled(
-    stage: Stage, device: torch.device, kind: str, micro_batches: int, loss: Callable[[Tensor, Tensor], Tensor]
+    stage: Stage,
+    grid: DeviceMesh,
+    device: torch.device,
+    kind: str,
+    micro_batches: int,
+    loss: Callable[[Tensor, Tensor], Tensor],
 ) -> tuple[PipelineStage, Callable[..., None]]:
     """(PyTorch's stage, a step): one call of that runs every micro-batch of the given ids and targets through `stage`.
 
-    The loss of a micro-batch is divided by their number here, so that gradients need not be.
+    The loss of a micro-batch is divided by their number here, so that gradients need not be. Replicas of the stage, on
+    the axis "data" of the mesh `grid`, exchange their gradients as DDP does, in the last backward.
     """
-    place = PipelineStage(stage, stage.index, stage.stages, device)
+    module: nn.Module = stage
+    if grid["data"].size() > 1:
+        devices = [device] if device.type == "cuda" else None
+        module = nn.parallel.DistributedDataParallel(stage, devices, process_group=grid["data"].get_group())
+    place = PipelineStage(module, stage.index, stage.stages, device, group=grid["pipeline"].get_group())
     run = SCHEDULES[kind](place, micro_batches, lambda x, y: loss(x, y) / micro_batches, scale_grads=False)
 
     def step(ids: Tensor, targets: Tensor, losses: list[Tensor] | None = None) -> None:

@@ -25,8 +25,9 @@ from estimator.describe.checks import ConfigError
 from trainer.model.decoder import Transformer
 from trainer.model.quantised import scales
 from trainer.optim.precision import loss_scaler
-from trainer.parallel.distributed import World, local
+from trainer.parallel.distributed import Weights, World, local
 from trainer.parallel.pipeline import Stage, scheduled
+from trainer.parallel.tensor import tensor_parallel
 from trainer.referee.measure import (
     LOSSES,
     Step,
@@ -36,7 +37,6 @@ from trainer.referee.measure import (
     build_updates,
     nbytes,
     onednn,
-    trained,
 )
 
 if TYPE_CHECKING:
@@ -100,11 +100,17 @@ class PipelineStep(Step):
             raise ConfigError(f"accelerators = {p.accelerators}: torchrun has started {world.size} processes")
         model, (ids, targets) = build_parts(m, p, str(world.device), seed, sequences=p.batch_size * p.grad_accumulation)
         assert isinstance(model, Transformer)
-        stage = Stage(model, world.rank, world.size)
+        grid = world.grid(p)
+        if p.tensor_parallel > 1:
+            tensor_parallel(model, grid["tensor"])
+        stage = Stage(model, grid["pipeline"].get_local_rank(), p.pipeline_parallel)
         needed = ((ids,) if stage.first else ()) + ((targets,) if stage.last else ())
-        super().__init__(stage, build_optimizer(trained(stage), p, world.device.type), (ids, targets), p)
-        self.place, self.run = scheduled(stage, world.device, p.pipeline_schedule, p.grad_accumulation, LOSSES[p.loss])
-        self.needed, self.buckets = needed, 0
+        self.weights = Weights(stage)
+        super().__init__(stage, build_optimizer(self.weights.named, p, world.device.type), (ids, targets), p)
+        self.needed, self.buckets = needed, bucket_bytes(stage) if p.data_parallel > 1 else 0
+        self.place, self.run = scheduled(
+            stage, grid, world.device, p.pipeline_schedule, p.grad_accumulation, LOSSES[p.loss]
+        )
 
     def __call__(self) -> None:
         """Run it."""
@@ -117,8 +123,9 @@ class PipelineStep(Step):
 
     def update(self) -> None:
         """What comes after them."""
+        self.weights.gather_gradients()
         self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.weights.clear_gradients()
 
     def losses(self) -> float:
         """Run it; the loss of the step, which the last stage knows."""
