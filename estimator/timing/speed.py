@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     Array = NDArray[np.float64]
 
 FUSED_ATTENTION = ("flash", "efficient")
+UPDATES = "updates"  # the axis of those that share the optimizer's states, where they are fewer than all
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +52,13 @@ class Setup:
         parameter_width, gradient_width: bytes of one parameter and of one gradient in a message; None for the ledger's.
         network: between nodes: a name of `estimator.hardware.networks.networks()`, or bytes/s of one accelerator; None
             for what is assumed.
-        latency: seconds of a hop between nodes; None for the same as inside one.
+        latency: seconds of a hop between nodes; None for `estimator.timing.waiting.NETWORK_HOP` of one inside.
         straggling: the part that each doubling of the nodes costs; None for the catalogue's.
         overlap: gradients are summed while backward goes on, as DDP does; else after it.
+        update_group: accelerators that share the optimizer's states, side by side, if not all that train together (a
+            ZeRO-1 in each node).
+        whole_updates: each parameter is updated whole by one of them and broadcast by itself, one after the other;
+            else all share each parameter, and their broadcasts go together.
         stack_factor: what the user's own log says of his stack (`estimate calibrate --log`).
     """
 
@@ -66,6 +71,8 @@ class Setup:
     latency: float | None = None
     straggling: float | None = None
     overlap: bool = True
+    update_group: int | None = None
+    whole_updates: bool = False
     stack_factor: StackFactor | None = None
 
 
@@ -199,6 +206,8 @@ def times(
     turns = p.grad_accumulation if micro_batches is None else micro_batches
     e = e or efficiency(a)
     setup = setup or Setup(FUSED if p.compile else EAGER)
+    if setup.update_group is not None:
+        sizes = {**sizes, "D": setup.update_group}
     kernels = table(form, setup.variant)
     shape = kernels.at(sizes)
     fused = form.fused_kernel
@@ -210,9 +219,15 @@ def times(
         imbalance=p.imbalance,
     )  # fmt: skip
     group = cluster(a, p.accelerators, between=between(a, setup.network))
-    sent = messages(form, sizes, turns, setup.parameter_width, setup.gradient_width)
+    widths = setup.parameter_width, setup.gradient_width
+    sent = messages(form, sizes, turns, *widths, whole_updates=setup.whole_updates)
+    meshes = axes(group, p)
+    if setup.update_group is not None:
+        inner = min(setup.update_group, group.per_node)
+        meshes = meshes | {UPDATES: replace(group, nodes=setup.update_group // inner, per_node=inner)}
+        sent = tuple(m if m.phase != "optimizer" else replace(m, axis=UPDATES) for m in sent)
     compute = {phase.value: s for phase, s in work.phases.items()}
-    waited = exposed(sent, axes(group, p), e, compute, turns, overlap=setup.overlap, latency=setup.latency)
+    waited = exposed(sent, meshes, e, compute, turns, overlap=setup.overlap, latency=setup.latency)
     if group.nodes > 1:  # the slowest node is waited for
         part = straggling() if setup.straggling is None else setup.straggling
         waited = waited + part * np.log2(group.nodes) * (waited + sum(compute.values()))

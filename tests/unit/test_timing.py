@@ -216,13 +216,16 @@ def test_a_model_with_experts_has_a_time_and_an_mfu_by_every_convention():
 
 
 def test_nanogpts_published_mfu_is_within_the_interval():
-    """0.37 of 312 TFLOP/s by PaLM's count: GPT-2 124M, nanoGPT's train_gpt2.py, 12 x 1024 tokens, A100 40GB."""
+    """0.37 of 312 TFLOP/s by PaLM's count: GPT-2 124M, nanoGPT's train_gpt2.py, 12 x 1024 tokens, A100 40GB.
+
+    Published with PyTorch 2.0, whose flash attention is the first generation: the second came with 2.2.
+    """
     m = est.preset("gpt2").replace(vocab_size=50304)
     p = est.Plan(
         batch_size=12, precision="bf16-mixed", attention="sdpa", loss="torch", optimizer_impl="fused",
         max_grad_norm=1.0, grad_accumulation=5, compile=True,
     )  # fmt: skip
-    t = time_of(m, p, "a100-40gb-sxm", 8)
+    t = time_of(m, p, "a100-40gb-sxm", 8, attention_kernel="flash-1")
     mfu = t.mfu_by_convention["palm"]
     assert mfu * t.seconds / t.interval.high <= 0.37 <= mfu * t.seconds / t.interval.low
 
