@@ -1,23 +1,26 @@
 """Hold the recorder against real steps of other people's modules, and against the symbolic step, on this CPU.
 
-    python tools/check_recorder.py transformers          # tiny configurations of transformers' own classes
-    python tools/check_recorder.py transformers bert t5  # some of them
-    python tools/check_recorder.py recipes 200           # our own models: random decoders and recipes, this many seeds
+    python tools/check_recorder.py table                 # every module, at three sizes, with its recipes: an hour
+    python tools/check_recorder.py table --seconds 600   # as much of it as that allows; the same again goes on
+    python tools/check_recorder.py table --only bert t5  # some of the modules
+    python tools/check_recorder.py report                # docs/recorder.md, from what is on file
+    python tools/check_recorder.py recipes 200           # our own models: random decoders and recipes, so many seeds
 
-A row a case, in Markdown: the peak, the difference in bytes to the real step's (or the symbolic step's), how many
-events there are and whether each is equal, and how many answers were assumed, which need not be the real ones.
+`table` keeps each result in validation/recorder.jsonl as soon as there is one, and leaves out what is there already.
+Compared are the peak, what autograd saves, the parameters and the optimizer's state, in bytes, and every event.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
-import tempfile
+import time
 import warnings
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
@@ -25,93 +28,63 @@ import estimator as est
 import trainer
 from estimator.describe.checks import ConfigError
 from trainer.referee.measure import build_step
-from trainer.referee.recorder.builds import of_config
 from trainer.referee.recorder.truth import judged
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests" / "exact"))
+sys.path[:0] = [str(ROOT / "tests" / "exact"), str(ROOT / "tools")]
 from random_parts import draw  # noqa: E402 - a module of the tests
+from recorder_cases import prepared, table  # noqa: E402 - lies beside this
+from recorder_report import key, on_file, report  # noqa: E402 - likewise
 
-TOKENS = {"vocab_size": 200}
-ENCODER = {**TOKENS, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
-SEQUENCES = {
-    **TOKENS,
-    "d_model": 64,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 96,
-    "decoder_ffn_dim": 96,
-}
-IMAGES = {
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 96,
-    "image_size": 32,
-}
-# Beside the decoders of tests/data/hf/tiny.jsonl: (class, fields of its config.json).
-OTHERS = {
-    "bert": ("BertForMaskedLM", ENCODER),
-    "roberta": ("RobertaForMaskedLM", ENCODER),
-    "t5": ("T5ForConditionalGeneration", {**TOKENS, "d_model": 64, "d_kv": 16, "num_heads": 4, "num_layers": 2,
-                                          "d_ff": 96, "decoder_start_token_id": 0}),
-    "bart": ("BartForConditionalGeneration", {**SEQUENCES, "max_position_embeddings": 128}),
-    "whisper": ("WhisperForConditionalGeneration", {**SEQUENCES, "max_source_positions": 60, "num_mel_bins": 16,
-                                                    "max_target_positions": 64, "pad_token_id": 0, "bos_token_id": 1,
-                                                    "eos_token_id": 2, "decoder_start_token_id": 1}),
-    "mamba": ("MambaForCausalLM", {**TOKENS, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8}),
-    "vit": ("ViTForImageClassification", {**IMAGES, "patch_size": 8}),
-    "swin": ("SwinForImageClassification", {"embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "image_size": 32,
-                                            "window_size": 4, "patch_size": 2}),
-    "resnet": ("ResNetForImageClassification", {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1],
-                                                "layer_type": "basic", "image_size": 32}),
-    "convnext": ("ConvNextForImageClassification", {"hidden_sizes": [16, 32], "depths": [1, 1], "num_stages": 2,
-                                                    "image_size": 32}),
-}  # fmt: skip
+FILE = ROOT / "validation" / "recorder.jsonl"
+Case = tuple[str, tuple[int, int], str]
 
 
-def configurations() -> Iterator[tuple[str, dict[str, object]]]:
-    """(name, config.json) of each case."""
-    for name, (architecture, sizes) in OTHERS.items():
-        yield name, {"model_type": name, "architectures": [architecture], **sizes}
-    for line in (ROOT / "tests/data/hf/tiny.jsonl").read_text(encoding="utf-8").splitlines():
-        case = json.loads(line)
-        yield case["name"].removeprefix("tiny "), case["config"]
+def compare(seconds: float, only: list[str], *, again: bool) -> bool:
+    """Go on with the table; whether all of what was compared now is equal in each of the four figures."""
+    until, every, equal = time.monotonic() + seconds, table(), True
+    unknown = set(only) - {name for name, _, _ in every}
+    if unknown:
+        raise SystemExit(f"only = {', '.join(sorted(unknown))}: no module of that name")
+    kept = {k: row for k, row in on_file(FILE).items() if not again or _is_equal(row)}
+    wanted = [case for case in every if (not only or case[0] in only) and key(*case) not in kept]
+    gc.collect()
+    gc.freeze()  # each comparison collects garbage several times, and the libraries are none
+    for i, case in enumerate(wanted):
+        if time.monotonic() > until:
+            print(f"{len(wanted) - i} are left.", flush=True)
+            break
+        row = _row(case)
+        equal &= _is_equal(row)
+        with FILE.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        print(key(*case), "equal" if _is_equal(row) else row, flush=True)
+    return equal
 
 
-def transformers(wanted: list[str]) -> bool:
-    """The table of transformers' own classes; whether every peak is that of the real step."""
-    print("| model | peak | difference | events | equal | assumed |\n|---|---:|---:|---:|---|---:|")
-    equal = total = 0
-    for name, config in configurations():
-        if wanted and name not in wanted:
-            continue
-        total += 1
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "config.json"
-            path.write_text(json.dumps(config), encoding="utf-8")
-            try:
-                truth = judged(of_config(path, 2, 40))
-            except Exception as error:  # noqa: BLE001 - whatever it is, it goes into the table
-                print(f"| {name} | | {type(error).__name__}: {str(error).splitlines()[0][:120]} | | | |", flush=True)
-                continue
-        ours, real = truth.peak
-        equal += ours == real
-        same = "all" if truth.first is None else f"up to run {truth.first} of {len(truth.runs[1])}"
-        assumed = sum(truth.recording.assumptions.values())
-        print(f"| {name} | {real:,} | {ours - real:+,} | {truth.events[1]:,} | {same} | {assumed} |", flush=True)
-    print(f"\n{equal} of {total} peaks are equal.")
-    return equal == total
+def _is_equal(row: dict[str, Any]) -> bool:
+    return "differences" in row and not any(row["differences"].values())
+
+
+def _row(case: Case) -> dict[str, Any]:
+    name, (B, T), recipe = case
+    row: dict[str, Any] = {"module": name, "batch_size": B, "seq_len": T, "recipe": recipe, "torch": torch.__version__}
+    try:
+        truth = judged(*prepared(*case))
+    except Exception as error:  # noqa: BLE001 - whatever it is, it goes into the table
+        return row | {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
+    return row | {
+        "peak": truth.peak[1],
+        "differences": truth.differences,
+        "events": truth.events[1],
+        "first": None if truth.first is None else [truth.first, len(truth.runs[1])],
+        "assumed": sum(truth.recording.assumptions.values()),
+    }
 
 
 def recipes(count: int) -> bool:
     """Random decoders and recipes of ours: the recorder and the symbolic step; whether all peaks are equal."""
-    equal = total = 0
+    equal = same_parts = total = 0
     for seed in range(count):
         m, p = draw(Random(seed))  # noqa: S311 - no secret
         try:
@@ -121,13 +94,13 @@ def recipes(count: int) -> bool:
             print(f"seed {seed}: {error}", flush=True)
             continue
         total += 1
-        same = recording.peak_bytes == values.peak_bytes and recording.categories == dict(values.peak_categories)
-        equal += same
-        if not same:
-            off = recording.peak_bytes - values.peak_bytes
-            parts = {k: v - values.peak_categories[k] for k, v in recording.categories.items()}
+        off = recording.peak_bytes - values.peak_bytes
+        parts = {k: v - values.peak_categories[k] for k, v in recording.categories.items()}
+        equal += not off
+        same_parts += not off and not any(parts.values())
+        if off or any(parts.values()):
             print(f"seed {seed}: {off:+,}, { ({k: v for k, v in parts.items() if v}) } {m!r} {p!r}", flush=True)
-    print(f"{equal} of {total} are equal in the peak and in each of its categories.")
+    print(f"{equal} of {total} have an equal peak, {same_parts} of them equal bytes in each of its categories.")
     return equal == total
 
 
@@ -135,12 +108,21 @@ def main() -> int:
     """The command; 0 if all are equal."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_subparsers(dest="what", required=True)
-    what.add_parser("transformers").add_argument("names", nargs="*")
-    what.add_parser("recipes").add_argument("count", type=int)
+    tabled = what.add_parser("table", help="recorder against real steps")
+    tabled.add_argument("--seconds", type=float, default=7200.0, help="begin no further case after so many")
+    tabled.add_argument("--only", nargs="*", default=[], metavar="MODULE")
+    tabled.add_argument("--again", action="store_true", help="those that are on file and not equal, too")
+    what.add_parser("report", help="write docs/recorder.md")
+    what.add_parser("recipes", help="against the symbolic step").add_argument("count", type=int)
     args = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    return 0 if (transformers(args.names) if args.what == "transformers" else recipes(args.count)) else 1
+    if args.what == "report":
+        (ROOT / "docs" / "recorder.md").write_text(report(FILE), encoding="utf-8")
+        return 0
+    if args.what == "table":
+        return 0 if compare(args.seconds, args.only, again=args.again) else 1
+    return 0 if recipes(args.count) else 1
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from estimator.accounting.accounts import account_at, recipe_of, sizes_for
 from estimator.describe.checks import ConfigError
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from estimator.describe.schedules import Schedule
     from trainer.referee.measure import Step
 
+STEADY = "the steady step"  # as the profiler has it
 BEFORE, AFTER = 10, 5  # events that are printed around the first difference
 
 
@@ -59,10 +60,14 @@ def symbolic_events(m: ModelConfig, p: Plan, schedule: Schedule | None = None) -
 
 
 def real_events(step: Step) -> list[Event]:
-    """The events of one steady step on the CPU, each with the innermost operator that was running."""
-    step()
+    """The events of one steady step on the CPU, each with the innermost operator that was running.
+
+    The profiler does not see the end of what it has not seen begin: it watches the step before too.
+    """
     with onednn(enabled=False), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
         step()
+        with record_function(STEADY):
+            step()
     results = prof.profiler.kineto_results
     assert results is not None
     cpu = torch._C._autograd.DeviceType.CPU  # noqa: SLF001 - kineto's own enum
@@ -74,8 +79,9 @@ def real_events(step: Step) -> list[Event]:
             ops.append((e.start_ns(), e.start_ns() + e.duration_ns(), e.name()))
     ops.sort()
     starts = [start for start, _, _ in ops]
+    begun = next(start for start, _, name in ops if name == STEADY)
     found = []
-    for at, nbytes in sorted(memory, key=lambda event: event[0]):
+    for at, nbytes in sorted((event for event in memory if event[0] >= begun), key=lambda event: event[0]):
         first = bisect_right(starts, at)
         running = (name for start, end, name in reversed(ops[max(0, first - 60) : first]) if end >= at)
         found.append(Event(nbytes, next(running, "between operators")))

@@ -52,11 +52,13 @@ class Assumptions:
         libraries: folders whose code is not the user's.
         counts: how often each was made.
         fixed: the same, of the step that is recorded alone.
+        notes: what else is not as it would be, a sentence each.
     """
 
     libraries: Sequence[str]
     counts: Counter[Assumption] = field(default_factory=Counter)
     fixed: dict[Assumption, int] = field(default_factory=dict)
+    notes: dict[str, None] = field(default_factory=dict)
 
     def make(self, what: str) -> None:
         """Note one more, at the line that is running."""

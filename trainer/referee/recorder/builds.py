@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +16,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from estimator.describe.checks import ConfigError, shown
+from trainer.referee.recorder.failures import said_by
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
     from torch import Tensor
 
@@ -41,7 +43,8 @@ def of_file(named: str, sizes: Mapping[str, int]) -> Callable[[], Any]:
     module = importlib.util.module_from_spec(spec)
     sys.modules[file.stem] = module  # where its classes are looked for
     sys.path.insert(0, str(file.parent.resolve()))  # what lies beside it can be imported, as when it is run
-    spec.loader.exec_module(module)
+    with said_by(file.name):
+        spec.loader.exec_module(module)
     function = getattr(module, name, None)
     if not callable(function):
         found = ", ".join(sorted(x for x, v in vars(module).items() if inspect.isfunction(v))) or "none"
@@ -90,13 +93,20 @@ def loss_of_module(module: nn.Module, ids: Tensor) -> Tensor:
     parameters = inspect.signature(module.forward).parameters
     name = next((x for x in LABELS if x in parameters), None)
     out = module(ids) if name is None else module(ids, **{name: ids})
-    if getattr(out, "loss", None) is not None:
-        return out.loss
-    parts = out if isinstance(out, tuple) else (out,)
+    named = out if isinstance(out, Mapping) else getattr(out, "__dict__", {})
+    if named.get("loss") is not None:
+        return named["loss"]
+    parts = out if isinstance(out, tuple) else (named.get("logits", out),)
     scalar = next((x for x in parts if isinstance(x, torch.Tensor) and x.ndim == 0), None)
     if scalar is not None:
         return scalar
-    logits = parts[0] if isinstance(parts[0], torch.Tensor) else out.logits
+    logits = parts[0] if parts else None
+    if not isinstance(logits, torch.Tensor) or logits.shape[:-1] != ids.shape:
+        said = f"shape {tuple(logits.shape)}" if isinstance(logits, torch.Tensor) else f"a {type(out).__name__}"
+        raise ConfigError(
+            f"the module returns {said}: neither a loss nor logits of {tuple(ids.shape)} tokens; "
+            "let build return (module, loss, inputs)"
+        )
     return F.cross_entropy(logits.flatten(0, -2), ids.flatten())
 
 

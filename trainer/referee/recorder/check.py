@@ -173,6 +173,7 @@ def report(recording: Recording, memory: Memory, name: str, gpu: str) -> str:
         if at is not None:
             lines.append(f"  {phase.value:10} {size(recording.live_at(at)):>10} at most, {_place(recording, at)}")
     lines += ["", *(f"Assumed {times} times: {said}." for said, times in recording.assumptions.items())]
+    lines += [f"{note[0].upper()}{note[1:]}." for note in recording.notes]
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     lines.append(f"Recorded in {duration(recording.seconds)}; this process has taken {size(most)} of memory at most.")
     return "\n".join(lines) + "\n"
@@ -198,5 +199,6 @@ def _plain(recording: Recording, memory: Memory) -> dict[str, Any]:
         "line": None if line is None else {"file": line.file, "line": line.number},
         "modules": recording.modules,
         "assumptions": {str(said): times for said, times in recording.assumptions.items()},
+        "notes": list(recording.notes),
         "seconds": recording.seconds,
     }

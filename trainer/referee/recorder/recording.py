@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import time
-import traceback
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from estimator.accounting.recorded import RecordedAccount
-from estimator.describe.checks import ConfigError, choose
-from estimator.eager.ledger import Phase
+from estimator.accounting.recorded import RecordedAccount, nbytes
+from estimator.describe.checks import choose
+from estimator.eager.ledger import Category, Phase
 from trainer.referee.recorder.assumptions import Assumptions
+from trainer.referee.recorder.failures import said_by
 from trainer.referee.recorder.ledger import Reader
 from trainer.referee.recorder.session import LIBRARIES, recorded, recording
-from trainer.referee.recorder.steps import as_step
+from trainer.referee.recorder.steps import as_step, check, eager
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -50,6 +50,7 @@ class Recording:
         assumptions: what was assumed where the code asked for values that are not computed, and how often.
         seconds: how long the recording took.
         parameters: number of parameters, shared ones once.
+        notes: what else is not as it would be in a real step, a sentence each.
     """
 
     account: RecordedAccount
@@ -57,6 +58,7 @@ class Recording:
     assumptions: Mapping[Any, int]
     seconds: float
     parameters: int
+    notes: tuple[str, ...] = ()
 
     @property
     def ledger(self) -> Ledger:
@@ -87,6 +89,22 @@ class Recording:
     def modules(self) -> dict[str, int]:
         """Bytes at the peak by the module that made them, most first; they add up to it."""
         return self.account.peak_modules
+
+    def bytes_before(self, category: Category) -> int:
+        """Bytes of a category that are alive before the step."""
+        own = (e.storage.nbytes.number for e in self.ledger.events if e.where.phase is Phase.SETUP)
+        kinds = (e.storage.category for e in self.ledger.events if e.where.phase is Phase.SETUP)
+        return sum(nbytes(n) for n, kind in zip(own, kinds, strict=True) if kind is category)
+
+    @property
+    def saved_bytes(self) -> int:
+        """Bytes that the step itself has made and autograd keeps when the first backward begins."""
+        live = 0
+        for event, delta in zip(self.ledger.events, self.account.delta.tolist(), strict=True):
+            if event.where.phase is Phase.BACKWARD:
+                break
+            live += delta * (event.storage.category is Category.ACTIVATION)
+        return int(live)
 
     @cached_property
     def _live(self) -> NDArray[np.int64]:
@@ -126,22 +144,18 @@ def record(build: Callable[[], Any], plan: Plan | None = None, device: str = "cp
         device: whose rules.
 
     Raises:
-        ConfigError: what `build` returned is none of these, or the extension cannot be compiled.
+        ConfigError: what `build` returned is none of these, its code raises an error or wants values that are not
+            computed, or the extension cannot be compiled.
     """
     choose("device", device, DEVICES)
     began = time.perf_counter()
     assumptions = Assumptions(LIBRARIES)
     with recording(assumptions) as native:
-        try:
+        with said_by("the step"):
             step = as_step(build(), plan)
-            log, first, known, saved = recorded(native, step, assumptions)
-        except NotImplementedError as error:
-            line = traceback.extract_tb(error.__traceback__)
-            own = next((x for x in reversed(line) if not x.filename.startswith(LIBRARIES)), line[-1])
-            raise ConfigError(
-                f"{own.filename}:{own.lineno}: `{own.line}` wants values or a kernel that there is not without data "
-                f"({str(error).partition('.')[0]})"
-            ) from error
+            check(step)
+            with eager(step, assumptions):
+                log, first, known, saved = recorded(native, step, assumptions)
         parameters = sum(p.numel() for p in step.model.parameters())
         del step
     reading = Reader(log, known, device, torch.get_num_threads(), saved).read(first)
@@ -152,4 +166,5 @@ def record(build: Callable[[], Any], plan: Plan | None = None, device: str = "cp
         assumptions.fixed,
         time.perf_counter() - began,
         parameters,
+        tuple(assumptions.notes),
     )

@@ -36,7 +36,9 @@ def scratch_of(name: str, inputs: Sequence[Any], threads: int) -> Sequence[int]:
         threads: PyTorch's CPU threads.
     """
     rule = KERNELS.get(name.removeprefix("aten::").partition(".")[0])
-    return () if rule is None else rule(inputs, threads)
+    if rule is None or not any(isinstance(x, Operand) for x in inputs):  # torch.func wraps tensors for a kernel within
+        return ()
+    return rule(inputs, threads)
 
 
 def _casts(inputs: Sequence[Any], _: int) -> Sequence[int]:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent))  # whose code is not the user's
+PRINTED = "a tensor is printed: what printing takes is left out"
 
 
 @contextmanager
@@ -51,8 +52,12 @@ def recording(assumptions: Assumptions | None = None) -> Iterator[Any]:
 
 @contextmanager
 def lists(native: Any, assumptions: Assumptions) -> Iterator[None]:
-    """`tolist` and `numpy` read memory past all operators: of values that are not known they are answered here."""
+    """`tolist` and `numpy` read memory past all operators: of values that are not known they are answered here.
+
+    So is `repr`, whose operators have results of the values' shape.
+    """
     to_list, to_numpy = torch.Tensor.tolist, torch.Tensor.numpy
+    to_text: Any = torch.Tensor.__repr__
 
     def made_of(t: torch.Tensor) -> str | None:
         found: str | None = native.made_of(t.untyped_storage()._cdata)  # noqa: SLF001 - the storage's identity
@@ -67,7 +72,17 @@ def lists(native: Any, assumptions: Assumptions) -> Iterator[None]:
             raise NotImplementedError("numpy() of a tensor whose values are not computed")
         return to_numpy(self, **more)
 
-    with patch.object(torch.Tensor, "tolist", tolist), patch.object(torch.Tensor, "numpy", numpy):
+    def text(self: torch.Tensor, **more: Any) -> str:
+        if made_of(self) is None:
+            return str(to_text(self, **more))
+        assumptions.notes[PRINTED] = None
+        return f"tensor(..., size={tuple(self.shape)}, dtype={self.dtype})"
+
+    with (
+        patch.object(torch.Tensor, "tolist", tolist),
+        patch.object(torch.Tensor, "numpy", numpy),
+        patch.object(torch.Tensor, "__repr__", text),
+    ):
         yield
 
 

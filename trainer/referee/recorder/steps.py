@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,11 +15,18 @@ from trainer.optim.precision import PARAMETERS, autocast
 from trainer.referee.measure import Step, build_optimizer, trained
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from torch import Tensor
 
+    from trainer.referee.recorder.assumptions import Assumptions
+
 PRECISIONS = ("fp32", "tf32", "bf16", "bf16-mixed", "fp16-mixed")  # of a module of one's own
+
+
+COMPILED = "torch.compile is left out: this is the step as it runs without; compiled, kernels are fused and keep less"
+    "torch.compile is left out: the step is recorded as it runs without; compiled, it fuses kernels and needs less"
+)
 
 
 class ModuleStep(Step):
@@ -43,6 +51,11 @@ class ModuleStep(Step):
         """The loss of one micro-batch, divided by their number."""
         with autocast(self.plan, self.inputs[0].device.type):
             loss = self.loss(self.module, *self.given)
+        if not isinstance(loss, torch.Tensor):
+            raise ConfigError(f"the loss is a {type(loss).__name__}: must be a tensor without dimensions")
+        if loss.numel() != 1 or not loss.requires_grad:
+            why = f"has the shape {tuple(loss.shape)}" if loss.numel() != 1 else "depends on no parameter"
+            raise ConfigError(f"the loss {why}: must be one number that parameters with a gradient are trained by")
         return loss if self.plan.grad_accumulation == 1 else loss / self.plan.grad_accumulation
 
 
@@ -61,7 +74,34 @@ def as_step(built: Any, plan: Plan | None = None) -> Any:
         raise ConfigError(f"build returned a {kind}: must be (module, loss, inputs), a module, or a step")
     module, loss, inputs = built
     p = plan or Plan()
+    if not any(x.requires_grad for x in module.parameters()):
+        raise ConfigError("the module has no parameter that is trained: nothing of it wants a gradient")
     if p.precision not in PRECISIONS:
         raise ConfigError(f"precision = {p.precision!r}: allowed for a module of your own are {', '.join(PRECISIONS)}")
     module = module.to(PARAMETERS[p.precision]) if p.precision in PARAMETERS else module
     return ModuleStep(module, loss, inputs if isinstance(inputs, tuple) else (inputs,), p)
+
+
+def check(step: Any) -> None:
+    """Whether a step can be recorded.
+
+    Raises:
+        ConfigError: a parameter, buffer or input is on another device than the CPU.
+    """
+    named = [*step.model.named_parameters(), *step.model.named_buffers()]
+    named += [("an input", x) for x in tree_leaves(step.inputs) if isinstance(x, torch.Tensor)]
+    for name, x in named:
+        if x.device.type != "cpu":
+            raise ConfigError(f"{name} is on the device {x.device}: build it on the CPU, where it takes no memory here")
+
+
+@contextmanager
+def eager(step: Any, assumptions: Assumptions | None = None) -> Iterator[None]:
+    """Run what `torch.compile` has wrapped as it would run without; `assumptions` are told so."""
+    compiled = [m for m in step.model.modules() if hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None)]
+    if hasattr(getattr(step, "loss", None), "_torchdynamo_orig_callable"):
+        compiled.append(step.loss)
+    if compiled and assumptions is not None:
+        assumptions.notes[COMPILED] = None
+    with torch.compiler.set_stance("force_eager"):
+        yield

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from estimator.eager.ledger import Phase
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_leaves
+
+from estimator.eager.ledger import Category, Phase
 from trainer.referee.first_difference import Event, real_events
+from trainer.referee.measure import Saved, nbytes, onednn
 from trainer.referee.recorder.recording import record
-from trainer.referee.recorder.steps import as_step
+from trainer.referee.recorder.steps import as_step, eager
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+
+    from torch import Tensor
 
     from estimator.describe.plan import Plan
     from trainer.referee.recorder.recording import Recording
@@ -28,6 +36,8 @@ class Truth(NamedTuple):
         first: of the runs of allocations and frees, the index of the first that differs; None where all are equal.
         recording: the recording.
         runs: those of both.
+        held: bytes of what autograd saves in a forward, of parameters and of the optimizer's state: of the recording
+            and of the real step. What autograd saves is known of a step that has a `forward` alone.
     """
 
     peak: tuple[int, int]
@@ -35,6 +45,12 @@ class Truth(NamedTuple):
     first: int | None
     recording: Recording
     runs: tuple[list[list[Event]], list[list[Event]]]
+    held: dict[str, tuple[int, int]]
+
+    @property
+    def differences(self) -> dict[str, int]:
+        """Bytes by which the recording is higher, of the peak and of each of `held`."""
+        return {name: ours - real for name, (ours, real) in {"peak": self.peak, **self.held}.items()}
 
 
 def judged(build: Callable[[], Any], plan: Plan | None = None) -> Truth:
@@ -45,7 +61,10 @@ def judged(build: Callable[[], Any], plan: Plan | None = None) -> Truth:
         Event(int(delta), f"{e.where.phase} {e.where.module} {e.where.op}")
         for e, delta in zip(recording.ledger.events, recording.account.delta, strict=True)
     ]
-    real = _real(build, plan)
+    step = as_step(build(), plan)
+    with eager(step):
+        real = _real(step)
+        saved = saved_bytes(step) if hasattr(step, "forward") else None
     runs = in_runs(ours[setup:]), in_runs(real)
     first = next((i for i, (a, b) in enumerate(zip(*runs, strict=False)) if _bytes(a) != _bytes(b)), None)
     if first is None and len(runs[0]) != len(runs[1]):
@@ -54,12 +73,45 @@ def judged(build: Callable[[], Any], plan: Plan | None = None) -> Truth:
     for event in real:
         live += event.nbytes
         most = max(most, live)
-    return Truth((recording.peak_bytes, most), (len(ours) - setup, len(real)), first, recording, runs)
+    held = {
+        "parameters": (recording.bytes_before(Category.PARAMETER), nbytes(step.model.parameters())),
+        "states": (recording.bytes_before(Category.OPTIMIZER), nbytes(states(step))),
+    }
+    if saved is not None:
+        held["saved"] = recording.saved_bytes, saved
+    return Truth((recording.peak_bytes, most), (len(ours) - setup, len(real)), first, recording, runs, held)
 
 
-def _real(build: Callable[[], Any], plan: Plan | None) -> list[Event]:
+def states(step: Any) -> list[Tensor]:
+    """The tensors of the optimizer's state."""
+    return [t for s in step.optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor)]
+
+
+def saved_bytes(step: Any) -> int:
+    """What autograd has been given to keep when a real forward is over, parameters, buffers and inputs left out."""
+    held = (*step.model.parameters(), *step.model.buffers(), *tree_leaves(step.inputs))
+    resident = {t.untyped_storage()._cdata for t in held if isinstance(t, torch.Tensor)}  # noqa: SLF001 - the storage's identity
+    kept: weakref.WeakSet[Saved] = weakref.WeakSet()
+
+    def pack(t: Tensor) -> Saved:
+        saved = Saved(t.detach())  # a result that its own node keeps would never be freed
+        kept.add(saved)
+        return saved
+
+    with onednn(enabled=False), saved_tensors_hooks(pack, lambda saved: saved.tensor):
+        loss = step.forward()
+        gc.collect()
+        found = nbytes(
+            s.tensor
+            for s in kept
+            if s.tensor.untyped_storage()._cdata not in resident  # noqa: SLF001 - the storage's identity
+        )
+        del loss
+    return found
+
+
+def _real(step: Any) -> list[Event]:
     """The events of a real step; as in the recording, what only the garbage collector would free stays."""
-    step = as_step(build(), plan)
     gc.collect()
     gc.disable()
     try:
