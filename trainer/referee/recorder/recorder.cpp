@@ -234,6 +234,20 @@ size_t bytes_of(const std::vector<c10::IValue>& values) {
   return most;
 }
 
+// The numbers that `topk` chooses in each row of x are not known: they are dealt out one after the other, so that no row
+// has one twice and all are chosen as often. What follows from them (an expert's rows, their count) is then known.
+void deal_out(const at::Tensor& x, const at::Tensor& chosen, int64_t dim) {
+  auto* held = held_of(chosen);
+  const int64_t last = x.dim() - 1, among = x.dim() ? x.size(last) : 1;
+  if (held == nullptr || chosen.nbytes() > REAL || !chosen.is_contiguous() || (dim != -1 && dim != last) || !chosen.numel()) return;
+  auto* to = chosen.data_ptr<int64_t>();
+  for (int64_t i = 0; i < chosen.numel(); ++i) to[i] = i % among;
+  held->known = true;
+  if (log_().assume == nullptr) return;
+  py::gil_scoped_acquire gil;
+  (*log_().assume)(held->made, "Dealt");
+}
+
 void kernel(const c10::OperatorHandle& op, DispatchKeySet keys, torch::jit::Stack* stack) {
   auto& log = log_();
   const auto below = keys & DispatchKeySet(DispatchKeySet::FULL_AFTER, DispatchKey::Fake);
@@ -303,6 +317,7 @@ void kernel(const c10::OperatorHandle& op, DispatchKeySet keys, torch::jit::Stac
     });
   }
   for (auto& value : results) value = shapes.own_of(value);
+  if (!known && name == "aten::topk") deal_out(arguments[0].toTensor(), results[1].toTensor(), arguments[2].toInt());
   torch::jit::drop(*stack, count);
   for (size_t i = 0; i < returns; ++i) torch::jit::push(*stack, std::move(results[i]));
 }
