@@ -197,7 +197,14 @@ struct Shapes {  // the meta tensors that stand for an operator's arguments
       if (own.sizes() != result.sizes()) own.resize_(result.sizes());
       return own;
     }
-    at::Tensor made = at::detail::empty_strided_cpu(result.sizes(), result.strides(), result.scalar_type());
+    at::Tensor made;
+    const auto whole = static_cast<int64_t>(result.storage().nbytes() / result.itemsize());
+    if (result.dim() == 0 && whole > 1) {  // one number in the storage of what it was made of
+      made = at::detail::empty_cpu({whole}, result.scalar_type());
+      made.unsafeGetTensorImpl()->set_sizes_contiguous({});
+    } else {
+      made = at::detail::empty_strided_cpu(result.sizes(), result.strides(), result.scalar_type());
+    }
     if (auto* held = held_of(made)) {
       held->known = false;
       held->made = this->made;
