@@ -300,10 +300,10 @@ def _torchtune(row: Mapping[str, str]) -> Run | str:
     return _run("torchtune_torchao", row, TUNED_GPUS[row["gpu"]], "llama", setup, software, *plans)
 
 
-# Llama models under PyTorch's FSDP. fms-fsdp (IBM): FSDP with bf16 parameters and reductions, HSDP in a node for the small
-# models, the loss on bf16 logits, norm and rotation in fp32 (foundation-model-stack, fms/modules/layernorm.py and
+# Llama models under PyTorch's FSDP. fms-fsdp (IBM): FSDP with bf16 parameters and reductions, HSDP in a node for small
+# models, the loss on bf16 logits, norm and rotation in fp32 (foundation-model-stack: fms/modules/layernorm.py,
 # positions.py). torchtitan until the end of 2024: reductions in fp32, AdamW of lists (`fused` is off by default), the
-# loss on fp32 logits; "selective" and "op" as above. Both clip gradients to 1.0.
+# loss on fp32 logits; "selective op" as above. Both clip gradients to 1.0.
 NETWORKS = {"fms-fsdp A100": 6.25e9, "fms-fsdp H100": 12.5e9, "torchtitan H100": 50e9}  # bytes/s, as the notes say
 
 

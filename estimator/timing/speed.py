@@ -5,14 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from estimator.accounting.accounts import account, sizes_for
 from estimator.describe.run import Run
 from estimator.describe.settings import checked
 from estimator.describe.units import SECONDS_PER_DAY, SECONDS_PER_HOUR
 from estimator.hardware.accelerators import Accelerator, accelerator, cluster
-from estimator.hardware.networks import straggling
+from estimator.hardware.networks import slowest
 from estimator.pricing.conventions import model_flops_utilisation
 from estimator.timing.communication import messages
 from estimator.timing.intervals import spread
@@ -26,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    import numpy as np
     from numpy.typing import NDArray
 
     from estimator.accounting.accounts import Account
@@ -52,7 +51,7 @@ class Setup:
         network: between nodes: a name of `estimator.hardware.networks.networks()`, or bytes/s of one accelerator; None
             for what is assumed.
         latency: seconds of a hop between nodes; None for `estimator.timing.waiting.NETWORK_HOP` of one inside.
-        straggling: the part that each doubling of the nodes costs; None for the catalogue's.
+        deviation: standard deviation of the accelerators' speeds, as a part; None for the catalogue's.
         overlap: gradients are summed while backward goes on, as DDP does; else after it.
         update_group: accelerators that share the optimizer's states, side by side, if not all that train together (a
             ZeRO-1 in each node).
@@ -68,7 +67,7 @@ class Setup:
     gradient_width: int | None = None
     network: str | float | None = None
     latency: float | None = None
-    straggling: float | None = None
+    deviation: float | None = None
     overlap: bool = True
     update_group: int | None = None
     whole_updates: bool = False
@@ -227,9 +226,8 @@ def times(
         sent = tuple(m if m.phase != "optimizer" else replace(m, axis=UPDATES) for m in sent)
     compute = {phase.value: s for phase, s in work.phases.items()}
     waited = exposed(sent, meshes, e, compute, turns, overlap=setup.overlap, latency=setup.latency)
-    if group.nodes > 1:  # the slowest node is waited for
-        part = straggling() if setup.straggling is None else setup.straggling
-        waited = waited + part * np.log2(group.nodes) * (waited + sum(compute.values()))
+    if group.count > 1:  # the slowest is waited for
+        waited = waited + slowest(group.count, setup.deviation) * sum(compute.values())
     found = parts(work, waited)
     return found if setup.stack_factor is None else setup.stack_factor.calibrated(found)
 

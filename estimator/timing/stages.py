@@ -13,7 +13,7 @@ from estimator.accounting.accounts import sizes_for, stage_account
 from estimator.describe import pipeline
 from estimator.eager.letters import as_sizes
 from estimator.hardware.accelerators import cluster
-from estimator.hardware.networks import straggling
+from estimator.hardware.networks import slowest
 from estimator.parallel.placement import DATA
 from estimator.timing.communication import messages
 from estimator.timing.kernels import table
@@ -152,9 +152,8 @@ def pipeline_times(
     launch = stacked([w.launch for w in each])[last, at]
     waited = ends[last, at] - sum(kinds.values()) - launch
     group = cluster(a, p.accelerators, between=between(a, setup.network))
-    if group.nodes > 1:  # the slowest node is waited for
-        part = straggling() if setup.straggling is None else setup.straggling
-        waited = waited + part * np.log2(group.nodes) * ends[last, at]
+    if group.count > 1:  # the slowest is waited for
+        waited = waited + slowest(group.count, setup.deviation) * (sum(kinds.values()) + launch)
     return {**kinds, "communication": waited, "launch": launch}
 
 
