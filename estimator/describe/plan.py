@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from estimator.describe import pipeline, tensor
+from estimator.describe import megatron, pipeline, tensor
 from estimator.describe.adapters import ALL, saved_listed, targets_listed
 from estimator.describe.checks import ConfigError, known_fields
 from estimator.describe.selection import Selection, parts_listed
@@ -362,6 +362,33 @@ class Plan:
         },
         needs=(Needs("is_pipeline", (True,), "pipeline_parallel is {pipeline_parallel}", say="allowed above 1"),),
     )
+    virtual_stages: int = integer(
+        1,
+        "Parts of a pipeline's stage: with several, each accelerator has so many pieces of consecutive blocks, and the "
+        "pipeline fills faster (interleaved 1F1B, Narayanan et al. 2021).",
+        most=10**4,
+        draws=(1,),
+        needs=megatron.VIRTUAL,
+    )
+    sequence_parallel: bool = flag(
+        "Between the shared matrices of tensor_parallel each accelerator has its part of the tokens (Korthikanti et "
+        "al. 2022).",
+        draws=(False,),
+        needs=megatron.SEQUENCE,
+    )
+    implementation: str = choice(
+        "bundled",
+        "Whose code a step runs.",
+        {
+            "bundled": "PyTorch's own, as the trainer here does: exact",
+            "megatron": (
+                "Megatron-LM's: its fused operators, main gradients in fp32, vocabulary-parallel embedding, head and "
+                "loss, with zero1 its distributed optimizer, and selective recomputation of attention's core. A model "
+                "after its source and papers, not compared with a run"
+            ),
+        },
+        needs=megatron.NEEDS,
+    )
 
     balance: float = number(
         0.0,
@@ -428,6 +455,7 @@ class Plan:
             raise ConfigError(
                 "modules_to_save = 'head': adapter_targets puts an adapter beside it; allowed is one of them"
             )
+        megatron.check_plan(self)
         own = OPTIMIZERS[self.optimizer]
         if self.optimizer_impl not in ("auto", *own):
             raise ConfigError(
@@ -477,7 +505,7 @@ class Plan:
         """The dtype that matrix products are in, whose peak an MFU is of: "bf16" of "bf16-mixed"."""
         return self.precision.partition("-")[0]
 
-    def implementation(self, device: str) -> str:
+    def optimizer_on(self, device: str) -> str:
         """The optimizer implementation on `device` ("cpu" or "cuda"), with "auto" resolved as torch.optim does."""
         if self.optimizer_impl != "auto":
             return self.optimizer_impl
@@ -490,6 +518,7 @@ class Plan:
         self.selection.check(model)
         tensor.check_model(self, model)
         pipeline.check_model(self, model)
+        megatron.check_model(self, model)
         parts = model.made_of
         most = 1.0
         if model.num_experts is not None and model.experts_per_token is not None:
