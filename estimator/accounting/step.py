@@ -20,7 +20,7 @@ from estimator.optim.masters import Masters
 from estimator.optim.optimizers import OPTIMIZERS
 from estimator.optim.scaling import GradScaler
 from estimator.parallel.data import Sharing
-from estimator.parallel.megatron import MainParameters, MegatronStage
+from estimator.parallel.megatron import ApexAdam, MainParameters, MegatronStage
 from estimator.parallel.pipeline import MICRO_BATCHES, SCHEDULES, Stage
 from estimator.parallel.sharded import REPLICAS
 
@@ -133,7 +133,7 @@ def megatron_step(machine: Machine, recipe: Recipe) -> Ledger:
     main = MainParameters(model, recipe)
     with ledger.inside("inputs"):
         ids, _ = (_input(machine, size["B"], size["T"]) for _ in range(2))
-    optimizer = OPTIMIZERS[recipe.optimizer, "fused"](main.mains)
+    optimizer = ApexAdam(main.mains)
     MegatronStage(machine, model, recipe, ids).run()
     main.exchange()
     ledger.phase = Phase.OPTIMIZER

@@ -30,22 +30,16 @@ NEEDS = tuple(
         ("pipeline_schedule", ("1f1b",)),
     )
 )
-SEQUENCE = (Needs("implementation", ("megatron",), "it is known of Megatron's implementation"),)
+SEQUENCE = (
+    Needs("implementation", ("megatron",), "it is known of Megatron's implementation"),
+    Needs(
+        "shares_matrices", (True,), "tensor_parallel is {tensor_parallel}", say="allowed with tensor_parallel above 1"
+    ),
+)
 VIRTUAL = (
     Needs("implementation", ("megatron",), "interleaved stages are known of Megatron's implementation"),
     Needs("is_pipeline", (True,), "pipeline_parallel is {pipeline_parallel}", say="allowed above 1"),
 )
-
-
-def check_plan(p: Plan) -> None:
-    """Raise ConfigError for what Megatron's own argument checks refuse."""
-    if p.sequence_parallel and p.tensor_parallel == 1:
-        raise ConfigError("sequence_parallel = True: it takes tensor_parallel above 1")
-    if p.virtual_stages > 1 and p.grad_accumulation % p.pipeline_parallel:
-        raise ConfigError(
-            f"grad_accumulation = {p.grad_accumulation}: interleaved stages take a multiple of the "
-            f"{p.pipeline_parallel} stages"
-        )
 
 
 def check_model(p: Plan, m: ModelConfig) -> None:

@@ -46,6 +46,11 @@ def check_plan(p: Plan) -> None:
     """Raise ConfigError if the micro-batches of `p` are too few for its stages."""
     if p.pipeline_parallel == 1:
         return
+    if p.virtual_stages > 1 and p.grad_accumulation % p.pipeline_parallel:
+        raise ConfigError(
+            f"grad_accumulation = {p.grad_accumulation}: interleaved stages take a multiple of the "
+            f"{p.pipeline_parallel} stages"
+        )
     least = least_micro_batches(p)
     if p.data_parallel > 1 and p.pipeline_schedule == "gpipe":
         raise ConfigError(

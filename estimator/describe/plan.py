@@ -387,6 +387,7 @@ class Plan:
                 "after its source and papers, not compared with a run"
             ),
         },
+        draws=("bundled",),
         needs=megatron.NEEDS,
     )
 
@@ -455,7 +456,6 @@ class Plan:
             raise ConfigError(
                 "modules_to_save = 'head': adapter_targets puts an adapter beside it; allowed is one of them"
             )
-        megatron.check_plan(self)
         own = OPTIMIZERS[self.optimizer]
         if self.optimizer_impl not in ("auto", *own):
             raise ConfigError(
@@ -606,6 +606,16 @@ class Plan:
     def is_pipeline(self) -> bool:
         """Whether the blocks are dealt to several stages."""
         return self.pipeline_parallel > 1
+
+    @property
+    def shares_matrices(self) -> bool:
+        """Whether several accelerators share each block's matrices."""
+        return self.tensor_parallel > 1
+
+    @property
+    def runs_stages(self) -> bool:
+        """Whether a step is a stage's schedule, of several stages or of one."""
+        return self.is_pipeline or self.implementation == "megatron"
 
     @property
     def replicas(self) -> int:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from estimator.eager import ops
 from estimator.eager.ledger import Category
 from estimator.eager.linalg import matmul, scaled_dot_product_attention
-from estimator.eager.views import contiguous, repeat_heads, reshape, split, transpose, view
+from estimator.eager.views import repeat_heads, reshape, split, transpose, view
 from estimator.models.layers import BlockKind, Embedding, Linear, Module
 from estimator.models.norms import ScaleAndShift
 from estimator.models.positions import Positions
@@ -211,7 +211,7 @@ class GPTModel(Module):
             v.y = own.embedded(self.rank, ids, self.embedding.weight)
         if self.positions is not None:
             v.y = ops.add(v.y, self.positions(ids.shape[1]))
-        v.y = contiguous(transpose(v.y, 0, 1))
+        v.y = own.sequence_first(v.y)
         if self.rank.sequence:
             v.y = own.scattered(self.rank, v.y)
         if self.recipe.dropout:

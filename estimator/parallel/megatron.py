@@ -5,7 +5,7 @@ megatron/core/distributed (`ParamAndGradBuffer`), optimizer/distrib_optimizer.py
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 from estimator.describe.pipeline import ALIKE
 from estimator.describe.schedules import FORWARD
@@ -14,18 +14,31 @@ from estimator.eager.ledger import Category, Phase, Storage
 from estimator.eager.letters import ZERO, D
 from estimator.eager.ops import div_number
 from estimator.eager.tensor import FLOAT32, Tensor
+from estimator.optim.adam import FusedAdamW
 from estimator.optim.updates import at_parameter
 from estimator.parallel.megatron_ops import own_tokens, vocab_parallel_cross_entropy
 from estimator.parallel.pipeline import IN_FLIGHT, MIDDLE, Others
-from estimator.parallel.placement import DATA, PIPELINE
-from estimator.parallel.tensor import part_of
+from estimator.parallel.placement import DATA, PIPELINE, TENSOR
+from estimator.parallel.tensor import RANKS, part_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from estimator.eager.tensor import Machine
-    from estimator.models.layers import Recipe
-    from estimator.models.megatron import GPTModel
+    from estimator.parallel.megatron_ops import Rank
+
+
+class Model(Protocol):
+    """What is asked of a model here, `estimator.models.megatron`'s."""
+
+    machine: Machine
+    rank: Rank
+
+    def parameters(self) -> Iterator[Tensor]:
+        """In order of registration."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """A stage's forward."""
 
 
 class MainParameters:
@@ -35,7 +48,7 @@ class MainParameters:
     parameter, 18 without.
     """
 
-    def __init__(self, model: GPTModel, recipe: Recipe) -> None:
+    def __init__(self, model: Model, recipe: Any) -> None:
         machine = self.machine = model.machine
         self.recipe = recipe
         self.parameters = list(model.parameters())
@@ -81,13 +94,23 @@ def _adds_to(total: Tensor) -> Callable[[Tensor], None]:
     return hook
 
 
+class ApexAdam(FusedAdamW):
+    """apex.optimizers.FusedAdam, which TransformerEngine has too: one kernel, and its step count in Python."""
+
+    counts_steps_in_tensors = False
+
+    def step(self) -> None:
+        """Without a count of steps on the device."""
+        self.update()
+
+
 class MegatronStage:
     """One process's stage, and the micro-batches that it has in flight.
 
     What comes out is let go of once it is sent (`deallocate_output_tensor`); what comes in is made when it is received.
     """
 
-    def __init__(self, machine: Machine, model: GPTModel, recipe: Recipe, ids: Tensor) -> None:
+    def __init__(self, machine: Machine, model: Model, recipe: Any, ids: Tensor) -> None:
         self.machine, self.model, self.recipe = machine, model, recipe
         self.ids = ids
         size = machine.shapes.letters
@@ -127,6 +150,7 @@ class MegatronStage:
             with ledger.at("pipeline", None, "recv_forward"):
                 x = self.machine.empty(self.shape, self.machine.dtype)
                 x.requires_grad = True
+                self._gathered(x)
         x.hold()
         out = self.model(x).hold()
         if recipe.leaves:
@@ -138,11 +162,22 @@ class MegatronStage:
                 mean.drop()
         else:
             with ledger.at("pipeline", None, "send_forward"):
-                self.machine.collective("send", PIPELINE, out, waits="step")
+                self._send(out)
                 self._deallocate(out)
         self.alive[i] = x, out
         if i == 0:
             ledger.saved = [storage for storage in ledger.saved if storage.owners]
+
+    def _send(self, x: Tensor) -> None:
+        """Each tensor-parallel rank sends its part (Narayanan et al. 2021, section 4.1: scatter/gather)."""
+        scatters = self.model.rank.shared and not self.model.rank.sequence
+        elements = part_of(x.numel, RANKS) if scatters else x.numel
+        self.machine.collective("send", PIPELINE, x, waits="step", elements=elements)
+
+    def _gathered(self, x: Tensor) -> None:
+        """And makes it whole of what all of them have received."""
+        if self.model.rank.shared and not self.model.rank.sequence:
+            self.machine.collective("all-gather", TENSOR, x, waits="step")
 
     def _deallocate(self, x: Tensor) -> None:
         x.storage.owners -= 1
@@ -159,6 +194,7 @@ class MegatronStage:
         if not self.recipe.leaves:
             with ledger.at("pipeline", None, "recv_backward"):
                 grad = self.machine.empty(out.shape, out.dtype).hold()
+                self._gathered(grad)
         backward(out, grad)
         if grad is not None:
             grad.drop()
@@ -166,7 +202,7 @@ class MegatronStage:
         if not self.recipe.enters:
             assert x.grad is not None
             with ledger.at("pipeline", None, "send_backward"):
-                self.machine.collective("send", PIPELINE, x.grad, waits="step")
+                self._send(x.grad)
                 x.grad.drop()
                 x.grad = None
         x.drop()

@@ -2,8 +2,8 @@
 
 The names are those of megatron/core: tensor_parallel/layers.py (`LinearWithGradAccumulationAndAsyncCommunication`),
 mappings.py, cross_entropy.py, fusions/ (`bias_gelu`, `bias_swiglu`, `bias_dropout_add`, `softmax`), and the norms of
-TransformerEngine or apex. Shapes are sequence first: (T, B, d); under sequence parallelism what lies between two tensor-parallel
-regions is (T/t, B, d).
+TransformerEngine or apex. Shapes are sequence first: (T, B, d); under sequence parallelism what lies between two
+regions of shared matrices is (T/t, B, d).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from estimator.eager.ledger import Category, Gemm
 from estimator.eager.letters import ONE
 from estimator.eager.ops import Gradients, elementwise
 from estimator.eager.tensor import BOOL, FLOAT32, INT64, Machine, Tensor, op
+from estimator.eager.views import transpose
 from estimator.parallel.placement import TENSOR
 from estimator.parallel.tensor import share
 
@@ -64,7 +65,9 @@ class Rank:
         """`wgrad_gemm_accum_fp32`: grad^T x, added to the main gradient in the same kernel."""
         rows = self.machine.product(x.shape[:-1])
         main = self.mains[weight]
-        self.machine.kernel("wgrad_gemm_accum", (grad, x), (main,), gemm=Gemm(ONE, *weight.shape, rows))
+        self.machine.kernel(
+            "wgrad_gemm_accum", (grad, x), (main,), gemm=Gemm(ONE, weight.shape[0], weight.shape[1], rows)
+        )
 
 
 def _product(machine: Machine, x: Tensor, weight: Tensor, width: Size, inner: Size) -> Tensor:
@@ -234,6 +237,20 @@ def embedded(rank: Rank, ids: Tensor, weight: Tensor) -> Tensor:
         machine.kernel("index_put_", (out, mask), (out,))
         machine.collective("all-reduce", TENSOR, out, waits="step")
         mask.drop()
+    return attach(node, out)
+
+
+@op
+def sequence_first(x: Tensor) -> Tensor:
+    """`x.transpose(0, 1).contiguous()`: (B, T, d) -> (T, B, d)."""
+    machine, (batch, tokens, width) = x.machine, x.shape
+
+    def backward(_: Context, grad: Tensor) -> Gradients:
+        return [transpose(grad, 0, 1)]
+
+    node = record("CloneBackward0", (x,), backward)
+    out = machine.empty((tokens, batch, width), x.dtype)
+    machine.kernel("clone", (x,), (out,))
     return attach(node, out)
 
 

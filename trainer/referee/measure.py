@@ -230,6 +230,8 @@ def build_parts(
 
     With an imbalance, routers deal tokens out by it.
     """
+    if p.implementation != "bundled":
+        raise ConfigError(f"implementation = {p.implementation!r}: the trainer runs its own; allowed is bundled")
     T = p.tokens(m)
     p.attention_kernel(torch.device(device).type, m)  # refuses one that the device has not
     torch.manual_seed(seed)
