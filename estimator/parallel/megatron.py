@@ -37,7 +37,7 @@ class Model(Protocol):
     def parameters(self) -> Iterator[Tensor]:
         """In order of registration."""
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, *args: Any) -> Any:
         """A stage's forward."""
 
 

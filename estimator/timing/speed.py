@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from estimator.accounting.accounts import account, sizes_for
-from estimator.describe.catalogue import read_data
 from estimator.describe.run import Run
 from estimator.describe.settings import checked
 from estimator.describe.units import SECONDS_PER_DAY, SECONDS_PER_HOUR
@@ -17,6 +15,7 @@ from estimator.hardware.accelerators import Accelerator, accelerator, cluster
 from estimator.hardware.networks import straggling
 from estimator.pricing.conventions import model_flops_utilisation
 from estimator.timing.communication import messages
+from estimator.timing.intervals import spread
 from estimator.timing.kernels import EAGER, FUSED, Variant, table
 from estimator.timing.mesh import axes, between
 from estimator.timing.roofline import busy, efficiency, parts
@@ -266,7 +265,7 @@ def predicted(
     run = p.replace(grad_accumulation=micro_batches, data_parallel=replicas)
     plain = replace(setup, stack_factor=None)
     spent = step_times(m, run, a, plain)
-    within, rows = spread({name: float(x[0]) for name, x in spent.items()})
+    within, rows = spread({name: float(x[0]) for name, x in spent.items()}, stated=_stated(m, run, a, plain))
     if (own := setup.stack_factor) is not None:
         within = own.spread({name: float(x[0]) for name, x in spent.items()})
         spent = own.calibrated(spent)
@@ -279,6 +278,14 @@ def predicted(
     if account(m, p, a.device).fused_kernel == "efficient" and "efficient" not in efficiency(a).flash:
         origin = f"{origin} Nobody has published measurements of the memory-efficient attention: flash's."
     return _time(m, p, flops, parameters, steps, count, seconds, mfu, peak, found, within, rows, origin)
+
+
+def _stated(m: ModelConfig, p: Plan, a: Accelerator, setup: Setup) -> bool:
+    """Whether the attention kernel, what is in fp32 and the network were said, as far as the step has them."""
+    attention = setup.attention is not None or account(m, p, a.device).fused_kernel not in FUSED_ATTENTION
+    wide = bool(setup.variant.wide) or p.product_dtype not in ("bf16", "fp16")
+    group = cluster(a, p.accelerators, between=between(a, setup.network))
+    return attention and wide and (setup.network is not None or group.nodes == 1)
 
 
 def at_mfu(
@@ -310,34 +317,3 @@ def _time(
         rows=rows,
         origin=origin,
     )
-
-
-def regime(parts: Mapping[str, float]) -> str:
-    """What most of a step's time goes to: "compute-bound", "bandwidth-bound", "network-bound" or "launch-bound"."""
-    kinds = {
-        "compute-bound": parts["matmul"] + parts["attention"],
-        "bandwidth-bound": parts["elementwise"] + parts["optimizer"],
-        "network-bound": parts["communication"],
-        "launch-bound": parts["launch"],
-    }
-    return max(kinds, key=lambda name: kinds[name])
-
-
-@cache
-def _spreads() -> dict[str, tuple[tuple[float, float], str]]:
-    data = read_data("residuals")
-    return {name: ((entry["low"], entry["high"]), entry["rows"]) for name, entry in data.items()}
-
-
-def spread(parts: Mapping[str, float]) -> tuple[tuple[float, float], str]:
-    """(low, high): factors on a predicted time between which nine published runs of ten lie; and which runs.
-
-    Args:
-        parts: seconds of a step by part; what most of them go to says which runs are alike.
-    """
-    found = _spreads()
-    kind = regime(parts)
-    if kind in found:
-        return found[kind]
-    between, rows = found["all"]
-    return between, f"{rows} None, or too few, are {kind}."
