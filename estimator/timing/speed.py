@@ -174,6 +174,8 @@ def step_times(
         ConfigError: the accelerator has no peak for a dtype, no figure for a link, or the nodes do not come out even.
     """
     a = accelerator(on)
+    if p.runs_stages:
+        return pipeline_times(m, p, a, setup or Setup(FUSED if p.compile else EAGER), e)
     sizes = sizes_for(m, p, threads=1)
     return times(account(m, p, a.device), sizes, p, a, setup, e=e)
 
@@ -260,7 +262,7 @@ def predicted(
     micro_batches = -(-flops.sequences // (p.batch_size * replicas))
     run = p.replace(grad_accumulation=micro_batches, data_parallel=replicas)
     plain = replace(setup, stack_factor=None)
-    spent = pipeline_times(m, run, a, plain) if p.is_pipeline else step_times(m, run, a, plain)
+    spent = step_times(m, run, a, plain)
     within, rows = spread({name: float(x[0]) for name, x in spent.items()}, stated=_stated(m, run, a, plain))
     if (own := setup.stack_factor) is not None:
         within = own.spread({name: float(x[0]) for name, x in spent.items()})

@@ -18,7 +18,7 @@ from estimator.parallel.placement import DATA
 from estimator.timing.communication import messages
 from estimator.timing.kernels import table
 from estimator.timing.mesh import axes, between, leaves_node
-from estimator.timing.pipeline import StageTime, finished, simulated
+from estimator.timing.pipeline import StageTime, finished, simulated, simulated_parts
 from estimator.timing.roofline import busy, efficiency
 from estimator.timing.waiting import exposed
 
@@ -146,7 +146,8 @@ def pipeline_times(
         stacked([w.update for w in each]),
         stacked([back for _, back in sends]),
     )
-    ends = finished(p.pipeline_schedule, np.broadcast_to(counts, points), spent)
+    kind = "interleaved" if p.virtual_stages > 1 else p.pipeline_schedule
+    ends = finished(kind, np.broadcast_to(counts, points), spent, p.virtual_stages)
     last, at = ends.argmax(0), np.arange(points)
     kinds = {name: stacked([w.kinds[name] for w in each])[last, at] for name in each[0].kinds}
     launch = stacked([w.launch for w in each])[last, at]
@@ -168,4 +169,6 @@ def bars(m: ModelConfig, p: Plan, a: Accelerator, setup: Setup) -> list[Bar]:
         StageTime(*(float(x[0]) for x in (w.forward, w.backward, onwards, w.update, back)))
         for w, (onwards, back) in zip(each, sends, strict=True)
     ]
+    if p.virtual_stages > 1:
+        return simulated_parts(p.grad_accumulation, p.virtual_stages, times)
     return simulated([pipeline.schedule(p, stage) for stage in range(p.pipeline_parallel)], times)
