@@ -31,6 +31,7 @@ def text() -> str:
     template = (ROOT / "tools" / "time.template.md").read_text(encoding="utf-8")
     return template.format(
         after=published_report.table(),
+        plain=published_report.plain(),
         before=kept[kept.index("| stack |") :],
         calibrated=published_report.calibrated_table(),
         ablation=ablation.table(),

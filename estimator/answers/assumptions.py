@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from estimator.accounting.accounts import account
 from estimator.describe.run import WIDE
 from estimator.hardware.accelerators import cluster
-from estimator.hardware.networks import network, straggling
+from estimator.hardware.networks import network, slowest
 from estimator.timing.kernels import FUSED
 from estimator.timing.mesh import between
 from estimator.timing.roofline import efficiency
@@ -113,15 +113,11 @@ def assumptions(m: ModelConfig, p: Plan, a: Accelerator, setup: Setup) -> tuple[
         origin = network(setup.network).source if setup.network is not None else "assumed"
         value = f"{group.between / 1e9:g} GB/s an accelerator"
         found.append(Assumption("network between nodes", value, origin, others(rates)))
-        part = straggling() if setup.straggling is None else setup.straggling
-        found.append(
-            Assumption(
-                "waiting for the slowest node",
-                f"{part:.0%} for each doubling of the nodes",
-                "assumed",
-                others({"none": replace(setup, straggling=0.0)}),
-            )
-        )
+    if group.count > 1:
+        part = slowest(group.count, setup.deviation)
+        origin = "timed on other GPUs" if setup.deviation is None else "given"
+        alike = {"all alike": replace(setup, deviation=0.0)}
+        found.append(Assumption("the slowest accelerator", f"{part:.1%} behind", origin, others(alike)))
     if p.data_parallel > 1:
         while_, after = "while backward goes on", "when backward is over"
         value, other = (while_, after) if setup.overlap else (after, while_)

@@ -32,9 +32,10 @@ from estimator.hardware.accelerators import Accelerator, accelerator
 from estimator.hardware.networks import network as network_of
 from estimator.memory.device import needed
 from estimator.pricing.money import cost
+from estimator.timing.intervals import regime
 from estimator.timing.mesh import between
 from estimator.timing.roofline import PARTS
-from estimator.timing.speed import Setup, regime, times
+from estimator.timing.speed import Setup, times
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping

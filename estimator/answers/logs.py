@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from estimator.describe.catalogue import number
 from estimator.describe.checks import ConfigError
+from estimator.timing.intervals import regime
 from estimator.timing.roofline import PARTS
-from estimator.timing.speed import regime
 from estimator.timing.stack import NINE_OF_TEN, Logged, StackFactor
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ ACTIVATIONS = {
     "relu2": "relu2",
     "xielu": "xielu",
 }
-KINDS = {"full_attention": "full", "sliding_attention": "window", "chunked_attention": "chunk"}
+KINDS = {"full_attention": "full", "attention": "full", "sliding_attention": "window", "chunked_attention": "chunk"}
 
 
 @cache

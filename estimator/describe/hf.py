@@ -178,7 +178,7 @@ def _refuse(raw: Mapping[str, Any], field: str, allowed: Any, why: str) -> None:
 
 def _named(kind: str, parts: Parts) -> str | None:
     """The family whose name stands for these parts but for ties and biases on q, k and v; None if none does."""
-    name = "gpt2" if kind == "gpt2" else "llama"
+    name = "gpt2" if FAMILIES[kind] is FAMILIES["gpt2"] else "llama"
     usual = NAMED[name]
     habits = replace(
         usual,

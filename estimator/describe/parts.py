@@ -195,6 +195,7 @@ class Experts:
         shared: an expert that all tokens go through, of width d_shared: "none", "plain", or "gated" (times
             sigmoid of a learned score a token: Qwen2-MoE).
         shared_fused: its gate and up are one matrix, whose result is split (Granite).
+        averaged: the mean of the chosen experts' sum and the shared one's result, in place of their sum (Cohere 2).
     """
 
     score: str = "softmax"
@@ -209,6 +210,7 @@ class Experts:
     activation: str = "silu"
     shared: str = "none"
     shared_fused: bool = False
+    averaged: bool = False
 
     def __post_init__(self) -> None:
         check(
@@ -218,8 +220,9 @@ class Experts:
             activation=(*(name for name in ACTIVATIONS if name != "xielu"), "clamped-swiglu"),
             shared=("none", "plain", "gated"),
         )
-        if self.shared_fused and self.shared == "none":
-            raise ConfigError("Experts.shared_fused = True: there is no shared expert; allowed with plain or gated")
+        for name in ("shared_fused", "averaged"):
+            if getattr(self, name) and self.shared == "none":
+                raise ConfigError(f"Experts.{name} = True: there is no shared expert; allowed with plain or gated")
         if self.activation not in ACTIVATIONS and self.shared != "none":
             raise ConfigError(
                 f"Experts.shared = {self.shared!r}: a shared expert is an MLP, which has no {self.activation}; allowed "

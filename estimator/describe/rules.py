@@ -257,6 +257,64 @@ def in_windows(c: Fields) -> list[bool]:
     return [kind == "window" or c("sliding_window") is None for kind in c.kinds]
 
 
+def dense_prefix(c: Fields) -> list[bool]:
+    """All layers but the first `first_k_dense_replace`, of a file that has it; or those of `mlp_layer_types`."""
+    listed: list[bool] = listed_or(lambda c: [i >= _dense_prefix(c) for i in range(c.layers)])(c)
+    return listed
+
+
+def _dense_prefix(c: Fields) -> int:
+    return c.count("first_k_dense_replace") if "first_k_dense_replace" in c.raw else 0
+
+
+def windows_after_dense(c: Fields) -> list[str]:
+    """Windows but in every so many-th layer, dense layers and others counted apart (Cohere 2 with experts)."""
+    first = min(_dense_prefix(c), c.layers)
+    every = [c.size("prefix_dense_sliding_window_pattern")] * first + [c.size("sliding_window_pattern")] * c.layers
+    counted = [*range(1, first + 1), *range(1, c.layers - first + 1)]
+    return ["window" if i % n else "full" for i, n in zip(counted, every, strict=False)]
+
+
+def in_windows_or_dense(c: Fields) -> list[bool]:
+    """Positions are rotary in layers with a window, and in dense ones whose own pattern is 1."""
+    forced = c.size("prefix_dense_sliding_window_pattern") == 1
+    return [kind == "window" or (forced and not sparse) for kind, sparse in zip(c.kinds, dense_prefix(c), strict=True)]
+
+
+def with_rope_of_its_kind(c: Fields) -> list[bool]:
+    """Layers of a kind that `rope_parameters` has null for are not rotated."""
+    given = c.raw.get("rope_parameters")
+    given = given if isinstance(given, dict) else {}
+    names = {"full": "full_attention", "window": "sliding_attention"}
+    return [given.get(names[kind], True) is not None for kind in c.kinds]
+
+
+def said_to_be_attention(c: Fields) -> list[str]:
+    """Granite 4's layers are attention where `layer_types` says so; a file without it means mamba in all of them."""
+    if c("layers_block_type") is None:
+        raise ConfigError(
+            "layer_types: a file of the family without it means mamba layers throughout; read are those whose layers "
+            "are all attention"
+        )
+    return ["full" for _ in c.listed("layers_block_type", ("attention", "full_attention"))]
+
+
+def chosen_score(c: Fields) -> str:
+    """How the chosen experts' logits become weights, by `expert_selection_fn`."""
+    name = c("expert_selection_fn")
+    if name not in ("softmax", "sigmoid"):
+        raise ConfigError(f"expert_selection_fn = {shown(name)}: allowed are softmax, sigmoid")
+    return "logits" if name == "softmax" else "sigmoid-chosen"
+
+
+def averaged_with_shared(c: Fields) -> bool:
+    """Whether the shared expert's result is averaged with the others', or added."""
+    how = c("shared_expert_combination_strategy")
+    if how not in ("average", "sum"):
+        raise ConfigError(f"shared_expert_combination_strategy = {shown(how)}: allowed are average, sum")
+    return how == "average" and c.count("num_shared_experts") > 0
+
+
 def with_theta(c: Fields) -> list[bool]:
     """Layers whose base of rotary positions is 0 or null have none (Granite 4)."""
     given = c.raw.get("layer_rope_theta")

@@ -63,7 +63,7 @@ class Run:
         None,
         "Seconds of one hop between nodes.",
         most=1,  # second; above it a number is in another unit
-        optional="that of a hop inside one",
+        optional="2.8 times one inside, as NCCL reckons",
     )
     attention_kernel: str | None = text(
         None,

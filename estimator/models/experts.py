@@ -216,7 +216,7 @@ class SparseFeedForward(Module):
         super().__init__(machine, "ffn")
         self.recipe, part, size = recipe, recipe.parts.experts, machine.shapes.letters
         assert part is not None
-        self.weighs_inputs = part.score == "sigmoid-all"
+        self.weighs_inputs, self.averages = part.score == "sigmoid-all", part.averaged
         self.shared = self.shared_gate = None
         with self.inside():
             self.router = self.child(Router(machine, recipe))
@@ -259,6 +259,8 @@ class SparseFeedForward(Module):
             if self.shared_gate is not None:
                 v.shared = ops.mul(sigmoid(self.shared_gate(v.flat)), v.shared)
             v.y = ops.add(v.y, v.shared)
+            if self.averages:
+                v.y = ops.mul_number(v.y)
         if self.out_norm is not None:
             v.y = self.out_norm(v.y)
         return dropout(view(v.y, x.shape), self.recipe)

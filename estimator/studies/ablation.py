@@ -39,6 +39,10 @@ def _variant(run: Run, **changes: object) -> Run:
     return _setup(run, variant=replace(run.setup.variant, **changes))  # type: ignore[arg-type]
 
 
+def _plans(run: Run, **changes: object) -> Run:
+    return replace(run, plans=tuple(plan.replace(**changes) for plan in run.plans))
+
+
 def _carried_over(run: Run, e: Efficiency) -> tuple[Run, Efficiency]:
     """H100's products at what B200's sweep keeps of its best, in A100's tiles: before its own were published."""
     if accelerator(run.accelerator).architecture != "hopper":
@@ -58,12 +62,20 @@ PARTS = (
         "the card's typical one",
         lambda run, e: (_setup(run, network=accelerator(run.accelerator).inter_node_bandwidth), e),
     ),
-    Part("the slowest node", "none", lambda run, e: (_setup(run, straggling=0.0), e)),
+    Part("the slowest accelerator", "all alike", lambda run, e: (_setup(run, deviation=0.0), e)),
     Part("whether gradients overlap", "they always do", lambda run, e: (_setup(run, overlap=True), e)),
+    Part(
+        "who shares the optimizer's states",
+        "all, and all parameters go together",
+        lambda run, e: (_setup(run, update_group=None, whole_updates=False), e),
+    ),
+    Part("a hop between nodes", "as inside one", lambda run, e: (_setup(run, latency=e.latency), e)),
+    Part("dropout and clipping as stated", "neither", lambda run, e: (_plans(run, dropout=0.0, max_grad_norm=None), e)),
     Part("attention by generation", "the card's default", lambda run, e: (_setup(run, attention=None), e)),
     Part("how kernels walk their operands", "bytes alone", lambda run, e: (run, replace(e, walk={}, slower={}))),
     Part("norms and rotation in fp32", "16 bits", lambda run, e: (_variant(run, wide=frozenset()), e)),
     Part("fused by hand, a module a kernel", "as a compiler", lambda run, e: (_variant(run, by_hand=False), e)),
+    Part("SwiGLU in two kernels", "fused", lambda run, e: (_variant(run, apart=frozenset()), e)),
     Part("H100's own products", "carried over from B200", _carried_over),
     Part("rows at odd places", "as aligned ones", lambda run, e: (run, replace(e, unaligned=1.0))),
     Part("the host", "no host", lambda run, e: (run, replace(e, host=0.0, checkpoint=0.0))),

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from estimator.studies.runs import Run, runs
+from estimator.timing.intervals import regime
+from estimator.timing.kernels import Variant
 from estimator.timing.roofline import PARTS
-from estimator.timing.speed import regime, step_times
+from estimator.timing.speed import Setup, step_times
 from estimator.timing.stack import Logged, StackFactor
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from estimator.timing.roofline import Efficiency
 
 SIX = 6  # rows of a stack, of which three calibrate the rest
+COMPILED = {"compiled"}  # in the name of a software, which a plan says too
 DRAWS = 40  # of three rows
 
 
@@ -75,6 +78,17 @@ def judged() -> tuple[Judged, ...]:
     return tuple(predict(run) for run in runs())
 
 
+@cache
+def by_plan() -> tuple[Judged, ...]:
+    """The same by the plan alone, without what a source says of its software and network: eager or compiled."""
+    plain = []
+    for run in runs():
+        variant = run.setup.variant
+        compiled = frozenset() if variant.by_hand or COMPILED.isdisjoint(run.software.split()) else variant.fused
+        plain.append(replace(run, setup=Setup(Variant(compiled))))
+    return tuple(predict(run) for run in plain)
+
+
 def summary(of: Iterable[Judged], group: str) -> Summary:
     """The errors of some runs together; there must be at least one."""
     members = list(of)
@@ -83,20 +97,17 @@ def summary(of: Iterable[Judged], group: str) -> Summary:
     return Summary(group, len(members), float(weights.sum()), median, most, quantile(errors, weights, 0.5))
 
 
-def grouped(by: Callable[[Judged], str]) -> dict[str, list[Judged]]:
-    """The runs by the value of `by`, in the order of first appearance."""
+def grouped(by: Callable[[Judged], str], of: Iterable[Judged] | None = None) -> dict[str, list[Judged]]:
+    """The runs, or those of `of`, by the value of `by`, in the order of first appearance."""
     groups: dict[str, list[Judged]] = {}
-    for j in judged():
+    for j in judged() if of is None else of:
         groups.setdefault(by(j), []).append(j)
     return groups
 
 
 def overall_of(judged: Iterable[Judged]) -> tuple[Summary, list[Summary]]:
     """(the means over the stacks, each stack) of some runs: a stack weighs the same, however many runs it has."""
-    groups: dict[str, list[Judged]] = {}
-    for j in judged:
-        groups.setdefault(j.run.stack, []).append(j)
-    found = [summary(members, group) for group, members in groups.items()]
+    found = [summary(members, group) for group, members in grouped(lambda j: j.run.stack, judged).items()]
     mean = {name: float(np.mean([getattr(s, name) for s in found])) for name in ("median", "percentile_90", "bias")}
     return Summary("mean over stacks", sum(s.count for s in found), sum(s.independent for s in found), **mean), found
 

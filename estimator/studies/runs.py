@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from typing import TYPE_CHECKING, Any
@@ -142,8 +142,10 @@ def _llmfoundry(row: Mapping[str, str]) -> Run | str:
 
 
 # Megatron-DeepSpeed: fp16 everywhere but in the optimizer and the loss, its fused kernels (masked softmax, bias and
-# GELU, LayerNorm), apex's fused Adam, every block recomputed, gradients summed when backward is over. Whether with
-# dropout is not said: taken without.
+# GELU, LayerNorm), apex's fused Adam, every block recomputed, gradients summed when backward is over.
+# Dropout of 0.1 on scores and hidden states is Megatron's default (megatron/training/arguments.py: attention_dropout,
+# hidden_dropout) and is written into vTrain's own model (src/model/gpt_model.py at f8dda8473); gradients are clipped to
+# 1.0, the default too. CONFIG.sh of Megatron-LM's runs sets the same clipping and leaves dropout alone.
 # The rows were composed from timed parts, not timed run by run: within 6e-6 the iteration is linear in accumulation,
 # and what more accelerators add is the same at every size. So each model and micro-batch counts as three.
 COMPOSED = 3.0
@@ -161,6 +163,8 @@ def _vtrain(row: Mapping[str, str]) -> Run | str:
         precision="bf16-master",
         loss="torch-fp32",
         checkpointing="block",
+        dropout=0.1,
+        max_grad_norm=1.0,
         optimizer_impl="fused",
         grad_accumulation=_count(row, "global_batch_seqs") // (gpus * micro_batch),
         data_parallel=gpus,
@@ -172,8 +176,12 @@ def _vtrain(row: Mapping[str, str]) -> Run | str:
     return _run("vtrain_dp_a100", row, "a100-80gb-sxm", "gpt2", setup, "Megatron-DeepSpeed", plan, weight=weight)
 
 
-# InternEvo: 16 bits with fp32 masters, flash attention, apex's and flash-attn's fused norms, rotary embedding and loss;
-# ZeRO-1 over a node (all-reduce of gradients over all, parameters gathered in the node) or over all.
+# InternEvo: 16 bits with fp32 masters; flash-attn 1.0.5 and torch 1.13.1 (doc/en/install.md), its rotary embedding and
+# loss; apex's fused norm on hidden states cast to fp32, and SwiGLU in two kernels (InternLM/InternLM's
+# modeling_internlm.py, `norm1(residual1.float())`, and linear.py, `F.silu(w1(x)) * w2(x)`); gradients clipped to 1.0
+# (configs/_base_/models/internlm_7B.py). ZeRO-1: gradients are summed over all, and each parameter is updated whole by
+# one accelerator of the node (zero1=8) or of all (zero1=-1), which broadcasts it by itself (`_partition_param_list` of
+# internlm/solver/optimizer/hybrid_zero_optim.py).
 def _internevo(row: Mapping[str, str]) -> Run | str:
     gpus = _count(row, "gpus")
     plan = Plan(
@@ -182,14 +190,24 @@ def _internevo(row: Mapping[str, str]) -> Run | str:
         attention="sdpa",
         loss="torch-fp32",
         checkpointing="block" if row["checkpointing"] == "full" else "none",
+        max_grad_norm=1.0,
         optimizer_impl="fused",
         grad_accumulation=_count(row, "grad_accum"),
         data_parallel=gpus,
         sharding="zero1",
     )
-    setup = Setup(FUSED_BY_HAND, parameter_width=2, gradient_width=2, network="internevo-a100")
-    packed = "documents packed" if "into each" in row["notes"] else "documents apart"
-    return _run("internevo_a100", row, "a100-80gb-sxm", "llama", setup, packed, plan)
+    in_a_node = row["zero_or_sharding"].startswith("zero1=8")
+    setup = Setup(
+        replace(FUSED_BY_HAND, wide=frozenset({"norm"}), apart=frozenset({"ffn"})),
+        attention="flash-1",
+        parameter_width=2,
+        gradient_width=2,
+        network="internevo-a100",
+        update_group=min(8, gpus) if in_a_node else None,
+        whole_updates=True,
+    )
+    software = "ZeRO-1 in a node" if in_a_node else "ZeRO-1 over all"
+    return _run("internevo_a100", row, "a100-80gb-sxm", "llama", setup, software, plan)
 
 
 # Megatron-LM without tensor and pipeline parallelism: as vTrain's. The others wait for layouts.
@@ -204,6 +222,8 @@ def _megatron(row: Mapping[str, str]) -> Run | str:
         precision="bf16-master",
         loss="torch-fp32",
         checkpointing="block",
+        dropout=0.1,
+        max_grad_norm=1.0,
         optimizer_impl="fused",
         grad_accumulation=sequences // (gpus * micro_batch),
         data_parallel=gpus,
@@ -280,6 +300,50 @@ def _torchtune(row: Mapping[str, str]) -> Run | str:
     return _run("torchtune_torchao", row, TUNED_GPUS[row["gpu"]], "llama", setup, software, *plans)
 
 
+# Llama models under PyTorch's FSDP. fms-fsdp (IBM): FSDP with bf16 parameters and reductions, HSDP in a node for small
+# models, the loss on bf16 logits, norm and rotation in fp32 (foundation-model-stack: fms/modules/layernorm.py,
+# positions.py). torchtitan until the end of 2024: reductions in fp32, AdamW of lists (`fused` is off by default), the
+# loss on fp32 logits; "selective op" as above. Both clip gradients to 1.0.
+NETWORKS = {"fms-fsdp A100": 6.25e9, "fms-fsdp H100": 12.5e9, "torchtitan H100": 50e9}  # bytes/s, as the notes say
+
+
+def _fsdp(row: Mapping[str, str]) -> Run | str:
+    ibm = "fms-fsdp" in row["source"] or "maximizing-training" in row["source"]
+    trainer = "fms-fsdp" if ibm else "torchtitan"
+    compiled = row["compile"] == "1"
+    checkpoints = row["checkpointing"]
+    every = {"checkpointing": "block", "checkpoint_every": 2}
+    changes: tuple[dict[str, Any], ...] = (
+        ({"checkpointing": "selective"}, {"checkpointing": "block"})
+        if checkpoints == "selective op"
+        else ({"none": {}, "full": {"checkpointing": "block"}}.get(checkpoints, every),)
+    )
+    gpus = _count(row, "gpus")
+    plan = Plan(
+        batch_size=_count(row, "micro_batch"),
+        precision="bf16-master",
+        attention="sdpa",
+        loss="torch" if ibm else "torch-fp32",
+        max_grad_norm=1.0,
+        data_parallel=gpus,
+        sharding="zero3",
+        shard_group=8 if row["zero_or_sharding"] == "HSDP" else None,
+    )
+    whole = frozenset[str]() if ibm else frozenset({"rotation"})
+    fused = FUSED_PARTS if compiled else frozenset[str]()
+    variant = Variant(fused, wide=frozenset({"norm", "rotation"}), whole=whole)
+    setup = Setup(
+        variant,
+        parameter_width=2,
+        gradient_width=2 if ibm else 4,
+        network=NETWORKS.get(f"{trainer} {row['gpu'].split()[0]}"),
+    )
+    card = {"A100": "a100-80gb-sxm", "H100": "h100-80gb-sxm" if ibm else "h100-96gb-sxm"}[row["gpu"].split()[0]]
+    software = trainer if ibm else f"{trainer} {'compiled' if compiled else 'eager'}"
+    plans = tuple(plan.replace(**change) for change in changes)
+    return _run("llama_fsdp", row, card, "llama", setup, software, *plans)
+
+
 SOURCES: dict[str, Callable[[Mapping[str, str]], Run | str]] = {
     "llmfoundry_a100_80gb": _llmfoundry,
     "llmfoundry_h100_80gb": _llmfoundry,
@@ -287,6 +351,7 @@ SOURCES: dict[str, Callable[[Mapping[str, str]], Run | str]] = {
     "torchtune_torchao": _torchtune,
     "internevo_a100": _internevo,
     "megatron_layouts": _megatron,
+    "llama_fsdp": _fsdp,
 }
 NAMES = {
     "llmfoundry_a100_80gb": "llm-foundry",
@@ -295,6 +360,7 @@ NAMES = {
     "torchtune_torchao": "pytorch",
     "internevo_a100": "InternEvo",
     "megatron_layouts": "Megatron-LM",
+    "llama_fsdp": "PyTorch FSDP",
 }
 
 

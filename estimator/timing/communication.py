@@ -75,6 +75,8 @@ def messages(
     micro_batches: Any,
     parameter_width: int | None = None,
     gradient_width: int | None = None,
+    *,
+    whole_updates: bool = False,
 ) -> tuple[Message, ...]:
     """The collectives of one optimizer step at `sizes`, those of a kind as one.
 
@@ -86,6 +88,7 @@ def messages(
         micro_batches: forward and backward passes in a step.
         parameter_width: bytes of one parameter, if not the ledger's.
         gradient_width: the same of one gradient.
+        whole_updates: each parameter is broadcast whole, by itself; else all of a unit's go together.
     """
     known, found = as_sizes(sizes), []
     for (kind, axis, phase, waits, itemsize), ((first, first_count), (later, later_count)) in _totals(form).items():
@@ -96,5 +99,8 @@ def messages(
         width = parameter_width if kind == "all-gather" or own else gradient_width if waits == "update" else None
         if width is not None:
             nbytes = nbytes * width / itemsize
-        found.append(Message(kind, axis, phase, waits, nbytes, count, known.value(_units(form)) if own else count))
+        pieces = count
+        if own:
+            pieces = count / known["D"] if whole_updates else known.value(_units(form))
+        found.append(Message(kind, axis, phase, waits, nbytes, count, pieces))
     return tuple(found)

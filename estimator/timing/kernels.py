@@ -40,12 +40,14 @@ class Variant:
         wide: what runs in fp32 though the model has 16 bits ("norm", "rotation"), as in most libraries: twice the
             bytes, a cast before and one after, and the same in backward.
         whole: of these, what no compiler fuses (complex numbers).
+        apart: modules, by the last part of their names, whose kernels no library fuses.
     """
 
     fused: frozenset[str] = frozenset()
     by_hand: bool = False
     wide: frozenset[str] = frozenset()
     whole: frozenset[str] = frozenset()
+    apart: frozenset[str] = frozenset()
 
 
 class Row(NamedTuple):
@@ -100,10 +102,10 @@ def _rows(traced: Trace, variant: Variant) -> Iterator[tuple[Row, int | None]]:
     group: list[tuple[int, Kernel]] = []
     before: tuple[str, Kernel] | None = None  # what ran in fp32 just now
     for at, kernel in enumerate(traced.ledger.kernels):
-        if kernel.micro_batch > 1:  # as the one before it
+        if kernel.micro_batch > 1 and kernel.where.phase is not Phase.OPTIMIZER:  # as the one before it
             continue
         if group and not (_is_fused(kernel, variant) and _together(group[-1][1], kernel, variant)):
-            yield _fused(group, last, variant)
+            yield from _fused(group, last, variant)
             group = []
         if _is_fused(kernel, variant):
             group.append((at, kernel))
@@ -116,7 +118,7 @@ def _rows(traced: Trace, variant: Variant) -> Iterator[tuple[Row, int | None]]:
         before = (part, kernel) if part else None
         yield _row(kernel, _wide_bytes(kernel) if part else kernel.nbytes), kernel.where.block
     if group:
-        yield _fused(group, last, variant)
+        yield from _fused(group, last, variant)
 
 
 ROTATING = ("mul", "sub", "add", "add_", "neg", "cat")
@@ -162,6 +164,8 @@ def _is_fused(kernel: Kernel, variant: Variant) -> bool:
     part = "loss" if kernel.where.module.startswith("loss") else "model"
     if part not in variant.fused or kind_of(kernel) != "elementwise":
         return False
+    if kernel.where.module.rpartition(".")[2] in variant.apart:
+        return False
     return not variant.whole or _wide_part(kernel, variant) not in variant.whole
 
 
@@ -181,8 +185,14 @@ def _last_reads(traced: Trace) -> dict[int, int]:
     return last
 
 
-def _fused(group: Sequence[tuple[int, Kernel]], last: Mapping[int, int], variant: Variant) -> tuple[Row, int | None]:
-    """One kernel for several: it reads once what comes from outside, and writes what is read afterwards."""
+def _fused(
+    group: Sequence[tuple[int, Kernel]], last: Mapping[int, int], variant: Variant
+) -> Iterator[tuple[Row, int | None]]:
+    """One kernel for several: it reads once what comes from outside, and writes what is read afterwards.
+
+    A library's kernel of fp32 is given its activation in fp32, and gives its gradient so: there is a cast before the
+    one and after the other, and the kernel moves 2 bytes more of each element.
+    """
     end, final = group[-1]
     made: set[int] = set()
     moved: dict[tuple[int, bool], Size] = {}
@@ -193,8 +203,18 @@ def _fused(group: Sequence[tuple[int, Kernel]], last: Mapping[int, int], variant
                 moved.setdefault((id(storage), written), nbytes)
             if written:
                 made.add(id(storage))
-    row = _row(final._replace(name="fused"), sum(moved.values(), ZERO))
-    return row._replace(calls=len(group) if variant.by_hand else 1), final.where.block
+    nbytes = sum(moved.values(), ZERO)
+    if variant.by_hand and (widest := _widest(group, variant)) is not None:
+        yield _cast_row(widest), widest.where.block
+        nbytes = nbytes + widest.operands[-1].nbytes
+    row = _row(final._replace(name="fused"), nbytes)
+    yield row._replace(calls=len(group) if variant.by_hand else 1), final.where.block
+
+
+def _widest(group: Sequence[tuple[int, Kernel]], variant: Variant) -> Kernel | None:
+    """Of the kernels of 16 bits in `Variant.wide` the one that writes most; None where none is."""
+    those = [kernel for _, kernel in group if _wide_part(kernel, variant)]
+    return max(those, key=lambda kernel: max(len(x) for x, _ in kernel.operands[-1].nbytes.terms), default=None)
 
 
 def _row(kernel: Kernel, nbytes: Size) -> Row:

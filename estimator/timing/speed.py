@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from estimator.accounting.accounts import account, sizes_for
-from estimator.describe.catalogue import read_data
 from estimator.describe.run import Run
 from estimator.describe.settings import checked
 from estimator.describe.units import SECONDS_PER_DAY, SECONDS_PER_HOUR
 from estimator.hardware.accelerators import Accelerator, accelerator, cluster
-from estimator.hardware.networks import straggling
+from estimator.hardware.networks import slowest
 from estimator.pricing.conventions import model_flops_utilisation
 from estimator.timing.communication import messages
+from estimator.timing.intervals import spread
 from estimator.timing.kernels import EAGER, FUSED, Variant, table
 from estimator.timing.mesh import axes, between
 from estimator.timing.roofline import busy, efficiency, parts
@@ -27,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    import numpy as np
     from numpy.typing import NDArray
 
     from estimator.accounting.accounts import Account
@@ -38,6 +36,7 @@ if TYPE_CHECKING:
     Array = NDArray[np.float64]
 
 FUSED_ATTENTION = ("flash", "efficient")
+UPDATES = "updates"  # the axis of those that share the optimizer's states, where they are fewer than all
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +50,13 @@ class Setup:
         parameter_width, gradient_width: bytes of one parameter and of one gradient in a message; None for the ledger's.
         network: between nodes: a name of `estimator.hardware.networks.networks()`, or bytes/s of one accelerator; None
             for what is assumed.
-        latency: seconds of a hop between nodes; None for the same as inside one.
-        straggling: the part that each doubling of the nodes costs; None for the catalogue's.
+        latency: seconds of a hop between nodes; None for `estimator.timing.waiting.NETWORK_HOP` of one inside.
+        deviation: standard deviation of the accelerators' speeds, as a part; None for the catalogue's.
         overlap: gradients are summed while backward goes on, as DDP does; else after it.
+        update_group: accelerators that share the optimizer's states, side by side, if not all that train together (a
+            ZeRO-1 in each node).
+        whole_updates: each parameter is updated whole by one of them and broadcast by itself, one after the other;
+            else all share each parameter, and their broadcasts go together.
         stack_factor: what the user's own log says of his stack (`estimate calibrate --log`).
     """
 
@@ -64,8 +67,10 @@ class Setup:
     gradient_width: int | None = None
     network: str | float | None = None
     latency: float | None = None
-    straggling: float | None = None
+    deviation: float | None = None
     overlap: bool = True
+    update_group: int | None = None
+    whole_updates: bool = False
     stack_factor: StackFactor | None = None
 
 
@@ -169,6 +174,8 @@ def step_times(
         ConfigError: the accelerator has no peak for a dtype, no figure for a link, or the nodes do not come out even.
     """
     a = accelerator(on)
+    if p.runs_stages:
+        return pipeline_times(m, p, a, setup or Setup(FUSED if p.compile else EAGER), e)
     sizes = sizes_for(m, p, threads=1)
     return times(account(m, p, a.device), sizes, p, a, setup, e=e)
 
@@ -199,6 +206,8 @@ def times(
     turns = p.grad_accumulation if micro_batches is None else micro_batches
     e = e or efficiency(a)
     setup = setup or Setup(FUSED if p.compile else EAGER)
+    if setup.update_group is not None:
+        sizes = {**sizes, "D": setup.update_group}
     kernels = table(form, setup.variant)
     shape = kernels.at(sizes)
     fused = form.fused_kernel
@@ -210,12 +219,17 @@ def times(
         imbalance=p.imbalance,
     )  # fmt: skip
     group = cluster(a, p.accelerators, between=between(a, setup.network))
-    sent = messages(form, sizes, turns, setup.parameter_width, setup.gradient_width)
+    widths = setup.parameter_width, setup.gradient_width
+    sent = messages(form, sizes, turns, *widths, whole_updates=setup.whole_updates)
+    meshes = axes(group, p)
+    if setup.update_group is not None:
+        inner = min(setup.update_group, group.per_node)
+        meshes = meshes | {UPDATES: replace(group, nodes=setup.update_group // inner, per_node=inner)}
+        sent = tuple(m if m.phase != "optimizer" else replace(m, axis=UPDATES) for m in sent)
     compute = {phase.value: s for phase, s in work.phases.items()}
-    waited = exposed(sent, axes(group, p), e, compute, turns, overlap=setup.overlap, latency=setup.latency)
-    if group.nodes > 1:  # the slowest node is waited for
-        part = straggling() if setup.straggling is None else setup.straggling
-        waited = waited + part * np.log2(group.nodes) * (waited + sum(compute.values()))
+    waited = exposed(sent, meshes, e, compute, turns, overlap=setup.overlap, latency=setup.latency)
+    if group.count > 1:  # the slowest is waited for
+        waited = waited + slowest(group.count, setup.deviation) * sum(compute.values())
     found = parts(work, waited)
     return found if setup.stack_factor is None else setup.stack_factor.calibrated(found)
 
@@ -248,8 +262,8 @@ def predicted(
     micro_batches = -(-flops.sequences // (p.batch_size * replicas))
     run = p.replace(grad_accumulation=micro_batches, data_parallel=replicas)
     plain = replace(setup, stack_factor=None)
-    spent = pipeline_times(m, run, a, plain) if p.is_pipeline else step_times(m, run, a, plain)
-    within, rows = spread({name: float(x[0]) for name, x in spent.items()})
+    spent = step_times(m, run, a, plain)
+    within, rows = spread({name: float(x[0]) for name, x in spent.items()}, stated=_stated(m, run, a, plain))
     if (own := setup.stack_factor) is not None:
         within = own.spread({name: float(x[0]) for name, x in spent.items()})
         spent = own.calibrated(spent)
@@ -262,6 +276,14 @@ def predicted(
     if account(m, p, a.device).fused_kernel == "efficient" and "efficient" not in efficiency(a).flash:
         origin = f"{origin} Nobody has published measurements of the memory-efficient attention: flash's."
     return _time(m, p, flops, parameters, steps, count, seconds, mfu, peak, found, within, rows, origin)
+
+
+def _stated(m: ModelConfig, p: Plan, a: Accelerator, setup: Setup) -> bool:
+    """Whether the attention kernel, what is in fp32 and the network were said, as far as the step has them."""
+    attention = setup.attention is not None or account(m, p, a.device).fused_kernel not in FUSED_ATTENTION
+    wide = bool(setup.variant.wide) or p.product_dtype not in ("bf16", "fp16")
+    group = cluster(a, p.accelerators, between=between(a, setup.network))
+    return attention and wide and (setup.network is not None or group.nodes == 1)
 
 
 def at_mfu(
@@ -293,34 +315,3 @@ def _time(
         rows=rows,
         origin=origin,
     )
-
-
-def regime(parts: Mapping[str, float]) -> str:
-    """What most of a step's time goes to: "compute-bound", "bandwidth-bound", "network-bound" or "launch-bound"."""
-    kinds = {
-        "compute-bound": parts["matmul"] + parts["attention"],
-        "bandwidth-bound": parts["elementwise"] + parts["optimizer"],
-        "network-bound": parts["communication"],
-        "launch-bound": parts["launch"],
-    }
-    return max(kinds, key=lambda name: kinds[name])
-
-
-@cache
-def _spreads() -> dict[str, tuple[tuple[float, float], str]]:
-    data = read_data("residuals")
-    return {name: ((entry["low"], entry["high"]), entry["rows"]) for name, entry in data.items()}
-
-
-def spread(parts: Mapping[str, float]) -> tuple[tuple[float, float], str]:
-    """(low, high): factors on a predicted time between which nine published runs of ten lie; and which runs.
-
-    Args:
-        parts: seconds of a step by part; what most of them go to says which runs are alike.
-    """
-    found = _spreads()
-    kind = regime(parts)
-    if kind in found:
-        return found[kind]
-    between, rows = found["all"]
-    return between, f"{rows} None, or too few, are {kind}."

@@ -13,12 +13,12 @@ from estimator.accounting.accounts import sizes_for, stage_account
 from estimator.describe import pipeline
 from estimator.eager.letters import as_sizes
 from estimator.hardware.accelerators import cluster
-from estimator.hardware.networks import straggling
+from estimator.hardware.networks import slowest
 from estimator.parallel.placement import DATA
 from estimator.timing.communication import messages
 from estimator.timing.kernels import table
 from estimator.timing.mesh import axes, between, leaves_node
-from estimator.timing.pipeline import StageTime, finished, simulated
+from estimator.timing.pipeline import StageTime, finished, simulated, simulated_parts
 from estimator.timing.roofline import busy, efficiency
 from estimator.timing.waiting import exposed
 
@@ -146,15 +146,15 @@ def pipeline_times(
         stacked([w.update for w in each]),
         stacked([back for _, back in sends]),
     )
-    ends = finished(p.pipeline_schedule, np.broadcast_to(counts, points), spent)
+    kind = "interleaved" if p.virtual_stages > 1 else p.pipeline_schedule
+    ends = finished(kind, np.broadcast_to(counts, points), spent, p.virtual_stages)
     last, at = ends.argmax(0), np.arange(points)
     kinds = {name: stacked([w.kinds[name] for w in each])[last, at] for name in each[0].kinds}
     launch = stacked([w.launch for w in each])[last, at]
     waited = ends[last, at] - sum(kinds.values()) - launch
     group = cluster(a, p.accelerators, between=between(a, setup.network))
-    if group.nodes > 1:  # the slowest node is waited for
-        part = straggling() if setup.straggling is None else setup.straggling
-        waited = waited + part * np.log2(group.nodes) * ends[last, at]
+    if group.count > 1:  # the slowest is waited for
+        waited = waited + slowest(group.count, setup.deviation) * (sum(kinds.values()) + launch)
     return {**kinds, "communication": waited, "launch": launch}
 
 
@@ -169,4 +169,6 @@ def bars(m: ModelConfig, p: Plan, a: Accelerator, setup: Setup) -> list[Bar]:
         StageTime(*(float(x[0]) for x in (w.forward, w.backward, onwards, w.update, back)))
         for w, (onwards, back) in zip(each, sends, strict=True)
     ]
+    if p.virtual_stages > 1:
+        return simulated_parts(p.grad_accumulation, p.virtual_stages, times)
     return simulated([pipeline.schedule(p, stage) for stage in range(p.pipeline_parallel)], times)

@@ -20,14 +20,20 @@ if TYPE_CHECKING:
 # Steps of a ring: an all-gather and a reduce-scatter each pass (n - 1) / n of the tensor, an all-reduce does both; so
 # do the broadcasts of all accelerators, each of its part.
 RINGS = {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 2, "broadcast": 1}
+# NCCL's own model of its algorithms (src/graph/tuning.cc at 01afd20a: ncclTopoTuneModel, hwLat): a ring's step over the
+# network takes 9.6 us where one over NVLink takes 3.4; a tree, which only an all-reduce has, reaches 0.9 of a ring's
+# rate, in twice the steps of a node and of the logarithm of the nodes.
+NETWORK_HOP = 9.6 / 3.4
+TREE_RATE = 0.9
 
 
 def seconds(message: Message, cluster: Cluster, e: Efficiency, latency: float | None = None) -> Array:
-    """Seconds of a message on an idle cluster; `latency` is of a hop between nodes, if not as inside one.
+    """Seconds of a message on an idle cluster; `latency` is of a hop between nodes, if not `NETWORK_HOP` of one inside.
 
     A ring inside each node and one between nodes run at the same time, each as fast as its link: measured on 4 nodes of
     8 B200, an all-reduce of 4 GiB takes 22 ms, between 16 (fully overlapped at the nominal rate) and 26 (one after the
-    other), which is what the fraction `between` of the network's rate is fitted to.
+    other), which is what the fraction `between` of the network's rate is fitted to. Latency is that of NCCL's rings, a
+    step for each accelerator; an all-reduce between nodes goes by a tree where that is faster, as NCCL picks.
     """
     n, g, k = cluster.count, cluster.per_node, cluster.nodes
     if n == 1:
@@ -36,8 +42,12 @@ def seconds(message: Message, cluster: Cluster, e: Efficiency, latency: float | 
     inside = (g - 1) / g * message.nbytes / (cluster.within * e.within) if cluster.within is not None else 0.0
     # All g accelerators of a node send at once, each its share through its own part of the network.
     outside = (k - 1) / k * message.nbytes / g / (cluster.between * e.between) if cluster.between is not None else 0.0
-    hops = (g - 1) * e.latency + (k - 1) * (e.latency if latency is None else latency)
-    return np.asarray(rings * (np.maximum(inside, outside) + message.pieces * hops))
+    hop = NETWORK_HOP * e.latency if latency is None else latency
+    ring = np.maximum(inside, outside) + message.pieces * ((n - k) * e.latency + (k - 1) * hop)
+    if message.collective == "all-reduce" and k > 1:
+        steps = (g - 1) * e.latency + np.log2(k) * hop
+        ring = np.minimum(ring, np.maximum(inside, outside / TREE_RATE) + message.pieces * steps)
+    return np.asarray(rings * ring)
 
 
 def exposed(
@@ -67,7 +77,7 @@ def exposed(
             continue
         total = sum(took for m, took in taken if m.waits != "step")
         summed = all(m.collective == "all-reduce" for m in those)
-        if summed and not overlap:
+        if not overlap and (summed or all(m.waits == "update" for m in those)):
             cost = cost + total
             continue
         first = sum(took / m.pieces for m, took in taken if m is those[-1])

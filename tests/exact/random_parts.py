@@ -98,6 +98,7 @@ def experts(rng: Random) -> Experts:
         activation=rng.choice((*(name for name in ACTIVATIONS if name != "xielu"), "clamped-swiglu")),
         shared=shared,
         shared_fused=shared != "none" and rng.random() < 0.4,
+        averaged=shared != "none" and rng.random() < 0.3,
     )
 
 

@@ -18,7 +18,7 @@ def test_every_constant_has_a_source_that_is_no_training_run():
     listed = read_data("constants")
     assert {f.name for f in fields(Efficiency)} - {"origin"} == set(listed["efficiency"])
     assert {f.name for f in fields(Flash)} == set(listed["flash"])
-    for data in ("networks", "prior"):
+    for data in ("networks", "prior", "residuals"):
         assert set(read_data(data)) == set(listed[data])
     for where, entries in listed.items():
         for name, entry in entries.items():

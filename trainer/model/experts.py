@@ -71,7 +71,7 @@ class SparseFeedForward(nn.Module):
         super().__init__()
         part = m.made_of.experts
         assert part is not None
-        self.weighs_inputs = part.score == "sigmoid-all"
+        self.weighs_inputs, self.averages = part.score == "sigmoid-all", part.averaged
         self.router = Router(m, p.balance / p.grad_accumulation)
         self.experts = Experts(m)
         self.shared = self.shared_gate = None
@@ -108,6 +108,8 @@ class SparseFeedForward(nn.Module):
             if self.shared_gate is not None:
                 shared = torch.sigmoid(self.shared_gate(x_Nd)) * shared
             y = y + shared
+            if self.averages:
+                y = y * 0.5
         if self.out_norm is not None:
             y = self.out_norm(y)
         return self.dropout(y.view(x.shape))

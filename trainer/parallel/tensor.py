@@ -41,7 +41,10 @@ class Rows(RowwiseParallel):
         return distribute_module(module, device_mesh, self._partition_linear_fn, take, give)
 
 
-COLUMNS = ("attention.q", "attention.k", "attention.v", "attention.qkv", "ffn.gate", "ffn.up", "ffn.gate_up")
+COLUMNS = (
+    *("attention.q", "attention.k", "attention.v", "attention.qkv", "attention.out_gate"),
+    *("ffn.gate", "ffn.up", "ffn.gate_up"),
+)
 ROWS = ("attention.out", "ffn.down")
 
 
