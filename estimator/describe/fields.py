@@ -70,6 +70,10 @@ class Fields:
         """Whether the class has this field."""
         return self.own(name) in self.defaults
 
+    def reads(self, name: str) -> bool:
+        """Whether the class has a field of this name, or takes the name for one."""
+        return name in self.defaults or name in self.also or name in self.spellings
+
     def __call__(self, name: str) -> Any:
         """The value as it stands in the file, or the class's default.
 

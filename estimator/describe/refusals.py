@@ -130,6 +130,29 @@ ONE_OFF = {
     "qwen": ("it is the first Qwen, with code of its own", "qwen2"),
 }
 READ = "read are decoders that are attention and feed-forward throughout, such as llama"
+# Objects that are no configuration of a model, by fields that say so.
+OTHER_FILES = (
+    (("peft_type",), "an adapter's configuration; ask about the model that it adapts, with adapter and adapter_rank"),
+    (
+        ("dim", "n_layers"),
+        "Meta's or Mistral's own params.json; read is the config.json of the same weights on the hub",
+    ),
+    (("n_layer", "n_head", "n_embd"), 'a file with the fields of a gpt2; if it is one, give model_type "gpt2"'),
+    (("zero_optimization",), "DeepSpeed's configuration; it says how a model is trained, not which"),
+    (("distributed_type",), "Accelerate's configuration; it says how a model is trained, not which"),
+    (("max_new_tokens",), "a file that says how text is generated; config.json lies beside it"),
+    (("temperature",), "a file that says how text is generated; config.json lies beside it"),
+    (("tokenizer_class",), "a tokenizer's configuration; config.json lies beside it"),
+    (("weight_map",), "an index of weights; config.json lies beside it"),
+)
+# Heads that stand in the place of the vocabulary's, by the end of the class's name.
+OTHER_HEADS = (
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "ForQuestionAnswering",
+    "ForMultipleChoice",
+    "RewardModel",
+)
 RENAMED = {"kimi_k2": "deepseek_v3"}  # the same model, down to the names of its fields
 NEAREST = "the nearest that can be asked is"
 AS_TEXT = "its text part alone can be asked by passing the object in"
@@ -146,9 +169,13 @@ def refusal(raw: Mapping[str, Any], families: Sequence[str]) -> str | None:
     if kind is None and taken is not None:
         kind = taken[1]
     if not isinstance(kind, str) or not kind:
-        return (
-            f"model_type = {shown(kind)}: a configuration of transformers names its family here; {_allowed(families)}"
+        other = next((what for fields, what in OTHER_FILES if all(raw.get(field) for field in fields)), None)
+        said = (
+            f"this is {other}"
+            if other
+            else f"a configuration of transformers names its family here; {_allowed(families)}"
         )
+        return f"model_type = {shown(kind)}: {said}"
     name = f"model_type = {shown(kind)}"
     text = next((field for field in TEXT if isinstance(raw.get(field), dict)), None)
     parts = dict.fromkeys(what for field, what in BESIDE_TEXT.items() if raw.get(field))
@@ -169,7 +196,7 @@ def refusal(raw: Mapping[str, Any], families: Sequence[str]) -> str | None:
     layers = [one for one in layers if isinstance(one, str)] if isinstance(layers, list) else []
     hybrid = next((LAYERS[one] for one in layers if one in LAYERS), None)
     if kind in families:
-        return f"{name}: {hybrid}; {READ}" if hybrid else None
+        return f"{name}: {hybrid}; {READ}" if hybrid else _other_head(raw)
     if kind in RENAMED:
         return f'{name}: the model is a {RENAMED[kind]} under a name of its own; give model_type "{RENAMED[kind]}"'
     if kind in ONE_OFF:
@@ -192,6 +219,19 @@ def refusal(raw: Mapping[str, Any], families: Sequence[str]) -> str | None:
     hint = f"did you mean {same[0]}? " if same else ""
     own = "code of its own (auto_map), which is never run; " if raw.get("auto_map") else ""
     return f"{name}: {own}{hint}{_allowed(families)}"
+
+
+def _other_head(raw: Mapping[str, Any]) -> str | None:
+    """Why a model with the blocks of a family, and another head, is not read."""
+    said = raw.get("architectures")
+    for cls in said if isinstance(said, list) else ():
+        end = next((end for end in OTHER_HEADS if isinstance(cls, str) and cls.endswith(end)), None)
+        if end is not None:
+            return (
+                f"architectures = {shown(said)}: {end} has a head of its own in the place of the vocabulary's; "
+                f"{NEAREST} the same file without architectures, whose head is the vocabulary's"
+            )
+    return None
 
 
 def _allowed(families: Sequence[str]) -> str:
