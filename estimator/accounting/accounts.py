@@ -190,6 +190,8 @@ def _sizes(m: ModelConfig, p: Plan, threads: int | None, stage: int = 0) -> Size
     sizes = Sizes(sizes | {"L": m.num_layers // p.pipeline_parallel})  # of a stage
     if p.is_pipeline:
         sizes = Sizes(sizes | {"M": p.grad_accumulation, "w": pipeline.in_flight(p, stage)})
+    if p.implementation == "megatron" and p.sharding == "zero1":
+        sizes = Sizes(sizes | {"D": p.data_parallel})
     return sizes if p.tensor_parallel == 1 else Sizes(sizes | {"t": p.tensor_parallel})
 
 
@@ -220,7 +222,7 @@ def recipe_of(m: ModelConfig, p: Plan, device: str, rank: int = 0) -> Recipe:
         checkpointing=p.checkpointing,
         checkpoint_every=p.checkpoint_every,
         optimizer=p.optimizer,
-        optimizer_impl=p.implementation(device),
+        optimizer_impl=p.optimizer_on(device),
         clips=p.max_grad_norm is not None,
         # The second micro-batch adds to gradients that exist, and so do all after it; where gradients become views of
         # buckets, the last is another than those between.
@@ -247,6 +249,9 @@ def recipe_of(m: ModelConfig, p: Plan, device: str, rank: int = 0) -> Recipe:
         tensor_parallel=p.tensor_parallel > 1,
         pipeline=p.pipeline_schedule if p.is_pipeline else "",
         stage=_stage(p, rank),
+        megatron=p.implementation == "megatron",
+        sequence_parallel=p.sequence_parallel,
+        virtual_stages=p.virtual_stages,
     )
     masked = m.sliding_window is not None and tokens > m.sliding_window
     if p.attention == "sdpa-flash" and fused_kernel("flash", device, masked=masked) != "flash":

@@ -14,11 +14,13 @@ from estimator.eager.losses import cross_entropy, torch_cross_entropy, torch_cro
 from estimator.eager.ops import div_number
 from estimator.eager.tensor import BFLOAT16, FLOAT32, INT64, Machine, Tensor
 from estimator.models.decoder import Transformer
+from estimator.models.megatron import GPTModel
 from estimator.optim.in_backward import InBackward
 from estimator.optim.masters import Masters
 from estimator.optim.optimizers import OPTIMIZERS
 from estimator.optim.scaling import GradScaler
 from estimator.parallel.data import Sharing
+from estimator.parallel.megatron import ApexAdam, MainParameters, MegatronStage
 from estimator.parallel.pipeline import MICRO_BATCHES, SCHEDULES, Stage
 from estimator.parallel.sharded import REPLICAS
 
@@ -46,6 +48,8 @@ def run_step(recipe: Recipe, shapes: ShapeClass, device: str, stack: Stack, size
             "directly after its forward"
         )
     machine = Machine(shapes, device, stack, sizes, PARAMETERS.get(recipe.precision, FLOAT32))
+    if recipe.megatron:
+        return megatron_step(machine, recipe)
     ledger = machine.ledger
     model = Transformer(machine, recipe)
     replica = REPLICAS[recipe.parallel](model, sharing_of(recipe))
@@ -119,6 +123,22 @@ def run_step(recipe: Recipe, shapes: ShapeClass, device: str, stack: Stack, size
     if masters is not None:
         masters.write_back()
     replica.after_update()
+    return ledger
+
+
+def megatron_step(machine: Machine, recipe: Recipe) -> Ledger:
+    """The same as Megatron-LM runs it."""
+    ledger, size = machine.ledger, machine.shapes.letters
+    model = GPTModel(machine, recipe)
+    main = MainParameters(model, recipe)
+    with ledger.inside("inputs"):
+        ids, _ = (_input(machine, size["B"], size["T"]) for _ in range(2))
+    optimizer = ApexAdam(main.mains)
+    MegatronStage(machine, model, recipe, ids).run()
+    main.exchange()
+    ledger.phase = Phase.OPTIMIZER
+    optimizer.step()
+    main.copy_back()
     return ledger
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from estimator.describe import pipeline, tensor
+from estimator.describe import megatron, pipeline, tensor
 from estimator.describe.adapters import ALL, saved_listed, targets_listed
 from estimator.describe.checks import ConfigError, known_fields
 from estimator.describe.selection import Selection, parts_listed
@@ -362,6 +362,34 @@ class Plan:
         },
         needs=(Needs("is_pipeline", (True,), "pipeline_parallel is {pipeline_parallel}", say="allowed above 1"),),
     )
+    virtual_stages: int = integer(
+        1,
+        "Parts of a pipeline's stage: with several, each accelerator has so many pieces of consecutive blocks, and the "
+        "pipeline fills faster (interleaved 1F1B, Narayanan et al. 2021).",
+        most=10**4,
+        draws=(1,),
+        needs=megatron.VIRTUAL,
+    )
+    sequence_parallel: bool = flag(
+        "Between the shared matrices of tensor_parallel each accelerator has its part of the tokens (Korthikanti et "
+        "al. 2022).",
+        draws=(False,),
+        needs=megatron.SEQUENCE,
+    )
+    implementation: str = choice(
+        "bundled",
+        "Whose code a step runs.",
+        {
+            "bundled": "PyTorch's own, as the trainer here does: exact",
+            "megatron": (
+                "Megatron-LM's: its fused operators, main gradients in fp32, vocabulary-parallel embedding, head and "
+                "loss, with zero1 its distributed optimizer, and selective recomputation of attention's core. A model "
+                "after its source and papers, not compared with a run"
+            ),
+        },
+        draws=("bundled",),
+        needs=megatron.NEEDS,
+    )
 
     balance: float = number(
         0.0,
@@ -477,7 +505,7 @@ class Plan:
         """The dtype that matrix products are in, whose peak an MFU is of: "bf16" of "bf16-mixed"."""
         return self.precision.partition("-")[0]
 
-    def implementation(self, device: str) -> str:
+    def optimizer_on(self, device: str) -> str:
         """The optimizer implementation on `device` ("cpu" or "cuda"), with "auto" resolved as torch.optim does."""
         if self.optimizer_impl != "auto":
             return self.optimizer_impl
@@ -490,6 +518,7 @@ class Plan:
         self.selection.check(model)
         tensor.check_model(self, model)
         pipeline.check_model(self, model)
+        megatron.check_model(self, model)
         parts = model.made_of
         most = 1.0
         if model.num_experts is not None and model.experts_per_token is not None:
@@ -577,6 +606,16 @@ class Plan:
     def is_pipeline(self) -> bool:
         """Whether the blocks are dealt to several stages."""
         return self.pipeline_parallel > 1
+
+    @property
+    def shares_matrices(self) -> bool:
+        """Whether several accelerators share each block's matrices."""
+        return self.tensor_parallel > 1
+
+    @property
+    def runs_stages(self) -> bool:
+        """Whether a step is a stage's schedule, of several stages or of one."""
+        return self.is_pipeline or self.implementation == "megatron"
 
     @property
     def replicas(self) -> int:

@@ -143,6 +143,9 @@ class Recipe:
     rank: int = 0  # which of those that share the shards
     tensor_parallel: bool = False
     pipeline: str = ""  # the schedule of a pipeline
+    megatron: bool = False
+    sequence_parallel: bool = False
+    virtual_stages: int = 1
     stage: tuple[int, int] = (0, 1)  # which of how many stages: (0, 2) of all first ones, (1, 3) between, (1, 2) last
 
     @property
@@ -271,7 +274,7 @@ class Linear(Module):
         for p in (self.weight, *(() if self.bias is None or what == "input" else (self.bias,))):
             p.placement = {TENSOR: dimension}
             shape = [whole if i == dimension else n for i, n in enumerate(p.shape)]
-            at = next(i for i, (where, _) in enumerate(ledger.parameters) if where is p.storage.where)
+            at = ledger.parameters.index((p.storage.where, p.numel))
             ledger.parameters[at] = (p.storage.where, self.machine.product(tuple(shape)))
         return self
 

@@ -300,6 +300,50 @@ def _torchtune(row: Mapping[str, str]) -> Run | str:
     return _run("torchtune_torchao", row, TUNED_GPUS[row["gpu"]], "llama", setup, software, *plans)
 
 
+# Llama models under PyTorch's FSDP. fms-fsdp (IBM): FSDP with bf16 parameters and reductions, HSDP in a node for small
+# models, the loss on bf16 logits, norm and rotation in fp32 (foundation-model-stack: fms/modules/layernorm.py,
+# positions.py). torchtitan until the end of 2024: reductions in fp32, AdamW of lists (`fused` is off by default), the
+# loss on fp32 logits; "selective op" as above. Both clip gradients to 1.0.
+NETWORKS = {"fms-fsdp A100": 6.25e9, "fms-fsdp H100": 12.5e9, "torchtitan H100": 50e9}  # bytes/s, as the notes say
+
+
+def _fsdp(row: Mapping[str, str]) -> Run | str:
+    ibm = "fms-fsdp" in row["source"] or "maximizing-training" in row["source"]
+    trainer = "fms-fsdp" if ibm else "torchtitan"
+    compiled = row["compile"] == "1"
+    checkpoints = row["checkpointing"]
+    every = {"checkpointing": "block", "checkpoint_every": 2}
+    changes: tuple[dict[str, Any], ...] = (
+        ({"checkpointing": "selective"}, {"checkpointing": "block"})
+        if checkpoints == "selective op"
+        else ({"none": {}, "full": {"checkpointing": "block"}}.get(checkpoints, every),)
+    )
+    gpus = _count(row, "gpus")
+    plan = Plan(
+        batch_size=_count(row, "micro_batch"),
+        precision="bf16-master",
+        attention="sdpa",
+        loss="torch" if ibm else "torch-fp32",
+        max_grad_norm=1.0,
+        data_parallel=gpus,
+        sharding="zero3",
+        shard_group=8 if row["zero_or_sharding"] == "HSDP" else None,
+    )
+    whole = frozenset[str]() if ibm else frozenset({"rotation"})
+    fused = FUSED_PARTS if compiled else frozenset[str]()
+    variant = Variant(fused, wide=frozenset({"norm", "rotation"}), whole=whole)
+    setup = Setup(
+        variant,
+        parameter_width=2,
+        gradient_width=2 if ibm else 4,
+        network=NETWORKS.get(f"{trainer} {row['gpu'].split()[0]}"),
+    )
+    card = {"A100": "a100-80gb-sxm", "H100": "h100-80gb-sxm" if ibm else "h100-96gb-sxm"}[row["gpu"].split()[0]]
+    software = trainer if ibm else f"{trainer} {'compiled' if compiled else 'eager'}"
+    plans = tuple(plan.replace(**change) for change in changes)
+    return _run("llama_fsdp", row, card, "llama", setup, software, *plans)
+
+
 SOURCES: dict[str, Callable[[Mapping[str, str]], Run | str]] = {
     "llmfoundry_a100_80gb": _llmfoundry,
     "llmfoundry_h100_80gb": _llmfoundry,
@@ -307,6 +351,7 @@ SOURCES: dict[str, Callable[[Mapping[str, str]], Run | str]] = {
     "torchtune_torchao": _torchtune,
     "internevo_a100": _internevo,
     "megatron_layouts": _megatron,
+    "llama_fsdp": _fsdp,
 }
 NAMES = {
     "llmfoundry_a100_80gb": "llm-foundry",
@@ -315,6 +360,7 @@ NAMES = {
     "torchtune_torchao": "pytorch",
     "internevo_a100": "InternEvo",
     "megatron_layouts": "Megatron-LM",
+    "llama_fsdp": "PyTorch FSDP",
 }
 
 

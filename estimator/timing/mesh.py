@@ -21,7 +21,7 @@ def axes(group: Cluster, p: Plan) -> dict[str, Cluster]:
     Raises:
         ConfigError: a group of them does not come out even with the nodes.
     """
-    if p.tensor_parallel > 1 or p.is_pipeline:
+    if p.tensor_parallel > 1 or p.runs_stages:
         return _beside_tensors(group, p)
     if p.replicas == 1 or p.sharding == "none":
         return {DATA: group}

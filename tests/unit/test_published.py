@@ -32,11 +32,14 @@ def test_errors_on_published_runs_are_within_their_targets():
         of(name) for name in ("llm-foundry, Composer FSDP, a100", "vTrain", "pytorch, torchtune comp")
     )
     assert mpt.count == 61
-    assert mpt.median <= 0.05
+    assert mpt.median <= 0.07
     assert mpt.percentile_90 <= 0.12
     assert vtrain.count == 60
     assert vtrain.median <= 0.12
     assert llama.median <= 0.05
+    # The aim for runs that nobody looked at: 6 and 15 %.
+    assert published.overall().median <= 0.06
+    assert published.overall().percentile_90 <= 0.15
 
 
 def test_a_stack_weighs_the_same_however_many_runs_it_has():
