@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import streamlit as st
@@ -117,7 +118,8 @@ def _rows(s: Setup, found: Plans) -> None:
     if found.options[SHOWN:]:
         with st.expander(f"{len(found.options) - SHOWN:,} more"):
             st.dataframe(found.to_frame(), hide_index=True)
-    st.download_button("CSV of all", csv_of(found.to_frame(), index=False), "plan.csv", "text/csv", on_click="ignore")
+    data = partial(csv_of, found.to_frame(), index=False)
+    st.download_button("CSV of all", data, "plan.csv", "text/csv", on_click="ignore")
 
 
 def _row(s: Setup, o: Option) -> None:

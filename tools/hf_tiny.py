@@ -61,12 +61,25 @@ BESIDE = {
         "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
         "expert_selection_fn": "sigmoid",
     },
+    "cohere_compass_text": {
+        "logit_scale": 0.25,
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+        "rope_parameters": {
+            "full_attention": None,
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    },
     "flint": {"mlp_only_layers": [1]},
     "granite_swa": {"layer_rope_theta": [0, 10000, 10000, 10000]},
     "granitemoe_swa": {"layer_rope_theta": [0, 10000, 10000, 10000]},
     "mellum": {"layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]},
+    "granitemoehybrid": {"layer_types": ["attention"] * 4, "position_embedding_type": "rope"},
     "minicpm3": {"num_key_value_heads": 4},
     "seed_oss": {"attention_bias": True},
+}
+# Further ones of a family, whose switches make other parts of it.
+VARIANTS = {
+    "granitemoehybrid dense": {"num_local_experts": 0, "position_embedding_type": None},
 }
 
 
@@ -84,8 +97,9 @@ def tiny(kind):
     return config | BESIDE.get(kind, {}) | {"pad_token_id": None}
 
 
-def row(kind):
-    config = tiny(kind)
+def row(name):
+    kind = name.split()[0]
+    config = tiny(kind) | VARIANTS.get(name, {})
     given = CONFIG_MAPPING[kind](**{name: value for name, value in config.items() if name != "model_type"})
     with torch.device("meta"):
         shapes = {name: list(p.shape) for name, p in AutoModelForCausalLM.from_config(given).named_parameters()}
@@ -96,7 +110,7 @@ def row(kind):
     with FlopCounterMode(display=False) as backward:
         logits.sum().backward()
     return {
-        "name": f"tiny {kind}",
+        "name": f"tiny {name}",
         "family": kind,
         "config": config,
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -112,11 +126,11 @@ def main():
     transformers_logging.set_verbosity(transformers_logging.CRITICAL)
     torch.manual_seed(0)
     rows = [json.loads(line) for line in OUT.read_text().splitlines()]
-    there = {one["family"] for one in rows}
-    new = [row(kind) for kind in FAMILIES if kind in CONFIG_MAPPING and kind not in there]
+    there = {one["family"] for one in rows} | {one["name"].removeprefix("tiny ") for one in rows}
+    new = [row(name) for name in [*FAMILIES, *VARIANTS] if name.split()[0] in CONFIG_MAPPING and name not in there]
     OUT.write_text("".join(json.dumps(one) + "\n" for one in rows + new))
     for one in new:
-        print(one["family"], f"{one['parameters']:,} parameters, {one['forward_flops']:,} FLOPs forward")
+        print(one["name"], f"{one['parameters']:,} parameters, {one['forward_flops']:,} FLOPs forward")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from estimator.accounting.accounts import Account, Values, account, sizes_for, stage_account
 from estimator.answers.assumptions import Assumption, assumptions
-from estimator.answers.notes import notes, notes_of_card, notes_of_stages
+from estimator.answers.notes import notes, notes_of_card, notes_of_device, notes_of_stages
 from estimator.describe.catalogue import number
 from estimator.describe.checks import ConfigError, TooLargeError, choose
 from estimator.describe.plan import Plan
@@ -241,7 +241,7 @@ def estimate(
         stack_factor=stack_factor,
     )
     said = [*notes(m, p, run.global_batch_size), *notes_of_stages(worst, len(stages))]
-    said += notes_of_card(device, p.product_dtype)
+    said += [*notes_of_card(device, p.product_dtype), *notes_of_device(p, device.device)]
     if run.network is not None:
         network_of(run.network)  # refused by name here, as it would only be a note below
     time = None

@@ -65,6 +65,16 @@ def notes_of_card(a: Accelerator, dtype: str) -> Iterator[str]:
         yield f"Of {a.id}, these figures were recalled or derived, not read in a source: {', '.join(doubtful)}."
 
 
+def notes_of_device(p: Plan, device: str) -> Iterator[str]:
+    """What the device's libraries take beside what PyTorch allocates by rule (docs/accuracy.md)."""
+    if device == "cpu" and (p.product_dtype not in ("fp32", "tf32") or p.optimizer == "muon"):
+        yield (
+            "On a processor, oneDNN's matrix products in half precision take a scratch that depends on the processor, "
+            "the threads and oneDNN's version, and that no figure here has: 0 to 9 % of the peak in small steps that "
+            "were measured. `trainer.measure` says how much it is on this machine."
+        )
+
+
 def _is_there(a: Accelerator, field: str) -> bool:
     """Whether the card has the figure at all."""
     name, _, dtype = field.partition(".")

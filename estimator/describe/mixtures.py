@@ -49,8 +49,8 @@ from estimator.describe.rules import (
     one_for_all,
     query_scaling,
     root_of_d,
+    said_to_be_attention,
     shared_of,
-    shared_width,
     size,
     windows_after_dense,
     windows_if_used,
@@ -129,16 +129,6 @@ MIXTURES: dict[str, Family] = {
         },
         free_heads=False,
         refused=(("tie_word_embeddings", False, "the family's class has a head of its own"),),
-    ),
-    "deepseek": Family(
-        attention=all_four("attention_bias"),
-        experts={
-            "normalised": yes("norm_topk_prob"),
-            "shared": lambda c: "plain" if shared_width(c) else "none",
-        },
-        sizes={"d_shared": shared_width},
-        sparse=after_first,
-        refused=(EVERY_LAYER, ("scoring_func", "softmax", "the family's router has a softmax")),
     ),
     "deepseek_v2": Family(
         attention=LATENT,
@@ -232,6 +222,15 @@ MIXTURES: dict[str, Family] = {
         sizes=GRANITE_SHARED_SIZE,
         kinds=cycle("full", "window", "window", "window"),
         rotates=with_theta,
+    ),
+    "granitemoehybrid": Family(
+        **GRANITE,
+        positions={"kind": lambda c: "rotary" if c("position_embedding_type") == "rope" else "none"},
+        mlp={"fused": True},
+        experts=GRANITE_SHARED,
+        sizes=GRANITE_SHARED_SIZE | {"d_ff": size("shared_intermediate_size")},
+        kinds=said_to_be_attention,
+        sparse=lambda c: [c.count("num_local_experts") > 0] * c.layers,
     ),
     "granitemoeshared": Family(**GRANITE, experts=GRANITE_SHARED, sizes=GRANITE_SHARED_SIZE),
     "hunyuan_v1_moe": Family(

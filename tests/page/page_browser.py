@@ -32,7 +32,7 @@ def visitor(browser, url, *, width=1440, height=1000, dark=False):
 
     def heard(message):
         if message.type == "error" and not message.location["url"].endswith(PROBES):
-            errors.append(message.text)
+            errors.append(f"{message.text} {message.location}")
 
     page.on("console", heard)
     page.on("pageerror", lambda error: errors.append(str(error)))
@@ -40,7 +40,7 @@ def visitor(browser, url, *, width=1440, height=1000, dark=False):
     drawn(page)
     yield page
     context.close()
-    assert errors == []
+    assert not errors, errors
 
 
 def drawn(page):
