@@ -242,7 +242,9 @@ def _megatron(row: Mapping[str, str]) -> Run | str:
         virtual_stages=int(found[4] or PARTS_OF_2021.get(row["model"], 1)),
     )
     setup = Setup(dtype="fp16", parameter_width=2, gradient_width=2, network="selene", overlap=False)
-    measured = sequences * _count(row, "seq_len") / gpus / float(row["iteration_time_s"])
+    measured = None
+    if not row["tokens_per_s_per_gpu"]:
+        measured = sequences * _count(row, "seq_len") / gpus / float(row["iteration_time_s"])
     year = "2022" if "Table 5" in row["source"] else "2021"
     return _run("megatron_layouts", row, "a100-80gb-sxm", "gpt2", setup, year, plan, measured=measured)
 
