@@ -90,9 +90,10 @@ def assumptions(m: ModelConfig, p: Plan, a: Accelerator, setup: Setup) -> tuple[
     e = efficiency(a)
     fused = account(m, p, a.device).fused_kernel
     if fused in FUSED_ATTENTION:
-        kernel = setup.attention or (fused if fused in e.flash else e.attention)
+        kernel = setup.kernel(fused, e) or e.attention
         timed = {name: replace(setup, attention=name) for name in e.flash if name != kernel}
-        origin = "given" if setup.attention else "as PyTorch picks"
+        version = "" if setup.torch_version is None else f" {setup.torch_version[0]}.{setup.torch_version[1]}"
+        origin = "given" if setup.attention else f"as PyTorch{version} picks"
         found.append(Assumption("attention kernel", kernel, origin, others(timed)))
     plain, merged = "eager, one launch each", "fused by torch.compile"
     if p.compile:
@@ -125,7 +126,11 @@ def assumptions(m: ModelConfig, p: Plan, a: Accelerator, setup: Setup) -> tuple[
         change = others({other: replace(setup, overlap=not setup.overlap)})
         found.append(Assumption("gradients are summed", value, origin, change))
     if a.boost_clock is not None:
-        found.append(Assumption("clock", f"{a.boost_clock / 1e6:,.0f} MHz", "the datasheet's", {}))
+        clock = e.clock * a.boost_clock if setup.clock is None else setup.clock
+        slower = {f"{0.9 * clock / 1e6:,.0f} MHz": replace(setup, clock=0.9 * clock)}
+        usual = "the datasheet's" if e.clock == 1 else "timed on this card"
+        origin = usual if setup.clock is None else "given"
+        found.append(Assumption("clock", f"{clock / 1e6:,.0f} MHz", origin, others(slower)))
     if own is not None:
         spent = step_times(m, p, a, replace(setup, stack_factor=None))
         factor = sum(float(x[0]) for x in own.calibrated(spent).values()) / sum(float(x[0]) for x in spent.values())

@@ -13,7 +13,7 @@ from estimator.describe.catalogue import number
 from estimator.describe.checks import ConfigError, TooLargeError, choose
 from estimator.describe.plan import Plan
 from estimator.describe.presets import preset
-from estimator.describe.run import Run
+from estimator.describe.run import Run, version_of
 from estimator.describe.settings import checked, limits
 from estimator.describe.words import in_words
 from estimator.hardware.accelerators import Accelerator, accelerator
@@ -165,6 +165,8 @@ def estimate(
     network: str | float | None = None,
     network_latency: float | None = None,
     attention_kernel: str | None = None,
+    torch_version: str | None = None,
+    clock: float | None = None,
     overlap: bool = True,
     wide: Collection[str] = (),
     stack_factor: StackFactor | None = None,
@@ -184,9 +186,11 @@ def estimate(
         threads: CPU threads, for a profile of a CPU.
         network: between nodes: bytes/s of one accelerator in one direction, or the name of a well-known cluster
             (`estimator.hardware.networks.networks()`); by default 12.5 GB/s, or the accelerator's own if less.
-        network_latency: seconds of one hop between nodes; by default that of a hop inside one.
+        network_latency: seconds of one hop between nodes; by default 2.8 times one inside, as NCCL reckons.
         attention_kernel: the fused attention: "flash-1", "flash-2", "flash-3" or "cudnn" as far as timings of it are
             published for the architecture; by default what PyTorch picks.
+        torch_version: PyTorch's version, such as "2.1": before 2.2 its flash attention is the first generation.
+        clock: MHz at which the accelerator runs; by default the datasheet's boost clock.
         overlap: gradients are summed over the accelerators while backward goes on; else when it is over.
         wide: what the software computes in fp32 in a model of 16 bits, "norm" and "rotation" (transformers, torchtune
             and torchtitan do both); by default nothing, as the trainer here.
@@ -203,6 +207,8 @@ def estimate(
         network=network,
         network_latency=network_latency,
         attention_kernel=attention_kernel,
+        torch_version=torch_version,
+        clock=clock,
         overlap=overlap,
         wide=wide,  # type: ignore[arg-type]  # a declared text takes any collection of names
     )
@@ -235,6 +241,8 @@ def estimate(
     setup = Setup(
         Variant(wide=frozenset(run.wide)),
         attention=run.attention_kernel,
+        torch_version=None if run.torch_version is None else version_of(run.torch_version),
+        clock=None if run.clock is None else 1e6 * run.clock,
         network=run.network,
         latency=run.network_latency,
         overlap=run.overlap,

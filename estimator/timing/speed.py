@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from estimator.accounting.accounts import account, sizes_for
+from estimator.describe.checks import ConfigError
 from estimator.describe.run import Run
 from estimator.describe.settings import checked
 from estimator.describe.units import SECONDS_PER_DAY, SECONDS_PER_HOUR
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     Array = NDArray[np.float64]
 
 FUSED_ATTENTION = ("flash", "efficient")
+# PyTorch's flash attention is the second generation from 2.2 on (release notes of January 2024).
+SECOND_GENERATION = 2, 2
 UPDATES = "updates"  # the axis of those that share the optimizer's states, where they are fewer than all
 
 
@@ -57,6 +60,8 @@ class Setup:
             ZeRO-1 in each node).
         whole_updates: each parameter is updated whole by one of them and broadcast by itself, one after the other;
             else all share each parameter, and their broadcasts go together.
+        torch_version: PyTorch's (major, minor); None for a recent one.
+        clock: Hz at which the accelerator runs; None for the datasheet's.
         stack_factor: what the user's own log says of his stack (`estimate calibrate --log`).
     """
 
@@ -71,7 +76,28 @@ class Setup:
     overlap: bool = True
     update_group: int | None = None
     whole_updates: bool = False
+    torch_version: tuple[int, int] | None = None
+    clock: float | None = None
     stack_factor: StackFactor | None = None
+
+    def kernel(self, fused: str | None, e: Efficiency) -> str | None:
+        """The fused attention whose timings count, of a step that has `fused`; None for the accelerator's own."""
+        if self.attention is not None or fused in e.flash:
+            return self.attention or fused
+        first = self.torch_version is not None and self.torch_version < SECOND_GENERATION
+        return "flash-1" if first and "flash-1" in e.flash else None
+
+    def clocked(self, e: Efficiency, a: Accelerator) -> Efficiency:
+        """What kernels reach at the clock that was given.
+
+        Raises:
+            ConfigError: the catalogue has no clock to compare it with.
+        """
+        if self.clock is None:
+            return e
+        if a.boost_clock is None:
+            raise ConfigError(f"clock = {self.clock / 1e6:g} MHz: the catalogue has no clock of {a.name}")
+        return replace(e, clock=self.clock / a.boost_clock)
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,8 +230,8 @@ def times(
         ConfigError: as for `step_times`.
     """
     turns = p.grad_accumulation if micro_batches is None else micro_batches
-    e = e or efficiency(a)
     setup = setup or Setup(FUSED if p.compile else EAGER)
+    e = setup.clocked(e or efficiency(a), a)
     if setup.update_group is not None:
         sizes = {**sizes, "D": setup.update_group}
     kernels = table(form, setup.variant)
@@ -215,7 +241,7 @@ def times(
         kernels, shape, sizes, turns, a, e,
         half=setup.dtype or (p.product_dtype if p.product_dtype == "fp16" else "bf16"),
         single="tf32" if p.product_dtype == "tf32" else "fp32",
-        kernel=setup.attention or (fused if fused in e.flash else None),
+        kernel=setup.kernel(fused, e),
         imbalance=p.imbalance,
     )  # fmt: skip
     group = cluster(a, p.accelerators, between=between(a, setup.network))

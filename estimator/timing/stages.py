@@ -20,7 +20,7 @@ from estimator.timing.kernels import table
 from estimator.timing.mesh import axes, between, leaves_node
 from estimator.timing.pipeline import StageTime, finished, simulated, simulated_parts
 from estimator.timing.roofline import busy, efficiency
-from estimator.timing.waiting import exposed
+from estimator.timing.waiting import NETWORK_HOP, exposed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -67,7 +67,7 @@ def work(
         kernels, kernels.at(sizes), sizes, turns, a, e,
         half=setup.dtype or (p.product_dtype if p.product_dtype == "fp16" else "bf16"),
         single="tf32" if p.product_dtype == "tf32" else "fp32",
-        kernel=setup.attention or (fused if fused in e.flash else None),
+        kernel=setup.kernel(fused, e),
         imbalance=p.imbalance,
     )  # fmt: skip
     phases = {phase.value: x for phase, x in found.phases.items()}
@@ -96,7 +96,7 @@ def works(
     Raises:
         ConfigError: as for `estimator.timing.speed.step_times`.
     """
-    e, turns = e or efficiency(a), p.grad_accumulation if turns is None else turns
+    e, turns = setup.clocked(e or efficiency(a), a), p.grad_accumulation if turns is None else turns
     group = cluster(a, p.accelerators, between=between(a, setup.network))
     known: dict[int, Work] = {}
     found = []
@@ -106,7 +106,7 @@ def works(
             sizes = {**sizes_for(m, p, threads=1, stage=stage), **(given or {})}
             known[id(form)] = work(form, sizes, turns, p, a, group, setup, e)
         found.append(known[id(form)])
-    latency = e.latency if setup.latency is None else setup.latency
+    latency = NETWORK_HOP * e.latency if setup.latency is None else setup.latency
     sends = []
     for stage, own in enumerate(found):
 

@@ -25,7 +25,7 @@ from estimator.hardware.accelerators import accelerator
 from estimator.memory.device import recorded_memory
 from estimator.show.formatting import count, duration, size
 from trainer.referee.recorder.builds import of_config, of_file
-from trainer.referee.recorder.recording import DEVICES, record
+from trainer.referee.recorder.recording import DEVICES, record, running
 from trainer.referee.recorder.remedies import remedies
 from trainer.referee.recorder.steps import PRECISIONS
 from trainer.referee.recorder.truth import compare
@@ -91,7 +91,7 @@ def run(argv: Sequence[str]) -> int:
     gpu = accelerator(args.gpu)
     if not args.json:
         sys.stdout.write(RUNS.format(name) + "\n\n")
-    recording = record(build, plan, args.device)
+    recording = _recorded(build, plan, args.device)
     memory = recorded_memory(recording.account, gpu)
     tried = [] if memory.fits else remedies(build, plan, args.device, gpu)
     if args.json:
@@ -105,6 +105,18 @@ def run(argv: Sequence[str]) -> int:
     if args.measure:
         sys.stdout.write("\n" + compare(build, plan) + "\n")
     return 0 if memory.fits else 1
+
+
+def _recorded(build: Callable[[], Any], plan: Plan, device: str) -> Recording:
+    """`record`, where what the user's code raises is one sentence with its line."""
+    try:
+        return record(build, plan, device)
+    except ConfigError:
+        raise
+    except Exception as error:
+        own = running(error)
+        said = f"{type(error).__name__}: {str(error).strip() or 'without a message'}"
+        raise ConfigError(f"{own.filename}:{own.lineno}: `{own.line}` raised {said}") from error
 
 
 def fake_world(ranks: int) -> None:

@@ -112,6 +112,12 @@ class Recording:
         return f"{self.peak_bytes:,} bytes in {where}" + (f", {self.peak_line}" if self.peak_line else "")
 
 
+def running(error: BaseException) -> traceback.FrameSummary:
+    """The innermost line of an error that is not a library's."""
+    lines = traceback.extract_tb(error.__traceback__)
+    return next((x for x in reversed(lines) if not x.filename.startswith(LIBRARIES)), lines[-1])
+
+
 def record(build: Callable[[], Any], plan: Plan | None = None, device: str = "cpu") -> Recording:
     """Record a training step of what `build` returns.
 
@@ -136,8 +142,7 @@ def record(build: Callable[[], Any], plan: Plan | None = None, device: str = "cp
             step = as_step(build(), plan)
             log, first, known, saved = recorded(native, step, assumptions)
         except NotImplementedError as error:
-            line = traceback.extract_tb(error.__traceback__)
-            own = next((x for x in reversed(line) if not x.filename.startswith(LIBRARIES)), line[-1])
+            own = running(error)
             raise ConfigError(
                 f"{own.filename}:{own.lineno}: `{own.line}` wants values or a kernel that there is not without data "
                 f"({str(error).partition('.')[0]})"

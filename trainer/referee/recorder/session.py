@@ -39,7 +39,8 @@ def recording(assumptions: Assumptions | None = None) -> Iterator[Any]:
     native.set_libraries(LIBRARIES)
     assumptions = assumptions or Assumptions(LIBRARIES)
     native.set_assume(assumptions.number)
-    with onednn(enabled=False), known_shapes(), lists(native, assumptions):
+    # What is compiled is recorded as it runs without the compiler.
+    with onednn(enabled=False), known_shapes(), lists(native, assumptions), torch.compiler.set_stance("force_eager"):
         native.install()
         try:
             native.start()

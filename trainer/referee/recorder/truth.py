@@ -6,6 +6,8 @@ import gc
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
+
 from estimator.eager.ledger import Phase
 from trainer.referee.first_difference import Event, real_events
 from trainer.referee.recorder.recording import record
@@ -63,7 +65,8 @@ def _real(build: Callable[[], Any], plan: Plan | None) -> list[Event]:
     gc.collect()
     gc.disable()
     try:
-        return real_events(step)
+        with torch.compiler.set_stance("force_eager"):  # as it is recorded
+            return real_events(step)
     finally:
         gc.enable()
 
