@@ -277,7 +277,6 @@ def test_an_unknown_type_is_taken_for_the_family_of_its_class_and_that_is_said()
         ("granitemoehybrid", {}, "layer_types: a file of the family without it means mamba layers throughout"),
         ("granitemoehybrid", {"layer_types": ["mamba", "attention"]}, "a hybrid, with mamba layers beside attention"),
         ("kimi_k2", {}, 'a deepseek_v3 under a name of its own; give model_type "deepseek_v3"'),
-        ("baichuan", {"vocab_size": 125_696}, "vocab_size = 125696: Baichuan 2, and the rows of the head"),
         ("chatglm", {"position_encoding_2d": True}, "the first ChatGLM has positions of two kinds"),
         ("minicpm", {"num_experts": 8}, "num_experts = 8: it would be MiniCPM-MoE"),
         ("hf_olmo", {"layer_norm_type": "amd_compatible"}, "layer_norm_type = 'amd_compatible': allowed are default"),
