@@ -59,7 +59,7 @@ def _olmo_width(c: Fields) -> int:
 def _olmo_norm(c: Fields) -> Norm:
     kinds = {"default": "layer", "low_precision": "layer", "rms": "rms"}
     kind, affine = c("layer_norm_type"), c.flag("layer_norm_with_affine")
-    if kind not in kinds:
+    if not isinstance(kind, str) or kind not in kinds:
         raise ConfigError(f"layer_norm_type = {shown(kind)}: allowed are {', '.join(kinds)}")
     bias = kinds[kind] == "layer" and affine and (c.flag("include_bias") or c.flag("bias_for_layer_norm"))
     return Norm(kinds[kind], "plain" if affine else "none", bias=bias)

@@ -280,6 +280,7 @@ def test_an_unknown_type_is_taken_for_the_family_of_its_class_and_that_is_said()
         ("chatglm", {"position_encoding_2d": True}, "the first ChatGLM has positions of two kinds"),
         ("minicpm", {"num_experts": 8}, "num_experts = 8: it would be MiniCPM-MoE"),
         ("hf_olmo", {"layer_norm_type": "amd_compatible"}, "layer_norm_type = 'amd_compatible': allowed are default"),
+        ("hf_olmo", {"layer_norm_type": []}, r"layer_norm_type = \[\]: allowed are default"),
         ("hf_olmo", {"mlp_hidden_size": 3}, "mlp_hidden_size = 3: gate and up share its rows; must be even"),
         (["llama"], {}, "model_type"),
         ("mistral", {"attention_bias": True}, "attention_bias = True"),
