@@ -47,6 +47,7 @@ class Unit:
         padded: the shapes of full shards, which is what every accelerator's storages hold.
         gathered: the buffer of an all-gather that has not been copied out yet.
         kept: what is held of each parameter from forward to backward where that is more than the shard.
+        accumulated: the gradients of whole parameters in the dtype in which they will be summed, if not their own.
         whole: whether the parameters are there.
         done: whether backward is over for it.
     """
@@ -59,6 +60,7 @@ class Unit:
         self.gathered: Tensor | None = None
         self.kept: list[Tensor] = []
         self.summed: Tensor | None = None
+        self.accumulated: dict[Tensor, Tensor] = {}
         self.whole = self.done = False
 
     def _shard(self, p: Tensor, padded: Shape) -> Tensor:
@@ -195,6 +197,12 @@ class Unit:
     def after_backward(self) -> None:
         """`post_backward`: empty the parameters, reduce-scatter the gradients, keep one's rows of the sums."""
         self.done = True
+        self.accumulate()
+        if self.fsdp.defers:
+            return
+        for p, gradient in self.accumulated.items():
+            p.grad = gradient
+        self.accumulated.clear()
         self.reshard()
         self.fsdp.reduced(None)
         having = [p for p in self.parameters if p.grad is not None]
@@ -232,6 +240,21 @@ class Unit:
             last.drop()
             self.fsdp.reduced(source)
             source.drop()
+
+    def accumulate(self) -> None:
+        """`accumulate_unsharded_grad_if_needed`, and for a later backward `to_accumulated_grad_if_needed`."""
+        for p, total in self.accumulated.items():
+            if p.grad is not None:
+                self.machine.kernel("add_", (total, p.grad), (total,))
+                p.grad.drop()
+                p.grad = None
+        dtype = self.fsdp.sharing.reduce_dtype
+        for p in self.parameters if self.fsdp.defers and dtype is not None else ():
+            if p.grad is not None and p.grad.dtype != dtype:
+                gradient, p.grad = p.grad, None
+                with self._doing("to_accumulated_grad_if_needed"):
+                    self.accumulated[p] = converted(gradient, dtype).hold()
+                gradient.drop()
 
     def _divide(self, dtype: Dtype) -> None:
         """gloo's mean: the sum, divided in place by a number."""
@@ -277,7 +300,7 @@ class Unit:
         machine.kernel("chunk_cat", gradients, gradients)
         if machine.device != "cpu":
             return
-        dtype = having[0].dtype
+        dtype = gradients[0].dtype
         padded = [
             self._buffer(D * self._elements([p]), dtype).hold() for p in having if not machine.divides(D, p.shape[0])
         ]
@@ -305,13 +328,14 @@ class FullySharded(Replica):
         units: the blocks' in order, and last the root's.
         reshards: the blocks' parameters are emptied after forward (ZeRO-3); else only after backward (ZeRO-2).
         gloo: the collectives are the CPU's.
+        defers: gradients are added up whole, and not reduced in this backward (`set_requires_gradient_sync(False)`).
     """
 
     reshards = True
 
     def __init__(self, model: Model, sharing: Sharing) -> None:
         super().__init__(model, sharing)
-        self.gloo = self.machine.device == "cpu"
+        self.gloo, self.defers = self.machine.device == "cpu", sharing.staged
         groups = by_block(list(model.parameters()))
         rest = groups.pop(None)
         self.units = [Unit(self, part, root=False) for part in groups.values()]
@@ -349,8 +373,17 @@ class FullySharded(Replica):
             with ledger.at(ledger.module if block is None else f"blocks.{block}", block, "root_post_backward"):
                 if not unit.done:
                     unit.after_backward()
-                unit.end_backward()
+                if self.defers:
+                    unit.done = False
+                else:
+                    unit.end_backward()
         self.reduced(None)
+
+    def after_schedule(self) -> None:
+        """`_PipelineStageBase.perform_reduce_grad`: each unit's turn, the root's first."""
+        self.defers = False
+        self.after_backward()
+        self.defers = True
 
     def agree_on_overflow(self, found: Tensor) -> None:
         """Ask the others."""
