@@ -9,7 +9,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from estimator.eager.autograd import attach, record
+from estimator.eager.autograd import add_wider, attach, record
 from estimator.eager.ledger import Category, Phase
 from estimator.eager.letters import ZERO, D
 from estimator.eager.ops import python_number
@@ -245,7 +245,8 @@ class Unit:
         """`accumulate_unsharded_grad_if_needed`, and for a later backward `to_accumulated_grad_if_needed`."""
         for p, total in self.accumulated.items():
             if p.grad is not None:
-                self.machine.kernel("add_", (total, p.grad), (total,))
+                with self._doing("accumulate_unsharded_grad_if_needed"):
+                    add_wider(total, p.grad)
                 p.grad.drop()
                 p.grad = None
         dtype = self.fsdp.sharing.reduce_dtype
