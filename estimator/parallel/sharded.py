@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 class Unit:
     """Parameters that are gathered together, `FSDPParamGroup`: those of a block, or all others (the root).
 
+    The root of a stage of a pipeline that is neither the first nor the last has none of its own, and only casts.
     Frozen parameters are shared, gathered and let go as the others are; only what has a gradient is reduced.
 
     Attributes:
@@ -54,7 +55,7 @@ class Unit:
 
     def __init__(self, fsdp: FullySharded, parameters: Sequence[Tensor], *, root: bool) -> None:
         self.fsdp, self.parameters, self.root = fsdp, parameters, root
-        self.machine, self.block = parameters[0].machine, parameters[0].storage.where.block
+        self.machine, self.block = fsdp.machine, parameters[0].storage.where.block if parameters else None
         self.padded: list[Shape] = [(rows_on(self.machine, p.shape[0], 0), *p.shape[1:]) for p in parameters]
         self.shards = [self._shard(p, shape) for p, shape in zip(parameters, self.padded, strict=True)]
         self.gathered: Tensor | None = None
@@ -160,6 +161,8 @@ class Unit:
 
     def before_forward(self, args: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
         """`pre_forward`; a node is put before the arguments that will have a gradient, behind which that is reduced."""
+        if not self.parameters:
+            return args
         self.gather()
         self.copy_out()
         return tuple(self._behind(x) if x is not None and x.requires_grad else x for x in args)
@@ -172,7 +175,7 @@ class Unit:
             self.reshard_to(self.fsdp.sharing.reshard)
         elif self.fsdp.reshards:
             self.reshard()
-        if out.grad_fn is not None:
+        if out.grad_fn is not None and self.parameters:
             out.grad_fn.hook = self.before_backward
 
     def before_backward(self) -> None:
@@ -250,7 +253,9 @@ class Unit:
                 p.grad.drop()
                 p.grad = None
         dtype = self.fsdp.sharing.reduce_dtype
-        for p in self.parameters if self.fsdp.defers and dtype is not None else ():
+        if dtype is None or not self.fsdp.defers:
+            return
+        for p in self.parameters:
             if p.grad is not None and p.grad.dtype != dtype:
                 gradient, p.grad = p.grad, None
                 with self._doing("to_accumulated_grad_if_needed"):
@@ -338,7 +343,7 @@ class FullySharded(Replica):
         super().__init__(model, sharing)
         self.gloo, self.defers = self.machine.device == "cpu", sharing.staged
         groups = by_block(list(model.parameters()))
-        rest = groups.pop(None)
+        rest = groups.pop(None, [])
         self.units = [Unit(self, part, root=False) for part in groups.values()]
         for block, unit in zip(model.blocks, self.units, strict=True):
             block.unit = unit
