@@ -53,6 +53,7 @@ class Sharing:
         replicated: several groups hold all the shards each (HSDP).
         reshard: among how many accelerators a block's parameters are shared from forward to backward, if not all.
         bucket_view: gradients are views of DDP's buckets.
+        offload: shards, their gradients and the update are the host's.
     """
 
     micro_batches: int = 1
@@ -62,6 +63,7 @@ class Sharing:
     replicated: bool = False
     reshard: int | None = None
     bucket_view: bool = False
+    offload: bool = False
 
 
 class Replica:
