@@ -210,8 +210,8 @@ def recipe_of(m: ModelConfig, p: Plan, device: str, rank: int = 0) -> Recipe:
         )
     if p.offload != "none" and p.data_parallel == 1:
         raise ConfigError(
-            f"offload = {p.offload!r}: data_parallel is 1, and it is a policy of fully_shard, among several; allowed is "
-            "none"
+            f"offload = {p.offload!r}: data_parallel is 1, and it is a policy of fully_shard, among several; allowed "
+            "is none"
         )
     recipe = Recipe(
         parts=m.made_of.statements(),
