@@ -57,6 +57,7 @@ AXES = (
 )  # the fields of a plan that are searched
 KINDS = ("none", "selective", "block")  # of checkpointing; "attention" only where the plan has it
 LAID_OUT = RECIPE.replace(max_grad_norm=None)  # what people run; clipping is not known with tensor parallelism
+MEGATRON = Plan(implementation="megatron", precision="bf16-master", attention="sdpa")  # the same of Megatron-LM's runs
 MOST = 16_384  # accelerators, where the smallest number is looked for
 
 
@@ -130,6 +131,7 @@ class Layouts:
                 "sharding": o.plan.sharding,
                 "shard_group": o.plan.shards,
                 "precision": o.plan.precision,
+                "sequence_parallel": o.plan.sequence_parallel,
                 "batch_size": o.plan.batch_size,
                 "grad_accumulation": o.plan.grad_accumulation,
                 "checkpointing": o.plan.checkpointing,
@@ -286,9 +288,8 @@ class _Search:
             if count % ranks or node % ranks:
                 continue
             try:
-                self._way(count, FULLY_SHARDED[-1] if count > ranks else "none", None, "none", ranks).check_model(
-                    self.model
-                )
+                sharding = self._shardings(count // ranks, ranks)[-1]
+                self._way(count, sharding, None, "none", ranks).check_model(self.model)
             except ConfigError:
                 continue
             found.append(ranks)
@@ -297,6 +298,8 @@ class _Search:
     def _shardings(self, replicas: int, ranks: int, stages: int = 1) -> tuple[str, ...]:
         if "sharding" in self.fixed:
             return (self.plan.sharding,)
+        if replicas > 1 and self.plan.implementation == "megatron":
+            return ("zero1",)
         if replicas == 1 or stages > 1:
             return ("none",)
         return tuple(choices(Plan)["sharding"]) if ranks == 1 else FULLY_SHARDED
@@ -327,6 +330,8 @@ class _Search:
             "tensor_parallel": ranks,
             "pipeline_parallel": stages,
             "pipeline_schedule": self.plan.pipeline_schedule if stages > 1 else "1f1b",
+            "virtual_stages": self.plan.virtual_stages if stages > 1 else 1,
+            "sequence_parallel": self.plan.implementation == "megatron" and ranks > 1,
             "sharding": sharding,
             "shard_group": group,
             "checkpointing": checkpointing,
@@ -352,7 +357,7 @@ class _Search:
         batches = batches[-(-sequences // (batches * way.data_parallel)) >= least_micro_batches(way)]
         turns = -(-sequences // (batches * way.data_parallel))
         found: list[Option] = []
-        if way.is_pipeline and self._crowded(way, sequences):
+        if way.runs_stages and self._crowded(way, sequences):
             refused[self._too_much(way)] += len(batches)
             return found
         try:
@@ -392,7 +397,7 @@ class _Search:
     ) -> Iterator[tuple[NDArray[np.intp], NDArray[np.int64], dict[str, NDArray[np.float64]]]]:
         """(points, bytes needed, seconds by part), alike points together."""
         device = self.accelerator.device
-        if way.is_pipeline:
+        if way.runs_stages:
             yield from pipelined(self.model, way, self.accelerator, self.setup, batches, turns)
             return
         for several in np.unique(turns > 1):
@@ -464,9 +469,9 @@ class _Search:
             for kind, sharding in itertools.product(kinds, reversed(self._shardings(replicas, ranks, stages))):
                 try:
                     way = self._way(count, sharding, group, kind, ranks, stages)
-                    if way.is_pipeline and self._crowded(way, sequences):
+                    if way.runs_stages and self._crowded(way, sequences):
                         continue
-                    if way.is_pipeline:
+                    if way.runs_stages:
                         memory = needed_by(self.model, way, self.accelerator, np.array([batch]), turns)
                         if turns >= least_micro_batches(way) and memory <= self.accelerator.memory_bytes:
                             return True

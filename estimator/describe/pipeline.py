@@ -123,6 +123,8 @@ def executed(p: Plan, stage: int) -> Schedule:
     ahead, between = min(own, ALIKE), min(max(p.grad_accumulation - own, 0), ALIKE)
     if p.pipeline_schedule == "gpipe":
         return all_forward_first(ahead)
-    if own > ALIKE and between:
+    if p.implementation == "megatron":  # which lets go of what it has sent
+        between = min(between, 1)
+    elif own > ALIKE and between:
         between = ALIKE if p.grad_accumulation - own > own - 2 else 1
     return one_forward_one_backward(ahead + between, 0, ahead)
