@@ -37,7 +37,7 @@ HF = Path(__file__).parents[1] / "data" / "hf"
 TINY = [json.loads(line) for line in (HF / "tiny.jsonl").read_text().splitlines()]
 GPU = "a100-80gb-sxm"
 RUN = {"steps": 400_000, "global_batch_size": 1024}
-VIEWS = ("estimate", "plan", "formulas", "sweep", "compare", "validate")
+VIEWS = ("estimate", "plan", "layouts", "formulas", "sweep", "compare", "validate")
 
 
 def ran(at):
