@@ -81,6 +81,7 @@ OF_THE_HUB = {
             "moe_intermediate_size": None,
             "first_k_dense_replace": 0,
             "head_dim": None,
+            "norm_head": False,
         },
     ),
     "bailing_moe_v2": (

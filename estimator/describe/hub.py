@@ -29,21 +29,10 @@ from estimator.describe.rules import (
 if TYPE_CHECKING:
     from estimator.describe.fields import Fields
 
-NORMED_HEAD = "the rows of the head would be normalised anew in each step"
-
 
 def _baichuan_positions(c: Fields) -> str:
     """The 7B has rotary positions and says how many; the 13B has ALiBi, and a length for its tokenizer only."""
     return "rotary" if "max_position_embeddings" in c.raw else "alibi"
-
-
-def _baichuan_vocabulary(c: Fields) -> int:
-    if c("vocab_size") == BAICHUAN2_ROWS:
-        raise ConfigError(
-            f"vocab_size = {BAICHUAN2_ROWS}: Baichuan 2, and {NORMED_HEAD}, which no part says; the nearest that can "
-            "be asked is the same file with another vocab_size"
-        )
-    return c.size("vocab_size")
 
 
 BAICHUAN2_ROWS = 125_696  # the two generations share a model_type and differ in their vocabulary, and their head
@@ -70,7 +59,7 @@ def _olmo_width(c: Fields) -> int:
 def _olmo_norm(c: Fields) -> Norm:
     kinds = {"default": "layer", "low_precision": "layer", "rms": "rms"}
     kind, affine = c("layer_norm_type"), c.flag("layer_norm_with_affine")
-    if kind not in kinds:
+    if not isinstance(kind, str) or kind not in kinds:
         raise ConfigError(f"layer_norm_type = {shown(kind)}: allowed are {', '.join(kinds)}")
     bias = kinds[kind] == "layer" and affine and (c.flag("include_bias") or c.flag("bias_for_layer_norm"))
     return Norm(kinds[kind], "plain" if affine else "none", bias=bias)
@@ -98,8 +87,8 @@ HUB: dict[str, Family] = {
     "baichuan": Family(
         attention={"fused": True},
         positions={"kind": _baichuan_positions},
+        ends={"head_norm": lambda c: c("vocab_size") == BAICHUAN2_ROWS},
         sizes={
-            "vocab_size": _baichuan_vocabulary,
             "context_length": lambda c: c.size("max_position_embeddings", c.size("model_max_length")),
         },
         free_heads=False,
@@ -110,10 +99,10 @@ HUB: dict[str, Family] = {
             "normalised": yes("norm_topk_prob"),
             "shared": lambda c: "plain" if _shared_of(c) else "none",
         },
+        ends={"head_norm": yes("norm_head")},
         sizes={"d_shared": _shared_of},
         sparse=after_first,
         refused=(
-            ("norm_head", False, NORMED_HEAD),
             ("norm_softmax", False, "the loss would be another"),
             ("use_bias", False, "the experts would have biases too"),
             ("multi_gate", False, "there would be a router for each kind of input"),

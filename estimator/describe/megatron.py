@@ -60,6 +60,7 @@ def check_model(p: Plan, m: ModelConfig) -> None:
         ("mlp.down_norm", mlp.down_norm, (False,)),
         ("ends.embedding_norm", ends.embedding_norm, (False,)),
         ("ends.logits_softcap", ends.logits_softcap, (None,)),
+        ("ends.head_norm", ends.head_norm, (False,)),
         ("experts", parts.experts is not None, (False,)),
         ("embedding_dim", m.embedding_dim, (None,)),
         ("sliding_window", m.sliding_window, (None,)),

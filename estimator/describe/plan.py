@@ -536,6 +536,7 @@ class Plan:
         for name, has in (
             ("logits_softcap", parts.ends.logits_softcap is not None),
             ("head_bias", parts.ends.head_bias),
+            ("head_norm", parts.ends.head_norm),
         ):
             if has and self.loss == "chunked":
                 raise ConfigError(
@@ -546,6 +547,11 @@ class Plan:
             raise ConfigError(
                 "loss = 'chunked': it has the head in it, but not the adapter that adapter_targets puts beside it; "
                 f"allowed are {_other_losses()}"
+            )
+        if parts.ends.head_norm and self.adapter != "none" and "head" in self.adapter_targets.split(","):
+            raise ConfigError(
+                f"adapter_targets = {self.adapter_targets!r}: the head's rows are normalised in each step, which no "
+                "adapter knows; allowed are targets without head"
             )
         if self.attention == "sdpa-flash" and model.value_e != model.e:
             raise ConfigError(

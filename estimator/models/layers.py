@@ -12,6 +12,7 @@ from estimator.describe.schedules import micro_batches
 from estimator.describe.selection import Selection
 from estimator.eager import ops
 from estimator.eager.checkpointing import checkpoint
+from estimator.eager.indexing import normalized_rows
 from estimator.eager.linalg import linear
 from estimator.eager.repetition import TURNS, executed_of, layout
 from estimator.eager.tensor import Locals, Machine, Tensor, arguments
@@ -298,13 +299,20 @@ class Embedding(Module):
 
 
 class Head(Linear):
-    """The last projection; a tied one has the embedding's matrix."""
+    """The last projection; a tied one has the embedding's matrix. A normed one divides its rows by their lengths."""
 
     def __init__(self, machine: Machine, width: Size, vocabulary: Size, embedding: Embedding, recipe: Recipe) -> None:
         Module.__init__(self, machine, "head")
         ends = recipe.parts.ends
         self.weight = embedding.weight if ends.tied else self.parameter(vocabulary, width)
         self.bias = self.parameter(vocabulary) if ends.head_bias else None
+        self.normed = ends.head_norm
+
+    def forward(self, v: Locals, x: Tensor) -> Tensor:
+        if not self.normed:
+            return super().forward(v, x)
+        v.weight = normalized_rows(self.weight)
+        return linear(x, v.weight, self.bias)
 
 
 def dropout(x: Tensor, recipe: Recipe) -> Tensor:
