@@ -22,6 +22,7 @@ from estimator.optim.scaling import GradScaler
 from estimator.parallel.data import Sharing
 from estimator.parallel.megatron import ApexAdam, MainParameters, MegatronStage
 from estimator.parallel.pipeline import MICRO_BATCHES, SCHEDULES, Stage
+from estimator.parallel.placement import PIPELINE, TENSOR
 from estimator.parallel.sharded import REPLICAS
 
 if TYPE_CHECKING:
@@ -172,6 +173,7 @@ def sharing_of(recipe: Recipe) -> Sharing:
         replicated=recipe.replicated,
         reshard=recipe.reshard,
         bucket_view=recipe.bucket_view,
+        apart=(TENSOR,) * recipe.tensor_parallel + (PIPELINE,) * bool(recipe.pipeline),
     )
 
 

@@ -31,7 +31,6 @@ NEEDS = (
             ("adapter", ("none",)),
             ("trained", ("all",)),
             ("frozen", ("",)),
-            ("max_grad_norm", (None,)),
             ("update", ("after",)),
             ("loss", ("bundled", "torch", "torch-fp32")),
             ("checkpoint_every", (1,)),

@@ -22,7 +22,7 @@ from estimator.parallel.data import (
     Replica,
     ShardedUpdate,
     by_block,
-    clip_shards,
+    clip_parts,
     elements,
 )
 from estimator.parallel.placement import DATA, REPLICATE, rows_on
@@ -70,7 +70,7 @@ class Unit:
             shard = Tensor(machine, full.storage, (rows, *padded[1:]), full.stride, p.dtype).hold()
             full.discard()
             machine.ledger.free(p.storage)
-        p.placement = {DATA: 0}
+        p.placement = shard.placement = {**p.placement, DATA: 0}
         p.dtype = self.fsdp.sharing.param_dtype or p.dtype
         p.storage.category, p.storage.itemsize = HELD, p.dtype.itemsize
         p.storage.nbytes = p.dtype.itemsize * D * machine.product(padded)
@@ -358,7 +358,7 @@ class FullySharded(Replica):
 
     def clip(self, parameters: Sequence[Tensor]) -> None:
         """Each accelerator has its shards' part of the norm."""
-        clip_shards(parameters)
+        clip_parts(parameters, (*self.sharing.apart, DATA))
 
 
 def _shards(unit: Unit) -> Iterator[tuple[Tensor, Shape]]:

@@ -105,7 +105,7 @@ class PipelineStep(Step):
             tensor_parallel(model, grid["tensor"])
         stage = Stage(model, grid["pipeline"].get_local_rank(), p.pipeline_parallel)
         needed = ((ids,) if stage.first else ()) + ((targets,) if stage.last else ())
-        self.weights = Weights(stage)
+        self.weights = Weights(stage, stages=grid["pipeline"])
         super().__init__(stage, build_optimizer(self.weights.named, p, world.device.type), (ids, targets), p)
         self.needed, self.buckets = needed, bucket_bytes(stage) if p.data_parallel > 1 else 0
         self.place, self.run = scheduled(
@@ -124,6 +124,8 @@ class PipelineStep(Step):
     def update(self) -> None:
         """What comes after them."""
         self.weights.gather_gradients()
+        if self.plan.max_grad_norm is not None:
+            self.weights.clip(self.plan.max_grad_norm)
         self.optimizer.step()
         self.weights.clear_gradients()
 
