@@ -26,7 +26,9 @@ def notes(m: ModelConfig, p: Plan, global_batch_size: int | None) -> Iterator[st
     """What the plan makes of the figures."""
     if p.compile:
         yield "The bytes are those of eager execution; compiled, fused ops save some."
-    if p.shards > 1:
+    if p.implementation == "megatron":
+        yield "Megatron-LM's implementation is a model after its source and papers, not compared with a run of it."
+    elif p.shards > 1:
         yield SHARDING_NOTES[p.sharding]
     if m.num_experts is not None:
         routed = "all experts get equally many tokens" if p.imbalance == 1 else "one expert gets more than its share"

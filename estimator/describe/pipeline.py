@@ -63,6 +63,15 @@ def check_plan(p: Plan) -> None:
         )
 
 
+def telling_stages(p: Plan) -> tuple[int, ...]:
+    """The stages of which one needs the most memory: the first, the second and the last.
+
+    Each of those between has fewer micro-batches in flight than the one before it.
+    """
+    last = p.pipeline_parallel - 1
+    return tuple(sorted({0, min(1, last), last}))
+
+
 def least_micro_batches(p: Plan) -> int:
     """The fewest that the schedule takes: 1F1B one for each stage."""
     if not p.is_pipeline:
