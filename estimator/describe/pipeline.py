@@ -31,7 +31,6 @@ NEEDS = (
             ("adapter", ("none",)),
             ("trained", ("all",)),
             ("frozen", ("",)),
-            ("max_grad_norm", (None,)),
             ("update", ("after",)),
             ("loss", ("bundled", "torch", "torch-fp32")),
             ("checkpoint_every", (1,)),
@@ -62,6 +61,15 @@ def check_plan(p: Plan) -> None:
             f"grad_accumulation = {p.grad_accumulation}: {p.pipeline_parallel} stages under {p.pipeline_schedule} take "
             f"at least {least} micro-batches; allowed is at least that"
         )
+
+
+def telling_stages(p: Plan) -> tuple[int, ...]:
+    """The stages of which one needs the most memory: the first, the second and the last.
+
+    Each of those between has fewer micro-batches in flight than the one before it.
+    """
+    last = p.pipeline_parallel - 1
+    return tuple(sorted({0, min(1, last), last}))
 
 
 def least_micro_batches(p: Plan) -> int:

@@ -28,7 +28,6 @@ NEEDS = (
             ("adapter", ("none",)),
             ("trained", ("all",)),
             ("frozen", ("",)),
-            ("max_grad_norm", (None,)),
             ("update", ("after",)),
             ("precision", ("fp32", "tf32", "bf16", "bf16-mixed", "fp16-mixed", "bf16-fsdp")),
             ("optimizer", ("adamw", "adam", "sgd", "sgd-momentum", "lion")),

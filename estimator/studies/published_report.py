@@ -185,6 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="DIR", help="write published.md and published.svg to DIR")
     parser.add_argument("--worst", type=int, default=10, metavar="N", help="rows to list (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every run's figures to FILE")
+    parser.add_argument("--ablation", action="store_true", help="add what each part of the model is worth, off alone")
     parser.add_argument("--residuals", action="store_true", help="print estimator/data/residuals.toml, and stop")
     args = parser.parse_args(argv)
     if args.residuals:
@@ -194,6 +195,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--worst = {args.worst}: must be at least 1")
     text = report(args.worst)
     sys.stdout.write(text)
+    if args.ablation:
+        from estimator.studies import ablation  # noqa: PLC0415 - only for this
+
+        sys.stdout.write(f"\nEach part switched off alone:\n\n{ablation.table()}")
     try:
         if args.out:
             args.out.mkdir(parents=True, exist_ok=True)

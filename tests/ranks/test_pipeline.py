@@ -7,6 +7,7 @@ from random import Random
 
 import numpy as np
 import pytest
+import torch
 from test_sharding import measured
 
 import estimator as est
@@ -41,6 +42,7 @@ def drawn(random, stages):
         loss=random.choice(["bundled", "torch", "torch-fp32"]),
         optimizer=random.choice(["sgd", "sgd", "adamw", "lion"]),
         dropout=random.choice([0.0, 0.0, 0.1]),
+        max_grad_norm=random.choice([None, 1.0]),
     )
 
 
@@ -49,7 +51,7 @@ def test_each_stage_holds_what_the_account_says_to_the_byte(stages, tmp_path):
     random = Random(stages)
     plan = {"batch_size": 2, "pipeline_parallel": stages, "optimizer": "sgd"}
     cases = [  # the first with more micro-batches than are executed
-        (model("llama", 2 * stages), Plan(grad_accumulation=8, **plan)),
+        (model("llama", 2 * stages), Plan(grad_accumulation=8, max_grad_norm=1.0, **plan)),
         (model("gpt2", stages), Plan(grad_accumulation=7, pipeline_schedule="gpipe", checkpointing="block", **plan)),
     ]
     cases += [drawn(random, stages) for _ in range(RUNS or 2)]
@@ -63,7 +65,10 @@ def test_stages_of_shared_matrices_and_of_replicas_are_exact_too(tmp_path):
     """Four processes: two stages of two that share each block's matrices, or of two replicas under DDP."""
     random = Random(5)
     cases = [
-        (model("llama", 4), Plan(batch_size=2, grad_accumulation=5, pipeline_parallel=2, optimizer="sgd", **axis))
+        (
+            model("llama", 4),
+            Plan(batch_size=2, grad_accumulation=5, pipeline_parallel=2, optimizer="sgd", max_grad_norm=1.0, **axis),
+        )
         for axis in ({"tensor_parallel": 2}, {"data_parallel": 2})
     ]
     for _ in range(RUNS or 2):
@@ -77,16 +82,20 @@ def test_stages_of_shared_matrices_and_of_replicas_are_exact_too(tmp_path):
 
 def test_losses_are_those_of_one_process(tmp_path):
     """The mean over the micro-batches; equal to 1e-5, since a sum is in another order."""
+    plan = {"batch_size": 2, "grad_accumulation": 2, "pipeline_parallel": 2}
+    clips = {"optimizer": "sgd", "max_grad_norm": 0.1}  # to less than half of the norm
     cases = [
-        (model("llama", 4), Plan(batch_size=2, grad_accumulation=2, pipeline_parallel=2, pipeline_schedule=kind))
-        for kind in ("1f1b", "gpipe")
+        (model("llama", 4), Plan(pipeline_schedule="1f1b", **clips, **plan)),
+        (model("llama", 4), Plan(pipeline_schedule="gpipe", **plan)),
     ]
-    for (m, _), (_, losses) in zip(cases, measured(2, cases, tmp_path, "losses"), strict=True):
-        step, alone = build_step(m, Plan(batch_size=4)), []
+    for (m, p), (_, losses) in zip(cases, measured(2, cases, tmp_path, "losses"), strict=True):
+        step, alone = build_step(m, Plan(batch_size=4, optimizer=p.optimizer)), []
         for _ in range(3):
             loss = step.forward()
             alone.append(loss.item())
             step.backward(loss)
+            if p.max_grad_norm is not None:
+                assert torch.nn.utils.clip_grad_norm_(step.model.parameters(), p.max_grad_norm) > 2 * p.max_grad_norm
             step.optimizer.step()
             step.optimizer.zero_grad()
         assert losses == pytest.approx(alone, rel=1e-5)

@@ -79,6 +79,14 @@ def test_each_card_is_measured_or_carried_over_and_its_origin_says_which():
     assert not cards.measured("l40s-48gb").fitted
 
 
+def test_one_command_prints_the_errors_by_stack_and_what_each_part_is_worth(monkeypatch, capsys):
+    monkeypatch.setattr(ablation, "PARTS", ablation.PARTS[:1])
+    assert published_report.main(["--ablation"]) == 0
+    said = capsys.readouterr().out
+    assert "| mean over stacks |" in said
+    assert f"| {ablation.PARTS[0].name} |" in said
+
+
 def test_the_document_has_todays_tables():
     text = (ROOT / "docs" / "time.md").read_text()
     assert published_report.table() in text

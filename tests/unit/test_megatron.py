@@ -138,3 +138,17 @@ def test_what_is_not_known_is_refused(changes, field):
 def test_a_vocabulary_that_is_not_padded_is_refused():
     with pytest.raises(ConfigError, match="vocab_size = 50257"):
         account(GPT.replace(vocab_size=50257), PLAN)
+
+
+def test_the_largest_micro_batch_is_that_of_the_stage_that_needs_the_most():
+    p = PLAN.replace(
+        batch_size=1, dropout=0.0, attention="sdpa", sequence_parallel=True, pipeline_parallel=4, data_parallel=2,
+        sharding="zero1", seq_len=4096,
+    )  # fmt: skip
+    most = est.max_batch_size("llama-3-70b", p, "h100-80gb-sxm", global_batch_size=64)
+    assert most >= 1
+    fits = [
+        est.estimate("llama-3-70b", p.replace(batch_size=n, grad_accumulation=4), "h100-80gb-sxm").fits
+        for n in (most, most + 1)
+    ]
+    assert fits == [True, False]
