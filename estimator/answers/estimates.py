@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from estimator.accounting.accounts import Account, Values, account, sizes_for, stage_account
 from estimator.answers.assumptions import Assumption, assumptions
-from estimator.answers.notes import notes, notes_of_card, notes_of_device, notes_of_stages
+from estimator.answers.notes import notes, notes_of_card, notes_of_device, notes_of_host, notes_of_stages
 from estimator.describe.catalogue import number
 from estimator.describe.checks import ConfigError, TooLargeError, choose
 from estimator.describe.pipeline import least_micro_batches, telling_stages
@@ -262,7 +262,9 @@ def estimate(
             time = predicted(m, p, device, flops, together.active_parameters, run.steps, count, setup)
         except ConfigError as error:  # no peak, no link, no calibration: marked, never guessed
             said.append(f"No time is predicted: {error}.")
-    return Estimate(m, p, device, a, values, memory(a, values, sizes, device), flops, time, tuple(said), setup, stages)
+    held = memory(a, values, sizes, device)
+    said += notes_of_host(p, held.host, device.device)
+    return Estimate(m, p, device, a, values, held, flops, time, tuple(said), setup, stages)
 
 
 def _alone(m: ModelConfig, p: Plan, device: str, threads: int | None) -> Values:

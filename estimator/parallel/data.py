@@ -53,6 +53,7 @@ class Sharing:
         replicated: several groups hold all the shards each (HSDP).
         reshard: among how many accelerators a block's parameters are shared from forward to backward, if not all.
         bucket_view: gradients are views of DDP's buckets.
+        offload: shards, their gradients and the update are the host's.
         apart: the axes on which others have other parts of the model: of its matrices, or of its blocks.
     """
 
@@ -63,6 +64,7 @@ class Sharing:
     replicated: bool = False
     reshard: int | None = None
     bucket_view: bool = False
+    offload: bool = False
     apart: tuple[str, ...] = ()
 
 
