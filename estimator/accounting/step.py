@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from estimator.describe.checks import ConfigError
@@ -70,7 +71,8 @@ def run_step(recipe: Recipe, shapes: ShapeClass, device: str, stack: Stack, size
         with ledger.inside("inputs"):
             ids, targets = (_input(machine, size["B"], size["T"]) for _ in range(2))
     kind = OPTIMIZERS[recipe.optimizer, recipe.optimizer_impl]
-    optimizer = InBackward(kind, updated) if recipe.in_backward else kind(updated)
+    with machine.on_host() if recipe.offload else nullcontext():
+        optimizer = InBackward(kind, updated) if recipe.in_backward else kind(updated)
 
     losses: dict[int, Tensor] = {}  # of the micro-batches whose graphs are alive
 
@@ -117,7 +119,8 @@ def run_step(recipe: Recipe, shapes: ShapeClass, device: str, stack: Stack, size
     if recipe.clips:
         replica.clip(updated)
     if scaler is None:
-        optimizer.step()
+        with machine.on_host() if recipe.offload else nullcontext():
+            optimizer.step()
     else:
         scaler.step(optimizer)
         scaler.update()
@@ -173,6 +176,7 @@ def sharing_of(recipe: Recipe) -> Sharing:
         reduce_dtype=FLOAT32 if mixed and recipe.reduce_dtype == "fp32" else None,
         replicated=recipe.replicated,
         reshard=recipe.reshard,
+        offload=recipe.offload,
         bucket_view=recipe.bucket_view,
         staged=bool(recipe.pipeline),
         apart=(TENSOR,) * recipe.tensor_parallel + (PIPELINE,) * bool(recipe.pipeline),

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from estimator.accounting.accounts import Account, Values, account, sizes_for, stage_account
 from estimator.answers.assumptions import Assumption, assumptions
-from estimator.answers.notes import notes, notes_of_card, notes_of_device, notes_of_stages
+from estimator.answers.notes import notes, notes_of_card, notes_of_device, notes_of_host, notes_of_stages
 from estimator.describe.catalogue import number
 from estimator.describe.checks import ConfigError, TooLargeError, choose
+from estimator.describe.pipeline import least_micro_batches, telling_stages
 from estimator.describe.plan import Plan
 from estimator.describe.presets import preset
 from estimator.describe.run import Run, version_of
@@ -261,7 +262,9 @@ def estimate(
             time = predicted(m, p, device, flops, together.active_parameters, run.steps, count, setup)
         except ConfigError as error:  # no peak, no link, no calibration: marked, never guessed
             said.append(f"No time is predicted: {error}.")
-    return Estimate(m, p, device, a, values, memory(a, values, sizes, device), flops, time, tuple(said), setup, stages)
+    held = memory(a, values, sizes, device)
+    said += notes_of_host(p, held.host, device.device)
+    return Estimate(m, p, device, a, values, held, flops, time, tuple(said), setup, stages)
 
 
 def _alone(m: ModelConfig, p: Plan, device: str, threads: int | None) -> Values:
@@ -360,12 +363,15 @@ def max_batch_size(
     def spare(batch_size: int, turns: int) -> tuple[int, int] | None:
         """(bytes left free, bytes of gradients) of steps of so many micro-batches; None beyond 64 bits."""
         trial = p.replace(batch_size=batch_size, grad_accumulation=turns)
-        sizes = sizes_for(m, trial)
-        a = account(m, trial, name)
+        each = [spare_of(trial, stage) for stage in telling_stages(p)]
+        return None if None in each else min(x for x in each if x is not None)
+
+    def spare_of(trial: Plan, stage: int) -> tuple[int, int] | None:
+        a, sizes = account(m, trial, name, stage), sizes_for(m, trial, stage=stage)
         try:
             values = a.values(sizes)
         except TooLargeError:
-            if batch_size == 1:
+            if trial.batch_size == 1:
                 raise
             return None
         if device is None:
@@ -379,6 +385,10 @@ def max_batch_size(
     turns, largest = p.grad_accumulation, limits(Plan)["batch_size"]
     if global_batch_size is not None:
         turns, largest = 2, checked(Run, "global_batch_size", global_batch_size) // p.data_parallel
+    fewest = least_micro_batches(p)
+    if fewest > 1:
+        turns, largest = max(turns, fewest), largest // fewest if global_batch_size is not None else largest
+    elif global_batch_size is not None:
         # A whole share at once adds up no gradients: it needs less than with them, by no more than what they take.
         left = spare(largest, turns) if largest else None
         if left is not None and sum(left) >= 0 and spare(largest, 1)[0] >= 0:  # type: ignore[index]  # it needs less

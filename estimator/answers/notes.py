@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from estimator.describe.plan import FULLY_SHARDED
+from estimator.describe.units import GIB
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,7 +26,9 @@ def notes(m: ModelConfig, p: Plan, global_batch_size: int | None) -> Iterator[st
     """What the plan makes of the figures."""
     if p.compile:
         yield "The bytes are those of eager execution; compiled, fused ops save some."
-    if p.shards > 1:
+    if p.implementation == "megatron":
+        yield "Megatron-LM's implementation is a model after its source and papers, not compared with a run of it."
+    elif p.shards > 1:
         yield SHARDING_NOTES[p.sharding]
     if m.num_experts is not None:
         routed = "all experts get equally many tokens" if p.imbalance == 1 else "one expert gets more than its share"
@@ -45,6 +48,16 @@ def notes(m: ModelConfig, p: Plan, global_batch_size: int | None) -> Iterator[st
         yield (
             f"{p.grad_accumulation:,} micro-batches of {p.batch_size} on {p.accelerators} make {sequences:,} sequences:"
             f" of the last ones only those that {global_batch_size:,} leave are computed, in the time of full ones."
+        )
+
+
+def notes_of_host(p: Plan, nbytes: int, device: str) -> Iterator[str]:
+    """What the host keeps for an accelerator, of so many bytes."""
+    if p.offload != "none" and device == "cuda":
+        yield (
+            f"The host keeps {nbytes / GIB:,.2f} GiB for each accelerator (parameters, gradients, states, and "
+            "what the update takes), beside what its own system needs. It is not part of the accelerator's memory; "
+            "pinned, each block takes up to the next power of two."
         )
 
 

@@ -49,11 +49,7 @@ def figures(
 
 
 def needed_by(m: ModelConfig, way: Plan, a: Accelerator, batches: Counts, turns: Counts) -> Counts:
-    """(points,): `Memory.needed` of the stage that needs the most.
-
-    That is the first, the second or the last: each of those between has fewer micro-batches in flight than the one
-    before it.
-    """
+    """(points,): `Memory.needed` of the stage that needs the most."""
     return _needed(m, way, a, batches, turns)[0]
 
 
@@ -61,10 +57,9 @@ def _needed(
     m: ModelConfig, way: Plan, a: Accelerator, batches: Counts, turns: Counts
 ) -> tuple[Counts, list[NDArray[np.intp]]]:
     """(`needed_by`, the points whose stages have the same accounts)."""
-    stages = way.pipeline_parallel
     found = np.zeros(len(turns), dtype=np.int64)
     accounts: list[list[Account]] = [[] for _ in turns]
-    for stage in sorted({0, min(1, stages - 1), stages - 1}):
+    for stage in pipeline.telling_stages(way):
         for points in _alike(way, turns, stage):
             plan = way.replace(grad_accumulation=int(turns[points[0]]))
             flying = [pipeline.in_flight(way.replace(grad_accumulation=int(n)), stage) for n in turns[points]]

@@ -29,6 +29,7 @@ NEEDS = (
         for name, known in (
             ("gradient_as_bucket_view", (False,)),
             ("shard_group", (None,)),
+            ("offload", ("none",)),
             ("autocast", (False,)),
             ("adapter", ("none",)),
             ("trained", ("all",)),
@@ -63,6 +64,15 @@ def check_plan(p: Plan) -> None:
             f"grad_accumulation = {p.grad_accumulation}: {p.pipeline_parallel} stages under {p.pipeline_schedule} take "
             f"at least {least} micro-batches; allowed is at least that"
         )
+
+
+def telling_stages(p: Plan) -> tuple[int, ...]:
+    """The stages of which one needs the most memory: the first, the second and the last.
+
+    Each of those between has fewer micro-batches in flight than the one before it.
+    """
+    last = p.pipeline_parallel - 1
+    return tuple(sorted({0, min(1, last), last}))
 
 
 def least_micro_batches(p: Plan) -> int:

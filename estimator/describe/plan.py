@@ -329,6 +329,26 @@ class Plan:
         draws=(None,),
         needs=(Needs("sharding", ("zero3",), "sharding is {sharding!r}"),),
     )
+    offload: str = choice(
+        "none",
+        "What of the model the host keeps for the accelerator.",
+        {
+            "none": "nothing",
+            "parameters": (
+                "parameters, gradients and optimizer states, and the update runs there (fully_shard's "
+                "`CPUOffloadPolicy`): only what is gathered is on the accelerator"
+            ),
+        },
+        needs=(
+            Needs("sharding", FULLY_SHARDED, "it is a policy of fully_shard"),
+            Needs(
+                "precision",
+                ("fp32", "tf32", "bf16", "bf16-mixed", "bf16-fsdp"),
+                "the scaler or the masters of {precision!r} are the accelerator's",
+            ),
+            Needs("tensor_parallel", (1,), "tensor_parallel is {tensor_parallel}"),
+        ),
+    )
     shard_group: int | None = integer(
         None,
         "With zero2 and zero3, how many accelerators share what is sharded, while groups of so many replicate it "

@@ -54,6 +54,7 @@ class Sharing:
         reshard: among how many accelerators a block's parameters are shared from forward to backward, if not all.
         bucket_view: gradients are views of DDP's buckets.
         staged: a stage of a pipeline reduces gradients once its schedule is over, not in each backward.
+        offload: shards, their gradients and the update are the host's.
         apart: the axes on which others have other parts of the model: of its matrices, or of its blocks.
     """
 
@@ -65,6 +66,7 @@ class Sharing:
     reshard: int | None = None
     bucket_view: bool = False
     staged: bool = False
+    offload: bool = False
     apart: tuple[str, ...] = ()
 
 

@@ -6,7 +6,7 @@ that PyTorch counts, or on the CPU gloo's, which do.
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 from estimator.eager.autograd import add_wider, attach, record
@@ -68,7 +68,8 @@ class Unit:
         """`FSDPParam._init_sharded_param`: the parameter's storage is emptied; full, it is as long as D shards."""
         machine, where = self.machine, p.storage.where
         with machine.ledger.at(where.module, where.block, "fully_shard"):
-            full = machine.empty(padded, p.dtype, category=Category.PARAMETER)
+            with self.fsdp.on_shards():
+                full = machine.empty(padded, p.dtype, category=Category.PARAMETER)
             rows = rows_on(machine, p.shape[0], self.fsdp.sharing.rank)
             shard = Tensor(machine, full.storage, (rows, *padded[1:]), full.stride, p.dtype).hold()
             full.discard()
@@ -99,17 +100,42 @@ class Unit:
         with self._doing("all_gather"):
             held = self.kept or self.shards
             flat = None
+            if self.fsdp.sharing.offload:
+                inputs = self._fetched()
+                self._all_gather(inputs)
+                for x in inputs:
+                    x.drop()
+                return
             cast_ = [p for p, shard in zip(self.parameters, self.shards, strict=True) if p.dtype != shard.dtype]
             if cast_:  # `foreach_all_gather` holds it until it returns
                 flat = self._buffer(elements(self.kept) if self.kept else self._elements(cast_), cast_[0].dtype).hold()
                 self.machine.kernel("_foreach_copy_", held, held)
-            self.gathered = self._whole_buffer().hold()
-            self.machine.kernel("all_gather_copy_in", held, held)
-            self.machine.collective("all-gather", DATA, self.gathered, waits="unit")
-            if self.fsdp.gloo:  # it receives into a buffer of its own
-                self._whole_buffer().discard()
+            self._all_gather(held)
             if flat is not None:
                 flat.drop()
+
+    def _all_gather(self, held: Sequence[Tensor]) -> None:
+        """Of these inputs."""
+        self.gathered = self._whole_buffer().hold()
+        self.machine.kernel("all_gather_copy_in", held, held)
+        self.machine.collective("all-gather", DATA, self.gathered, waits="unit")
+        if self.fsdp.gloo:  # it receives into a buffer of its own
+            self._whole_buffer().discard()
+
+    def _fetched(self) -> list[Tensor]:
+        """`FSDPParam.all_gather_inputs` of offloaded shards, held: each is copied from the host, then cast."""
+        if self.kept:
+            return [x.hold() for x in self.kept]
+        found = []
+        for p, shard, padded in zip(self.parameters, self.shards, self.padded, strict=True):
+            count = self.machine.product(padded)
+            x = shard.hold() if self.machine.device == "cpu" else self._buffer(count, shard.dtype).hold()
+            if p.dtype != shard.dtype:
+                wide, x = x, self._buffer(count, p.dtype).hold()
+                self.machine.kernel("copy_", (wide,), (x,))
+                wide.drop()
+            found.append(x)
+        return found
 
     def copy_out(self) -> None:
         """`wait_for_unshard`: from the buffer into each parameter's storage.
@@ -275,9 +301,12 @@ class Unit:
             if any(p is x for x in having)
         ]
         first = shards[0][0].grad is None
-        rows.storage.category = Category.GRADIENT if first else HELD
+        moves = self.fsdp.sharing.offload and self.machine.device != "cpu"
+        rows.storage.category = Category.GRADIENT if first and not moves else HELD
         for shard, padded in shards:
-            if first:
+            if moves:
+                self._take_to_host(shard, rows.dtype, first=first)
+            elif first:
                 stride = self.machine.contiguous(shard.shape)
                 shard.grad = Tensor(self.machine, rows.storage, shard.shape, stride, rows.dtype).hold()
                 mine = shard.storage.where, rows.dtype.itemsize * self.machine.product(padded)
@@ -286,7 +315,20 @@ class Unit:
                 assert shard.grad is not None
                 self.machine.kernel("add_", (shard.grad,), (shard.grad,))
             if shard.after_accumulation is not None:
-                shard.after_accumulation(shard)
+                with self.fsdp.on_shards():
+                    shard.after_accumulation(shard)
+
+    def _take_to_host(self, shard: Tensor, dtype: Dtype, *, first: bool) -> None:
+        """A shard's part of the sums, copied to the host."""
+        with self.machine.on_host():
+            copy = self.machine.empty(shard.shape, dtype, category=Category.GRADIENT if first else HELD).hold()
+            if first:
+                shard.grad = copy
+                self.machine.ledger.gradients[copy.storage] = [(shard.storage.where, copy.storage.nbytes)]
+                return
+            assert shard.grad is not None
+            self.machine.kernel("add_", (shard.grad, copy), (shard.grad,))
+            copy.drop()
 
     def end_backward(self) -> None:
         """`finalize_backward`; what was gathered for a backward that there is not is let go."""
@@ -356,6 +398,12 @@ class FullySharded(Replica):
         self._gathered: Tensor | None = None
         self._reduced: Tensor | None = None
 
+    @contextmanager
+    def on_shards(self) -> Iterator[None]:
+        """What is done to shards is done where they are: with `CPUOffloadPolicy` on the host."""
+        with self.machine.on_host() if self.sharing.offload else nullcontext():
+            yield
+
     def keep(self, gathered: Tensor | None) -> None:
         """Hold on to the buffer of the last all-gather in forward in place of the one before."""
         before, self._gathered = self._gathered, gathered.hold() if gathered is not None else None
@@ -397,7 +445,8 @@ class FullySharded(Replica):
 
     def clip(self, parameters: Sequence[Tensor]) -> None:
         """Each accelerator has its shards' part of the norm."""
-        clip_parts(parameters, (*self.sharing.apart, DATA))
+        with self.on_shards():
+            clip_parts(parameters, (*self.sharing.apart, DATA))
 
 
 def _shards(unit: Unit) -> Iterator[tuple[Tensor, Shape]]:

@@ -281,6 +281,11 @@ def predicted(
     Raises:
         ConfigError: as for `step_times`.
     """
+    if p.offload != "none":
+        raise ConfigError(
+            f"offload is {p.offload!r}, and neither the host's update nor its link to the accelerator has been timed; "
+            "give an MFU"
+        )
     setup = setup or Setup()
     if p.compile:
         setup = replace(setup, variant=replace(setup.variant, fused=FUSED.fused))

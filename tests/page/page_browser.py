@@ -16,7 +16,7 @@ FLAGS = [
     "--disable-quic",
 ]
 SHOTS = ROOT / "screenshots"
-PAGES = ("Estimate", "Plan", "Formulas", "Sweep", "Compare", "Validate", "Course")
+PAGES = ("Estimate", "Plan", "Layouts", "Formulas", "Sweep", "Compare", "Validate", "Course")
 # Opened at a page's own address, Streamlit's client asks below it first where its server is, and is told 404.
 PROBES = tuple(f"/{page.lower()}/_stcore/{probe}" for page in PAGES for probe in ("health", "host-config"))
 PATIENCE = 150_000  # ms until a state that does not come is an error: on a busy machine advice takes its time

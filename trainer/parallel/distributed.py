@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from estimator.describe.checks import ConfigError
@@ -110,6 +110,8 @@ class World:
         """
         if self.size == plan.tensor_parallel:
             return model
+        if plan.offload != "none" and self.device.type != "cpu":
+            raise ConfigError(f"offload = {plan.offload!r}: the trainer runs it on the CPU alone; allowed is none")
         if plan.fp32_gradients:  # which are summed as they are: `mean`
             return model
         if sharding in ("none", "zero1"):
@@ -125,6 +127,8 @@ class World:
         """`model`, of whose parameters each process holds its rows, by FSDP2; `keeps` them whole until backward."""
         options: dict[str, Any] = {"mesh": self.mesh(plan), "mp_policy": mixed or MixedPrecisionPolicy()}
         root: dict[str, Any] = {"reshard_after_forward": False} if keeps else {}
+        if plan.offload != "none":
+            options["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
         inner = root if plan.reshard_after_forward is None else {"reshard_after_forward": plan.reshard_after_forward}
         blocks = "model.blocks" if plan.is_pipeline else "blocks"
         for block in model.get_submodule(blocks).children():  # one block is gathered at a time
