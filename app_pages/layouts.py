@@ -70,9 +70,9 @@ def show(s: Setup) -> None:
         return
     first = found.options[0]
     took = f"{duration(first.seconds)} a step, MFU {first.mfu:.0%}"
+    least = f" The least number of accelerators on which it fits is {found.smallest:,}." if found.smallest else ""
     st.success(
-        f"Fastest of {len(found.options):,} that fit: {said(first)}: {took}. The least number of accelerators on which "
-        f"it fits is {found.smallest:,}.",
+        f"Fastest of {len(found.options):,} that fit: {said(first)}: {took}.{least}",
         icon=":material/check_circle:",
     )
     for o in found.options[:SHOWN]:
