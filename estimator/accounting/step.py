@@ -153,9 +153,17 @@ def _stage(machine: Machine, model: Transformer, recipe: Recipe, size: Mapping[s
         given = {name: _input(machine, *whole) for name in ("ids",) * recipe.enters + ("targets",) * recipe.leaves}
     pieces = {name: x.view(shape, machine.contiguous(shape)).hold() for name, x in given.items()}
 
+    lower = LOWER.get(recipe.precision)
+
+    def run(x: Tensor) -> Tensor:
+        with machine.autocast(lower):
+            out: Tensor = model(x)
+        return out
+
     def loss(logits: Tensor) -> Tensor:
         with machine.ledger.inside("loss"):
-            mean = LOSSES[recipe.loss](logits, pieces["targets"]).hold()
+            with machine.autocast(lower):
+                mean = LOSSES[recipe.loss](logits, pieces["targets"]).hold()
             divided = div_number(mean).hold()
             mean.drop()
         return divided
@@ -163,7 +171,7 @@ def _stage(machine: Machine, model: Transformer, recipe: Recipe, size: Mapping[s
     ahead = next(i for i, move in enumerate(recipe.schedule) if move.kind == BACKWARD)
     counts = recipe.micro_batches, ahead
     passed = (*shape, size["d"]), replica.sharing.param_dtype or machine.dtype
-    return Stage(machine, recipe.stage, *counts, *passed, model, pieces.get("ids"), loss, replica.after_schedule)
+    return Stage(machine, recipe.stage, *counts, *passed, run, pieces.get("ids"), loss, replica.after_schedule)
 
 
 def sharing_of(recipe: Recipe) -> Sharing:

@@ -37,7 +37,7 @@ NEEDS = (
             ("update", ("after",)),
             ("loss", ("bundled", "torch", "torch-fp32")),
             ("checkpoint_every", (1,)),
-            ("precision", ("fp32", "tf32", "bf16", "bf16-fsdp")),
+            ("precision", ("fp32", "tf32", "bf16", "bf16-mixed", "bf16-fsdp")),
             ("optimizer", ("adamw", "adam", "sgd", "sgd-momentum", "lion")),
         )
     ),

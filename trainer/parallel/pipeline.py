@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 
+from trainer.optim.precision import autocast
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -50,6 +52,11 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """What goes on to the next stage, or the logits."""
+        with autocast(self.model.plan, x.device.type):
+            return self.run(x)
+
+    def run(self, x: Tensor) -> Tensor:
+        """The same, in the dtypes of the context."""
         model = self.model
         if self.index == 0:
             x = model.dropout(model.embedded(x, 0))
@@ -83,7 +90,13 @@ def scheduled(
         devices = [device] if device.type == "cuda" else None
         module = nn.parallel.DistributedDataParallel(stage, devices, process_group=grid["data"].get_group())
     place = PipelineStage(module, stage.index, stage.stages, device, group=grid["pipeline"].get_group())
-    run = SCHEDULES[kind](place, micro_batches, lambda x, y: loss(x, y) / micro_batches, scale_grads=False)
+
+    def mean(logits: Tensor, targets: Tensor) -> Tensor:
+        with autocast(stage.model.plan, device.type):
+            whole = loss(logits, targets)
+        return whole / micro_batches
+
+    run = SCHEDULES[kind](place, micro_batches, mean, scale_grads=False)
 
     def step(ids: Tensor, targets: Tensor, losses: list[Tensor] | None = None) -> None:
         inputs = (ids,) if stage.first else ()
