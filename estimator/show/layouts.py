@@ -92,7 +92,12 @@ def said(found: Layouts, count: int, gpu: str, rows: int = ROWS) -> str:
         way = f"{layout(first)}, micro-batch {first.plan.batch_size}, checkpointing {first.plan.checkpointing}"
         speed = f"{duration(first.seconds)} a step, MFU {first.mfu:.0%}"
         lines = [f"Fastest of {len(found.options):,} that fit: {way}: {speed}."]
-        lines += [f"The least number of accelerators on which it fits is {found.smallest:,}.", ""]
+        least = (
+            ""
+            if found.smallest is None
+            else f"The least number of accelerators on which it fits is {found.smallest:,}."
+        )
+        lines += [least, ""] if least else [""]
         table = [HEADER, *(row(o, first) for o in found.options[:rows])]
         lines += in_columns(table, LEFT)
         more = len(found.options) - rows
