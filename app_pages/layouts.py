@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from app_pages.inputs import Setup
-    from estimator.answers.layouts import Layouts, Option
+    from estimator.answers.found_layouts import Layouts, Option
 
 CODES = {"PyTorch's own": LAID_OUT, "Megatron-LM's": MEGATRON}
 SHOWN = 10
