@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Sequence
 
-    from estimator.answers.layouts import Layouts, Option
+    from estimator.answers.found_layouts import Layouts, Option
 
 ROWS = 12
 HEADER = ("", "layout", "micro-batch", "checkpointing", "step", "tokens/s each", "MFU", "needs", "free",
