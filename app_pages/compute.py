@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from app_pages.inputs import Setup
-    from estimator.answers.layouts import Layouts
+    from estimator.answers.found_layouts import Layouts
     from estimator.answers.plans import Plans
     from estimator.answers.request import Request
     from estimator.describe.model import ModelConfig

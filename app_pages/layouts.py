@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from app_pages.inputs import Setup
-    from estimator.answers.layouts import Layouts, Option
+    from estimator.answers.found_layouts import Layouts, Option
 
 CODES = {"PyTorch's own": LAID_OUT, "Megatron-LM's": MEGATRON}
 SHOWN = 10
@@ -70,9 +70,9 @@ def show(s: Setup) -> None:
         return
     first = found.options[0]
     took = f"{duration(first.seconds)} a step, MFU {first.mfu:.0%}"
+    least = f" The least number of accelerators on which it fits is {found.smallest:,}." if found.smallest else ""
     st.success(
-        f"Fastest of {len(found.options):,} that fit: {said(first)}: {took}. The least number of accelerators on which "
-        f"it fits is {found.smallest:,}.",
+        f"Fastest of {len(found.options):,} that fit: {said(first)}: {took}.{least}",
         icon=":material/check_circle:",
     )
     for o in found.options[:SHOWN]:
@@ -83,7 +83,8 @@ def show(s: Setup) -> None:
     data = partial(csv_of, found.to_frame(), index=False)
     st.download_button("CSV of all", data, "layouts.csv", "text/csv", on_click="ignore")
     _schedule(s, found)
-    st.caption(f"Assumed: {found.network}.")
+    star = ":orange[:material/star:]: no other layout is both faster and leaves more memory free."
+    st.caption(f"{star} Network: {found.network}.")
     _left_out(found)
 
 

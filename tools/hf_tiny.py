@@ -8,9 +8,11 @@ import json
 from pathlib import Path
 
 import torch
+import transformers
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers import logging as transformers_logging
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
 from estimator.describe.families import FAMILIES
 from estimator.describe.fields import class_defaults
@@ -75,6 +77,18 @@ BESIDE = {
     "mellum": {"layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]},
     "granitemoehybrid": {"layer_types": ["attention"] * 4, "position_embedding_type": "rope"},
     "minicpm3": {"num_key_value_heads": 4},
+    "mistral4": {
+        "n_group": 1,
+        "first_k_dense_replace": 1,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 2.0,
+            "partial_rotary_factor": 1 / 3,
+            "llama_4_scaling_beta": 0.1,
+            "original_max_position_embeddings": 8192,
+        },
+    },
     "seed_oss": {"attention_bias": True},
 }
 # Further ones of a family, whose switches make other parts of it.
@@ -101,9 +115,12 @@ def row(name):
     kind = name.split()[0]
     config = tiny(kind) | VARIANTS.get(name, {})
     given = CONFIG_MAPPING[kind](**{name: value for name, value in config.items() if name != "model_type"})
+    of_class = getattr(transformers, f"{class_defaults()[kind]['class']}ForCausalLM", None)
+    # A class that is published inside another's model is in no list of causal ones.
+    make = AutoModelForCausalLM.from_config if kind in CAUSAL else of_class._from_config  # noqa: SLF001 - what it calls
     with torch.device("meta"):
-        shapes = {name: list(p.shape) for name, p in AutoModelForCausalLM.from_config(given).named_parameters()}
-    model = AutoModelForCausalLM.from_config(given, attn_implementation="eager", experts_implementation="eager").float()
+        shapes = {name: list(p.shape) for name, p in make(given).named_parameters()}
+    model = make(given, attn_implementation="eager", experts_implementation="eager").float()
     ids = torch.randint(2, 160, (B, T))
     with FlopCounterMode(display=False) as forward:
         logits = model(input_ids=ids, use_cache=False).logits

@@ -51,6 +51,7 @@ from estimator.describe.rules import (
     root_of_d,
     said_to_be_attention,
     shared_of,
+    shared_width,
     size,
     windows_after_dense,
     windows_if_used,
@@ -298,6 +299,14 @@ MIXTURES: dict[str, Family] = {
         experts={"score": "sigmoid", "correction": "buffer"},
         partial=True,
         refused=(QK_NORMED, ("shared_intermediate_size", 0, "the family's class has no shared expert"), *NO_BIASES),
+    ),
+    "mistral4": Family(
+        attention=LATENT | {"query_scaling": "all"},
+        positions={"pairs": either("rope_interleave", "neighbours", "halves")},
+        experts=GROUPED | {"score": "softmax", "correction": "none", "grouped": False},
+        sizes=LATENT_SIZES | {"d_shared": shared_width},
+        sparse=after_first,
+        refused=(("n_group", 1, "groups of experts would be chosen by the sum of their best two"),),
     ),
     "mixtral": Family(experts={}, kinds=cycle("window"), refused=NO_BIASES),
     "olmoe": Family(

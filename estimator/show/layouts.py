@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Sequence
 
-    from estimator.answers.layouts import Layouts, Option
+    from estimator.answers.found_layouts import Layouts, Option
 
 ROWS = 12
 HEADER = ("", "layout", "micro-batch", "checkpointing", "step", "tokens/s each", "MFU", "needs", "free",
@@ -92,7 +92,12 @@ def said(found: Layouts, count: int, gpu: str, rows: int = ROWS) -> str:
         way = f"{layout(first)}, micro-batch {first.plan.batch_size}, checkpointing {first.plan.checkpointing}"
         speed = f"{duration(first.seconds)} a step, MFU {first.mfu:.0%}"
         lines = [f"Fastest of {len(found.options):,} that fit: {way}: {speed}."]
-        lines += [f"The least number of accelerators on which it fits is {found.smallest:,}.", ""]
+        least = (
+            ""
+            if found.smallest is None
+            else f"The least number of accelerators on which it fits is {found.smallest:,}."
+        )
+        lines += [least, ""] if least else [""]
         table = [HEADER, *(row(o, first) for o in found.options[:rows])]
         lines += in_columns(table, LEFT)
         more = len(found.options) - rows

@@ -80,6 +80,27 @@ def test_stages_of_shared_matrices_and_of_replicas_are_exact_too(tmp_path):
             assert {name: getattr(v, name) for name in real} == real, (m, p, rank)
 
 
+@pytest.mark.parametrize("stages", [2] if not RUNS else [2, 3])
+def test_stages_that_are_sharded_are_exact_too(stages, tmp_path):
+    """Two share the parameters of each stage by `fully_shard`; these are whole from the first forward to the end."""
+    random = Random(6)
+    plan = {"batch_size": 2, "pipeline_parallel": stages, "data_parallel": 2, "sharding": "zero2", "optimizer": "sgd"}
+    cases = [
+        (model("llama", 2 * stages), Plan(grad_accumulation=6, max_grad_norm=1.0, **plan)),
+        (model("gpt2", stages), Plan(grad_accumulation=3, precision="bf16-fsdp", pipeline_schedule="gpipe", **plan)),
+    ]
+    for _ in range(RUNS or 1):
+        m, p = drawn(random, stages)
+        mixed = {"precision": random.choice(["bf16-fsdp", p.precision]), "reduce_dtype": "fp32"}
+        if mixed["precision"] == "bf16-fsdp":
+            mixed["reduce_dtype"] = random.choice(["fp32", "bf16"])
+        cases.append((m, p.replace(data_parallel=2, sharding="zero2", **mixed)))
+    for (m, p), processes in zip(cases, measured(2 * stages, cases, tmp_path), strict=True):
+        for stage, real in enumerate(processes[::2]):  # of those that share a stage, the one with the most rows
+            v = account(m, p, "cpu", stage).evaluate(m, p, threads=1)
+            assert {name: getattr(v, name) for name in real} == real, (m, p, stage)
+
+
 def test_losses_are_those_of_one_process(tmp_path):
     """The mean over the micro-batches; equal to 1e-5, since a sum is in another order."""
     plan = {"batch_size": 2, "grad_accumulation": 2, "pipeline_parallel": 2}

@@ -4,6 +4,8 @@ Their letters s, b, h, a, L, v, t, p, m are T, B, d, h, L, V, t, stages and part
 the statistics of the norms, two numbers of 4 bytes a token and norm, and the loss's two masks.
 """
 
+import time
+
 import pytest
 import sympy
 
@@ -152,3 +154,19 @@ def test_the_largest_micro_batch_is_that_of_the_stage_that_needs_the_most():
         for n in (most, most + 1)
     ]
     assert fits == [True, False]
+
+
+def test_sixteen_thousand_accelerators_are_a_matter_of_seconds_and_cost_what_was_published():
+    """430 and 400 TFLOP/s of an H100 (989): Meta's runs of 405B on 8,192 and 16,384, docs/time.md."""
+    start = time.process_time()
+    p = PLAN.replace(
+        batch_size=1, dropout=0.0, attention="sdpa", sequence_parallel=True, pipeline_parallel=14, virtual_stages=9,
+        sharding="zero1", seq_len=8192,
+    )  # fmt: skip
+    found = [
+        est.estimate("llama-3.1-405b", p, "h100-80gb-sxm", count=count, global_batch_size=2016, network=50e9)
+        for count in (8064, 16128)
+    ]
+    assert time.process_time() - start < 10
+    for r, published in zip(found, (430, 400), strict=True):
+        assert r.time.mfu * r.time.peak_flops == pytest.approx(published * 1e12, rel=0.08)

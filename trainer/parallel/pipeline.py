@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 
 if TYPE_CHECKING:
@@ -74,10 +75,11 @@ def scheduled(
     """(PyTorch's stage, a step): one call of that runs every micro-batch of the given ids and targets through `stage`.
 
     The loss of a micro-batch is divided by their number here, so that gradients need not be. Replicas of the stage, on
-    the axis "data" of the mesh `grid`, exchange their gradients as DDP does, in the last backward.
+    the axis "data" of the mesh `grid`, exchange their gradients as DDP does, in the last backward; those that share its
+    parameters (`fully_shard`) do when the schedule is over.
     """
     module: nn.Module = stage
-    if grid["data"].size() > 1:
+    if grid["data"].size() > 1 and not isinstance(stage, FSDPModule):
         devices = [device] if device.type == "cuda" else None
         module = nn.parallel.DistributedDataParallel(stage, devices, process_group=grid["data"].get_group())
     place = PipelineStage(module, stage.index, stage.stages, device, group=grid["pipeline"].get_group())
