@@ -23,7 +23,6 @@ NEEDS = (
     *(
         Needs(name, known, f"it is not known together with {name} = {{{name}!r}}", where=BUNDLED)
         for name, known in (
-            ("shard_group", (None,)),
             ("reshard_after_forward", (None,)),
             ("adapter", ("none",)),
             ("trained", ("all",)),

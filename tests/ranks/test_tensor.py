@@ -89,6 +89,23 @@ def test_ranks_that_share_matrices_and_shards_too(tmp_path):
             assert {name: getattr(v, name) for name in real} == real, (m, p, rank)
 
 
+HYBRID = {"batch_size": 2, "data_parallel": 4, "tensor_parallel": 2, "shard_group": 2}
+
+
+@pytest.mark.skipif(not RUNS, reason="eight processes: TENSOR_RUNS=1 runs it")
+def test_replicas_of_shards_of_shared_matrices(tmp_path):
+    """HSDP around tensor parallelism: each of 2 x 2 x 2 processes."""
+    cases = [
+        (LLAMA, Plan(sharding="zero3", precision="bf16-fsdp", max_grad_norm=1.0, **HYBRID)),
+        (GPT2, Plan(sharding="zero2", optimizer="sgd", grad_accumulation=2, **HYBRID)),
+        (LLAMA, Plan(sharding="zero3", optimizer="sgd", checkpointing="block", **HYBRID)),
+    ]
+    for (m, p), processes in zip(cases, measured(8, cases, tmp_path), strict=True):
+        for rank, real in enumerate(processes):
+            v = account(m, p, "cpu", rank // 2).evaluate(m, p, threads=1)
+            assert {name: getattr(v, name) for name in real} == real, (m, p, rank)
+
+
 def test_each_rank_sends_the_messages_of_the_ledger(tmp_path):
     cases = [(m, Plan(batch_size=2, tensor_parallel=2, **plan)) for m, plan in CASES[:3]]
     for (m, p), processes in zip(cases, measured(2, cases, tmp_path, "messages"), strict=True):
@@ -138,6 +155,10 @@ def test_an_estimate_of_several_accelerators():
     several = est.estimate("llama-3.1-8b", sharded, "h100-80gb-sxm", count=16, global_batch_size=16)
     assert several.plan.data_parallel == 4
     assert several.flops.model == 16 * alone.flops.model
+    hybrid = est.estimate(
+        "llama-3.1-8b", sharded.replace(shard_group=2), "h100-80gb-sxm", count=16, global_batch_size=16
+    )
+    assert hybrid.memory.peak > several.memory.peak  # each holds twice as much of the state
     with pytest.raises(ConfigError, match="count = 6: the plan's tensor_parallel is 4"):
         est.estimate("llama-3.1-8b", plan.replace(tensor_parallel=4), "h100-80gb-sxm", count=6)
 

@@ -140,13 +140,22 @@ class World:
         """The processes that share shards; with `shard_group` a row of them for each group that has all (HSDP)."""
         group = plan.shard_group
         if plan.tensor_parallel > 1 or plan.is_pipeline:
-            return self.grid(plan)["data"]
+            return (
+                self.grid(plan)["data"]
+                if plan.shard_group in (None, plan.data_parallel)
+                else self.grid(plan)["replicate", "data"]
+            )
         if group is None or group == self.size:
             return init_device_mesh(self.device.type, (self.size,))
         return init_device_mesh(self.device.type, (self.size // group, group), mesh_dim_names=("replicate", "data"))
 
     def grid(self, plan: Plan) -> DeviceMesh:
         """All processes, those that share a block's matrices side by side, the stages of a pipeline furthest apart."""
+        if plan.shards > 1 and plan.replicas > 1:
+            groups = (plan.pipeline_parallel, plan.replicas, plan.shards, plan.tensor_parallel)
+            return init_device_mesh(
+                self.device.type, groups, mesh_dim_names=("pipeline", "replicate", "data", "tensor")
+            )
         shape = (plan.pipeline_parallel, plan.data_parallel, plan.tensor_parallel)
         return init_device_mesh(self.device.type, shape, mesh_dim_names=("pipeline", "data", "tensor"))
 
