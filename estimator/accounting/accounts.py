@@ -227,7 +227,7 @@ def recipe_of(m: ModelConfig, p: Plan, device: str, rank: int = 0) -> Recipe:
         checkpointing=p.checkpointing,
         checkpoint_every=p.checkpoint_every,
         optimizer=p.optimizer,
-        optimizer_impl=p.optimizer_on("cpu" if p.offload != "none" else device),
+        optimizer_impl=p.optimizer_on(device),
         clips=p.max_grad_norm is not None,
         # The second micro-batch adds to gradients that exist, and so do all after it; where gradients become views of
         # buckets, the last is another than those between.

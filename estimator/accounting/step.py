@@ -20,7 +20,7 @@ from estimator.optim.in_backward import InBackward
 from estimator.optim.masters import Masters
 from estimator.optim.optimizers import OPTIMIZERS
 from estimator.optim.scaling import GradScaler
-from estimator.parallel.data import Sharing
+from estimator.parallel.data import Replica, Sharing
 from estimator.parallel.megatron import ApexAdam, MainParameters, MegatronStage
 from estimator.parallel.pipeline import MICRO_BATCHES, SCHEDULES, Stage
 from estimator.parallel.placement import PIPELINE, TENSOR
@@ -66,7 +66,7 @@ def run_step(recipe: Recipe, shapes: ShapeClass, device: str, stack: Stack, size
     if recipe.precision == "fp16-mixed":
         scaler = GradScaler(machine)
     if recipe.pipeline:
-        stage = _stage(machine, model, recipe, size)
+        stage = _stage(machine, model, recipe, size, replica)
     else:
         with ledger.inside("inputs"):
             ids, targets = (_input(machine, size["B"], size["T"]) for _ in range(2))
@@ -146,23 +146,32 @@ def megatron_step(machine: Machine, recipe: Recipe) -> Ledger:
     return ledger
 
 
-def _stage(machine: Machine, model: Transformer, recipe: Recipe, size: Mapping[str, Size]) -> Stage:
+def _stage(machine: Machine, model: Transformer, recipe: Recipe, size: Mapping[str, Size], replica: Replica) -> Stage:
     """One process of a pipeline, with the ids or the targets of all micro-batches where it needs them."""
     shape, whole = (size["B"], size["T"]), (MICRO_BATCHES * size["B"], size["T"])
     with machine.ledger.inside("inputs"):
         given = {name: _input(machine, *whole) for name in ("ids",) * recipe.enters + ("targets",) * recipe.leaves}
     pieces = {name: x.view(shape, machine.contiguous(shape)).hold() for name, x in given.items()}
 
+    lower = LOWER.get(recipe.precision)
+
+    def run(x: Tensor) -> Tensor:
+        with machine.autocast(lower):
+            out: Tensor = model(x)
+        return out
+
     def loss(logits: Tensor) -> Tensor:
         with machine.ledger.inside("loss"):
-            mean = LOSSES[recipe.loss](logits, pieces["targets"]).hold()
+            with machine.autocast(lower):
+                mean = LOSSES[recipe.loss](logits, pieces["targets"]).hold()
             divided = div_number(mean).hold()
             mean.drop()
         return divided
 
     ahead = next(i for i, move in enumerate(recipe.schedule) if move.kind == BACKWARD)
     counts = recipe.micro_batches, ahead
-    return Stage(machine, recipe.stage, *counts, (*shape, size["d"]), model, pieces.get("ids"), loss)
+    passed = (*shape, size["d"]), replica.sharing.param_dtype or machine.dtype
+    return Stage(machine, recipe.stage, *counts, *passed, run, pieces.get("ids"), loss, replica.after_schedule)
 
 
 def sharing_of(recipe: Recipe) -> Sharing:
@@ -177,6 +186,7 @@ def sharing_of(recipe: Recipe) -> Sharing:
         reshard=recipe.reshard,
         offload=recipe.offload,
         bucket_view=recipe.bucket_view,
+        staged=bool(recipe.pipeline),
         apart=(TENSOR,) * recipe.tensor_parallel + (PIPELINE,) * bool(recipe.pipeline),
     )
 

@@ -19,22 +19,25 @@ BUNDLED = ("implementation", "bundled")  # Megatron's own needs are `estimator.d
 NEEDS = (
     Needs(
         "shared_by",
-        ("one accelerator", "none"),
-        "what is sharded around it is not known",
-        say="allowed on several accelerators is sharding none (DDP)",
+        ("one accelerator", "none", "zero2"),
+        "ZeRO-1 and ZeRO-3 around it are not known",
+        say="allowed on several accelerators is sharding none (DDP), zero2",
         where=BUNDLED,
     ),
     *(
         Needs(name, known, f"it is not known together with {name} = {{{name}!r}}", where=BUNDLED)
         for name, known in (
             ("gradient_as_bucket_view", (False,)),
+            ("shard_group", (None,)),
+            ("offload", ("none",)),
+            ("autocast", (False,)),
             ("adapter", ("none",)),
             ("trained", ("all",)),
             ("frozen", ("",)),
             ("update", ("after",)),
             ("loss", ("bundled", "torch", "torch-fp32")),
             ("checkpoint_every", (1,)),
-            ("precision", ("fp32", "tf32", "bf16")),
+            ("precision", ("fp32", "tf32", "bf16", "bf16-mixed", "bf16-fsdp")),
             ("optimizer", ("adamw", "adam", "sgd", "sgd-momentum", "lion")),
         )
     ),
@@ -51,7 +54,7 @@ def check_plan(p: Plan) -> None:
             f"{p.pipeline_parallel} stages"
         )
     least = least_micro_batches(p)
-    if p.data_parallel > 1 and p.pipeline_schedule == "gpipe":
+    if p.shared_by == "none" and p.pipeline_schedule == "gpipe":
         raise ConfigError(
             "pipeline_schedule = 'gpipe': DDP's reducer fails under PyTorch's ScheduleGPipe (an assertion in "
             f"reducer.cpp), and data_parallel is {p.data_parallel}; allowed is 1f1b"

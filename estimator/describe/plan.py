@@ -529,6 +529,8 @@ class Plan:
         """The optimizer implementation on `device` ("cpu" or "cuda"), with "auto" resolved as torch.optim does."""
         if self.optimizer_impl != "auto":
             return self.optimizer_impl
+        if self.offload != "none":  # the update is the host's
+            device = "cpu"
         own = OPTIMIZERS[self.optimizer]
         lists = device == "cuda" and "foreach" in own and self.optimizer not in LISTS_IF_ASKED
         return "foreach" if lists and own[0] == "loop" else own[0]

@@ -82,7 +82,6 @@ IS = {kind: what for what, kinds in KINDS.items() for kind in kinds.split()}
 
 # Decoders with a block of their own: (what no part says, the nearest family that is read).
 GEMMA3 = "gemma3_text"
-GATED = "what its attention finds goes through a gate"
 INDEXED = "an indexer picks the keys that a token sees"
 LOOPED = "its layers run several times over in each step"
 BOTH_WAYS = "it fills in a text from both sides, so that a token sees those after it"
@@ -112,7 +111,7 @@ ONE_OFF = {
     "inkling_text": (CONVOLVED, "llama"),
     "inkling2_text": (CONVOLVED, "llama"),
     "inkling2_loop_text": (CONVOLVED, "llama"),
-    "laguna": (GATED, "glm4_moe"),
+    "laguna": ("heads, and how much of one is rotated, differ between its layers", "glm4_moe"),
     "longcat_flash": ("a layer has two attentions, and experts that compute nothing", "deepseek_v3"),
     "llada": (BOTH_WAYS, "llama"),
     "minimax_m3_vl_text": (INDEXED, "minimax_m2"),

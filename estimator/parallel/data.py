@@ -53,6 +53,7 @@ class Sharing:
         replicated: several groups hold all the shards each (HSDP).
         reshard: among how many accelerators a block's parameters are shared from forward to backward, if not all.
         bucket_view: gradients are views of DDP's buckets.
+        staged: a stage of a pipeline reduces gradients once its schedule is over, not in each backward.
         offload: shards, their gradients and the update are the host's.
         apart: the axes on which others have other parts of the model: of its matrices, or of its blocks.
     """
@@ -64,6 +65,7 @@ class Sharing:
     replicated: bool = False
     reshard: int | None = None
     bucket_view: bool = False
+    staged: bool = False
     offload: bool = False
     apart: tuple[str, ...] = ()
 
@@ -85,6 +87,9 @@ class Replica:
 
     def before_forward(self) -> None:
         """Before each micro-batch."""
+
+    def after_schedule(self) -> None:
+        """After the last backward of a stage of a pipeline: `perform_reduce_grad`."""
 
     def before_update(self) -> None:
         """Before the optimizer's step."""

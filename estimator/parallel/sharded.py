@@ -9,7 +9,7 @@ from __future__ import annotations
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
-from estimator.eager.autograd import attach, record
+from estimator.eager.autograd import add_wider, attach, record
 from estimator.eager.ledger import Category, Phase
 from estimator.eager.letters import ZERO, D
 from estimator.eager.ops import python_number
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 class Unit:
     """Parameters that are gathered together, `FSDPParamGroup`: those of a block, or all others (the root).
 
+    The root of a stage of a pipeline that is neither the first nor the last has none of its own, and only casts.
     Frozen parameters are shared, gathered and let go as the others are; only what has a gradient is reduced.
 
     Attributes:
@@ -47,18 +48,20 @@ class Unit:
         padded: the shapes of full shards, which is what every accelerator's storages hold.
         gathered: the buffer of an all-gather that has not been copied out yet.
         kept: what is held of each parameter from forward to backward where that is more than the shard.
+        accumulated: the gradients of whole parameters in the dtype in which they will be summed, if not their own.
         whole: whether the parameters are there.
         done: whether backward is over for it.
     """
 
     def __init__(self, fsdp: FullySharded, parameters: Sequence[Tensor], *, root: bool) -> None:
         self.fsdp, self.parameters, self.root = fsdp, parameters, root
-        self.machine, self.block = parameters[0].machine, parameters[0].storage.where.block
+        self.machine, self.block = fsdp.machine, parameters[0].storage.where.block if parameters else None
         self.padded: list[Shape] = [(rows_on(self.machine, p.shape[0], 0), *p.shape[1:]) for p in parameters]
         self.shards = [self._shard(p, shape) for p, shape in zip(parameters, self.padded, strict=True)]
         self.gathered: Tensor | None = None
         self.kept: list[Tensor] = []
         self.summed: Tensor | None = None
+        self.accumulated: dict[Tensor, Tensor] = {}
         self.whole = self.done = False
 
     def _shard(self, p: Tensor, padded: Shape) -> Tensor:
@@ -184,6 +187,8 @@ class Unit:
 
     def before_forward(self, args: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
         """`pre_forward`; a node is put before the arguments that will have a gradient, behind which that is reduced."""
+        if not self.parameters:
+            return args
         self.gather()
         self.copy_out()
         return tuple(self._behind(x) if x is not None and x.requires_grad else x for x in args)
@@ -196,7 +201,7 @@ class Unit:
             self.reshard_to(self.fsdp.sharing.reshard)
         elif self.fsdp.reshards:
             self.reshard()
-        if out.grad_fn is not None:
+        if out.grad_fn is not None and self.parameters:
             out.grad_fn.hook = self.before_backward
 
     def before_backward(self) -> None:
@@ -221,6 +226,12 @@ class Unit:
     def after_backward(self) -> None:
         """`post_backward`: empty the parameters, reduce-scatter the gradients, keep one's rows of the sums."""
         self.done = True
+        self.accumulate()
+        if self.fsdp.defers:
+            return
+        for p, gradient in self.accumulated.items():
+            p.grad = gradient
+        self.accumulated.clear()
         self.reshard()
         self.fsdp.reduced(None)
         having = [p for p in self.parameters if p.grad is not None]
@@ -258,6 +269,24 @@ class Unit:
             last.drop()
             self.fsdp.reduced(source)
             source.drop()
+
+    def accumulate(self) -> None:
+        """`accumulate_unsharded_grad_if_needed`, and for a later backward `to_accumulated_grad_if_needed`."""
+        for p, total in self.accumulated.items():
+            if p.grad is not None:
+                with self._doing("accumulate_unsharded_grad_if_needed"):
+                    add_wider(total, p.grad)
+                p.grad.drop()
+                p.grad = None
+        dtype = self.fsdp.sharing.reduce_dtype
+        if dtype is None or not self.fsdp.defers:
+            return
+        for p in self.parameters:
+            if p.grad is not None and p.grad.dtype != dtype:
+                gradient, p.grad = p.grad, None
+                with self._doing("to_accumulated_grad_if_needed"):
+                    self.accumulated[p] = converted(gradient, dtype).hold()
+                gradient.drop()
 
     def _divide(self, dtype: Dtype) -> None:
         """gloo's mean: the sum, divided in place by a number."""
@@ -319,7 +348,7 @@ class Unit:
         machine.kernel("chunk_cat", gradients, gradients)
         if machine.device != "cpu":
             return
-        dtype = having[0].dtype
+        dtype = gradients[0].dtype
         padded = [
             self._buffer(D * self._elements([p]), dtype).hold() for p in having if not machine.divides(D, p.shape[0])
         ]
@@ -347,15 +376,16 @@ class FullySharded(Replica):
         units: the blocks' in order, and last the root's.
         reshards: the blocks' parameters are emptied after forward (ZeRO-3); else only after backward (ZeRO-2).
         gloo: the collectives are the CPU's.
+        defers: gradients are added up whole, and not reduced in this backward (`set_requires_gradient_sync(False)`).
     """
 
     reshards = True
 
     def __init__(self, model: Model, sharing: Sharing) -> None:
         super().__init__(model, sharing)
-        self.gloo = self.machine.device == "cpu"
+        self.gloo, self.defers = self.machine.device == "cpu", sharing.staged
         groups = by_block(list(model.parameters()))
-        rest = groups.pop(None)
+        rest = groups.pop(None, [])
         self.units = [Unit(self, part, root=False) for part in groups.values()]
         for block, unit in zip(model.blocks, self.units, strict=True):
             block.unit = unit
@@ -397,8 +427,17 @@ class FullySharded(Replica):
             with ledger.at(ledger.module if block is None else f"blocks.{block}", block, "root_post_backward"):
                 if not unit.done:
                     unit.after_backward()
-                unit.end_backward()
+                if self.defers:
+                    unit.done = False
+                else:
+                    unit.end_backward()
         self.reduced(None)
+
+    def after_schedule(self) -> None:
+        """`_PipelineStageBase.perform_reduce_grad`: each unit's turn, the root's first."""
+        self.defers = False
+        self.after_backward()
+        self.defers = True
 
     def agree_on_overflow(self, found: Tensor) -> None:
         """Ask the others."""

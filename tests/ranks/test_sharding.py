@@ -370,6 +370,7 @@ def test_what_is_offloaded_is_the_hosts(precision):
     assert there.values.parameter_bytes == here.values.parameter_bytes
     assert there.memory.parts["parameters"] == there.memory.parts["gradients"] == 0
     assert there.memory.peak < here.memory.peak
+    assert there.plan.replace(optimizer="adamw").optimizer_on("cuda") == "loop"  # torch.optim's on CPU tensors
     assert there.time is None
     assert any("nor its link" in note for note in there.notes)
     assert any("The host keeps" in note for note in there.notes)

@@ -130,7 +130,8 @@ class World:
         if plan.offload != "none":
             options["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
         inner = root if plan.reshard_after_forward is None else {"reshard_after_forward": plan.reshard_after_forward}
-        for block in model.get_submodule("blocks").children():  # one block is gathered at a time
+        blocks = "model.blocks" if plan.is_pipeline else "blocks"
+        for block in model.get_submodule(blocks).children():  # one block is gathered at a time
             fully_shard(block, **options, **inner)
         fully_shard(model, **options, **root)
         return model
@@ -138,7 +139,7 @@ class World:
     def mesh(self, plan: Plan) -> DeviceMesh:
         """The processes that share shards; with `shard_group` a row of them for each group that has all (HSDP)."""
         group = plan.shard_group
-        if plan.tensor_parallel > 1:
+        if plan.tensor_parallel > 1 or plan.is_pipeline:
             return self.grid(plan)["data"]
         if group is None or group == self.size:
             return init_device_mesh(self.device.type, (self.size,))

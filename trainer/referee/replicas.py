@@ -25,7 +25,7 @@ from estimator.describe.checks import ConfigError
 from trainer.model.decoder import Transformer
 from trainer.model.quantised import scales
 from trainer.optim.precision import loss_scaler
-from trainer.parallel.distributed import Weights, World, local
+from trainer.parallel.distributed import Weights, World, local, policy
 from trainer.parallel.pipeline import Stage, scheduled
 from trainer.parallel.tensor import tensor_parallel
 from trainer.referee.measure import (
@@ -105,9 +105,12 @@ class PipelineStep(Step):
             tensor_parallel(model, grid["tensor"])
         stage = Stage(model, grid["pipeline"].get_local_rank(), p.pipeline_parallel)
         needed = ((ids,) if stage.first else ()) + ((targets,) if stage.last else ())
+        sharded = p.shards > 1
+        if sharded:
+            world.shard(stage, p, policy(p), keeps=True)
         self.weights = Weights(stage, stages=grid["pipeline"])
         super().__init__(stage, build_optimizer(self.weights.named, p, world.device.type), (ids, targets), p)
-        self.needed, self.buckets = needed, bucket_bytes(stage) if p.data_parallel > 1 else 0
+        self.needed, self.buckets = needed, bucket_bytes(stage) if p.data_parallel > 1 and not sharded else 0
         self.place, self.run = scheduled(
             stage, grid, world.device, p.pipeline_schedule, p.grad_accumulation, LOSSES[p.loss]
         )
