@@ -73,7 +73,9 @@ def test_stages_of_shared_matrices_and_of_replicas_are_exact_too(tmp_path):
     ]
     for _ in range(RUNS or 2):
         m, p = drawn(random, 2)
-        cases.append((m, p.replace(**{random.choice(["tensor_parallel", "data_parallel"]): 2})))
+        axis = random.choice(["tensor_parallel", "data_parallel"])
+        kind = "1f1b" if axis == "data_parallel" else p.pipeline_schedule  # DDP fails under PyTorch's GPipe
+        cases.append((m, p.replace(pipeline_schedule=kind, **{axis: 2})))
     for (m, p), processes in zip(cases, measured(4, cases, tmp_path), strict=True):
         for rank, real in enumerate(processes):
             v = account(m, p, "cpu", rank // 2).evaluate(m, p, threads=1)
