@@ -42,7 +42,8 @@ def axes(group: Cluster, p: Plan) -> dict[str, Cluster]:
 def _beside_tensors(group: Cluster, p: Plan) -> dict[str, Cluster]:
     """Those that share a block's matrices lie side by side, beside them their replicas, and then a pipeline's stages.
 
-    Under HSDP those that share shards come before the groups that replicate them. Replicas that would lie across the border of a node count as in nodes of their own.
+    Under HSDP those that share shards come before the groups that replicate them. Replicas
+    that would lie across the border of a node count as in nodes of their own.
     """
     inner = min(p.tensor_parallel, group.per_node)
     if group.per_node % inner or p.tensor_parallel % inner:
