@@ -4,7 +4,21 @@ from functools import partial
 
 import streamlit as st
 
-from app_pages import compare, course, estimate, formulas, inputs, keep, links, plan, scenarios, style, sweep, validate
+from app_pages import (
+    compare,
+    course,
+    estimate,
+    formulas,
+    inputs,
+    keep,
+    layouts,
+    links,
+    plan,
+    scenarios,
+    style,
+    sweep,
+    validate,
+)
 
 st.set_page_config(page_title="Transformer estimator", page_icon="🧮", layout="wide", initial_sidebar_state=380)
 
@@ -18,6 +32,7 @@ links.say(refused, last=False)
 views = {
     "Estimate": estimate.show,
     "Plan": plan.show,
+    "Layouts": layouts.show,
     "Formulas": formulas.show,
     "Sweep": sweep.show,
     "Compare": compare.show,

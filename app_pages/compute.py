@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from estimator.answers.advice import Advisor
 from estimator.answers.estimates import max_batch_size
+from estimator.answers.layouts import search
 from estimator.answers.plans import plan
 from estimator.answers.sweeps import axis_values, reach, sweep
 from estimator.pricing.money import Cost, cost
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from app_pages.inputs import Setup
+    from estimator.answers.found_layouts import Layouts
     from estimator.answers.plans import Plans
     from estimator.answers.request import Request
     from estimator.describe.model import ModelConfig
@@ -114,6 +116,15 @@ def planned(asked: tuple[tuple[str, Any], ...]) -> Plans:
     """`estimator.plan` of (argument, value) pairs, remembered."""
     with _ADVISING:
         return plan(**dict(asked))
+
+
+@lru_cache(maxsize=16)
+def laid_out(
+    model: ModelConfig, plan: Plan, gpu: str, count: int, global_batch_size: int, price: float | None
+) -> Layouts:
+    """`estimator.answers.layouts.search`, remembered."""
+    with _ADVISING:
+        return search(model, plan, gpu, count=count, global_batch_size=global_batch_size, price=price)
 
 
 def cost_of(s: Setup) -> Cost | None:

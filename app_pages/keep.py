@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 from urllib.parse import urlencode, urlsplit, urlunsplit
 
@@ -34,12 +35,13 @@ def show(s: Setup) -> None:
     python.code(q.python(), language="python", wrap_lines=True)
     with st.container(horizontal=True):
         name = f"estimate-{q.name}-{q.gpu}"
-        page = to_html(q, spent, s.unit, here if here.startswith("http") else None)
+        address_of = here if here.startswith("http") else None
+        # Made when they are asked for: most visits ask for none.
+        page, report = partial(to_html, q, spent, s.unit, address_of), partial(to_markdown, q, spent, s.unit)
         st.download_button("Page (HTML)", page, f"{name}.html", "text/html", on_click="ignore")
-        report = to_markdown(q, spent, s.unit)
         st.download_button("Report (Markdown)", report, f"{name}.md", "text/markdown", on_click="ignore")
-        st.download_button("CSV by module", to_csv(q), f"{name}.csv", "text/csv", on_click="ignore")
-        st.download_button("JSON", to_json(q, spent), f"{name}.json", "application/json", on_click="ignore")
+        st.download_button("CSV by module", partial(to_csv, q), f"{name}.csv", "text/csv", on_click="ignore")
+        st.download_button("JSON", partial(to_json, q, spent), f"{name}.json", "application/json", on_click="ignore")
     said = f"This is the estimate of {called(q.name)} on {q.gpu}."
     st.caption(f"{said} The page's address holds everything that you set; the link above is that address.")
 

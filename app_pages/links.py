@@ -21,7 +21,7 @@ GIVEN, SAID = "link given", "link said"  # in the session's state
 STREAMLITS = ("embed", "embed_options")
 MOST = 5  # that are named one by one
 # Inputs that one page has and that are drawn after the sidebar: "plan.dollars", "B.gpu", "batch_size.to".
-OF_A_PAGE = re.compile(r"goal|figure|x|y|show|log|columns|(plan|[BCD]|[a-z_]+)\..+")
+OF_A_PAGE = re.compile(r"goal|figure|x|y|show|log|columns|(plan|layouts|[BCD]|[a-z_]+)\..+")
 
 
 def remember() -> None:

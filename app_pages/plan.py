@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import streamlit as st
@@ -13,7 +14,7 @@ from app_pages.model_input import OWN
 from estimator.answers.plans import SORTS
 from estimator.describe.checks import ConfigError
 from estimator.describe.plan import Plan
-from estimator.describe.presets import presets
+from estimator.describe.presets import preset, presets
 from estimator.describe.settings import settings
 from estimator.describe.units import SECONDS_PER_HOUR
 from estimator.pricing.money import KINDS
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     from app_pages.inputs import Setup
     from estimator.answers.plans import Option, Plans
+    from estimator.describe.model import ModelConfig
 
 LARGEST = "the largest that the money or the time allows"
 BY_SIZE = "of so many parameters, in Llama's shape"
@@ -117,7 +119,8 @@ def _rows(s: Setup, found: Plans) -> None:
     if found.options[SHOWN:]:
         with st.expander(f"{len(found.options) - SHOWN:,} more"):
             st.dataframe(found.to_frame(), hide_index=True)
-    st.download_button("CSV of all", csv_of(found.to_frame(), index=False), "plan.csv", "text/csv", on_click="ignore")
+    data = partial(csv_of, found.to_frame(), index=False)
+    st.download_button("CSV of all", data, "plan.csv", "text/csv", on_click="ignore")
 
 
 def _row(s: Setup, o: Option) -> None:
@@ -141,12 +144,8 @@ def _row(s: Setup, o: Option) -> None:
 def inputs_of(o: Option) -> Mapping[str, Any]:
     """The sidebar's inputs that ask for an option."""
     q = o.request
-    name = q.name if q.name in presets() else next(own for own, family in OWN.items() if family == q.model.family)
-    found: dict[str, Any] = {"model": name, "gpu": q.gpu, "count": q.count, "steps": q.steps}
+    found = named_inputs(q.name, q.model) | {"gpu": q.gpu, "count": q.count, "steps": q.steps}
     found["global_batch_size"] = q.global_batch_size
-    if name in OWN:
-        sizes = q.model.to_dict()
-        found |= {f"{name}.{field}": x for field, x in sizes.items() if field != "family" and x is not None}
     for name, setting in settings(Plan).items():
         value = getattr(o.plan, name)
         if name != "data_parallel" and value != setting.default:
@@ -154,6 +153,15 @@ def inputs_of(o: Option) -> Mapping[str, Any]:
     if o.dollars is not None:
         found["price"] = round(o.dollars / o.hours / o.count, 4)
     return found
+
+
+def named_inputs(name: str, model: ModelConfig) -> dict[str, Any]:
+    """The sidebar's inputs that are a model."""
+    if name in presets() and model == preset(name):
+        return {"model": name}
+    own = name if name in OWN else next((own for own, family in OWN.items() if family == model.family), name)
+    sizes = model.to_dict()
+    return {"model": own} | {f"{own}.{field}": x for field, x in sizes.items() if field != "family" and x is not None}
 
 
 def _left_out(found: Plans) -> None:

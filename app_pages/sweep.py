@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -98,7 +99,7 @@ def show(s: Setup) -> None:
     for name, values in found.items():
         frame[name] = values.ravel()
     frame["fits"] = fits.ravel()
-    data = csv_of(frame.assign(command=s.request.command()), index=False)
+    data = partial(csv_of, frame.assign(command=s.request.command()), index=False)
     st.download_button("CSV of the sweep", data, f"sweep-{'-'.join(chosen)}.csv", "text/csv", on_click="ignore")
     with st.expander("Python of the sweep"):
         st.code(python(s.request, ranges, s.price), language="python", wrap_lines=True)

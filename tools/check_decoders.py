@@ -1,6 +1,6 @@
 """Hold the ledger against real steps of many decoders, to the byte and the FLOP, on this machine's CPU.
 
-    python tools/check_decoders.py families          # each family of tests/data/hf/tiny.jsonl at two sizes
+    python tools/check_decoders.py families          # each family of tests/data/hf at two sizes
     python tools/check_decoders.py draws 300 600     # the random decoders and recipes of tests/exact/random_parts.py
 
 Parameters, gradients, states, saved tensors, peak and FLOPs are compared (trainer/referee/measure.py). One line a case;

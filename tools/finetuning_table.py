@@ -1,7 +1,8 @@
 """Published memory of fine-tuning beside the estimate: `python tools/finetuning_table.py` prints it for docs/accuracy.
 
-The measurements are rows of estimator/data/published/torchtune_torchao.csv, which name their sources. What a source
-does not say is taken from the defaults of the recipe that it names, and is written in the column of assumptions.
+The measurements are rows of torchtune_torchao.csv and litgpt_lora.csv in estimator/data/published, which name their
+sources. What a source does not say is taken from the defaults of the recipe that it names, and is written in the column
+of assumptions.
 """
 
 from __future__ import annotations
@@ -87,9 +88,13 @@ ROWS = (
 )
 
 
-def measurements() -> list[dict[str, str]]:
-    """The rows of the file."""
-    path = resources.files("estimator").joinpath("data", "published", "torchtune_torchao.csv")
+LITGPT = {"precision": "bf16", "attention": "sdpa", "adapter": "lora", "adapter_rank": 8, "adapter_dropout": 0.05}
+BASES = {"none": "none", "bnb.nf4": "nf4", "bnb.nf4-dq": "nf4-double"}
+
+
+def measurements(name: str) -> list[dict[str, str]]:
+    """The rows of a file."""
+    path = resources.files("estimator").joinpath("data", "published", f"{name}.csv")
     with path.open(encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
@@ -99,7 +104,7 @@ def main() -> None:
     write = sys.stdout.write
     write("| run | measured, GiB | allocated | reserved | reserved / measured | what is assumed or not modelled |\n")
     write("|---|---|---|---|---|---|\n")
-    known = measurements()
+    known = measurements("torchtune_torchao")
     for row in ROWS:
         (found,) = [x for x in known if row.note in x["notes"] and (row.gpu[:4] != "rtx-" or "4090" in x["gpu"])]
         memory = est.estimate(row.model, est.Plan(**row.plan), row.gpu).memory
@@ -109,6 +114,19 @@ def main() -> None:
         write(
             f"| {run} | {measured:.1f} | {memory.allocated / GIB:.1f} | {memory.reserved / GIB:.1f} | "
             f"{memory.reserved / GIB / measured:.2f} | {row.assumed} |\n"
+        )
+    for found in measurements("litgpt_lora"):  # rank 8 beside queries and values, as its count of parameters says
+        base = BASES[found["quantisation"]]
+        sizes = {"batch_size": int(found["micro_batch"]), "seq_len": int(found["seq_len"])}
+        plan = est.Plan(**LITGPT, **sizes, adapter_targets="q,v", base_precision=base, optimizer_impl="foreach")
+        r = est.estimate(found["model"], plan, "a100-40gb-sxm")
+        if r.values.trained_parameters != int(found["trained_parameters"]):
+            raise ValueError(f"{found}: the estimate trains {r.values.trained_parameters} parameters")
+        measured = float(found["peak_memory_gb"]) * 1e9 / GIB
+        run = f"{found['model']} on A100, {sizes['batch_size']} x {sizes['seq_len']}: LitGPT LoRA, base {base}"
+        write(
+            f"| {run} | {measured:.1f} | {r.memory.allocated / GIB:.1f} | {r.memory.reserved / GIB:.1f} | "
+            f"{r.memory.allocated / GIB / measured:.2f} of allocated | rank 8 and q,v by its count of parameters |\n"
         )
 
 

@@ -36,6 +36,12 @@ HOPPER_CLOCK = 1980e6
 # accumulation, sustained for two minutes with cuBLASLt (README of a public repository gpu-bench, results/4090.json and
 # results/5090d.json). What fp32 reaches of its peak is the clock; what bf16 reaches of its own at that clock, the rest.
 GEFORCE = {"rtx-4090-24gb": (89.9, 175.1), "rtx-5090-32gb": (116.3, 234.8)}
+# Cards whose best product somebody timed, though no sweep of shapes: what B200's sweep sustains of its best, by power.
+OWN_BEST = {
+    "b300-288gb-sxm": "NVIDIA B300 SXM",
+    "gb200-186gb": "NVIDIA GB200 SXM",
+    "mi325x-256gb": "AMD MI325X",
+}
 CONTENTION = 0.15  # Calculon's processor_usage of NVLink (github:calculon-ai/calculon, systems/a100_80g.json)
 # The rate of a product whose rows are not aligned to 8 elements over that of the same one padded, timed by itself on
 # H100: 36.96 of 130.56 us (github:m87-labs/kestrel#143, 9477 x 588 x 1152 in bf16), for all cards.
@@ -485,7 +491,8 @@ def write_accelerators(found, power):
     for id_ in accelerators():
         a = accelerator(id_)
         like = reference.get(a.architecture, "a100-80gb-pcie")
-        if a.vendor != "nvidia" or a.architecture not in found or intensity(id_) is None or id_ == like:
+        kin = a.vendor == "nvidia" or id_ in OWN_BEST
+        if not kin or a.architecture not in found or intensity(id_) is None or id_ == like:
             continue
         origin, fit, *_ = found[a.architecture]
         fraction = min(largest(fit) * (intensity(id_) / intensity(like)) ** power.exponent, power.unlimited)
@@ -496,8 +503,13 @@ def write_accelerators(found, power):
             single, half = (1e12 * x for x in GEFORCE[id_])
             clock = single / a.peak_flops("fp32")
             fraction = min(half / (clock * a.peak_flops("bf16")), 1)
+        best = OWN_BEST.get(id_)
+        if best is not None:
+            fraction = power.sustained(best, id_)
         said = f"products at {fraction:.0%} of the peak for its {intensity(id_):.2g} W a TFLOP/s, "
         said += f"where {accelerator(like).name} has {intensity(like):.2g}"
+        if best is not None:
+            said = f"products at {fraction:.0%} of the peak by its own best, {power.best[best]:.0%}"
         print(f"[accelerator.{id_}]")
         print(f"matmul = {toml(min(reaching(fit, fraction)['matmul'], 1))}")
         if id_ in GEFORCE:

@@ -9,9 +9,10 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 
 import transformers
+from hub_defaults import OF_THE_HUB
 from transformers import CONFIG_MAPPING
 
-from estimator.describe.families import FAMILIES
+from estimator.describe.families import FAMILIES, SAME_CLASS
 
 OUT = Path(__file__).parents[1] / "estimator" / "data" / "hf_defaults.json"
 # Neither sizes nor parts: rates of dropout, epsilons, ids of tokens, initialization, labels, caches.
@@ -32,58 +33,13 @@ OLDER = {
 # MiniMax-M2's class takes from published files only.
 BESIDE = {"bloom": {"seq_length": 2048}, "minimax_m2": {"rotary_dim": None}}
 
-# Classes that came with their weights and never came into transformers, from the configuration files on the hub:
-# internlm/internlm2-7b, deepseek-ai/deepseek-moe-16b-base, openbmb/MiniCPM-2B-sft-bf16.
-LLAMA = {
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": None,
-    "hidden_act": "silu",
-    "max_position_embeddings": 2048,
-    "tie_word_embeddings": False,
-    "rope_scaling": None,
-}
-OF_THE_HUB = {
-    "internlm2": {"class": "InternLM2", "defaults": LLAMA | {"vocab_size": 103168, "bias": True}},
-    "deepseek": {
-        "class": "Deepseek",
-        "defaults": LLAMA
-        | {
-            "vocab_size": 102400,
-            "moe_intermediate_size": 1407,
-            "n_shared_experts": None,
-            "n_routed_experts": None,
-            "num_experts_per_tok": None,
-            "moe_layer_freq": 1,
-            "first_k_dense_replace": 0,
-            "norm_topk_prob": False,
-            "scoring_func": "softmax",
-            "attention_bias": False,
-        },
-    },
-    "minicpm": {
-        "class": "MiniCPM",
-        "defaults": LLAMA
-        | {
-            "tie_word_embeddings": True,
-            "attention_bias": False,
-            "scale_emb": 1,
-            "dim_model_base": 1,
-            "scale_depth": 1,
-        },
-    },
-}
-
 
 def entry(kind):
     if kind in OF_THE_HUB:
-        return {"class": OF_THE_HUB[kind]["class"], "also": {}, "defaults": OF_THE_HUB[kind]["defaults"]}
-    cls = CONFIG_MAPPING[kind]
+        return dict(zip(("class", "also", "defaults"), OF_THE_HUB[kind], strict=True))
+    cls = CONFIG_MAPPING[SAME_CLASS.get(kind, kind)]
     built = cls()
-    also = {**cls.attribute_map, **OLDER.get(kind, {})}
+    also = {**cls.attribute_map, **OLDER.get(SAME_CLASS.get(kind, kind), {})}
     own = {}
     for field in fields(cls):
         if (

@@ -169,6 +169,8 @@ NAMES = {
         "gpt-oss-120b": "gpt-oss-120b openai/gpt-oss-120b",
     },
     "GLM": {
+        "chatglm3-6b": "chatglm3-6b zai-org/chatglm3-6b THUDM/chatglm3-6b",
+        "glm-4-9b": "glm-4-9b zai-org/glm-4-9b THUDM/glm-4-9b zai-org/glm-4-9b-chat THUDM/glm-4-9b-chat",
         "glm-edge-1.5b-chat": "glm-edge-1.5b zai-org/glm-edge-1.5b-chat",
         "GLM-4-32B-0414": "glm-4-32b zai-org/GLM-4-32B-0414",
         "GLM-4.5-Air": "glm-4.5-air zai-org/GLM-4.5-Air",
@@ -250,12 +252,16 @@ NAMES = {
     },
     "Nemotron": {"Nemotron-4-340B-Base": "nemotron-4-340b nvidia/Nemotron-4-340B-Base"},
     "Other mixtures of experts": {
+        "Ling-mini-2.0": "ling-mini-2.0 inclusionAI/Ling-mini-2.0",
         "dots.llm1.base": "dots-llm1-142b rednote-hilab/dots.llm1.base rednote-hilab/dots.llm1.inst",
         "MiniMax-M2.5": "minimax-m2.5 MiniMaxAI/MiniMax-M2.5",
         "Hunyuan-A13B-Instruct": "hunyuan-a13b tencent/Hunyuan-A13B-Instruct",
         "jetmoe-8b": "jetmoe-8b jetmoe/jetmoe-8b",
     },
     "Other dense models": {
+        "Baichuan-7B": "baichuan-7b baichuan-inc/Baichuan-7B",
+        "Baichuan-13B-Base": "baichuan-13b baichuan-inc/Baichuan-13B-Base baichuan-inc/Baichuan-13B-Chat",
+        "Yi-6B (its first file)": "yi-6b 01-ai/Yi-6B",
         "Seed-OSS-36B-Base": "seed-oss-36b ByteDance-Seed/Seed-OSS-36B-Base ByteDance-Seed/Seed-OSS-36B-Instruct",
         "EXAONE-4.0-32B": "exaone-4.0-32b LGAI-EXAONE/EXAONE-4.0-32B",
         "internlm2-7b": "internlm2-7b internlm/internlm2-7b internlm/internlm2_5-7b-chat",

@@ -8,9 +8,11 @@ import json
 from pathlib import Path
 
 import torch
+import transformers
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers import logging as transformers_logging
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
 from estimator.describe.families import FAMILIES
 from estimator.describe.fields import class_defaults
@@ -61,12 +63,37 @@ BESIDE = {
         "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
         "expert_selection_fn": "sigmoid",
     },
+    "cohere_compass_text": {
+        "logit_scale": 0.25,
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+        "rope_parameters": {
+            "full_attention": None,
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    },
     "flint": {"mlp_only_layers": [1]},
     "granite_swa": {"layer_rope_theta": [0, 10000, 10000, 10000]},
     "granitemoe_swa": {"layer_rope_theta": [0, 10000, 10000, 10000]},
     "mellum": {"layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]},
+    "granitemoehybrid": {"layer_types": ["attention"] * 4, "position_embedding_type": "rope"},
     "minicpm3": {"num_key_value_heads": 4},
+    "mistral4": {
+        "n_group": 1,
+        "first_k_dense_replace": 1,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 2.0,
+            "partial_rotary_factor": 1 / 3,
+            "llama_4_scaling_beta": 0.1,
+            "original_max_position_embeddings": 8192,
+        },
+    },
     "seed_oss": {"attention_bias": True},
+}
+# Further ones of a family, whose switches make other parts of it.
+VARIANTS = {
+    "granitemoehybrid dense": {"num_local_experts": 0, "position_embedding_type": None},
 }
 
 
@@ -84,19 +111,23 @@ def tiny(kind):
     return config | BESIDE.get(kind, {}) | {"pad_token_id": None}
 
 
-def row(kind):
-    config = tiny(kind)
+def row(name):
+    kind = name.split()[0]
+    config = tiny(kind) | VARIANTS.get(name, {})
     given = CONFIG_MAPPING[kind](**{name: value for name, value in config.items() if name != "model_type"})
+    of_class = getattr(transformers, f"{class_defaults()[kind]['class']}ForCausalLM", None)
+    # A class that is published inside another's model is in no list of causal ones.
+    make = AutoModelForCausalLM.from_config if kind in CAUSAL else of_class._from_config  # noqa: SLF001 - what it calls
     with torch.device("meta"):
-        shapes = {name: list(p.shape) for name, p in AutoModelForCausalLM.from_config(given).named_parameters()}
-    model = AutoModelForCausalLM.from_config(given, attn_implementation="eager", experts_implementation="eager").float()
+        shapes = {name: list(p.shape) for name, p in make(given).named_parameters()}
+    model = make(given, attn_implementation="eager", experts_implementation="eager").float()
     ids = torch.randint(2, 160, (B, T))
     with FlopCounterMode(display=False) as forward:
         logits = model(input_ids=ids, use_cache=False).logits
     with FlopCounterMode(display=False) as backward:
         logits.sum().backward()
     return {
-        "name": f"tiny {kind}",
+        "name": f"tiny {name}",
         "family": kind,
         "config": config,
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -112,11 +143,11 @@ def main():
     transformers_logging.set_verbosity(transformers_logging.CRITICAL)
     torch.manual_seed(0)
     rows = [json.loads(line) for line in OUT.read_text().splitlines()]
-    there = {one["family"] for one in rows}
-    new = [row(kind) for kind in FAMILIES if kind in CONFIG_MAPPING and kind not in there]
+    there = {one["family"] for one in rows} | {one["name"].removeprefix("tiny ") for one in rows}
+    new = [row(name) for name in [*FAMILIES, *VARIANTS] if name.split()[0] in CONFIG_MAPPING and name not in there]
     OUT.write_text("".join(json.dumps(one) + "\n" for one in rows + new))
     for one in new:
-        print(one["family"], f"{one['parameters']:,} parameters, {one['forward_flops']:,} FLOPs forward")
+        print(one["name"], f"{one['parameters']:,} parameters, {one['forward_flops']:,} FLOPs forward")
 
 
 if __name__ == "__main__":

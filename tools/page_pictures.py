@@ -19,6 +19,8 @@ from page_server import ROOT, page_server
 
 OUT = ROOT / "docs" / "pages"
 RUN = "model=gpt2&batch_size=8&attention=sdpa&precision=bf16-mixed&loss=torch"  # one that fits
+LAID_OUT = "model=llama-3-70b&gpu=h100-80gb-sxm&seq_len=4096&layouts.count=64&layouts.batch=256"
+OWN = {"Plan": f"{RUN}&plan.dollars=300", "Layouts": f"{LAID_OUT}&layouts.code=Megatron-LM%27s"}
 KINDS = {"wide": {}, "phone-dark": {"width": 390, "height": 844, "dark": True}}
 COLOURS = 128  # of a picture: screenshots have few, and take a third of the room
 
@@ -31,7 +33,8 @@ def main():
             with visitor(browser, f"{url}/?{RUN}", **window) as page:
                 for name in PAGES:
                     path = "" if name == "Estimate" else name.lower()
-                    page.goto(f"{url}/{path}?{RUN}{'&plan.dollars=300' if name == 'Plan' else ''}")
+                    query = OWN.get(name, RUN)
+                    page.goto(f"{url}/{path}?{query}")
                     drawn(page)
                     shoot(page, f"{name.lower()}-{kind}")
                     picture = Image.open(SHOTS / f"{name.lower()}-{kind}.png").convert("RGB")

@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from estimator.describe.catalogue import read_data
-from estimator.studies import ablation, operators, published_report
+from estimator.studies import ablation, cards, operators, published_report
 
 ROOT = Path(__file__).parents[1]
 
@@ -36,6 +36,7 @@ def text() -> str:
         calibrated=published_report.calibrated_table(),
         ablation=ablation.table(),
         operators=operators.report().split("\n", 1)[0] + "\n\n" + operators.speeds(),
+        cards=cards.table(),
         constants=constants(),
     )
 

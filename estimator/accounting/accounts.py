@@ -64,7 +64,7 @@ class Forms:
         parameters: number of parameters of the whole model, shared ones once.
         active_parameters: number of those that a token goes through: K of E experts, and all else.
         trained_parameters: number of those that are trained.
-        parameter_bytes, gradient_bytes, optimizer_bytes: bytes of each that this accelerator holds.
+        parameter_bytes, gradient_bytes, optimizer_bytes: bytes of each that this accelerator holds, or its host for it.
         activation_bytes: bytes that autograd keeps from a micro-batch's forward for its backward; parameters, inputs
             and buffers not counted, every storage once.
         forward_flops, backward_flops: FLOPs of matrix products of a micro-batch (2 a multiply-add), those of
@@ -190,6 +190,8 @@ def _sizes(m: ModelConfig, p: Plan, threads: int | None, stage: int = 0) -> Size
     sizes = Sizes(sizes | {"L": m.num_layers // p.pipeline_parallel})  # of a stage
     if p.is_pipeline:
         sizes = Sizes(sizes | {"M": p.grad_accumulation, "w": pipeline.in_flight(p, stage)})
+    if p.implementation == "megatron" and p.sharding == "zero1":
+        sizes = Sizes(sizes | {"D": p.data_parallel})
     return sizes if p.tensor_parallel == 1 else Sizes(sizes | {"t": p.tensor_parallel})
 
 
@@ -206,6 +208,11 @@ def recipe_of(m: ModelConfig, p: Plan, device: str, rank: int = 0) -> Recipe:
             "precision = 'bf16-fsdp': data_parallel is 1, and one accelerator shares with nobody; allowed are all "
             "other precisions"
         )
+    if p.offload != "none" and p.data_parallel == 1:
+        raise ConfigError(
+            f"offload = {p.offload!r}: data_parallel is 1, and it is a policy of fully_shard, among several; allowed "
+            "is none"
+        )
     recipe = Recipe(
         parts=m.made_of.statements(),
         pattern=m.rotating_pattern,
@@ -220,7 +227,7 @@ def recipe_of(m: ModelConfig, p: Plan, device: str, rank: int = 0) -> Recipe:
         checkpointing=p.checkpointing,
         checkpoint_every=p.checkpoint_every,
         optimizer=p.optimizer,
-        optimizer_impl=p.implementation(device),
+        optimizer_impl=p.optimizer_on(device),
         clips=p.max_grad_norm is not None,
         # The second micro-batch adds to gradients that exist, and so do all after it; where gradients become views of
         # buckets, the last is another than those between.
@@ -241,12 +248,16 @@ def recipe_of(m: ModelConfig, p: Plan, device: str, rank: int = 0) -> Recipe:
         autocast=p.autocast,
         replicated=p.replicas > 1 and p.sharding in FULLY_SHARDED,
         reshard=None if p.reshard_after_forward in (None, p.shards) else int(p.reshard_after_forward),
+        offload=p.offload != "none",
         bucket_view=_has_bucket_views(p),
         in_backward=p.update == "in-backward",
         rank=0 if p.is_pipeline else rank % p.shards,
         tensor_parallel=p.tensor_parallel > 1,
         pipeline=p.pipeline_schedule if p.is_pipeline else "",
         stage=_stage(p, rank),
+        megatron=p.implementation == "megatron",
+        sequence_parallel=p.sequence_parallel,
+        virtual_stages=p.virtual_stages,
     )
     masked = m.sliding_window is not None and tokens > m.sliding_window
     if p.attention == "sdpa-flash" and fused_kernel("flash", device, masked=masked) != "flash":
@@ -305,7 +316,7 @@ def _forms(traced: Trace, recipe: Recipe, shapes: ShapeClass) -> tuple[Forms, di
         entries.setdefault((form, component(where.module)), []).append((where.block, size))
 
     ledger = traced.ledger
-    for event in ledger.events:
+    for event in (*ledger.events, *ledger.host_events):
         storage = event.storage
         # A gradient that is gone when backward is over was never held, nor a weight that has been quantised.
         gone = event.where.phase is Phase.BACKWARD and storage.category is Category.GRADIENT
@@ -325,7 +336,7 @@ def _forms(traced: Trace, recipe: Recipe, shapes: ShapeClass) -> tuple[Forms, di
             enter(f"{kernel.where.phase}_flops", kernel.where, kernel.flops)
             if kernel.repeated:
                 enter("recompute_flops", kernel.where, kernel.repeated)
-    for kernel in ledger.kernels:
+    for kernel in (*ledger.kernels, *ledger.host_kernels):
         if kernel.where.phase is Phase.OPTIMIZER and (kernel.arithmetic or kernel.flops):
             enter("optimizer_flops", kernel.where, kernel.arithmetic + kernel.flops)
     parts = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from estimator.describe.checks import ConfigError
@@ -14,12 +15,15 @@ from estimator.eager.losses import cross_entropy, torch_cross_entropy, torch_cro
 from estimator.eager.ops import div_number
 from estimator.eager.tensor import BFLOAT16, FLOAT32, INT64, Machine, Tensor
 from estimator.models.decoder import Transformer
+from estimator.models.megatron import GPTModel
 from estimator.optim.in_backward import InBackward
 from estimator.optim.masters import Masters
 from estimator.optim.optimizers import OPTIMIZERS
 from estimator.optim.scaling import GradScaler
-from estimator.parallel.data import Sharing
+from estimator.parallel.data import Replica, Sharing
+from estimator.parallel.megatron import ApexAdam, MainParameters, MegatronStage
 from estimator.parallel.pipeline import MICRO_BATCHES, SCHEDULES, Stage
+from estimator.parallel.placement import PIPELINE, TENSOR
 from estimator.parallel.sharded import REPLICAS
 
 if TYPE_CHECKING:
@@ -46,6 +50,8 @@ def run_step(recipe: Recipe, shapes: ShapeClass, device: str, stack: Stack, size
             "directly after its forward"
         )
     machine = Machine(shapes, device, stack, sizes, PARAMETERS.get(recipe.precision, FLOAT32))
+    if recipe.megatron:
+        return megatron_step(machine, recipe)
     ledger = machine.ledger
     model = Transformer(machine, recipe)
     replica = REPLICAS[recipe.parallel](model, sharing_of(recipe))
@@ -60,12 +66,13 @@ def run_step(recipe: Recipe, shapes: ShapeClass, device: str, stack: Stack, size
     if recipe.precision == "fp16-mixed":
         scaler = GradScaler(machine)
     if recipe.pipeline:
-        stage = _stage(machine, model, recipe, size)
+        stage = _stage(machine, model, recipe, size, replica)
     else:
         with ledger.inside("inputs"):
             ids, targets = (_input(machine, size["B"], size["T"]) for _ in range(2))
     kind = OPTIMIZERS[recipe.optimizer, recipe.optimizer_impl]
-    optimizer = InBackward(kind, updated) if recipe.in_backward else kind(updated)
+    with machine.on_host() if recipe.offload else nullcontext():
+        optimizer = InBackward(kind, updated) if recipe.in_backward else kind(updated)
 
     losses: dict[int, Tensor] = {}  # of the micro-batches whose graphs are alive
 
@@ -112,7 +119,8 @@ def run_step(recipe: Recipe, shapes: ShapeClass, device: str, stack: Stack, size
     if recipe.clips:
         replica.clip(updated)
     if scaler is None:
-        optimizer.step()
+        with machine.on_host() if recipe.offload else nullcontext():
+            optimizer.step()
     else:
         scaler.step(optimizer)
         scaler.update()
@@ -122,23 +130,48 @@ def run_step(recipe: Recipe, shapes: ShapeClass, device: str, stack: Stack, size
     return ledger
 
 
-def _stage(machine: Machine, model: Transformer, recipe: Recipe, size: Mapping[str, Size]) -> Stage:
+def megatron_step(machine: Machine, recipe: Recipe) -> Ledger:
+    """The same as Megatron-LM runs it."""
+    ledger, size = machine.ledger, machine.shapes.letters
+    model = GPTModel(machine, recipe)
+    main = MainParameters(model, recipe)
+    with ledger.inside("inputs"):
+        ids, _ = (_input(machine, size["B"], size["T"]) for _ in range(2))
+    optimizer = ApexAdam(main.mains)
+    MegatronStage(machine, model, recipe, ids).run()
+    main.exchange()
+    ledger.phase = Phase.OPTIMIZER
+    optimizer.step()
+    main.copy_back()
+    return ledger
+
+
+def _stage(machine: Machine, model: Transformer, recipe: Recipe, size: Mapping[str, Size], replica: Replica) -> Stage:
     """One process of a pipeline, with the ids or the targets of all micro-batches where it needs them."""
     shape, whole = (size["B"], size["T"]), (MICRO_BATCHES * size["B"], size["T"])
     with machine.ledger.inside("inputs"):
         given = {name: _input(machine, *whole) for name in ("ids",) * recipe.enters + ("targets",) * recipe.leaves}
     pieces = {name: x.view(shape, machine.contiguous(shape)).hold() for name, x in given.items()}
 
+    lower = LOWER.get(recipe.precision)
+
+    def run(x: Tensor) -> Tensor:
+        with machine.autocast(lower):
+            out: Tensor = model(x)
+        return out
+
     def loss(logits: Tensor) -> Tensor:
         with machine.ledger.inside("loss"):
-            mean = LOSSES[recipe.loss](logits, pieces["targets"]).hold()
+            with machine.autocast(lower):
+                mean = LOSSES[recipe.loss](logits, pieces["targets"]).hold()
             divided = div_number(mean).hold()
             mean.drop()
         return divided
 
     ahead = next(i for i, move in enumerate(recipe.schedule) if move.kind == BACKWARD)
     counts = recipe.micro_batches, ahead
-    return Stage(machine, recipe.stage, *counts, (*shape, size["d"]), model, pieces.get("ids"), loss)
+    passed = (*shape, size["d"]), replica.sharing.param_dtype or machine.dtype
+    return Stage(machine, recipe.stage, *counts, *passed, run, pieces.get("ids"), loss, replica.after_schedule)
 
 
 def sharing_of(recipe: Recipe) -> Sharing:
@@ -151,7 +184,10 @@ def sharing_of(recipe: Recipe) -> Sharing:
         reduce_dtype=FLOAT32 if mixed and recipe.reduce_dtype == "fp32" else None,
         replicated=recipe.replicated,
         reshard=recipe.reshard,
+        offload=recipe.offload,
         bucket_view=recipe.bucket_view,
+        staged=bool(recipe.pipeline),
+        apart=(TENSOR,) * recipe.tensor_parallel + (PIPELINE,) * bool(recipe.pipeline),
     )
 
 

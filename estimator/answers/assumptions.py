@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from estimator.accounting.accounts import account
 from estimator.describe.run import WIDE
 from estimator.hardware.accelerators import cluster
-from estimator.hardware.networks import network, straggling
+from estimator.hardware.networks import network, slowest
 from estimator.timing.kernels import FUSED
 from estimator.timing.mesh import between
 from estimator.timing.roofline import efficiency
@@ -90,9 +90,10 @@ def assumptions(m: ModelConfig, p: Plan, a: Accelerator, setup: Setup) -> tuple[
     e = efficiency(a)
     fused = account(m, p, a.device).fused_kernel
     if fused in FUSED_ATTENTION:
-        kernel = setup.attention or (fused if fused in e.flash else e.attention)
+        kernel = setup.kernel(fused, e) or e.attention
         timed = {name: replace(setup, attention=name) for name in e.flash if name != kernel}
-        origin = "given" if setup.attention else "as PyTorch picks"
+        version = "" if setup.torch_version is None else f" {setup.torch_version[0]}.{setup.torch_version[1]}"
+        origin = "given" if setup.attention else f"as PyTorch{version} picks"
         found.append(Assumption("attention kernel", kernel, origin, others(timed)))
     plain, merged = "eager, one launch each", "fused by torch.compile"
     if p.compile:
@@ -113,15 +114,11 @@ def assumptions(m: ModelConfig, p: Plan, a: Accelerator, setup: Setup) -> tuple[
         origin = network(setup.network).source if setup.network is not None else "assumed"
         value = f"{group.between / 1e9:g} GB/s an accelerator"
         found.append(Assumption("network between nodes", value, origin, others(rates)))
-        part = straggling() if setup.straggling is None else setup.straggling
-        found.append(
-            Assumption(
-                "waiting for the slowest node",
-                f"{part:.0%} for each doubling of the nodes",
-                "assumed",
-                others({"none": replace(setup, straggling=0.0)}),
-            )
-        )
+    if group.count > 1:
+        part = slowest(group.count, setup.deviation)
+        origin = "timed on other GPUs" if setup.deviation is None else "given"
+        alike = {"all alike": replace(setup, deviation=0.0)}
+        found.append(Assumption("the slowest accelerator", f"{part:.1%} behind", origin, others(alike)))
     if p.data_parallel > 1:
         while_, after = "while backward goes on", "when backward is over"
         value, other = (while_, after) if setup.overlap else (after, while_)
@@ -129,7 +126,11 @@ def assumptions(m: ModelConfig, p: Plan, a: Accelerator, setup: Setup) -> tuple[
         change = others({other: replace(setup, overlap=not setup.overlap)})
         found.append(Assumption("gradients are summed", value, origin, change))
     if a.boost_clock is not None:
-        found.append(Assumption("clock", f"{a.boost_clock / 1e6:,.0f} MHz", "the datasheet's", {}))
+        clock = e.clock * a.boost_clock if setup.clock is None else setup.clock
+        slower = {f"{0.9 * clock / 1e6:,.0f} MHz": replace(setup, clock=0.9 * clock)}
+        usual = "the datasheet's" if e.clock == 1 else "timed on this card"
+        origin = usual if setup.clock is None else "given"
+        found.append(Assumption("clock", f"{clock / 1e6:,.0f} MHz", origin, others(slower)))
     if own is not None:
         spent = step_times(m, p, a, replace(setup, stack_factor=None))
         factor = sum(float(x[0]) for x in own.calibrated(spent).values()) / sum(float(x[0]) for x in spent.values())

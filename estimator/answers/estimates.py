@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from estimator.accounting.accounts import Account, Values, account, sizes_for, stage_account
 from estimator.answers.assumptions import Assumption, assumptions
-from estimator.answers.notes import notes, notes_of_card, notes_of_stages
+from estimator.answers.notes import notes, notes_of_card, notes_of_device, notes_of_host, notes_of_stages
 from estimator.describe.catalogue import number
 from estimator.describe.checks import ConfigError, TooLargeError, choose
+from estimator.describe.pipeline import least_micro_batches, telling_stages
 from estimator.describe.plan import Plan
 from estimator.describe.presets import preset
-from estimator.describe.run import Run
+from estimator.describe.run import Run, version_of
 from estimator.describe.settings import checked, limits
 from estimator.describe.words import in_words
 from estimator.hardware.accelerators import Accelerator, accelerator
@@ -165,6 +166,8 @@ def estimate(
     network: str | float | None = None,
     network_latency: float | None = None,
     attention_kernel: str | None = None,
+    torch_version: str | None = None,
+    clock: float | None = None,
     overlap: bool = True,
     wide: Collection[str] = (),
     stack_factor: StackFactor | None = None,
@@ -184,9 +187,11 @@ def estimate(
         threads: CPU threads, for a profile of a CPU.
         network: between nodes: bytes/s of one accelerator in one direction, or the name of a well-known cluster
             (`estimator.hardware.networks.networks()`); by default 12.5 GB/s, or the accelerator's own if less.
-        network_latency: seconds of one hop between nodes; by default that of a hop inside one.
+        network_latency: seconds of one hop between nodes; by default 2.8 times one inside, as NCCL reckons.
         attention_kernel: the fused attention: "flash-1", "flash-2", "flash-3" or "cudnn" as far as timings of it are
             published for the architecture; by default what PyTorch picks.
+        torch_version: PyTorch's version, such as "2.1": before 2.2 its flash attention is the first generation.
+        clock: MHz at which the accelerator runs; by default the datasheet's boost clock.
         overlap: gradients are summed over the accelerators while backward goes on; else when it is over.
         wide: what the software computes in fp32 in a model of 16 bits, "norm" and "rotation" (transformers, torchtune
             and torchtitan do both); by default nothing, as the trainer here.
@@ -203,6 +208,8 @@ def estimate(
         network=network,
         network_latency=network_latency,
         attention_kernel=attention_kernel,
+        torch_version=torch_version,
+        clock=clock,
         overlap=overlap,
         wide=wide,  # type: ignore[arg-type]  # a declared text takes any collection of names
     )
@@ -235,13 +242,15 @@ def estimate(
     setup = Setup(
         Variant(wide=frozenset(run.wide)),
         attention=run.attention_kernel,
+        torch_version=None if run.torch_version is None else version_of(run.torch_version),
+        clock=None if run.clock is None else 1e6 * run.clock,
         network=run.network,
         latency=run.network_latency,
         overlap=run.overlap,
         stack_factor=stack_factor,
     )
     said = [*notes(m, p, run.global_batch_size), *notes_of_stages(worst, len(stages))]
-    said += notes_of_card(device, p.product_dtype)
+    said += [*notes_of_card(device, p.product_dtype), *notes_of_device(p, device.device)]
     if run.network is not None:
         network_of(run.network)  # refused by name here, as it would only be a note below
     time = None
@@ -253,12 +262,16 @@ def estimate(
             time = predicted(m, p, device, flops, together.active_parameters, run.steps, count, setup)
         except ConfigError as error:  # no peak, no link, no calibration: marked, never guessed
             said.append(f"No time is predicted: {error}.")
-    return Estimate(m, p, device, a, values, memory(a, values, sizes, device), flops, time, tuple(said), setup, stages)
+    held = memory(a, values, sizes, device)
+    said += notes_of_host(p, held.host, device.device)
+    return Estimate(m, p, device, a, values, held, flops, time, tuple(said), setup, stages)
 
 
 def _alone(m: ModelConfig, p: Plan, device: str, threads: int | None) -> Values:
     """The figures of one accelerator with the whole model, which those compute together that share it."""
-    alone = p.replace(tensor_parallel=1, pipeline_parallel=1, pipeline_schedule="1f1b")
+    alone = p.replace(
+        tensor_parallel=1, pipeline_parallel=1, pipeline_schedule="1f1b", virtual_stages=1, sequence_parallel=False
+    )
     return account(m, alone, device).values(sizes_for(m, alone, threads))
 
 
@@ -350,12 +363,15 @@ def max_batch_size(
     def spare(batch_size: int, turns: int) -> tuple[int, int] | None:
         """(bytes left free, bytes of gradients) of steps of so many micro-batches; None beyond 64 bits."""
         trial = p.replace(batch_size=batch_size, grad_accumulation=turns)
-        sizes = sizes_for(m, trial)
-        a = account(m, trial, name)
+        each = [spare_of(trial, stage) for stage in telling_stages(p)]
+        return None if None in each else min(x for x in each if x is not None)
+
+    def spare_of(trial: Plan, stage: int) -> tuple[int, int] | None:
+        a, sizes = account(m, trial, name, stage), sizes_for(m, trial, stage=stage)
         try:
             values = a.values(sizes)
         except TooLargeError:
-            if batch_size == 1:
+            if trial.batch_size == 1:
                 raise
             return None
         if device is None:
@@ -369,6 +385,10 @@ def max_batch_size(
     turns, largest = p.grad_accumulation, limits(Plan)["batch_size"]
     if global_batch_size is not None:
         turns, largest = 2, checked(Run, "global_batch_size", global_batch_size) // p.data_parallel
+    fewest = least_micro_batches(p)
+    if fewest > 1:
+        turns, largest = max(turns, fewest), largest // fewest if global_batch_size is not None else largest
+    elif global_batch_size is not None:
         # A whole share at once adds up no gradients: it needs less than with them, by no more than what they take.
         left = spare(largest, turns) if largest else None
         if left is not None and sum(left) >= 0 and spare(largest, 1)[0] >= 0:  # type: ignore[index]  # it needs less

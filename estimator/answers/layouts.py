@@ -18,6 +18,7 @@ import numpy as np
 from estimator.accounting.accounts import account, recipe_of, sizes_for, vectorised_peak
 from estimator.accounting.collector import collected_later
 from estimator.answers.estimates import check_kernel
+from estimator.answers.found_layouts import Layouts, Option
 from estimator.answers.pipelined import figures as pipelined
 from estimator.answers.pipelined import least_bytes, needed_by
 from estimator.answers.plans import RECIPE
@@ -32,9 +33,7 @@ from estimator.hardware.accelerators import Accelerator, accelerator
 from estimator.hardware.networks import network as network_of
 from estimator.memory.device import needed
 from estimator.pricing.money import cost
-from estimator.timing.intervals import regime
 from estimator.timing.mesh import between
-from estimator.timing.roofline import PARTS
 from estimator.timing.speed import Setup, times
 
 if TYPE_CHECKING:
@@ -57,103 +56,8 @@ AXES = (
 )  # the fields of a plan that are searched
 KINDS = ("none", "selective", "block")  # of checkpointing; "attention" only where the plan has it
 LAID_OUT = RECIPE.replace(max_grad_norm=None)  # what people run; clipping is not known with tensor parallelism
+MEGATRON = Plan(implementation="megatron", precision="bf16-master", attention="sdpa")  # the same of Megatron-LM's runs
 MOST = 16_384  # accelerators, where the smallest number is looked for
-
-
-@dataclass(frozen=True, slots=True)
-class Option:
-    """A layout that fits.
-
-    Attributes:
-        plan: the plan, with every searched field and the accumulation that the global batch takes.
-        needed: bytes on the accelerator that holds the most (`Memory.needed`).
-        headroom: bytes that are left of its memory.
-        parts: seconds of a step by part (`estimator.timing.roofline.PARTS`).
-        tokens_per_second: of one accelerator.
-        mfu: model FLOPs utilisation.
-        dollars: of a billion tokens; None where no price is on file.
-        best: no other layout is both faster and leaves more room.
-    """
-
-    plan: Plan
-    needed: int
-    headroom: int
-    parts: Mapping[str, float]
-    tokens_per_second: float
-    mfu: float
-    dollars: float | None
-    best: bool = False
-
-    @property
-    def seconds(self) -> float:
-        """Of an optimizer step."""
-        return sum(self.parts.values())
-
-    @property
-    def bound(self) -> str:
-        """What most of the time goes to."""
-        return regime(self.parts)
-
-    def behind(self, first: Option) -> str:
-        """Why this is slower than `first`: the parts of a step that take longer, the worst two."""
-        more = {name: self.parts[name] - first.parts[name] for name in PARTS}
-        worst = sorted((name for name in more if more[name] > 0.001 * first.seconds), key=lambda name: -more[name])[:2]
-        return ", ".join(f"{name} +{more[name] / first.seconds:.1%}" for name in worst)
-
-
-@dataclass(frozen=True, slots=True)
-class Layouts:
-    """The layouts of a run.
-
-    Attributes:
-        options: those that fit, the fastest first.
-        refused: how many others there are, by reason.
-        smallest: the least number of these accelerators on which a step of this global batch fits at all; None if
-            `MOST` do not suffice.
-        network: what was taken between nodes, a sentence.
-    """
-
-    options: tuple[Option, ...]
-    refused: Mapping[str, int]
-    smallest: int | None
-    network: str
-
-    def to_frame(self) -> pd.DataFrame:
-        """One row a layout, the fastest first; `attrs` has `refused`, `smallest` and `network`."""
-        import pandas as pd  # noqa: PLC0415 - half a second that only this needs
-
-        rows = [
-            {
-                "data_parallel": o.plan.data_parallel,
-                "tensor_parallel": o.plan.tensor_parallel,
-                "pipeline_parallel": o.plan.pipeline_parallel,
-                "sharding": o.plan.sharding,
-                "shard_group": o.plan.shards,
-                "precision": o.plan.precision,
-                "batch_size": o.plan.batch_size,
-                "grad_accumulation": o.plan.grad_accumulation,
-                "checkpointing": o.plan.checkpointing,
-                "seconds_per_step": o.seconds,
-                "tokens_per_second_per_accelerator": o.tokens_per_second,
-                "mfu": o.mfu,
-                "needed": o.needed,
-                "headroom": o.headroom,
-                "dollars_per_billion_tokens": o.dollars,
-                "bound": o.bound,
-                "behind": o.behind(self.options[0]),
-                "best": o.best,
-            }
-            for o in self.options
-        ]
-        frame = pd.DataFrame(rows)
-        frame.attrs |= {"refused": dict(self.refused), "smallest": self.smallest, "network": self.network}
-        return frame
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain, JSON-ready."""
-        frame = self.to_frame()
-        rows = [{str(k): _plain(x) for k, x in row.items()} for row in frame.to_dict("records")]
-        return {str(k): x for k, x in frame.attrs.items()} | {"layouts": rows}
 
 
 def layouts(
@@ -286,9 +190,8 @@ class _Search:
             if count % ranks or node % ranks:
                 continue
             try:
-                self._way(count, FULLY_SHARDED[-1] if count > ranks else "none", None, "none", ranks).check_model(
-                    self.model
-                )
+                sharding = self._shardings(count // ranks, ranks)[-1]
+                self._way(count, sharding, None, "none", ranks).check_model(self.model)
             except ConfigError:
                 continue
             found.append(ranks)
@@ -297,6 +200,8 @@ class _Search:
     def _shardings(self, replicas: int, ranks: int, stages: int = 1) -> tuple[str, ...]:
         if "sharding" in self.fixed:
             return (self.plan.sharding,)
+        if replicas > 1 and self.plan.implementation == "megatron":
+            return ("zero1",)
         if replicas == 1 or stages > 1:
             return ("none",)
         return tuple(choices(Plan)["sharding"]) if ranks == 1 else FULLY_SHARDED
@@ -327,6 +232,8 @@ class _Search:
             "tensor_parallel": ranks,
             "pipeline_parallel": stages,
             "pipeline_schedule": self.plan.pipeline_schedule if stages > 1 else "1f1b",
+            "virtual_stages": self.plan.virtual_stages if stages > 1 else 1,
+            "sequence_parallel": self.plan.implementation == "megatron" and ranks > 1,
             "sharding": sharding,
             "shard_group": group,
             "checkpointing": checkpointing,
@@ -352,7 +259,7 @@ class _Search:
         batches = batches[-(-sequences // (batches * way.data_parallel)) >= least_micro_batches(way)]
         turns = -(-sequences // (batches * way.data_parallel))
         found: list[Option] = []
-        if way.is_pipeline and self._crowded(way, sequences):
+        if way.runs_stages and self._crowded(way, sequences):
             refused[self._too_much(way)] += len(batches)
             return found
         try:
@@ -392,7 +299,7 @@ class _Search:
     ) -> Iterator[tuple[NDArray[np.intp], NDArray[np.int64], dict[str, NDArray[np.float64]]]]:
         """(points, bytes needed, seconds by part), alike points together."""
         device = self.accelerator.device
-        if way.is_pipeline:
+        if way.runs_stages:
             yield from pipelined(self.model, way, self.accelerator, self.setup, batches, turns)
             return
         for several in np.unique(turns > 1):
@@ -464,9 +371,9 @@ class _Search:
             for kind, sharding in itertools.product(kinds, reversed(self._shardings(replicas, ranks, stages))):
                 try:
                     way = self._way(count, sharding, group, kind, ranks, stages)
-                    if way.is_pipeline and self._crowded(way, sequences):
+                    if way.runs_stages and self._crowded(way, sequences):
                         continue
-                    if way.is_pipeline:
+                    if way.runs_stages:
                         memory = needed_by(self.model, way, self.accelerator, np.array([batch]), turns)
                         if turns >= least_micro_batches(way) and memory <= self.accelerator.memory_bytes:
                             return True
@@ -485,7 +392,3 @@ class _Search:
 @lru_cache(maxsize=16)
 def _evaluated(m: ModelConfig, p: Plan, device: str) -> Values:
     return account(m, p, device).evaluate(m, p)
-
-
-def _plain(x: Any) -> Any:
-    return x.item() if isinstance(x, np.generic) else x

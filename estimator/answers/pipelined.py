@@ -49,11 +49,7 @@ def figures(
 
 
 def needed_by(m: ModelConfig, way: Plan, a: Accelerator, batches: Counts, turns: Counts) -> Counts:
-    """(points,): `Memory.needed` of the stage that needs the most.
-
-    That is the first, the second or the last: each of those between has fewer micro-batches in flight than the one
-    before it.
-    """
+    """(points,): `Memory.needed` of the stage that needs the most."""
     return _needed(m, way, a, batches, turns)[0]
 
 
@@ -61,15 +57,15 @@ def _needed(
     m: ModelConfig, way: Plan, a: Accelerator, batches: Counts, turns: Counts
 ) -> tuple[Counts, list[NDArray[np.intp]]]:
     """(`needed_by`, the points whose stages have the same accounts)."""
-    stages = way.pipeline_parallel
     found = np.zeros(len(turns), dtype=np.int64)
     accounts: list[list[Account]] = [[] for _ in turns]
-    for stage in sorted({0, 1, stages - 1}):
+    for stage in pipeline.telling_stages(way):
         for points in _alike(way, turns, stage):
             plan = way.replace(grad_accumulation=int(turns[points[0]]))
             flying = [pipeline.in_flight(way.replace(grad_accumulation=int(n)), stage) for n in turns[points]]
-            sizes = dict(sizes_for(m, plan, stage=stage)) | {"B": batches[points], "M": turns[points]}
-            sizes["w"] = np.array(flying)
+            sizes = dict(sizes_for(m, plan, stage=stage)) | {"B": batches[points]}
+            if way.is_pipeline:
+                sizes |= {"M": turns[points], "w": np.array(flying)}
             for form, at in vectorised_peak(recipe_of(m, plan, a.device, stage), a.device).accounts(sizes):
                 here = {name: x[at] if np.ndim(x) else x for name, x in sizes.items()}
                 found[points[at]] = np.maximum(found[points[at]], needed(form, here, a))
@@ -88,8 +84,11 @@ def least_bytes(m: ModelConfig, way: Plan, whole: Values, itemsize: int, sequenc
     received (`itemsize` bytes an element), for which there is room for all micro-batches.
     """
     stages = way.pipeline_parallel
-    states = whole.parameter_bytes + whole.gradient_bytes + whole.optimizer_bytes
+    shared = way.data_parallel if way.sharding == "zero1" else 1
+    states = whole.parameter_bytes + whole.gradient_bytes + whole.optimizer_bytes // shared
     received = 2 * (stages - 1) * -(-sequences // way.data_parallel) * way.tokens(m) * m.d_model * itemsize
+    if way.implementation == "megatron":  # which receives when it needs it
+        received = 0
     return int(states // (way.tensor_parallel * stages) + received // stages)
 
 

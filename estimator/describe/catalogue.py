@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import tomllib
@@ -22,6 +23,18 @@ def read_data(name: str) -> dict[str, Any]:
     """The tables of `estimator/data/<name>.toml`. Shared between callers: do not change them."""
     with resources.files("estimator").joinpath("data", f"{name}.toml").open("rb") as file:
         return tomllib.load(file)
+
+
+def to_toml(table: dict[str, Any], prefix: str = "") -> str:
+    """A nested dict as TOML: strings, numbers, booleans, lists of these, tables."""
+    plain = {key: x for key, x in table.items() if not isinstance(x, dict)}
+    lines = [f"{json.dumps(key)} = {json.dumps(x, allow_nan=False)}" for key, x in plain.items()]
+    parts = ["\n".join(lines)]
+    for key, inner in table.items():
+        if isinstance(inner, dict):
+            name = f"{prefix}{json.dumps(key)}"
+            parts.append(f"[{name}]\n{to_toml(inner, name + '.')}")
+    return "\n\n".join(parts)
 
 
 def squash(name: str) -> str:

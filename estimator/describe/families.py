@@ -30,6 +30,7 @@ from estimator.describe.family import (
     Family,
     own_norms,
 )
+from estimator.describe.hub import HUB
 from estimator.describe.mixtures import MIXTURES
 from estimator.describe.parts import Norm
 from estimator.describe.rules import (
@@ -56,6 +57,7 @@ from estimator.describe.rules import (
     smollm3_windows,
     upper_windows,
     with_rope,
+    with_rope_of_its_kind,
     with_theta,
     yes,
 )
@@ -110,6 +112,13 @@ DENSE: dict[str, Family] = {
         attention=all_four("attention_bias"),
         kinds=last_of("sliding_window_pattern", 4),
         rotates=lambda c: [kind == "window" for kind in c.kinds],
+    ),
+    "cohere_compass_text": Family(
+        **COHERE | {"positions": {}, "ends": {"logits_scale": lambda c: c.number_or_none("logit_scale") or 1.0}},
+        attention=all_four("attention_bias"),
+        kinds=cycle("full"),
+        rotates=with_rope_of_its_kind,
+        free_heads=False,
     ),
     "ctrl": Family(
         **OLD,
@@ -214,7 +223,6 @@ DENSE: dict[str, Family] = {
         mlp={"bias": yes("mlp_bias")},
         ends={"embedding_scale": number("embedding_multiplier"), "logits_scale": number("logits_scaling")},
     ),
-    "internlm2": Family(attention=all_four("bias") | {"fused": True}),
     "internlm3": Family(attention=all_four("attention_bias"), mlp={"bias": yes("mlp_bias")}),
     "iquestcoder": Family(
         attention=all_four("attention_bias"),
@@ -223,11 +231,6 @@ DENSE: dict[str, Family] = {
     ),
     "jais2": Family(norm=LN, attention=all_four("attention_bias"), mlp={"gated": False, "bias": yes("mlp_bias")}),
     "llama": Family(attention=all_four("attention_bias"), mlp={"bias": yes("mlp_bias")}),
-    "minicpm": Family(
-        attention=all_four("attention_bias"),
-        residual_scale=residual_of_depth,
-        ends={"embedding_scale": number("scale_emb"), "logits_scale": logits_of_base},
-    ),
     "minicpm3": Family(
         attention=LATENT,
         residual_scale=residual_of_depth,
@@ -352,4 +355,17 @@ DENSE: dict[str, Family] = {
     ),
 }
 
-FAMILIES = dict(sorted((DENSE | MIXTURES).items()))
+# Families whose class is another's: by how they are published, the one that is read.
+SAME_CLASS = {"gpt-sw3": "gpt2"}
+DENSE |= {name: DENSE[family] for name, family in SAME_CLASS.items()}
+
+FAMILIES = dict(sorted((DENSE | MIXTURES | HUB).items(), key=lambda entry: entry[0].lower()))
+
+
+def family_groups() -> dict[str, list[str]]:
+    """The names of all families, by what they are."""
+    return {
+        "dense": sorted(DENSE),
+        "with experts": sorted(MIXTURES),
+        "whose classes came with their weights": sorted(HUB, key=str.lower),
+    }

@@ -26,7 +26,7 @@ ACTIVATIONS = {
     "relu2": "relu2",
     "xielu": "xielu",
 }
-KINDS = {"full_attention": "full", "sliding_attention": "window", "chunked_attention": "chunk"}
+KINDS = {"full_attention": "full", "attention": "full", "sliding_attention": "window", "chunked_attention": "chunk"}
 
 
 @cache
@@ -69,6 +69,10 @@ class Fields:
     def knows(self, name: str) -> bool:
         """Whether the class has this field."""
         return self.own(name) in self.defaults
+
+    def reads(self, name: str) -> bool:
+        """Whether the class has a field of this name, or takes the name for one."""
+        return name in self.defaults or name in self.also or name in self.spellings
 
     def __call__(self, name: str) -> Any:
         """The value as it stands in the file, or the class's default.

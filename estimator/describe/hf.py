@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from estimator.describe.checks import PATH_SHOWN, ConfigError, shown
 from estimator.describe.families import FAMILIES
 from estimator.describe.fields import Fields
+from estimator.describe.lost import nothing_lost
 from estimator.describe.model import ModelConfig
 from estimator.describe.parts import FAMILIES as NAMED
 from estimator.describe.parts import MLP, Attention, Ends, Experts, Layer, Parts, Pattern, Positions
@@ -143,6 +144,7 @@ def _model(kind: str, family: Family, c: Fields) -> ModelConfig:
     layers = _layers(family, c)
     sparse, dense = any(layer.sparse for layer in layers), not all(layer.sparse for layer in layers)
     parts = _parts(family, c, sparse=sparse, dense=dense)
+    nothing_lost(kind, c, parts, layers)
     sizes = _sizes(c, family, sparse=sparse, dense=dense)
     for attention, name in (("window", "sliding_window"), ("chunk", "attention_chunk")):
         if any(layer.attention == attention for layer in layers):
@@ -178,7 +180,7 @@ def _refuse(raw: Mapping[str, Any], field: str, allowed: Any, why: str) -> None:
 
 def _named(kind: str, parts: Parts) -> str | None:
     """The family whose name stands for these parts but for ties and biases on q, k and v; None if none does."""
-    name = "gpt2" if kind == "gpt2" else "llama"
+    name = "gpt2" if FAMILIES[kind] is FAMILIES["gpt2"] else "llama"
     usual = NAMED[name]
     habits = replace(
         usual,

@@ -49,6 +49,7 @@ from estimator.describe.rules import (
     one_for_all,
     query_scaling,
     root_of_d,
+    said_to_be_attention,
     shared_of,
     shared_width,
     size,
@@ -129,16 +130,6 @@ MIXTURES: dict[str, Family] = {
         },
         free_heads=False,
         refused=(("tie_word_embeddings", False, "the family's class has a head of its own"),),
-    ),
-    "deepseek": Family(
-        attention=all_four("attention_bias"),
-        experts={
-            "normalised": yes("norm_topk_prob"),
-            "shared": lambda c: "plain" if shared_width(c) else "none",
-        },
-        sizes={"d_shared": shared_width},
-        sparse=after_first,
-        refused=(EVERY_LAYER, ("scoring_func", "softmax", "the family's router has a softmax")),
     ),
     "deepseek_v2": Family(
         attention=LATENT,
@@ -233,6 +224,15 @@ MIXTURES: dict[str, Family] = {
         kinds=cycle("full", "window", "window", "window"),
         rotates=with_theta,
     ),
+    "granitemoehybrid": Family(
+        **GRANITE,
+        positions={"kind": lambda c: "rotary" if c("position_embedding_type") == "rope" else "none"},
+        mlp={"fused": True},
+        experts=GRANITE_SHARED,
+        sizes=GRANITE_SHARED_SIZE | {"d_ff": size("shared_intermediate_size")},
+        kinds=said_to_be_attention,
+        sparse=lambda c: [c.count("num_local_experts") > 0] * c.layers,
+    ),
     "granitemoeshared": Family(**GRANITE, experts=GRANITE_SHARED, sizes=GRANITE_SHARED_SIZE),
     "hunyuan_v1_moe": Family(
         attention=all_four("attention_bias") | {"qk_norm": "head", "qk_norm_late": True},
@@ -299,6 +299,14 @@ MIXTURES: dict[str, Family] = {
         experts={"score": "sigmoid", "correction": "buffer"},
         partial=True,
         refused=(QK_NORMED, ("shared_intermediate_size", 0, "the family's class has no shared expert"), *NO_BIASES),
+    ),
+    "mistral4": Family(
+        attention=LATENT | {"query_scaling": "all"},
+        positions={"pairs": either("rope_interleave", "neighbours", "halves")},
+        experts=GROUPED | {"score": "softmax", "correction": "none", "grouped": False},
+        sizes=LATENT_SIZES | {"d_shared": shared_width},
+        sparse=after_first,
+        refused=(("n_group", 1, "groups of experts would be chosen by the sum of their best two"),),
     ),
     "mixtral": Family(experts={}, kinds=cycle("window"), refused=NO_BIASES),
     "olmoe": Family(

@@ -242,6 +242,7 @@ class Ends:
     Attributes:
         tied: the head uses the embedding's matrix.
         head_bias: the head has a bias.
+        head_norm: the head's rows are divided by their lengths, anew in each step (Baichuan 2).
         embedding_norm: a norm after the embedding (BLOOM).
         embedding_scale: what the embedding is multiplied with; None for nothing (Gemma: sqrt(d)).
         final_norm: a norm before the head.
@@ -256,6 +257,7 @@ class Ends:
     final_norm: bool = True
     logits_scale: float | None = None
     logits_softcap: float | None = None
+    head_norm: bool = False
 
     def __post_init__(self) -> None:
         check(self)

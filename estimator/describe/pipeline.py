@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from estimator.describe.checks import ConfigError
-from estimator.describe.schedules import all_forward_first, one_forward_one_backward
+from estimator.describe.schedules import accumulation, all_forward_first, one_forward_one_backward
 from estimator.describe.settings import Needs
 
 if TYPE_CHECKING:
@@ -15,25 +15,29 @@ if TYPE_CHECKING:
 
 ALIKE = 3  # micro-batches that are executed of those that a stage runs ahead, and of those between: the middle one
 # stands for all others
+BUNDLED = ("implementation", "bundled")  # Megatron's own needs are `estimator.describe.megatron`'s
 NEEDS = (
     Needs(
         "shared_by",
-        ("one accelerator", "none"),
-        "what is sharded around it is not known",
-        say="allowed on several accelerators is sharding none (DDP)",
+        ("one accelerator", "none", "zero2"),
+        "ZeRO-1 and ZeRO-3 around it are not known",
+        say="allowed on several accelerators is sharding none (DDP), zero2",
+        where=BUNDLED,
     ),
     *(
-        Needs(name, known, f"it is not known together with {name} = {{{name}!r}}")
+        Needs(name, known, f"it is not known together with {name} = {{{name}!r}}", where=BUNDLED)
         for name, known in (
             ("gradient_as_bucket_view", (False,)),
+            ("shard_group", (None,)),
+            ("offload", ("none",)),
+            ("autocast", (False,)),
             ("adapter", ("none",)),
             ("trained", ("all",)),
             ("frozen", ("",)),
-            ("max_grad_norm", (None,)),
             ("update", ("after",)),
             ("loss", ("bundled", "torch", "torch-fp32")),
             ("checkpoint_every", (1,)),
-            ("precision", ("fp32", "tf32", "bf16")),
+            ("precision", ("fp32", "tf32", "bf16", "bf16-mixed", "bf16-fsdp")),
             ("optimizer", ("adamw", "adam", "sgd", "sgd-momentum", "lion")),
         )
     ),
@@ -44,8 +48,13 @@ def check_plan(p: Plan) -> None:
     """Raise ConfigError if the micro-batches of `p` are too few for its stages."""
     if p.pipeline_parallel == 1:
         return
+    if p.virtual_stages > 1 and p.grad_accumulation % p.pipeline_parallel:
+        raise ConfigError(
+            f"grad_accumulation = {p.grad_accumulation}: interleaved stages take a multiple of the "
+            f"{p.pipeline_parallel} stages"
+        )
     least = least_micro_batches(p)
-    if p.data_parallel > 1 and p.pipeline_schedule == "gpipe":
+    if p.shared_by == "none" and p.pipeline_schedule == "gpipe":
         raise ConfigError(
             "pipeline_schedule = 'gpipe': DDP's reducer fails under PyTorch's ScheduleGPipe (an assertion in "
             f"reducer.cpp), and data_parallel is {p.data_parallel}; allowed is 1f1b"
@@ -55,6 +64,15 @@ def check_plan(p: Plan) -> None:
             f"grad_accumulation = {p.grad_accumulation}: {p.pipeline_parallel} stages under {p.pipeline_schedule} take "
             f"at least {least} micro-batches; allowed is at least that"
         )
+
+
+def telling_stages(p: Plan) -> tuple[int, ...]:
+    """The stages of which one needs the most memory: the first, the second and the last.
+
+    Each of those between has fewer micro-batches in flight than the one before it.
+    """
+    last = p.pipeline_parallel - 1
+    return tuple(sorted({0, min(1, last), last}))
 
 
 def least_micro_batches(p: Plan) -> int:
@@ -72,7 +90,7 @@ def check_model(p: Plan, m: ModelConfig) -> None:
     if m.num_layers % stages:
         raise ConfigError(f"pipeline_parallel = {stages}: must divide num_layers, which is {m.num_layers}")
     other = {
-        "tie_embeddings": parts.ends.tied,
+        "tie_embeddings": parts.ends.tied and p.implementation == "bundled",
         "pattern": len(m.rotating_pattern.kinds) > 1,
         "experts": parts.experts is not None,
         "embedding_dim": m.embedding_dim is not None,
@@ -90,9 +108,17 @@ def schedule(p: Plan, stage: int) -> Schedule:
 
 
 def in_flight(p: Plan, stage: int) -> int:
-    """How many forwards a stage runs before its first backward: so many micro-batches it has alive at the most."""
+    """How many forwards a stage runs before its first backward: so many micro-batches it has alive at the most.
+
+    Of interleaved stages, forwards of their parts: 2 (P - stage - 1) + (v - 1) P + 1, or all of them
+    (`get_pp_rank_microbatches` in megatron/core/pipeline_parallel/schedules.py).
+    """
     if p.pipeline_schedule == "gpipe":
         return p.grad_accumulation
+    if p.virtual_stages > 1:
+        ahead = 2 * (p.pipeline_parallel - stage - 1) + (p.virtual_stages - 1) * p.pipeline_parallel + 1
+        every = p.grad_accumulation * p.virtual_stages
+        return every if p.grad_accumulation == p.pipeline_parallel else min(every, ahead)
     return min(p.grad_accumulation, p.pipeline_parallel - stage)
 
 
@@ -102,10 +128,14 @@ def executed(p: Plan, stage: int) -> Schedule:
     Under 1F1B the send of the last forward but one of those ahead is held until there is no forward left. So it makes a
     difference whether a backward comes after that micro-batch's own and before the last forward.
     """
-    own = in_flight(p, stage)
-    ahead, between = min(own, ALIKE), min(p.grad_accumulation - own, ALIKE)
+    if not p.is_pipeline:
+        return accumulation(min(p.grad_accumulation, 2))
+    own = -(-in_flight(p, stage) // p.virtual_stages)
+    ahead, between = min(own, ALIKE), min(max(p.grad_accumulation - own, 0), ALIKE)
     if p.pipeline_schedule == "gpipe":
         return all_forward_first(ahead)
-    if own > ALIKE and between:
+    if p.implementation == "megatron":  # which lets go of what it has sent
+        between = min(between, 1)
+    elif own > ALIKE and between:
         between = ALIKE if p.grad_accumulation - own > own - 2 else 1
     return one_forward_one_backward(ahead + between, 0, ahead)

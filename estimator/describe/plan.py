@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from estimator.describe import pipeline, tensor
+from estimator.describe import megatron, pipeline, tensor
 from estimator.describe.adapters import ALL, saved_listed, targets_listed
 from estimator.describe.checks import ConfigError, known_fields
 from estimator.describe.selection import Selection, parts_listed
@@ -329,6 +329,26 @@ class Plan:
         draws=(None,),
         needs=(Needs("sharding", ("zero3",), "sharding is {sharding!r}"),),
     )
+    offload: str = choice(
+        "none",
+        "What of the model the host keeps for the accelerator.",
+        {
+            "none": "nothing",
+            "parameters": (
+                "parameters, gradients and optimizer states, and the update runs there (fully_shard's "
+                "`CPUOffloadPolicy`): only what is gathered is on the accelerator"
+            ),
+        },
+        needs=(
+            Needs("sharding", FULLY_SHARDED, "it is a policy of fully_shard"),
+            Needs(
+                "precision",
+                ("fp32", "tf32", "bf16", "bf16-mixed", "bf16-fsdp"),
+                "the scaler or the masters of {precision!r} are the accelerator's",
+            ),
+            Needs("tensor_parallel", (1,), "tensor_parallel is {tensor_parallel}"),
+        ),
+    )
     shard_group: int | None = integer(
         None,
         "With zero2 and zero3, how many accelerators share what is sharded, while groups of so many replicate it "
@@ -361,6 +381,34 @@ class Plan:
             "gpipe": "all forwards, then all backwards (Huang et al. 2019)",
         },
         needs=(Needs("is_pipeline", (True,), "pipeline_parallel is {pipeline_parallel}", say="allowed above 1"),),
+    )
+    virtual_stages: int = integer(
+        1,
+        "Parts of a pipeline's stage: with several, each accelerator has so many pieces of consecutive blocks, and the "
+        "pipeline fills faster (interleaved 1F1B, Narayanan et al. 2021).",
+        most=10**4,
+        draws=(1,),
+        needs=megatron.VIRTUAL,
+    )
+    sequence_parallel: bool = flag(
+        "Between the shared matrices of tensor_parallel each accelerator has its part of the tokens (Korthikanti et "
+        "al. 2022).",
+        draws=(False,),
+        needs=megatron.SEQUENCE,
+    )
+    implementation: str = choice(
+        "bundled",
+        "Whose code a step runs.",
+        {
+            "bundled": "PyTorch's own, as the trainer here does: exact",
+            "megatron": (
+                "Megatron-LM's: its fused operators, main gradients in fp32, vocabulary-parallel embedding, head and "
+                "loss, with zero1 its distributed optimizer, and selective recomputation of attention's core. A model "
+                "after its source and papers, not compared with a run"
+            ),
+        },
+        draws=("bundled",),
+        needs=megatron.NEEDS,
     )
 
     balance: float = number(
@@ -477,10 +525,12 @@ class Plan:
         """The dtype that matrix products are in, whose peak an MFU is of: "bf16" of "bf16-mixed"."""
         return self.precision.partition("-")[0]
 
-    def implementation(self, device: str) -> str:
+    def optimizer_on(self, device: str) -> str:
         """The optimizer implementation on `device` ("cpu" or "cuda"), with "auto" resolved as torch.optim does."""
         if self.optimizer_impl != "auto":
             return self.optimizer_impl
+        if self.offload != "none":  # the update is the host's
+            device = "cpu"
         own = OPTIMIZERS[self.optimizer]
         lists = device == "cuda" and "foreach" in own and self.optimizer not in LISTS_IF_ASKED
         return "foreach" if lists and own[0] == "loop" else own[0]
@@ -490,6 +540,7 @@ class Plan:
         self.selection.check(model)
         tensor.check_model(self, model)
         pipeline.check_model(self, model)
+        megatron.check_model(self, model)
         parts = model.made_of
         most = 1.0
         if model.num_experts is not None and model.experts_per_token is not None:
@@ -507,6 +558,7 @@ class Plan:
         for name, has in (
             ("logits_softcap", parts.ends.logits_softcap is not None),
             ("head_bias", parts.ends.head_bias),
+            ("head_norm", parts.ends.head_norm),
         ):
             if has and self.loss == "chunked":
                 raise ConfigError(
@@ -517,6 +569,11 @@ class Plan:
             raise ConfigError(
                 "loss = 'chunked': it has the head in it, but not the adapter that adapter_targets puts beside it; "
                 f"allowed are {_other_losses()}"
+            )
+        if parts.ends.head_norm and self.adapter != "none" and "head" in self.adapter_targets.split(","):
+            raise ConfigError(
+                f"adapter_targets = {self.adapter_targets!r}: the head's rows are normalised in each step, which no "
+                "adapter knows; allowed are targets without head"
             )
         if self.attention == "sdpa-flash" and model.value_e != model.e:
             raise ConfigError(
@@ -577,6 +634,16 @@ class Plan:
     def is_pipeline(self) -> bool:
         """Whether the blocks are dealt to several stages."""
         return self.pipeline_parallel > 1
+
+    @property
+    def shares_matrices(self) -> bool:
+        """Whether several accelerators share each block's matrices."""
+        return self.tensor_parallel > 1
+
+    @property
+    def runs_stages(self) -> bool:
+        """Whether a step is a stage's schedule, of several stages or of one."""
+        return self.is_pipeline or self.implementation == "megatron"
 
     @property
     def replicas(self) -> int:

@@ -281,6 +281,24 @@ def in_windows_or_dense(c: Fields) -> list[bool]:
     return [kind == "window" or (forced and not sparse) for kind, sparse in zip(c.kinds, dense_prefix(c), strict=True)]
 
 
+def with_rope_of_its_kind(c: Fields) -> list[bool]:
+    """Layers of a kind that `rope_parameters` has null for are not rotated."""
+    given = c.raw.get("rope_parameters")
+    given = given if isinstance(given, dict) else {}
+    names = {"full": "full_attention", "window": "sliding_attention"}
+    return [given.get(names[kind], True) is not None for kind in c.kinds]
+
+
+def said_to_be_attention(c: Fields) -> list[str]:
+    """Granite 4's layers are attention where `layer_types` says so; a file without it means mamba in all of them."""
+    if c("layers_block_type") is None:
+        raise ConfigError(
+            "layer_types: a file of the family without it means mamba layers throughout; read are those whose layers "
+            "are all attention"
+        )
+    return ["full" for _ in c.listed("layers_block_type", ("attention", "full_attention"))]
+
+
 def chosen_score(c: Fields) -> str:
     """How the chosen experts' logits become weights, by `expert_selection_fn`."""
     name = c("expert_selection_fn")

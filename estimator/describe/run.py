@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ from estimator.describe.checks import ConfigError, choose, shown
 from estimator.describe.selection import listed
 from estimator.describe.settings import check_values, flag, integer, number, text
 
+VERSION = re.compile(r"\d+\.\d+")
 WIDE = ("norm", "rotation")  # what may be computed in fp32 in a model of 16 bits
 
 
@@ -20,6 +22,18 @@ def _network(_: str, given: Any) -> Any:
         return float(given)
     except ValueError:
         return given
+
+
+def _version(field: str, given: Any) -> str:
+    if not isinstance(given, str) or not VERSION.match(given):
+        raise ConfigError(f"{field} = {shown(given)}: must be a version such as '2.1'")
+    return given
+
+
+def version_of(text_: str) -> tuple[int, int]:
+    """(major, minor) of a version such as "2.1.0+cu121"."""
+    major, minor = text_.split(".")[:2]
+    return int(major), int(re.match(r"\d+", minor).group())  # type: ignore[union-attr]
 
 
 def _wide(field: str, given: Any) -> tuple[str, ...]:
@@ -70,6 +84,19 @@ class Run:
         "The fused attention whose timings count: flash-1, flash-2, flash-3 or cudnn, as far as timings of it are "
         "published for the architecture.",
         optional="what PyTorch picks",
+    )
+    torch_version: str | None = text(
+        None,
+        "PyTorch's version, such as 2.1: before 2.2 its flash attention is the first generation.",
+        optional="2.2 or later",
+        parse=_version,
+    )
+    clock: float | None = number(
+        None,
+        "MHz at which the accelerator runs, where it is held below its boost clock or runs above it.",
+        least=100,
+        most=10_000,
+        optional="the datasheet's boost clock",
     )
     overlap: bool = flag(
         "Gradients are summed over the accelerators while backward goes on; else when it is over.", default=True

@@ -51,6 +51,39 @@ def one_forward_one_backward(micro_batches: int, stage: int, stages: int) -> Sch
     return tuple(moves)
 
 
+class Part(NamedTuple):
+    """The forward or the backward of a micro-batch in one part of a stage."""
+
+    kind: str
+    micro_batch: int
+    part: int
+
+    def __str__(self) -> str:
+        return f"{self.kind}{self.micro_batch}.{self.part}"
+
+
+def interleaved(micro_batches: int, stage: int, stages: int, parts: int) -> tuple[Part, ...]:
+    """Interleaved 1F1B of a stage of several parts: as many micro-batches as there are stages go through each in turn.
+
+    Narayanan et al. 2021, section 2.2.2; `forward_backward_pipelining_with_interleaving` in
+    megatron/core/pipeline_parallel/schedules.py. `micro_batches` is a multiple of `stages`.
+    """
+    total = micro_batches * parts
+
+    def move(kind: str, at: int) -> Part:
+        group, within = divmod(at, stages * parts)
+        part, turn = divmod(within, stages)
+        return Part(kind, group * stages + turn, part if kind == FORWARD else parts - 1 - part)
+
+    ahead = total if micro_batches == stages else min(total, 2 * (stages - stage - 1) + (parts - 1) * stages)
+    moves = [move(FORWARD, i) for i in range(ahead)]
+    for i in range(total):
+        if ahead + i < total:
+            moves.append(move(FORWARD, ahead + i))
+        moves.append(move(BACKWARD, i))
+    return tuple(moves)
+
+
 def micro_batches(schedule: Schedule) -> int:
     """How many micro-batches a schedule has."""
     return len(schedule) // 2

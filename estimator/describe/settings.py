@@ -29,6 +29,7 @@ class Needs(NamedTuple):
         why: the reason why it goes with no others, with fields in braces: "precision is {precision!r}".
         values: the values of the setting that this is about; empty for every one but its default.
         say: what is allowed, in words; empty for the list of `allowed`.
+        where: (field, value) of the object for which alone it is asked; empty for all.
     """
 
     other: str
@@ -36,6 +37,7 @@ class Needs(NamedTuple):
     why: str
     values: Collection[Any] = ()
     say: str = ""
+    where: tuple[str, Any] | tuple[()] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -246,6 +248,8 @@ def check_needs(described: Any) -> None:
         value = getattr(described, name)
         for need in setting.needs:
             about = value in need.values if need.values else value != setting.default
+            if need.where and getattr(described, need.where[0]) != need.where[1]:
+                continue
             if about and getattr(described, need.other) not in need.allowed:
                 allowed = need.say or f"allowed with {need.other} {', '.join(map(str, need.allowed))}"
                 why = need.why.format_map(_Fields(described))

@@ -11,22 +11,22 @@ if TYPE_CHECKING:
     from estimator.describe.model import ModelConfig
     from estimator.describe.plan import Plan
 
+BUNDLED = ("implementation", "bundled")  # Megatron's own needs are `estimator.describe.megatron`'s
 NEEDS = (
     Needs(
         "shared_by",
         ("one accelerator", "zero2", "zero3"),
         "DDP and ZeRO-1 around it are not known",
         say="allowed on several accelerators is sharding zero2, zero3",
+        where=BUNDLED,
     ),
     *(
-        Needs(name, known, f"it is not known together with {name} = {{{name}!r}}")
+        Needs(name, known, f"it is not known together with {name} = {{{name}!r}}", where=BUNDLED)
         for name, known in (
-            ("shard_group", (None,)),
             ("reshard_after_forward", (None,)),
             ("adapter", ("none",)),
             ("trained", ("all",)),
             ("frozen", ("",)),
-            ("max_grad_norm", (None,)),
             ("update", ("after",)),
             ("precision", ("fp32", "tf32", "bf16", "bf16-mixed", "fp16-mixed", "bf16-fsdp")),
             ("optimizer", ("adamw", "adam", "sgd", "sgd-momentum", "lion")),

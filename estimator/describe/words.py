@@ -115,5 +115,6 @@ def _ends(m: ModelConfig) -> Iterator[str]:
     found = [name for name, has in biased.items() if has]
     yield f"biases in {' and '.join(found)}" if found else ""
     yield f"logits capped at {parts.ends.logits_softcap:g}" if parts.ends.logits_softcap is not None else ""
+    yield "a head whose rows are normalised in each step" if parts.ends.head_norm else ""
     yield "tied embeddings" if parts.ends.tied else ""
     yield f"{m.vocab_size:,} tokens in the vocabulary"

@@ -34,6 +34,7 @@ class Node:
         "block",
         "dtypes",
         "edges",
+        "expected",
         "held",
         "hook",
         "module",
@@ -51,6 +52,7 @@ class Node:
         machine.sequence += 1
         self.module, self.block = machine.ledger.module, machine.ledger.block
         self.owners = 0
+        self.expected = False  # the engine holds it, until it has run it
         self.saved: list[Tensor | Holder] = []
         self.held: list[tuple[Node, Tensor]] = []  # attributes of Python functions' contexts
         self.variable: Tensor | None = None
@@ -96,7 +98,7 @@ class Node:
     def drop(self) -> None:
         """One owner less; a node that nobody holds takes its saved tensors and edges with it."""
         self.owners -= 1
-        if self.owners == 0:
+        if self.owners == 0 and not self.expected:
             self.release()
             self.let_go()
             for edge in self.edges:
@@ -218,6 +220,7 @@ def _dependencies(root: Node) -> dict[Node, int]:
 
 def _evaluate(node: Node, buffer: Buffer) -> list[tuple[tuple[Node, int], Tensor | None]]:
     """Call a node, bring its results to its inputs' shapes and dtypes, drop what came in and what was saved."""
+    node.expected = False
     assert node.backward is not None, "backward through a graph that has been released"
     context = Context()
     object.__setattr__(context, "needs", tuple(edge is not None for edge in node.edges))
@@ -255,7 +258,8 @@ def _evaluate(node: Node, buffer: Buffer) -> list[tuple[tuple[Node, int], Tensor
             out.append((edge, r))
     for edge in edges:
         if edge is not None and edge[0].variable is None:
-            edge[0].owners -= 1  # the engine holds it from here on
+            edge[0].owners -= 1
+            edge[0].expected = True
     return out
 
 

@@ -9,8 +9,9 @@ from estimator.eager.ledger import Gemm
 from estimator.eager.letters import ONE, ceiling, constant
 from estimator.eager.letters import n as threads
 from estimator.eager.ops import elementwise, wrapped_again
+from estimator.eager.pointwise import clamp, compared
 from estimator.eager.tensor import FLOAT32, INT64, Locals, Tensor, empty_like, op
-from estimator.eager.views import cast, contiguous
+from estimator.eager.views import cast, contiguous, expand
 
 if TYPE_CHECKING:
     from estimator.eager.letters import Size
@@ -205,6 +206,32 @@ def div(a: Tensor, b: Tensor) -> Tensor:
 
     node = record("DivBackward0", (a, b), backward, (a if b.requires_grad else None, b))
     return attach(node, elementwise("div", a, b))
+
+
+@op
+def row_norms(x: Tensor) -> Tensor:
+    """x.norm(dim=1, keepdim=True): saves its input and its result; backward is grad * (x / norm), 0 where norm is."""
+
+    def backward(c: Context, grad: Tensor) -> Gradients:
+        x, norms = c.saved
+        c.unit = elementwise("div", x, norms)
+        c.none = compared("eq", norms)
+        grad.machine.kernel("masked_fill_", (c.none,), (c.unit,))
+        return [elementwise("mul", grad, c.unit)]
+
+    node = record("LinalgVectorNormBackward0", (x,), backward, (x,))
+    out = x.machine.empty((x.shape[0], ONE), x.dtype)
+    x.machine.kernel("linalg_vector_norm", (x,), (out,), arithmetic=2 * x.numel)
+    return attach(node, out, save=(out,))
+
+
+def normalized_rows(x: Tensor) -> Tensor:
+    """F.normalize: x / x.norm(dim=1, keepdim=True).clamp_min(eps).expand_as(x)."""
+    with Locals() as v:
+        v.norms = row_norms(x)
+        v.norms = clamp(v.norms, both=False)
+        v.norms = expand(v.norms, x.shape)
+        return div(x, v.norms)
 
 
 @op

@@ -54,6 +54,7 @@ class Storage:
     owners: int = 0
     hooked: bool = False
     copies: Size = ONE
+    host: bool = False  # in the host's memory
 
 
 class Where(NamedTuple):
@@ -152,6 +153,8 @@ class Ledger:
 
     events: list[Event] = field(default_factory=list)
     kernels: list[Kernel] = field(default_factory=list)
+    host_events: list[Event] = field(default_factory=list)  # of the host's memory, where that is another
+    host_kernels: list[Kernel] = field(default_factory=list)
     messages: list[Message] = field(default_factory=list)
     saved: list[Storage] = field(default_factory=list)
     facts: dict[Fact, bool] = field(default_factory=dict)  # what the step asked of its sizes, and the answers
@@ -164,6 +167,7 @@ class Ledger:
     block: int | None = None
     op: str = ""
     recompute: bool = False
+    host: bool = False  # what is allocated and runs is the host's
     updates: bool = False  # what runs is the optimizer's, whatever the phase
     places: dict[Where, Where] = field(default_factory=dict)  # each place once: a seventh of what the events would have
 
@@ -185,15 +189,19 @@ class Ledger:
     def allocate(self, elements: Size, itemsize: int, category: Category, copies: Size = ONE) -> Storage:
         """A new storage of so many elements, or so many `copies` of one."""
         nbytes = itemsize * elements if copies is ONE else itemsize * elements * copies
-        storage = Storage(nbytes, itemsize, category, self.here, copies=copies)
+        storage = Storage(nbytes, itemsize, category, self.here, copies=copies, host=self.host)
         if nbytes is not ZERO:
-            self.events.append(Event(1, storage, storage.where, self.micro_batch))
+            self._events(storage).append(Event(1, storage, storage.where, self.micro_batch))
         return storage
 
     def free(self, storage: Storage) -> None:
         """The last owner of `storage` is gone."""
         if storage.nbytes is not ZERO:
-            self.events.append(Event(-1, storage, self.here, self.micro_batch))
+            self._events(storage).append(Event(-1, storage, self.here, self.micro_batch))
+
+    def _events(self, storage: Storage) -> list[Event]:
+        """Those of the memory that a storage is in."""
+        return self.host_events if storage.host else self.events
 
     def refill(self, storage: Storage) -> None:
         """A storage that was freed, but not forgotten, is allocated again (`untyped_storage().resize_`)."""

@@ -172,7 +172,7 @@ class Machine:
         repeated = flops if recompute else repeated
         if ledger.updates:
             here = here._replace(phase=Phase.OPTIMIZER)
-        ledger.kernels.append(
+        (ledger.host_kernels if ledger.host else ledger.kernels).append(
             Kernel(
                 name, here, flops, arithmetic, nbytes, gemm, recompute, turn, repeated, tuple(operands),
                 "plain" if gemm is not None else _access(reads, writes),
@@ -189,6 +189,18 @@ class Machine:
         ledger.messages.append(
             Message(kind, axis, nbytes, count, *tensor.dtype, waits, ledger.here, ledger.micro_batch)
         )
+
+    @contextmanager
+    def on_host(self) -> Iterator[None]:
+        """What runs in this context is the host's, by the CPU's rules and in its memory; a CPU is its own host."""
+        if self.device == "cpu":
+            yield
+            return
+        before, self.device, self.ledger.host = self.device, "cpu", True
+        try:
+            yield
+        finally:
+            self.device, self.ledger.host = before, False
 
     @contextmanager
     def no_grad(self) -> Iterator[None]:

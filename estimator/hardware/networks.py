@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from statistics import NormalDist
 
 from estimator.describe.catalogue import number, read_data, squash, unknown
 
@@ -51,6 +52,22 @@ def network(given: str | float | None = None) -> Network:
 
 
 @cache
-def straggling() -> float:
-    """The part by which a step is longer with each doubling of the nodes beyond one."""
-    return number("straggling", read_data("networks")["straggling"], most=1)
+def deviation() -> float:
+    """The standard deviation of accelerators' speeds, as a part of their mean.
+
+    Of a normal distribution, whose box plot has whiskers 1.5 times the box long on either side of it.
+    """
+    box = 2 * NormalDist().inv_cdf(0.75)
+    return number("variation", read_data("networks")["variation"], most=1) / (4 * box)
+
+
+def slowest(count: int, spread: float | None = None) -> float:
+    """The part by which the slowest of `count` accelerators is expected to be behind one of them.
+
+    Args:
+        count: accelerators that wait for one another.
+        spread: standard deviation of their speeds, if not `deviation()`.
+
+    Source: Blom 1958, the expected largest of n normal values.
+    """
+    return (deviation() if spread is None else spread) * NormalDist().inv_cdf((count - 0.375) / (count + 0.25))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from estimator.accounting.recorded import RecordedAccount
+from estimator.accounting.trace import Trace
 from estimator.describe.checks import ConfigError
 from estimator.eager.ledger import Category, Phase
 from estimator.eager.letters import ONE, as_sizes, evaluate
@@ -159,6 +160,20 @@ class Memory:
     account: Account | RecordedAccount
     sizes: Mapping[str, int]
 
+    @cached_property
+    def host(self) -> int:
+        """The most bytes that the host keeps for this accelerator (`Plan.offload`), at any moment of the step.
+
+        Tensors' bytes: CUDA's allocator of pinned memory rounds each block up to a power of two
+        (aten/src/ATen/core/CachingHostAllocator.h).
+        """
+        ledger = self.account.traced.ledger
+        if not ledger.host_events:
+            return 0
+        traced = Trace(replace(ledger, events=ledger.host_events), self.account.traced.stack)
+        index, _ = traced.repeated(self.sizes)
+        return int((traced.class_bytes(self.sizes, 1)[traced.klass] * traced.sign)[index].cumsum().max())
+
     @property
     def needed(self) -> int:
         """What must be free for the step to run: allocated bytes, and the middles of the context's spread and NCCL's.
@@ -245,6 +260,7 @@ class Memory:
         plain |= {"where": self.where._asdict(), "needed": self.needed, "context": list(self.context)}
         plain |= {"nccl": list(self.nccl), "can_tip": self.can_tip}
         plain |= {"verdict": None if self.capacity is None else self.verdict}
+        plain |= {"host": self.host}
         return plain | {"logits": self.logits, "reserved": self.reserved, "nvidia_smi": list(self.nvidia_smi)}
 
 

@@ -188,6 +188,6 @@ class Attention(Module):
         v.v = repeat_heads(v.v, self.g)
         v.y = attend(v.q, v.k, v.v, mask, self.recipe, bias, self.sinks)
         y = reshape(transpose(v.y, 1, 2), (B, T, self.widths[0]))
-        if self.out_gate is not None:
-            y = ops.mul(y, sigmoid(self.out_gate(x)))
+        if self.out_gate is not None:  # y is bound anew, and what attention found let go
+            y = v.y = ops.mul(y, sigmoid(self.out_gate(x)))
         return dropout(self.out(y if self.out_norm is None else self.out_norm(y)), self.recipe)

@@ -12,6 +12,7 @@ from estimator.describe.schedules import micro_batches
 from estimator.describe.selection import Selection
 from estimator.eager import ops
 from estimator.eager.checkpointing import checkpoint
+from estimator.eager.indexing import normalized_rows
 from estimator.eager.linalg import linear
 from estimator.eager.repetition import TURNS, executed_of, layout
 from estimator.eager.tensor import Locals, Machine, Tensor, arguments
@@ -138,11 +139,15 @@ class Recipe:
     autocast: bool = False
     replicated: bool = False  # HSDP
     reshard: int | None = None
+    offload: bool = False  # parameters, gradients and the update are the host's
     bucket_view: bool = False  # DDP's gradients are views of its buckets
     in_backward: bool = False  # each parameter is updated as soon as its gradient is there
     rank: int = 0  # which of those that share the shards
     tensor_parallel: bool = False
     pipeline: str = ""  # the schedule of a pipeline
+    megatron: bool = False
+    sequence_parallel: bool = False
+    virtual_stages: int = 1
     stage: tuple[int, int] = (0, 1)  # which of how many stages: (0, 2) of all first ones, (1, 3) between, (1, 2) last
 
     @property
@@ -271,7 +276,7 @@ class Linear(Module):
         for p in (self.weight, *(() if self.bias is None or what == "input" else (self.bias,))):
             p.placement = {TENSOR: dimension}
             shape = [whole if i == dimension else n for i, n in enumerate(p.shape)]
-            at = next(i for i, (where, _) in enumerate(ledger.parameters) if where is p.storage.where)
+            at = ledger.parameters.index((p.storage.where, p.numel))
             ledger.parameters[at] = (p.storage.where, self.machine.product(tuple(shape)))
         return self
 
@@ -295,13 +300,20 @@ class Embedding(Module):
 
 
 class Head(Linear):
-    """The last projection; a tied one has the embedding's matrix."""
+    """The last projection; a tied one has the embedding's matrix. A normed one divides its rows by their lengths."""
 
     def __init__(self, machine: Machine, width: Size, vocabulary: Size, embedding: Embedding, recipe: Recipe) -> None:
         Module.__init__(self, machine, "head")
         ends = recipe.parts.ends
         self.weight = embedding.weight if ends.tied else self.parameter(vocabulary, width)
         self.bias = self.parameter(vocabulary) if ends.head_bias else None
+        self.normed = ends.head_norm
+
+    def forward(self, v: Locals, x: Tensor) -> Tensor:
+        if not self.normed:
+            return super().forward(v, x)
+        v.weight = normalized_rows(self.weight)
+        return linear(x, v.weight, self.bias)
 
 
 def dropout(x: Tensor, recipe: Recipe) -> Tensor:

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from estimator.eager.ledger import Category
-from estimator.eager.letters import ONE, ZERO
+from estimator.eager.letters import ZERO
 from estimator.eager.ops import python_number
-from estimator.eager.tensor import Tensor
+from estimator.eager.tensor import Locals, Tensor
 from estimator.optim.clipping import clip_gradients, gradient_norms, number_of
 from estimator.optim.updates import at_parameter, in_place, zero_grad
-from estimator.parallel.placement import DATA, buckets, pieces, rows_on
+from estimator.parallel.placement import DATA, TENSOR, buckets, pieces, rows_on
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -53,6 +53,9 @@ class Sharing:
         replicated: several groups hold all the shards each (HSDP).
         reshard: among how many accelerators a block's parameters are shared from forward to backward, if not all.
         bucket_view: gradients are views of DDP's buckets.
+        staged: a stage of a pipeline reduces gradients once its schedule is over, not in each backward.
+        offload: shards, their gradients and the update are the host's.
+        apart: the axes on which others have other parts of the model: of its matrices, or of its blocks.
     """
 
     micro_batches: int = 1
@@ -62,6 +65,9 @@ class Sharing:
     replicated: bool = False
     reshard: int | None = None
     bucket_view: bool = False
+    staged: bool = False
+    offload: bool = False
+    apart: tuple[str, ...] = ()
 
 
 class Replica:
@@ -82,6 +88,9 @@ class Replica:
     def before_forward(self) -> None:
         """Before each micro-batch."""
 
+    def after_schedule(self) -> None:
+        """After the last backward of a stage of a pipeline: `perform_reduce_grad`."""
+
     def before_update(self) -> None:
         """Before the optimizer's step."""
 
@@ -97,7 +106,10 @@ class Replica:
 
     def clip(self, parameters: Sequence[Tensor]) -> None:
         """Clip the gradients of what the optimizer updates by their global norm."""
-        clip_gradients(parameters)
+        if self.sharing.apart:
+            clip_parts(parameters, self.sharing.apart)
+        else:
+            clip_gradients(parameters)
 
 
 class Buckets(Replica):
@@ -216,27 +228,48 @@ class ShardedUpdate(Buckets):
 
     def clip(self, parameters: Sequence[Tensor]) -> None:
         """Each accelerator has its rows' part of the norm."""
-        clip_shards(parameters)
+        clip_parts(parameters, (DATA,))
 
 
-def clip_shards(parameters: Sequence[Tensor]) -> None:
-    """`trainer.parallel.distributed.Weights.clip`: norms, squared and summed over the accelerators; one factor."""
-    machine, count = parameters[0].machine, number_of(parameters)
-    with machine.ledger.at("clipping", None, "Weights.clip"):
-        norms = gradient_norms(parameters)
-        dtype = norms[0].dtype
-        stacked = machine.empty((count,), dtype).hold()
-        for p, norm in zip(parameters, norms, strict=True):
-            with at_parameter(p, "vector_norm"):
-                norm.drop()
-        squares = machine.empty((count,), dtype).hold()
-        machine.collective("all-reduce", DATA, squares, waits="step", elements=ONE)
-        stacked.drop()
-        squares.drop()
+def clip_parts(parameters: Sequence[Tensor], axes: Sequence[str]) -> None:
+    """`trainer.parallel.distributed.Weights.clip`: norms, squared and summed over the accelerators; one factor.
+
+    Of the matrices that are cut along the tensor axis the squares are summed over it; of all else its ranks have the
+    same. Then all are summed over the other `axes`.
+    """
+    machine = parameters[0].machine
+    groups = [[p for p in parameters if (TENSOR in p.placement) is cut] for cut in (True, False)]
+    with machine.ledger.at("clipping", None, "Weights.clip"), Locals() as v:
+        for cut, group in zip((True, False), groups, strict=True):
+            if not group:
+                continue
+            squares = _squared(group)
+            if cut:
+                machine.collective("all-reduce", TENSOR, squares, waits="step")
+            v.squares = squares
+        for axis in axes:
+            if axis != TENSOR:
+                machine.collective("all-reduce", axis, v.squares, waits="step")
         for p in parameters:
             assert p.grad is not None
             with at_parameter(p, "_foreach_mul_"):
                 in_place("mul_", p.grad, arithmetic=1)
+
+
+def _squared(parameters: Sequence[Tensor]) -> Tensor:
+    """The sum of the squares of the norms of their gradients, a scalar."""
+    machine, count = parameters[0].machine, number_of(parameters)
+    norms = gradient_norms(parameters)
+    dtype = norms[0].dtype
+    stacked = machine.empty((count,), dtype).hold()
+    for p, norm in zip(parameters, norms, strict=True):
+        with at_parameter(p, "vector_norm"):
+            norm.drop()
+    squares = machine.empty((count,), dtype).hold()
+    stacked.drop()
+    out = machine.empty((), dtype)
+    squares.drop()
+    return out
 
 
 def by_block(parameters: Sequence[Tensor]) -> dict[int | None, list[Tensor]]:

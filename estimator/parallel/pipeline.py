@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from estimator.eager.ledger import Ledger
     from estimator.eager.letters import Size
-    from estimator.eager.tensor import Machine, Shape
+    from estimator.eager.tensor import Dtype, Machine, Shape
 
 
 FILLED = 2  # backwards, after which come those that the executed ones stand for
@@ -93,28 +93,29 @@ class Stage:
         micro_batches: int,
         ahead: int,
         shape: Shape,
+        dtype: Dtype,
         run: Callable[[Tensor], Tensor],
         inputs: Tensor | None,
         loss: Callable[[Tensor], Tensor],
+        reduce: Callable[[], None],
     ) -> None:
-        self.machine, self.run, self.inputs, self.loss = machine, run, inputs, loss
+        self.machine, self.run, self.inputs, self.loss, self.reduce = machine, run, inputs, loss, reduce
         self.index, self.stages = place
         self.micro_batches, self.ahead = micro_batches, ahead
         self.skipped = MICRO_BATCHES - micro_batches
         self.others = Others(machine.ledger, IN_FLIGHT - ALIKE) if ahead == ALIKE else None
         self.last = self.index == self.stages - 1
         with machine.ledger.inside("pipeline"):
-            self.received = self._buffers(shape) if self.index else []
-            self.gradients = [] if self.last else self._buffers(shape)
+            self.received = self._buffers(shape, dtype) if self.index else []
+            self.gradients = [] if self.last else self._buffers(shape, dtype)
         for x in self.received:
             x.requires_grad = True
         self.cache: dict[int, Tensor] = {}
         self.losses: list[Tensor] = []
         self.unseen: Storage | None = None  # losses of micro-batches that are not executed
 
-    def _buffers(self, shape: Shape) -> list[Tensor]:
+    def _buffers(self, shape: Shape, dtype: Dtype) -> list[Tensor]:
         """One for each micro-batch of the step."""
-        dtype = self.machine.dtype
         self.machine.ledger.allocate(self.machine.product(shape), dtype.itemsize, HELD, self.skipped)
         return [self.machine.empty(shape, dtype, category=HELD).hold() for _ in range(self.micro_batches)]
 
@@ -183,12 +184,13 @@ class Stage:
                 self.unseen = ledger.allocate(like.numel, like.dtype.itemsize, Category.TEMPORARY, self.skipped)
 
     def end(self) -> None:
-        """`_update_losses`."""
+        """`_update_losses` and `perform_reduce_grad`."""
         for loss in self.losses:
             loss.drop()
         self.losses.clear()
         if self.unseen is not None:
             self.machine.ledger.free(self.unseen)
+        self.reduce()
 
 
 def gpipe(stage: Stage) -> None:

@@ -6,10 +6,10 @@ that PyTorch counts, or on the CPU gloo's, which do.
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
-from estimator.eager.autograd import attach, record
+from estimator.eager.autograd import add_wider, attach, record
 from estimator.eager.ledger import Category, Phase
 from estimator.eager.letters import ZERO, D
 from estimator.eager.ops import python_number
@@ -22,7 +22,7 @@ from estimator.parallel.data import (
     Replica,
     ShardedUpdate,
     by_block,
-    clip_shards,
+    clip_parts,
     elements,
 )
 from estimator.parallel.placement import DATA, REPLICATE, rows_on
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 class Unit:
     """Parameters that are gathered together, `FSDPParamGroup`: those of a block, or all others (the root).
 
+    The root of a stage of a pipeline that is neither the first nor the last has none of its own, and only casts.
     Frozen parameters are shared, gathered and let go as the others are; only what has a gradient is reduced.
 
     Attributes:
@@ -47,30 +48,33 @@ class Unit:
         padded: the shapes of full shards, which is what every accelerator's storages hold.
         gathered: the buffer of an all-gather that has not been copied out yet.
         kept: what is held of each parameter from forward to backward where that is more than the shard.
+        accumulated: the gradients of whole parameters in the dtype in which they will be summed, if not their own.
         whole: whether the parameters are there.
         done: whether backward is over for it.
     """
 
     def __init__(self, fsdp: FullySharded, parameters: Sequence[Tensor], *, root: bool) -> None:
         self.fsdp, self.parameters, self.root = fsdp, parameters, root
-        self.machine, self.block = parameters[0].machine, parameters[0].storage.where.block
+        self.machine, self.block = fsdp.machine, parameters[0].storage.where.block if parameters else None
         self.padded: list[Shape] = [(rows_on(self.machine, p.shape[0], 0), *p.shape[1:]) for p in parameters]
         self.shards = [self._shard(p, shape) for p, shape in zip(parameters, self.padded, strict=True)]
         self.gathered: Tensor | None = None
         self.kept: list[Tensor] = []
         self.summed: Tensor | None = None
+        self.accumulated: dict[Tensor, Tensor] = {}
         self.whole = self.done = False
 
     def _shard(self, p: Tensor, padded: Shape) -> Tensor:
         """`FSDPParam._init_sharded_param`: the parameter's storage is emptied; full, it is as long as D shards."""
         machine, where = self.machine, p.storage.where
         with machine.ledger.at(where.module, where.block, "fully_shard"):
-            full = machine.empty(padded, p.dtype, category=Category.PARAMETER)
+            with self.fsdp.on_shards():
+                full = machine.empty(padded, p.dtype, category=Category.PARAMETER)
             rows = rows_on(machine, p.shape[0], self.fsdp.sharing.rank)
             shard = Tensor(machine, full.storage, (rows, *padded[1:]), full.stride, p.dtype).hold()
             full.discard()
             machine.ledger.free(p.storage)
-        p.placement = {DATA: 0}
+        p.placement = shard.placement = {**p.placement, DATA: 0}
         p.dtype = self.fsdp.sharing.param_dtype or p.dtype
         p.storage.category, p.storage.itemsize = HELD, p.dtype.itemsize
         p.storage.nbytes = p.dtype.itemsize * D * machine.product(padded)
@@ -96,17 +100,42 @@ class Unit:
         with self._doing("all_gather"):
             held = self.kept or self.shards
             flat = None
+            if self.fsdp.sharing.offload:
+                inputs = self._fetched()
+                self._all_gather(inputs)
+                for x in inputs:
+                    x.drop()
+                return
             cast_ = [p for p, shard in zip(self.parameters, self.shards, strict=True) if p.dtype != shard.dtype]
             if cast_:  # `foreach_all_gather` holds it until it returns
                 flat = self._buffer(elements(self.kept) if self.kept else self._elements(cast_), cast_[0].dtype).hold()
                 self.machine.kernel("_foreach_copy_", held, held)
-            self.gathered = self._whole_buffer().hold()
-            self.machine.kernel("all_gather_copy_in", held, held)
-            self.machine.collective("all-gather", DATA, self.gathered, waits="unit")
-            if self.fsdp.gloo:  # it receives into a buffer of its own
-                self._whole_buffer().discard()
+            self._all_gather(held)
             if flat is not None:
                 flat.drop()
+
+    def _all_gather(self, held: Sequence[Tensor]) -> None:
+        """Of these inputs."""
+        self.gathered = self._whole_buffer().hold()
+        self.machine.kernel("all_gather_copy_in", held, held)
+        self.machine.collective("all-gather", DATA, self.gathered, waits="unit")
+        if self.fsdp.gloo:  # it receives into a buffer of its own
+            self._whole_buffer().discard()
+
+    def _fetched(self) -> list[Tensor]:
+        """`FSDPParam.all_gather_inputs` of offloaded shards, held: each is copied from the host, then cast."""
+        if self.kept:
+            return [x.hold() for x in self.kept]
+        found = []
+        for p, shard, padded in zip(self.parameters, self.shards, self.padded, strict=True):
+            count = self.machine.product(padded)
+            x = shard.hold() if self.machine.device == "cpu" else self._buffer(count, shard.dtype).hold()
+            if p.dtype != shard.dtype:
+                wide, x = x, self._buffer(count, p.dtype).hold()
+                self.machine.kernel("copy_", (wide,), (x,))
+                wide.drop()
+            found.append(x)
+        return found
 
     def copy_out(self) -> None:
         """`wait_for_unshard`: from the buffer into each parameter's storage.
@@ -158,6 +187,8 @@ class Unit:
 
     def before_forward(self, args: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
         """`pre_forward`; a node is put before the arguments that will have a gradient, behind which that is reduced."""
+        if not self.parameters:
+            return args
         self.gather()
         self.copy_out()
         return tuple(self._behind(x) if x is not None and x.requires_grad else x for x in args)
@@ -170,7 +201,7 @@ class Unit:
             self.reshard_to(self.fsdp.sharing.reshard)
         elif self.fsdp.reshards:
             self.reshard()
-        if out.grad_fn is not None:
+        if out.grad_fn is not None and self.parameters:
             out.grad_fn.hook = self.before_backward
 
     def before_backward(self) -> None:
@@ -195,6 +226,12 @@ class Unit:
     def after_backward(self) -> None:
         """`post_backward`: empty the parameters, reduce-scatter the gradients, keep one's rows of the sums."""
         self.done = True
+        self.accumulate()
+        if self.fsdp.defers:
+            return
+        for p, gradient in self.accumulated.items():
+            p.grad = gradient
+        self.accumulated.clear()
         self.reshard()
         self.fsdp.reduced(None)
         having = [p for p in self.parameters if p.grad is not None]
@@ -233,6 +270,24 @@ class Unit:
             self.fsdp.reduced(source)
             source.drop()
 
+    def accumulate(self) -> None:
+        """`accumulate_unsharded_grad_if_needed`, and for a later backward `to_accumulated_grad_if_needed`."""
+        for p, total in self.accumulated.items():
+            if p.grad is not None:
+                with self._doing("accumulate_unsharded_grad_if_needed"):
+                    add_wider(total, p.grad)
+                p.grad.drop()
+                p.grad = None
+        dtype = self.fsdp.sharing.reduce_dtype
+        if dtype is None or not self.fsdp.defers:
+            return
+        for p in self.parameters:
+            if p.grad is not None and p.grad.dtype != dtype:
+                gradient, p.grad = p.grad, None
+                with self._doing("to_accumulated_grad_if_needed"):
+                    self.accumulated[p] = converted(gradient, dtype).hold()
+                gradient.drop()
+
     def _divide(self, dtype: Dtype) -> None:
         """gloo's mean: the sum, divided in place by a number."""
         with python_number(self.machine, dtype):
@@ -246,9 +301,12 @@ class Unit:
             if any(p is x for x in having)
         ]
         first = shards[0][0].grad is None
-        rows.storage.category = Category.GRADIENT if first else HELD
+        moves = self.fsdp.sharing.offload and self.machine.device != "cpu"
+        rows.storage.category = Category.GRADIENT if first and not moves else HELD
         for shard, padded in shards:
-            if first:
+            if moves:
+                self._take_to_host(shard, rows.dtype, first=first)
+            elif first:
                 stride = self.machine.contiguous(shard.shape)
                 shard.grad = Tensor(self.machine, rows.storage, shard.shape, stride, rows.dtype).hold()
                 mine = shard.storage.where, rows.dtype.itemsize * self.machine.product(padded)
@@ -257,7 +315,20 @@ class Unit:
                 assert shard.grad is not None
                 self.machine.kernel("add_", (shard.grad,), (shard.grad,))
             if shard.after_accumulation is not None:
-                shard.after_accumulation(shard)
+                with self.fsdp.on_shards():
+                    shard.after_accumulation(shard)
+
+    def _take_to_host(self, shard: Tensor, dtype: Dtype, *, first: bool) -> None:
+        """A shard's part of the sums, copied to the host."""
+        with self.machine.on_host():
+            copy = self.machine.empty(shard.shape, dtype, category=Category.GRADIENT if first else HELD).hold()
+            if first:
+                shard.grad = copy
+                self.machine.ledger.gradients[copy.storage] = [(shard.storage.where, copy.storage.nbytes)]
+                return
+            assert shard.grad is not None
+            self.machine.kernel("add_", (shard.grad, copy), (shard.grad,))
+            copy.drop()
 
     def end_backward(self) -> None:
         """`finalize_backward`; what was gathered for a backward that there is not is let go."""
@@ -277,7 +348,7 @@ class Unit:
         machine.kernel("chunk_cat", gradients, gradients)
         if machine.device != "cpu":
             return
-        dtype = having[0].dtype
+        dtype = gradients[0].dtype
         padded = [
             self._buffer(D * self._elements([p]), dtype).hold() for p in having if not machine.divides(D, p.shape[0])
         ]
@@ -305,15 +376,16 @@ class FullySharded(Replica):
         units: the blocks' in order, and last the root's.
         reshards: the blocks' parameters are emptied after forward (ZeRO-3); else only after backward (ZeRO-2).
         gloo: the collectives are the CPU's.
+        defers: gradients are added up whole, and not reduced in this backward (`set_requires_gradient_sync(False)`).
     """
 
     reshards = True
 
     def __init__(self, model: Model, sharing: Sharing) -> None:
         super().__init__(model, sharing)
-        self.gloo = self.machine.device == "cpu"
+        self.gloo, self.defers = self.machine.device == "cpu", sharing.staged
         groups = by_block(list(model.parameters()))
-        rest = groups.pop(None)
+        rest = groups.pop(None, [])
         self.units = [Unit(self, part, root=False) for part in groups.values()]
         for block, unit in zip(model.blocks, self.units, strict=True):
             block.unit = unit
@@ -325,6 +397,12 @@ class FullySharded(Replica):
         self.machine.on_backward_end = self.after_backward
         self._gathered: Tensor | None = None
         self._reduced: Tensor | None = None
+
+    @contextmanager
+    def on_shards(self) -> Iterator[None]:
+        """What is done to shards is done where they are: with `CPUOffloadPolicy` on the host."""
+        with self.machine.on_host() if self.sharing.offload else nullcontext():
+            yield
 
     def keep(self, gathered: Tensor | None) -> None:
         """Hold on to the buffer of the last all-gather in forward in place of the one before."""
@@ -349,8 +427,17 @@ class FullySharded(Replica):
             with ledger.at(ledger.module if block is None else f"blocks.{block}", block, "root_post_backward"):
                 if not unit.done:
                     unit.after_backward()
-                unit.end_backward()
+                if self.defers:
+                    unit.done = False
+                else:
+                    unit.end_backward()
         self.reduced(None)
+
+    def after_schedule(self) -> None:
+        """`_PipelineStageBase.perform_reduce_grad`: each unit's turn, the root's first."""
+        self.defers = False
+        self.after_backward()
+        self.defers = True
 
     def agree_on_overflow(self, found: Tensor) -> None:
         """Ask the others."""
@@ -358,7 +445,8 @@ class FullySharded(Replica):
 
     def clip(self, parameters: Sequence[Tensor]) -> None:
         """Each accelerator has its shards' part of the norm."""
-        clip_shards(parameters)
+        with self.on_shards():
+            clip_parts(parameters, (*self.sharing.apart, DATA))
 
 
 def _shards(unit: Unit) -> Iterator[tuple[Tensor, Shape]]:

@@ -29,6 +29,11 @@ def share(machine: Machine, whole: Size) -> Size:
     return ONE if machine.at_most(part, ONE) else part
 
 
+def part_of(whole: Size, ranks: Size) -> Size:
+    """One of so many equal parts."""
+    return _SHARE(whole, ranks)
+
+
 @op
 def entering(x: Tensor) -> Tensor:
     """`DTensor.from_local(x, [Replicate()])`, a view; each rank has a part of its gradient, and backward adds them."""

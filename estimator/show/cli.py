@@ -362,7 +362,7 @@ def _tables(name: str, r: Estimate, largest: int, price: float | None = None) ->
         Text(name.encode("utf-8", "backslashreplace").decode(), style="bold"),
         f"on {r.accelerator.name}: micro-batch {p.batch_size} x {p.tokens(r.model):,} tokens, "
         f"{p.precision}, {p.attention} attention, checkpointing {p.checkpointing}{blocks}, "
-        f"{p.optimizer} ({p.implementation(r.account.device)})",
+        f"{p.optimizer} ({p.optimizer_on(r.account.device)})",
         highlight=False,
     )
     console.print(at_a_glance(r, largest, price), style="bold", highlight=False)

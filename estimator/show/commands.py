@@ -57,7 +57,7 @@ COMMANDS = (
     Command("calibrate", "measure this machine, or the factor of your own log", "estimator.show.cli:calibrate"),
     Command("app", "the page, in a browser", "estimator.show.app:run"),
     Command("completion", "what makes a shell complete these commands", "estimator.show.completion:run"),
-    Command("list", "the names of all models, accelerators and networks", "estimator.show.listing:run"),
+    Command("list", "the names of all models, families, accelerators and networks", "estimator.show.listing:run"),
 )
 
 EXAMPLES = """\

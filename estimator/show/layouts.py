@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Sequence
 
-    from estimator.answers.layouts import Layouts, Option
+    from estimator.answers.found_layouts import Layouts, Option
 
 ROWS = 12
 HEADER = ("", "layout", "micro-batch", "checkpointing", "step", "tokens/s each", "MFU", "needs", "free",
@@ -34,14 +34,15 @@ def run(argv: Sequence[str]) -> int:
         ConfigError: what is asked cannot be.
     """
     args = _parser().parse_args(argv)
-    from estimator.answers.layouts import AXES, LAID_OUT, search  # noqa: PLC0415 - sympy, which --help does without
+    from estimator.answers.layouts import AXES, LAID_OUT, MEGATRON, search  # noqa: PLC0415 - sympy, which --help does without
 
     for name in ("count", "global_batch_size"):
         if getattr(args, name) is None:
             raise ConfigError(f"{name} is missing: give --{name.replace('_', '-')} N")
     given = {name: value for name in settings(Plan) if (value := getattr(args, name)) is not None}
     given.pop("data_parallel", None)  # --count says it
-    plan = LAID_OUT.replace(**{name: x for name, x in given.items() if name not in ("sharding", "shard_group")})
+    base = MEGATRON if given.get("implementation") == "megatron" else LAID_OUT
+    plan = base.replace(**{name: x for name, x in given.items() if name not in ("sharding", "shard_group")})
     several = {name: given[name] for name in ("sharding", "shard_group") if name in given}
     if several and args.count > 1:
         plan = plan.replace(data_parallel=args.count, **several)
@@ -70,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     p.description = (
         "Every tensor parallelism within a node, pipeline, sharding, group of shards, micro-batch and checkpointing on "
         "so many accelerators that fits, the fastest first. Those that are given as options stay as they are. Defaults "
-        "are bf16, fused attention and optimizer, no clipping."
+        "are bf16, fused attention and optimizer, no clipping; with --implementation megatron those of Megatron-LM."
     )
     p.add_argument("--rows", type=int, default=ROWS, help="rows to print (default: %(default)s)")
     return p
@@ -91,7 +92,12 @@ def said(found: Layouts, count: int, gpu: str, rows: int = ROWS) -> str:
         way = f"{layout(first)}, micro-batch {first.plan.batch_size}, checkpointing {first.plan.checkpointing}"
         speed = f"{duration(first.seconds)} a step, MFU {first.mfu:.0%}"
         lines = [f"Fastest of {len(found.options):,} that fit: {way}: {speed}."]
-        lines += [f"The least number of accelerators on which it fits is {found.smallest:,}.", ""]
+        least = (
+            ""
+            if found.smallest is None
+            else f"The least number of accelerators on which it fits is {found.smallest:,}."
+        )
+        lines += [least, ""] if least else [""]
         table = [HEADER, *(row(o, first) for o in found.options[:rows])]
         lines += in_columns(table, LEFT)
         more = len(found.options) - rows

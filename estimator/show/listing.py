@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
+from estimator.describe.families import family_groups
 from estimator.describe.presets import preset_groups
 from estimator.hardware.accelerators import accelerator, accelerators
 from estimator.hardware.networks import networks
@@ -13,11 +14,11 @@ from estimator.show.commands import Parser
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-WHAT = ("models", "accelerators", "networks")
+WHAT = ("models", "families", "accelerators", "networks")
 
 
 def run(argv: Sequence[str]) -> int:
-    """`estimate list [models|accelerators|networks]`."""
+    """`estimate list [models|families|accelerators|networks]`."""
     parser = Parser(
         prog="estimate list", description="Print the names that the other commands take.", allow_abbrev=False
     )
@@ -33,6 +34,8 @@ def run(argv: Sequence[str]) -> int:
 def _groups(what: str) -> Mapping[str, Sequence[str]]:
     if what == "models":
         return preset_groups()
+    if what == "families":
+        return family_groups()
     if what == "networks":
         return {"between nodes": networks()}
     vendors: dict[str, list[str]] = {}

@@ -62,7 +62,7 @@ PARTS = (
         "the card's typical one",
         lambda run, e: (_setup(run, network=accelerator(run.accelerator).inter_node_bandwidth), e),
     ),
-    Part("the slowest node", "none", lambda run, e: (_setup(run, straggling=0.0), e)),
+    Part("the slowest accelerator", "all alike", lambda run, e: (_setup(run, deviation=0.0), e)),
     Part("whether gradients overlap", "they always do", lambda run, e: (_setup(run, overlap=True), e)),
     Part(
         "who shares the optimizer's states",

@@ -28,6 +28,7 @@ from estimator.eager.letters import ONE, ZERO
 from estimator.eager.tensor import BFLOAT16, FLOAT32
 from estimator.hardware.accelerators import accelerator
 from estimator.memory.device import memory
+from estimator.studies.device_profile import profile
 from estimator.studies.operators import SIZES, Timed, predicted_seconds
 from estimator.timing.kernels import Row, Table
 from estimator.timing.roofline import efficiency, kernel_seconds
@@ -221,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("file", type=Path, help="what tools/device_check.py wrote")
     parser.add_argument("--gpu", help="the accelerator, or a profile (default: by the driver's name)")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write the table, and the file with it, to DIR")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write table, rows and a profile of the card to DIR")
     args = parser.parse_args(argv)
     try:
         found = read(args.file)
@@ -243,6 +244,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         (args.out / f"{stem}.json").write_text(
             json.dumps({**found, "rows": rows}, indent=1, allow_nan=False) + "\n", encoding="utf-8"
         )
+        if a is not None and a.profile is None:
+            (args.out / f"{stem}.toml").write_text(profile(found, a, list(differences(found, a))), encoding="utf-8")
+            sys.stderr.write(f"A profile of the card: estimate MODEL --gpu {args.out / stem}.toml\n")
     except OSError as error:
         parser.error(f"cannot write {error.filename!r}: {error.strerror}")
     return 0

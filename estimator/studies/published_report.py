@@ -29,7 +29,7 @@ from estimator.studies.published import (
     worst,
 )
 from estimator.studies.published_plot import plot
-from estimator.studies.runs import left_out
+from estimator.studies.runs import NAMES, left_out
 from estimator.timing.intervals import PLAN, STATED
 
 if TYPE_CHECKING:
@@ -89,7 +89,27 @@ def worst_rows(count: int = 10) -> str:
         sizes = f"{r.row['model']} {r.model.num_layers} x {r.model.d_model}"
         lines.append(
             f"| {r.stack} | {sizes} | {r.plan.tokens(r.model):,} | {r.plan.batch_size} "
-            f"| {r.plan.data_parallel} | {r.measured:,.0f} | {j.predicted:,.0f} | {j.error:+.1%} |\n"
+            f"| {r.plan.accelerators} | {r.measured:,.0f} | {j.predicted:,.0f} | {j.error:+.1%} |\n"
+        )
+    return "".join(lines)
+
+
+def layouts() -> str:
+    """The runs in Megatron's layouts as a Markdown table: seconds of a step as published and as predicted."""
+    lines = ["| source | model | accelerators | layout | recomputed | step measured | predicted | error in time |\n"]
+    lines.append("|---|---|---:|---|---|---:|---:|---:|\n")
+    for j in judged():
+        r, p = j.run, j.run.plan
+        if p.implementation != "megatron":
+            continue
+        seconds = r.tokens / r.measured
+        axes = [f"tensor {p.tensor_parallel}", f"pipeline {p.pipeline_parallel}", f"data {p.data_parallel}"]
+        axes += [f"{p.virtual_stages} parts a stage"] if p.virtual_stages > 1 else []
+        axes += ["sequence parallel"] if p.sequence_parallel else []
+        kept = {"block": "all", "selective": "attention's core"}[p.checkpointing]
+        lines.append(
+            f"| {NAMES[r.source]}, {r.software} | {r.row['model']} | {p.accelerators:,} | {', '.join(axes)} | {kept} "
+            f"| {seconds:.2f} s | {seconds * (1 + j.error) ** -1:.2f} s | {1 / (1 + j.error) - 1:+.1%} |\n"
         )
     return "".join(lines)
 
@@ -112,7 +132,7 @@ def records() -> list[dict[str, Any]]:
             "stack": j.run.stack,
             "model": j.run.row["model"],
             "accelerator": j.run.accelerator,
-            "accelerators": j.run.plan.data_parallel,
+            "accelerators": j.run.plan.accelerators,
             "seq_len": j.run.plan.tokens(j.run.model),
             "batch_size": j.run.plan.batch_size,
             "measured": j.run.measured,
@@ -165,6 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="DIR", help="write published.md and published.svg to DIR")
     parser.add_argument("--worst", type=int, default=10, metavar="N", help="rows to list (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every run's figures to FILE")
+    parser.add_argument("--ablation", action="store_true", help="add what each part of the model is worth, off alone")
     parser.add_argument("--residuals", action="store_true", help="print estimator/data/residuals.toml, and stop")
     args = parser.parse_args(argv)
     if args.residuals:
@@ -174,6 +195,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--worst = {args.worst}: must be at least 1")
     text = report(args.worst)
     sys.stdout.write(text)
+    if args.ablation:
+        from estimator.studies import ablation  # noqa: PLC0415 - only for this
+
+        sys.stdout.write(f"\nEach part switched off alone:\n\n{ablation.table()}")
     try:
         if args.out:
             args.out.mkdir(parents=True, exist_ok=True)

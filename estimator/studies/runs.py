@@ -7,6 +7,7 @@ plain eager step is its recipe (`SOURCES`), the same for all of its rows.
 from __future__ import annotations
 
 import csv
+import re
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cache
@@ -77,8 +78,10 @@ class Run:
 
     @property
     def tokens(self) -> int:
-        """Of one accelerator in an optimizer step."""
-        return self.plan.batch_size * self.plan.tokens(self.model) * self.plan.grad_accumulation
+        """Of one accelerator in an optimizer step: of those that have a model together its part."""
+        p = self.plan
+        whole = p.batch_size * p.tokens(self.model) * p.grad_accumulation
+        return whole * p.data_parallel // p.accelerators
 
     @property
     def stack(self) -> str:
@@ -210,27 +213,40 @@ def _internevo(row: Mapping[str, str]) -> Run | str:
     return _run("internevo_a100", row, "a100-80gb-sxm", "llama", setup, software, plan)
 
 
-# Megatron-LM without tensor and pipeline parallelism: as vTrain's. The others wait for layouts.
+# Megatron-LM: its own implementation, fp16 with unfused attention, dropout as its GPT has it, norms clipped (not known
+# together with it: some ten thousandths of a step), gradients summed when backward is over. The rows of 2021 recompute
+# every layer and interleave stages from 76B on but for the largest (run_table_1.sh: 5, 5, 3, 1 layers in a part of a
+# stage); the rows of Korthikanti et al. say their parts, and whether they have sequence parallelism.
+LAYOUT = re.compile(r"TP(\d+)xPP(\d+)xDP(\d+)(?: VP(\d+))?( SP)?")
+PARTS_OF_2021 = {"gpt-76.1B": 3, "gpt-145.6B": 2, "gpt-310.1B": 2, "gpt-529.6B": 3}
+
+
 def _megatron(row: Mapping[str, str]) -> Run | str:
-    if not row["parallelism"].startswith("TP1xPP1x"):
-        return "tensor and pipeline parallelism"
     if not row["micro_batch"]:
         return "no micro-batch is stated"
+    found = LAYOUT.fullmatch(row["parallelism"])
+    assert found is not None, row["parallelism"]
+    ranks, stages, replicas = (int(n) for n in found.groups()[:3])
     gpus, micro_batch, sequences = (_count(row, name) for name in ("gpus", "micro_batch", "global_batch_seqs"))
     plan = Plan(
+        implementation="megatron",
         batch_size=micro_batch,
         precision="bf16-master",
-        loss="torch-fp32",
-        checkpointing="block",
+        checkpointing="selective" if row["checkpointing"].startswith("selective") else "block",
         dropout=0.1,
-        max_grad_norm=1.0,
-        optimizer_impl="fused",
-        grad_accumulation=sequences // (gpus * micro_batch),
-        data_parallel=gpus,
+        grad_accumulation=sequences // (replicas * micro_batch),
+        data_parallel=replicas,
+        tensor_parallel=ranks,
+        pipeline_parallel=stages,
+        sequence_parallel=bool(found[5]),
+        virtual_stages=int(found[4] or PARTS_OF_2021.get(row["model"], 1)),
     )
-    setup = Setup(FUSED_BY_HAND, dtype="fp16", parameter_width=2, gradient_width=2, network="selene", overlap=False)
-    measured = sequences * _count(row, "seq_len") / gpus / float(row["iteration_time_s"])
-    return _run("megatron_layouts", row, "a100-80gb-sxm", "gpt2", setup, "Megatron-LM", plan, measured=measured)
+    setup = Setup(dtype="fp16", parameter_width=2, gradient_width=2, network="selene", overlap=False)
+    measured = None
+    if not row["tokens_per_s_per_gpu"]:
+        measured = sequences * _count(row, "seq_len") / gpus / float(row["iteration_time_s"])
+    year = "2022" if "Table 5" in row["source"] else "2021"
+    return _run("megatron_layouts", row, "a100-80gb-sxm", "gpt2", setup, year, plan, measured=measured)
 
 
 # torchtune and torchtitan: SDPA, and the techniques of the row; torchtune trains in bf16, torchtitan under FSDP's mixed
@@ -300,6 +316,50 @@ def _torchtune(row: Mapping[str, str]) -> Run | str:
     return _run("torchtune_torchao", row, TUNED_GPUS[row["gpu"]], "llama", setup, software, *plans)
 
 
+# Llama models under PyTorch's FSDP. fms-fsdp (IBM): FSDP with bf16 parameters and reductions, HSDP in a node for small
+# models, the loss on bf16 logits, norm and rotation in fp32 (foundation-model-stack: fms/modules/layernorm.py,
+# positions.py). torchtitan until the end of 2024: reductions in fp32, AdamW of lists (`fused` is off by default), the
+# loss on fp32 logits; "selective op" as above. Both clip gradients to 1.0.
+NETWORKS = {"fms-fsdp A100": 6.25e9, "fms-fsdp H100": 12.5e9, "torchtitan H100": 50e9}  # bytes/s, as the notes say
+
+
+def _fsdp(row: Mapping[str, str]) -> Run | str:
+    ibm = "fms-fsdp" in row["source"] or "maximizing-training" in row["source"]
+    trainer = "fms-fsdp" if ibm else "torchtitan"
+    compiled = row["compile"] == "1"
+    checkpoints = row["checkpointing"]
+    every = {"checkpointing": "block", "checkpoint_every": 2}
+    changes: tuple[dict[str, Any], ...] = (
+        ({"checkpointing": "selective"}, {"checkpointing": "block"})
+        if checkpoints == "selective op"
+        else ({"none": {}, "full": {"checkpointing": "block"}}.get(checkpoints, every),)
+    )
+    gpus = _count(row, "gpus")
+    plan = Plan(
+        batch_size=_count(row, "micro_batch"),
+        precision="bf16-master",
+        attention="sdpa",
+        loss="torch" if ibm else "torch-fp32",
+        max_grad_norm=1.0,
+        data_parallel=gpus,
+        sharding="zero3",
+        shard_group=8 if row["zero_or_sharding"] == "HSDP" else None,
+    )
+    whole = frozenset[str]() if ibm else frozenset({"rotation"})
+    fused = FUSED_PARTS if compiled else frozenset[str]()
+    variant = Variant(fused, wide=frozenset({"norm", "rotation"}), whole=whole)
+    setup = Setup(
+        variant,
+        parameter_width=2,
+        gradient_width=2 if ibm else 4,
+        network=NETWORKS.get(f"{trainer} {row['gpu'].split()[0]}"),
+    )
+    card = {"A100": "a100-80gb-sxm", "H100": "h100-80gb-sxm" if ibm else "h100-96gb-sxm"}[row["gpu"].split()[0]]
+    software = trainer if ibm else f"{trainer} {'compiled' if compiled else 'eager'}"
+    plans = tuple(plan.replace(**change) for change in changes)
+    return _run("llama_fsdp", row, card, "llama", setup, software, *plans)
+
+
 SOURCES: dict[str, Callable[[Mapping[str, str]], Run | str]] = {
     "llmfoundry_a100_80gb": _llmfoundry,
     "llmfoundry_h100_80gb": _llmfoundry,
@@ -307,6 +367,7 @@ SOURCES: dict[str, Callable[[Mapping[str, str]], Run | str]] = {
     "torchtune_torchao": _torchtune,
     "internevo_a100": _internevo,
     "megatron_layouts": _megatron,
+    "llama_fsdp": _fsdp,
 }
 NAMES = {
     "llmfoundry_a100_80gb": "llm-foundry",
@@ -315,6 +376,7 @@ NAMES = {
     "torchtune_torchao": "pytorch",
     "internevo_a100": "InternEvo",
     "megatron_layouts": "Megatron-LM",
+    "llama_fsdp": "PyTorch FSDP",
 }
 
 

@@ -102,7 +102,7 @@ def _rows(traced: Trace, variant: Variant) -> Iterator[tuple[Row, int | None]]:
     group: list[tuple[int, Kernel]] = []
     before: tuple[str, Kernel] | None = None  # what ran in fp32 just now
     for at, kernel in enumerate(traced.ledger.kernels):
-        if kernel.micro_batch > 1:  # as the one before it
+        if kernel.micro_batch > 1 and kernel.where.phase is not Phase.OPTIMIZER:  # as the one before it
             continue
         if group and not (_is_fused(kernel, variant) and _together(group[-1][1], kernel, variant)):
             yield from _fused(group, last, variant)

@@ -21,7 +21,7 @@ def axes(group: Cluster, p: Plan) -> dict[str, Cluster]:
     Raises:
         ConfigError: a group of them does not come out even with the nodes.
     """
-    if p.tensor_parallel > 1 or p.is_pipeline:
+    if p.tensor_parallel > 1 or p.runs_stages:
         return _beside_tensors(group, p)
     if p.replicas == 1 or p.sharding == "none":
         return {DATA: group}
@@ -42,7 +42,8 @@ def axes(group: Cluster, p: Plan) -> dict[str, Cluster]:
 def _beside_tensors(group: Cluster, p: Plan) -> dict[str, Cluster]:
     """Those that share a block's matrices lie side by side, beside them their replicas, and then a pipeline's stages.
 
-    Replicas that would lie across the border of a node count as in nodes of their own.
+    Under HSDP those that share shards come before the groups that replicate them. Replicas
+    that would lie across the border of a node count as in nodes of their own.
     """
     inner = min(p.tensor_parallel, group.per_node)
     if group.per_node % inner or p.tensor_parallel % inner:
@@ -50,11 +51,17 @@ def _beside_tensors(group: Cluster, p: Plan) -> dict[str, Cluster]:
             f"tensor_parallel = {p.tensor_parallel}: must divide the {group.per_node} accelerators of a node, or be a "
             "multiple of them"
         )
-    here = gcd(p.data_parallel, group.per_node // inner)
-    return {
+    room, groups = group.per_node // inner, p.replicas if p.shards > 1 else 1  # (HSDP)
+    each = p.data_parallel // groups
+    here = gcd(each, room)
+    found = {
         TENSOR: replace(group, nodes=p.tensor_parallel // inner, per_node=inner),
-        DATA: replace(group, nodes=p.data_parallel // here, per_node=here),
+        DATA: replace(group, nodes=each // here, per_node=here),
     }
+    if groups > 1:
+        beside = gcd(groups, room // here)
+        found[REPLICATE] = replace(group, nodes=groups // beside, per_node=beside)
+    return found
 
 
 def leaves_node(group: Cluster, p: Plan, stage: int) -> bool:

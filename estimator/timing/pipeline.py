@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from estimator.describe.schedules import FORWARD, all_forward_first
+from estimator.describe.schedules import FORWARD, all_forward_first, interleaved
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
-    from estimator.describe.schedules import Schedule
+    from estimator.describe.schedules import Part, Schedule
 
 
 class StageTime(NamedTuple):
@@ -72,16 +72,65 @@ def simulated(schedules: Sequence[Schedule], times: Sequence[StageTime]) -> list
     return bars + [Bar(stage, "update", free[stage], free[stage] + spent.update) for stage, spent in enumerate(times)]
 
 
-def finished(kind: str, counts: NDArray[np.int64], times: StageTime) -> NDArray[np.float64]:
+def simulated_parts(count: int, parts: int, times: Sequence[StageTime]) -> list[Bar]:
+    """`simulated` of interleaved 1F1B, each stage having so many parts, of a micro-batch's seconds each the same part.
+
+    What the first stage takes longer than another belongs to its first part, and the last's to its last.
+    """
+    stages = len(times)
+    last = stages - 1
+    least = StageTime(*(min(column) for column in zip(*times, strict=True)))
+    schedules = [interleaved(count, stage, stages, parts) for stage in range(stages)]
+
+    def seconds(stage: int, move: Part) -> float:
+        own, base = (getattr(t, "forward" if move.kind == FORWARD else "backward") for t in (times[stage], least))
+        ends = {0: 0, last: parts - 1}
+        if stage in ends:
+            return float(base / parts + (own - base if move.part == ends[stage] else 0.0))
+        return float(own / parts)
+
+    def source(stage: int, move: Part) -> tuple[int, int] | None:
+        onwards = move.kind == FORWARD
+        before, part = (stage - 1, move.part) if onwards else (stage + 1, move.part)
+        if 0 <= before <= last:
+            return before, part
+        wrapped = (last, part - 1) if onwards else (0, part + 1)
+        return wrapped if 0 <= wrapped[1] < parts else None
+
+    done: dict[tuple[int, Part], float] = {}
+    at, free = [0] * stages, [0.0] * stages
+    bars: list[Bar] = []
+    while any(i < len(moves) for i, moves in zip(at, schedules, strict=True)):
+        before = len(bars)
+        for stage, moves in enumerate(schedules):
+            while at[stage] < len(moves):
+                move = moves[at[stage]]
+                ready, wanted = 0.0, source(stage, move)
+                if wanted is not None:
+                    sent = done.get((wanted[0], move._replace(part=wanted[1])))
+                    if sent is None:
+                        break
+                    ready = sent + (times[wanted[0]].send if move.kind == FORWARD else times[wanted[0]].back)
+                start = max(free[stage], ready)
+                free[stage] = done[stage, move] = start + seconds(stage, move)
+                bars.append(Bar(stage, str(move), start, free[stage]))
+                at[stage] += 1
+        if len(bars) == before:
+            raise ValueError("the stages' schedules wait for one another")
+    return bars + [Bar(stage, "update", free[stage], free[stage] + spent.update) for stage, spent in enumerate(times)]
+
+
+def finished(kind: str, counts: NDArray[np.int64], times: StageTime, parts: int = 1) -> NDArray[np.float64]:
     """(stages, points): when each stage's update is over; the last entry of `simulated`, for many steps at once.
 
     Args:
-        kind: "1f1b" or "gpipe".
+        kind: "1f1b", "gpipe" or "interleaved".
         counts: (points,), micro-batches of each step, at least as many as there are stages under 1F1B.
         times: (stages, points) each.
+        parts: of a stage that is interleaved.
     """
-    if kind == "gpipe":
-        found = [_simulated_ends(int(n), times, at) for at, n in enumerate(counts.tolist())]
+    if kind != "1f1b":
+        found = [_simulated_ends(int(n), times, at, parts) for at, n in enumerate(counts.tolist())]
         return np.stack(found, axis=1)
     stages = len(times.forward)
     index = np.arange(stages)[:, None]
@@ -99,8 +148,9 @@ def finished(kind: str, counts: NDArray[np.int64], times: StageTime) -> NDArray[
     return free + times.update
 
 
-def _simulated_ends(count: int, times: StageTime, point: int) -> list[float]:
+def _simulated_ends(count: int, times: StageTime, point: int, parts: int) -> list[float]:
     stages = len(times.forward)
     each = [StageTime(*(float(x[stage, point]) for x in times)) for stage in range(stages)]
-    bars = simulated([all_forward_first(count)] * stages, each)
+    whole = [all_forward_first(count)] * stages
+    bars = simulated(whole, each) if parts == 1 else simulated_parts(count, parts, each)
     return [bar.end for bar in bars[-stages:]]

@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from estimator.accounting.accounts import account, sizes_for
+from estimator.describe.checks import ConfigError
 from estimator.describe.run import Run
 from estimator.describe.settings import checked
 from estimator.describe.units import SECONDS_PER_DAY, SECONDS_PER_HOUR
 from estimator.hardware.accelerators import Accelerator, accelerator, cluster
-from estimator.hardware.networks import straggling
+from estimator.hardware.networks import slowest
 from estimator.pricing.conventions import model_flops_utilisation
 from estimator.timing.communication import messages
 from estimator.timing.intervals import spread
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    import numpy as np
     from numpy.typing import NDArray
 
     from estimator.accounting.accounts import Account
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     Array = NDArray[np.float64]
 
 FUSED_ATTENTION = ("flash", "efficient")
+# PyTorch's flash attention is the second generation from 2.2 on (release notes of January 2024).
+SECOND_GENERATION = 2, 2
 UPDATES = "updates"  # the axis of those that share the optimizer's states, where they are fewer than all
 
 
@@ -52,12 +54,14 @@ class Setup:
         network: between nodes: a name of `estimator.hardware.networks.networks()`, or bytes/s of one accelerator; None
             for what is assumed.
         latency: seconds of a hop between nodes; None for `estimator.timing.waiting.NETWORK_HOP` of one inside.
-        straggling: the part that each doubling of the nodes costs; None for the catalogue's.
+        deviation: standard deviation of the accelerators' speeds, as a part; None for the catalogue's.
         overlap: gradients are summed while backward goes on, as DDP does; else after it.
         update_group: accelerators that share the optimizer's states, side by side, if not all that train together (a
             ZeRO-1 in each node).
         whole_updates: each parameter is updated whole by one of them and broadcast by itself, one after the other;
             else all share each parameter, and their broadcasts go together.
+        torch_version: PyTorch's (major, minor); None for a recent one.
+        clock: Hz at which the accelerator runs; None for the datasheet's.
         stack_factor: what the user's own log says of his stack (`estimate calibrate --log`).
     """
 
@@ -68,11 +72,32 @@ class Setup:
     gradient_width: int | None = None
     network: str | float | None = None
     latency: float | None = None
-    straggling: float | None = None
+    deviation: float | None = None
     overlap: bool = True
     update_group: int | None = None
     whole_updates: bool = False
+    torch_version: tuple[int, int] | None = None
+    clock: float | None = None
     stack_factor: StackFactor | None = None
+
+    def kernel(self, fused: str | None, e: Efficiency) -> str | None:
+        """The fused attention whose timings count, of a step that has `fused`; None for the accelerator's own."""
+        if self.attention is not None or fused in e.flash:
+            return self.attention or fused
+        first = self.torch_version is not None and self.torch_version < SECOND_GENERATION
+        return "flash-1" if first and "flash-1" in e.flash else None
+
+    def clocked(self, e: Efficiency, a: Accelerator) -> Efficiency:
+        """What kernels reach at the clock that was given.
+
+        Raises:
+            ConfigError: the catalogue has no clock to compare it with.
+        """
+        if self.clock is None:
+            return e
+        if a.boost_clock is None:
+            raise ConfigError(f"clock = {self.clock / 1e6:g} MHz: the catalogue has no clock of {a.name}")
+        return replace(e, clock=self.clock / a.boost_clock)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +200,8 @@ def step_times(
         ConfigError: the accelerator has no peak for a dtype, no figure for a link, or the nodes do not come out even.
     """
     a = accelerator(on)
+    if p.runs_stages:
+        return pipeline_times(m, p, a, setup or Setup(FUSED if p.compile else EAGER), e)
     sizes = sizes_for(m, p, threads=1)
     return times(account(m, p, a.device), sizes, p, a, setup, e=e)
 
@@ -203,8 +230,8 @@ def times(
         ConfigError: as for `step_times`.
     """
     turns = p.grad_accumulation if micro_batches is None else micro_batches
-    e = e or efficiency(a)
     setup = setup or Setup(FUSED if p.compile else EAGER)
+    e = setup.clocked(e or efficiency(a), a)
     if setup.update_group is not None:
         sizes = {**sizes, "D": setup.update_group}
     kernels = table(form, setup.variant)
@@ -214,7 +241,7 @@ def times(
         kernels, shape, sizes, turns, a, e,
         half=setup.dtype or (p.product_dtype if p.product_dtype == "fp16" else "bf16"),
         single="tf32" if p.product_dtype == "tf32" else "fp32",
-        kernel=setup.attention or (fused if fused in e.flash else None),
+        kernel=setup.kernel(fused, e),
         imbalance=p.imbalance,
     )  # fmt: skip
     group = cluster(a, p.accelerators, between=between(a, setup.network))
@@ -227,9 +254,8 @@ def times(
         sent = tuple(m if m.phase != "optimizer" else replace(m, axis=UPDATES) for m in sent)
     compute = {phase.value: s for phase, s in work.phases.items()}
     waited = exposed(sent, meshes, e, compute, turns, overlap=setup.overlap, latency=setup.latency)
-    if group.nodes > 1:  # the slowest node is waited for
-        part = straggling() if setup.straggling is None else setup.straggling
-        waited = waited + part * np.log2(group.nodes) * (waited + sum(compute.values()))
+    if group.count > 1:  # the slowest is waited for
+        waited = waited + slowest(group.count, setup.deviation) * sum(compute.values())
     found = parts(work, waited)
     return found if setup.stack_factor is None else setup.stack_factor.calibrated(found)
 
@@ -255,6 +281,11 @@ def predicted(
     Raises:
         ConfigError: as for `step_times`.
     """
+    if p.offload != "none":
+        raise ConfigError(
+            f"offload is {p.offload!r}, and neither the host's update nor its link to the accelerator has been timed; "
+            "give an MFU"
+        )
     setup = setup or Setup()
     if p.compile:
         setup = replace(setup, variant=replace(setup.variant, fused=FUSED.fused))
@@ -262,7 +293,7 @@ def predicted(
     micro_batches = -(-flops.sequences // (p.batch_size * replicas))
     run = p.replace(grad_accumulation=micro_batches, data_parallel=replicas)
     plain = replace(setup, stack_factor=None)
-    spent = pipeline_times(m, run, a, plain) if p.is_pipeline else step_times(m, run, a, plain)
+    spent = step_times(m, run, a, plain)
     within, rows = spread({name: float(x[0]) for name, x in spent.items()}, stated=_stated(m, run, a, plain))
     if (own := setup.stack_factor) is not None:
         within = own.spread({name: float(x[0]) for name, x in spent.items()})

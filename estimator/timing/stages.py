@@ -13,14 +13,14 @@ from estimator.accounting.accounts import sizes_for, stage_account
 from estimator.describe import pipeline
 from estimator.eager.letters import as_sizes
 from estimator.hardware.accelerators import cluster
-from estimator.hardware.networks import straggling
+from estimator.hardware.networks import slowest
 from estimator.parallel.placement import DATA
 from estimator.timing.communication import messages
 from estimator.timing.kernels import table
 from estimator.timing.mesh import axes, between, leaves_node
-from estimator.timing.pipeline import StageTime, finished, simulated
+from estimator.timing.pipeline import StageTime, finished, simulated, simulated_parts
 from estimator.timing.roofline import busy, efficiency
-from estimator.timing.waiting import exposed
+from estimator.timing.waiting import NETWORK_HOP, exposed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -67,7 +67,7 @@ def work(
         kernels, kernels.at(sizes), sizes, turns, a, e,
         half=setup.dtype or (p.product_dtype if p.product_dtype == "fp16" else "bf16"),
         single="tf32" if p.product_dtype == "tf32" else "fp32",
-        kernel=setup.attention or (fused if fused in e.flash else None),
+        kernel=setup.kernel(fused, e),
         imbalance=p.imbalance,
     )  # fmt: skip
     phases = {phase.value: x for phase, x in found.phases.items()}
@@ -96,7 +96,7 @@ def works(
     Raises:
         ConfigError: as for `estimator.timing.speed.step_times`.
     """
-    e, turns = e or efficiency(a), p.grad_accumulation if turns is None else turns
+    e, turns = setup.clocked(e or efficiency(a), a), p.grad_accumulation if turns is None else turns
     group = cluster(a, p.accelerators, between=between(a, setup.network))
     known: dict[int, Work] = {}
     found = []
@@ -106,7 +106,7 @@ def works(
             sizes = {**sizes_for(m, p, threads=1, stage=stage), **(given or {})}
             known[id(form)] = work(form, sizes, turns, p, a, group, setup, e)
         found.append(known[id(form)])
-    latency = e.latency if setup.latency is None else setup.latency
+    latency = NETWORK_HOP * e.latency if setup.latency is None else setup.latency
     sends = []
     for stage, own in enumerate(found):
 
@@ -146,15 +146,15 @@ def pipeline_times(
         stacked([w.update for w in each]),
         stacked([back for _, back in sends]),
     )
-    ends = finished(p.pipeline_schedule, np.broadcast_to(counts, points), spent)
+    kind = "interleaved" if p.virtual_stages > 1 else p.pipeline_schedule
+    ends = finished(kind, np.broadcast_to(counts, points), spent, p.virtual_stages)
     last, at = ends.argmax(0), np.arange(points)
     kinds = {name: stacked([w.kinds[name] for w in each])[last, at] for name in each[0].kinds}
     launch = stacked([w.launch for w in each])[last, at]
     waited = ends[last, at] - sum(kinds.values()) - launch
     group = cluster(a, p.accelerators, between=between(a, setup.network))
-    if group.nodes > 1:  # the slowest node is waited for
-        part = straggling() if setup.straggling is None else setup.straggling
-        waited = waited + part * np.log2(group.nodes) * ends[last, at]
+    if group.count > 1:  # the slowest is waited for
+        waited = waited + slowest(group.count, setup.deviation) * (sum(kinds.values()) + launch)
     return {**kinds, "communication": waited, "launch": launch}
 
 
@@ -169,4 +169,6 @@ def bars(m: ModelConfig, p: Plan, a: Accelerator, setup: Setup) -> list[Bar]:
         StageTime(*(float(x[0]) for x in (w.forward, w.backward, onwards, w.update, back)))
         for w, (onwards, back) in zip(each, sends, strict=True)
     ]
+    if p.virtual_stages > 1:
+        return simulated_parts(p.grad_accumulation, p.virtual_stages, times)
     return simulated([pipeline.schedule(p, stage) for stage in range(p.pipeline_parallel)], times)

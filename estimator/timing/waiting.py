@@ -77,7 +77,7 @@ def exposed(
             continue
         total = sum(took for m, took in taken if m.waits != "step")
         summed = all(m.collective == "all-reduce" for m in those)
-        if summed and not overlap:
+        if not overlap and (summed or all(m.waits == "update" for m in those)):
             cost = cost + total
             continue
         first = sum(took / m.pieces for m, took in taken if m is those[-1])

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from estimator.describe.checks import ConfigError
 from estimator.describe.hf import from_hf
+from estimator.describe.hub import HUB
 from estimator.describe.plan import Plan
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
     from estimator.describe.model import ModelConfig
 
-TINY = Path(__file__).parents[1] / "data" / "hf" / "tiny.jsonl"
+HF = Path(__file__).parents[1] / "data" / "hf"
 # The recipe of each of a family's two sizes.
 PLANS = (
     Plan(batch_size=2, seq_len=40),
@@ -31,6 +32,18 @@ PLANS = (
         max_grad_norm=1.0,
     ),
 )
+
+
+def shrunk(m: ModelConfig) -> ModelConfig:
+    """A published model in sizes that run in a moment."""
+    sizes = {"num_layers": 4, "d_model": 64, "num_heads": 4, "head_dim": 16, "vocab_size": 160, "context_length": 128}
+    others = {"d_ff": 96, "d_expert": 48, "d_shared": 40, "num_experts": 8, "experts_per_token": 2} | {
+        "expert_groups": 2,
+        "groups_per_token": 1,
+        "rotary_dim": 8,
+        "num_kv_heads": 4 if m.kv_heads == m.num_heads else min(m.kv_heads, 2),
+    }
+    return m.replace(**sizes, **{name: value for name, value in others.items() if getattr(m, name) is not None})
 
 
 def resized(m: ModelConfig) -> ModelConfig:
@@ -58,12 +71,20 @@ def with_a_kernel(m: ModelConfig, p: Plan) -> Plan:
     return p
 
 
-def families(names: Collection[str] = ()) -> Iterator[tuple[str, ModelConfig, Plan]]:
-    """Each row of tiny.jsonl as it is, and in other sizes."""
-    for line in TINY.read_text().splitlines():
+def _rows() -> Iterator[tuple[str, str, ModelConfig]]:
+    """(name, family, model) of each tiny model, and of each published one whose class came with its weights."""
+    for line in (HF / "tiny.jsonl").read_text().splitlines():
         row = json.loads(line)
-        if names and row["family"] not in names:
-            continue
-        m = from_hf(row["config"])
-        for size, p in zip((m, resized(m)), PLANS, strict=True):
-            yield row["name"], size, with_a_kernel(size, p)
+        yield row["name"], row["family"], from_hf(row["config"])
+    for line in (HF / "more.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        if row["config"]["model_type"] in HUB:
+            yield f"{row['name']}, shrunk", row["config"]["model_type"], shrunk(from_hf(row["config"]))
+
+
+def families(names: Collection[str] = ()) -> Iterator[tuple[str, ModelConfig, Plan]]:
+    """Each family as it is in the data of the tests, and in other sizes."""
+    for name, family, m in _rows():
+        if not names or family in names:
+            for size, p in zip((m, resized(m)), PLANS, strict=True):
+                yield name, size, with_a_kernel(size, p)

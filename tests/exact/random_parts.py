@@ -140,6 +140,7 @@ def model(rng: Random) -> ModelConfig:
             final_norm=rng.random() < 0.8,
             logits_scale=maybe(rng, 0.5),
             logits_softcap=maybe(rng, 30.0, 0.15),
+            head_norm=rng.random() < 0.15,
         ),
     )
     kinds = {x.attention for x in layers.kinds}

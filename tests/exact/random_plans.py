@@ -42,6 +42,8 @@ def on_a_cpu(p, m):
     """Raise ConfigError for what one process on a CPU does not run."""
     p.check_model(m)
     p.attention_kernel("cpu", m)
+    if p.implementation != "bundled":
+        raise ConfigError(f"implementation = {p.implementation!r}: not the trainer's")
     if p.precision == "tf32":
         raise ConfigError("precision = 'tf32': the bytes of fp32")
 

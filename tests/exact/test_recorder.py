@@ -66,6 +66,46 @@ class Tagger(nn.Module):
         return self.out(self.lstm(self.embedding(ids))[0])
 
 
+class Upwards(nn.Module):
+    """A convolution down, a transposed one up again, and a skip beside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.down, self.group = nn.Conv2d(3, 16, 3, stride=2, padding=1), nn.GroupNorm(4, 16)
+        self.up, self.out = nn.ConvTranspose2d(16, 8, 2, 2), nn.Conv2d(11, 3, 1)
+
+    def forward(self, x):
+        return self.out(torch.cat([self.up(F.silu(self.group(self.down(x)))), x], 1))
+
+
+def upwards():
+    torch.manual_seed(0)
+    return Upwards(), lambda module, x: F.mse_loss(module(x), x), (torch.rand(B, 3, 16, 16),)
+
+
+def compiled():
+    module, loss, inputs = tagger()
+    return torch.compile(module), loss, inputs
+
+
+class Mixture(nn.Module):
+    """Two of four experts a token, each expert's rows looked for in the choices."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.router = nn.Embedding(V, 32), nn.Linear(32, 4)
+        self.experts, self.head = nn.ModuleList(nn.Linear(32, 32) for _ in range(4)), nn.Linear(32, V)
+
+    def forward(self, ids):
+        x = self.embedding(ids).flatten(0, 1)
+        weights, choices = self.router(x).softmax(-1).topk(2, -1)
+        y = torch.zeros_like(x)
+        for i, expert in enumerate(self.experts):
+            token, choice = torch.where(choices == i)
+            y = y.index_add(0, token, expert(x[token]) * weights[token, choice, None])
+        return self.head(y)
+
+
 def tagger():
     torch.manual_seed(0)
     ids = torch.randint(V, (B, T))
@@ -90,6 +130,7 @@ MODULES = {
         d_ff=96, decoder_start_token_id=0,
     ),
     "an lstm": tagger,
+    "a transposed convolution, the mean of squares": upwards,
 }  # fmt: skip
 
 
@@ -148,6 +189,24 @@ def test_values_that_are_asked_for_are_assumed_and_counted_with_their_line():
     said = {str(a).rpartition("/")[2].partition(":")[0] for a in recording.assumptions}
     assert said == {"test_recorder.py"}
     assert {a.what.split(" for ")[0] for a in recording.assumptions} == {"even counts of 32 in 6", "false"}
+
+
+@pytest.mark.filterwarnings("ignore")  # of what torch.compile imports, and that it is told not to compile
+def test_what_is_compiled_is_recorded_without_the_compiler():
+    assert trainer.record(compiled).peak_bytes == trainer.record(tagger).peak_bytes
+
+
+def test_the_choices_of_a_router_are_dealt_out():
+    """Every expert has as many rows: 2 x 40 tokens, two choices each, four experts."""
+
+    def build():
+        ids = torch.randint(V, (B, T))
+        return Mixture(), lambda module, ids: F.cross_entropy(module(ids), ids.flatten()), (ids,)
+
+    recording = trainer.record(build)
+    assert {a.what for a in recording.assumptions} == {"each chosen as often as any other, for the choices of topk"}
+    rows = [e.storage.nbytes.number for e in recording.ledger.events if e.sign > 0 and e.where.op == "addmm"]
+    assert rows.count(4 * 32 * B * T * 2 // 4) == 4
 
 
 def test_code_whose_shapes_are_values_is_refused_with_its_line():

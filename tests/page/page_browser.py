@@ -16,7 +16,7 @@ FLAGS = [
     "--disable-quic",
 ]
 SHOTS = ROOT / "screenshots"
-PAGES = ("Estimate", "Plan", "Formulas", "Sweep", "Compare", "Validate", "Course")
+PAGES = ("Estimate", "Plan", "Layouts", "Formulas", "Sweep", "Compare", "Validate", "Course")
 # Opened at a page's own address, Streamlit's client asks below it first where its server is, and is told 404.
 PROBES = tuple(f"/{page.lower()}/_stcore/{probe}" for page in PAGES for probe in ("health", "host-config"))
 PATIENCE = 150_000  # ms until a state that does not come is an error: on a busy machine advice takes its time
@@ -32,7 +32,7 @@ def visitor(browser, url, *, width=1440, height=1000, dark=False):
 
     def heard(message):
         if message.type == "error" and not message.location["url"].endswith(PROBES):
-            errors.append(message.text)
+            errors.append(f"{message.text} {message.location}")
 
     page.on("console", heard)
     page.on("pageerror", lambda error: errors.append(str(error)))
@@ -40,7 +40,7 @@ def visitor(browser, url, *, width=1440, height=1000, dark=False):
     drawn(page)
     yield page
     context.close()
-    assert errors == []
+    assert not errors, errors
 
 
 def drawn(page):

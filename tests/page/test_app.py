@@ -16,6 +16,7 @@ import estimator as est
 from estimator.accounting import accounts
 from estimator.answers import derivations, sweeps
 from estimator.answers.advice import Advisor
+from estimator.answers.layouts import MEGATRON, search
 from estimator.answers.request import Request
 from estimator.answers.sweeps import reach
 from estimator.describe.hf import from_hf
@@ -29,7 +30,7 @@ from estimator.show.planning import headline
 pytest.importorskip("streamlit", reason="the page needs the app extra: pip install -e '.[app]'")
 from streamlit.testing.v1 import AppTest
 
-from app_pages import estimate, formulas, scenarios, sweep, validate
+from app_pages import estimate, formulas, layouts, scenarios, sweep, validate
 from app_pages import plan as plan_page
 from app_pages.inputs import HIDDEN
 
@@ -576,3 +577,24 @@ def test_any_query_string_opens_the_page(view, query):
 def test_a_request_is_remembered_by_what_it_asks():
     q = Request("gpt2", est.preset("gpt2"), est.Plan(), GPU)
     assert q.estimate() is replace(q).estimate()
+
+
+def test_layouts_are_those_of_the_search_and_lead_to_their_estimate():
+    asked = {"layouts.count": "4", "layouts.batch": "16", "layouts.code": "Megatron-LM's"}
+    at = viewed("layouts", model="tinyllama-1.1b", gpu=GPU, seq_len="512", **asked)
+    found = search("tinyllama-1.1b", MEGATRON.replace(seq_len=512), GPU, count=4, global_batch_size=16)
+    first = found.options[0]
+    assert f"Fastest of {len(found.options):,} that fit: {layouts.said(first)}" in at.success[0].value
+    inputs = dict(pair.split("=") for pair in _first_link(at).split("&"))
+    r = est.estimate("tinyllama-1.1b", first.plan, GPU, global_batch_size=16)
+    assert inputs["count"] == "4"
+    assert inputs["global_batch_size"] == "16"
+    assert inputs["implementation"] == "megatron"
+    assert size(r.memory.needed, "GiB") in at.markdown[1].value
+    pipelines = [layouts.said(o) for o in found.options if o.plan.is_pipeline]
+    assert at.selectbox(key="layouts.shown").options == list(dict.fromkeys(pipelines))
+
+
+def _first_link(at):
+    body = next(x.proto.body for x in at.get("html") if "Estimate it" in x.proto.body)
+    return body.split("./?")[1].split('"')[0].replace("&amp;", "&")

@@ -22,8 +22,8 @@ class Clicks:
         self.number += 1
 
 
-def fill(clicks, page, label, text):
-    clicks.on(page.get_by_label(label, exact=True).first)
+def fill(clicks, page, label, text, inside="stMain"):
+    clicks.on(page.get_by_test_id(inside).get_by_label(label, exact=True).first)
     page.keyboard.type(text)
     page.keyboard.press("Enter")
 
@@ -60,13 +60,25 @@ def setting(page, name):
     return parse_qs(urlsplit(page.url).query).get(name, [str(scenarios.DEFAULTS[name])])[0]
 
 
-def test_the_cheapest_card_for_tokens_in_so_many_days_is_a_link(address, browser):
-    with visitor(browser, f"{address}/plan?plan.tokens=26&plan.days=3") as page:
+def test_the_cheapest_card_for_tokens_in_so_many_days(address, browser):
+    """Three clicks, the cheapest first; the same is a link; a fourth opens the cheapest as an estimate that fits."""
+    clicks = Clicks()
+    with visitor(browser, f"{address}/?model=gpt2&batch_size=8") as page:
+        clicks.on(page.get_by_test_id("stTopNavLink").filter(has_text="Plan"))
+        fill(clicks, page, "Tokens, billions", "26")
+        page.wait_for_function("location.search.includes('plan.tokens=26')")
+        fill(clicks, page, "Days", "3")
+        page.wait_for_function("location.search.includes('plan.days=3')")
         page.get_by_text("Cheapest: 1.29B parameters on 26.0B tokens").wait_for()
         drawn(page)
         found = [re.search(r", \$([\d,]+)\n(?s:.*)an hour at .+, \d{4}-\d\d-\d\d", row) for row in options(page)]
         paid = [float(dollars[1].replace(",", "")) for dollars in found]
         assert paid == sorted(paid)
+        with visitor(browser, f"{address}/plan?plan.tokens=26&plan.days=3") as other:
+            assert options(other) == options(page)
+        clicks.on(page.get_by_role("link", name="Estimate it").first)
+        page.get_by_text("Fits: a step needs").first.wait_for()
+    assert clicks.number == 4
 
 
 def test_from_out_of_memory_to_a_set_that_fits_is_a_click(address, browser):
@@ -114,7 +126,7 @@ def test_a_link_and_a_page_to_send(address, browser, tmp_path):
     """The link is that of the page, also after a change; the snapshot has its figures and needs no server."""
     clicks = Clicks()
     with visitor(browser, f"{address}/?model=gpt2&batch_size=8") as page:
-        fill(clicks, page, "Micro-batch", "9")
+        fill(clicks, page, "Micro-batch", "9", inside="stSidebar")
         page.wait_for_function("location.search.includes('batch_size=')")
         drawn(page)
         link = page.get_by_test_id("stCode").first

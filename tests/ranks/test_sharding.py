@@ -32,6 +32,7 @@ sys.path.append(str(Path(__file__).parents[1] / "exact"))
 
 SHARDINGS = choices(Plan)["sharding"]
 RUNS = int(os.environ.get("RANKS_DRAWS", "0"))  # random recipes for each number of processes
+OFFLOADED = float(os.environ.get("RANKS_OFFLOADED", "0.2"))  # how many of them are offloaded
 quick = settings(derandomize=True, deadline=None, max_examples=12)
 
 GPT2 = ModelConfig("gpt2", 4, 24, 3, 31, 16)  # a vocabulary that nothing divides
@@ -122,6 +123,8 @@ def drawn(random, processes):
     }
     if plan["precision"] == "bf16-fsdp":
         plan |= {"reduce_dtype": random.choice(["fp32", "bf16"]), "autocast": random.random() < 0.2}
+    if random.random() < OFFLOADED:
+        plan |= {"offload": "parameters"}
     if random.random() < 0.25:
         plan |= {"update": "in-backward", "grad_accumulation": 1, "max_grad_norm": None}
     if processes == 4:
@@ -355,6 +358,36 @@ def test_shards_add_up_to_the_whole_and_their_padding(step):
         assert (v.parameters, v.forward_flops, v.backward_flops) == (
             alone.parameters, alone.forward_flops, alone.backward_flops,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16-fsdp"])
+def test_what_is_offloaded_is_the_hosts(precision):
+    p = Plan(optimizer="sgd", data_parallel=2, sharding="zero3", precision=precision)
+    here, there = (est.estimate(LLAMA, p.replace(offload=name), "a100-80gb-sxm") for name in ("none", "parameters"))
+    assert here.memory.host == here.memory.parts["optimizer"] == 0
+    # CPUOffloadPolicy: "offloads parameters, gradients, and optimizer states to CPU"; SGD's update needs nothing more.
+    assert there.memory.host == there.values.parameter_bytes + there.values.gradient_bytes
+    assert there.values.parameter_bytes == here.values.parameter_bytes
+    assert there.memory.parts["parameters"] == there.memory.parts["gradients"] == 0
+    assert there.memory.peak < here.memory.peak
+    assert there.plan.replace(optimizer="adamw").optimizer_on("cuda") == "loop"  # torch.optim's on CPU tensors
+    assert there.time is None
+    assert any("nor its link" in note for note in there.notes)
+    assert any("The host keeps" in note for note in there.notes)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"sharding": "zero2"}, "data_parallel is 1, and it is a policy of fully_shard"),
+        ({"data_parallel": 2, "sharding": "zero1"}, "it is a policy of fully_shard"),
+        ({"data_parallel": 2, "sharding": "zero3", "precision": "bf16-master"}, "the masters of 'bf16-master' are"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_offloaded_is_said(fields, said):
+    with pytest.raises(ConfigError, match=said):
+        est.estimate(LLAMA, Plan(offload="parameters", **fields), "a100-80gb-sxm")
 
 
 @quick

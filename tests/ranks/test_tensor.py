@@ -7,6 +7,7 @@ from dataclasses import replace
 from random import Random
 
 import pytest
+import torch
 from test_sharding import accounted, measured, totals
 
 import estimator as est
@@ -22,7 +23,7 @@ RUNS = int(os.environ.get("TENSOR_RUNS", "0"))  # random recipes to try, in plac
 GATED = LLAMA.replace(parts=replace(LLAMA.made_of, attention=replace(LLAMA.made_of.attention, out_gate=True)))
 CASES = [
     (GPT2, {}),
-    (LLAMA, {"optimizer": "sgd", "grad_accumulation": 2}),
+    (LLAMA, {"optimizer": "sgd", "grad_accumulation": 2, "max_grad_norm": 1.0}),
     (LLAMA, {"optimizer": "sgd", "checkpointing": "block", "attention": "sdpa"}),
     (GPT2, {"optimizer": "sgd", "precision": "bf16-mixed", "loss": "torch"}),
     (GATED, {"optimizer": "sgd"}),
@@ -50,6 +51,7 @@ def drawn(random, ranks):
         loss=random.choice(["bundled", "torch", "torch-fp32", "chunked"]),
         optimizer=random.choice(["sgd", "sgd", "adamw", "lion"]),
         grad_accumulation=random.choice([1, 1, 2]),
+        max_grad_norm=random.choice([None, 1.0]),
     )
 
 
@@ -70,7 +72,7 @@ def test_ranks_that_share_matrices_and_shards_too(tmp_path):
     plan = {"batch_size": 2, "tensor_parallel": 2, "data_parallel": 2}
     cases = [
         (GPT2, Plan(sharding="zero3", **plan)),
-        (LLAMA, Plan(sharding="zero2", optimizer="sgd", grad_accumulation=2, **plan)),
+        (LLAMA, Plan(sharding="zero2", optimizer="sgd", grad_accumulation=2, max_grad_norm=1.0, **plan)),
         (LLAMA, Plan(sharding="zero3", precision="bf16-fsdp", optimizer="sgd", checkpointing="block", **plan)),
     ]
     random = Random(0)
@@ -87,6 +89,23 @@ def test_ranks_that_share_matrices_and_shards_too(tmp_path):
             assert {name: getattr(v, name) for name in real} == real, (m, p, rank)
 
 
+HYBRID = {"batch_size": 2, "data_parallel": 4, "tensor_parallel": 2, "shard_group": 2}
+
+
+@pytest.mark.skipif(not RUNS, reason="eight processes: TENSOR_RUNS=1 runs it")
+def test_replicas_of_shards_of_shared_matrices(tmp_path):
+    """HSDP around tensor parallelism: each of 2 x 2 x 2 processes."""
+    cases = [
+        (LLAMA, Plan(sharding="zero3", precision="bf16-fsdp", max_grad_norm=1.0, **HYBRID)),
+        (GPT2, Plan(sharding="zero2", optimizer="sgd", grad_accumulation=2, **HYBRID)),
+        (LLAMA, Plan(sharding="zero3", optimizer="sgd", checkpointing="block", **HYBRID)),
+    ]
+    for (m, p), processes in zip(cases, measured(8, cases, tmp_path), strict=True):
+        for rank, real in enumerate(processes):
+            v = account(m, p, "cpu", rank // 2).evaluate(m, p, threads=1)
+            assert {name: getattr(v, name) for name in real} == real, (m, p, rank)
+
+
 def test_each_rank_sends_the_messages_of_the_ledger(tmp_path):
     cases = [(m, Plan(batch_size=2, tensor_parallel=2, **plan)) for m, plan in CASES[:3]]
     for (m, p), processes in zip(cases, measured(2, cases, tmp_path, "messages"), strict=True):
@@ -96,13 +115,16 @@ def test_each_rank_sends_the_messages_of_the_ledger(tmp_path):
 
 def test_losses_are_those_of_one_process(tmp_path):
     """Equal to 1e-5: sums over the ranks are in another order."""
-    cases = [(m, Plan(batch_size=2, tensor_parallel=2)) for m in (GPT2, LLAMA)]
+    clips = {"optimizer": "sgd", "max_grad_norm": 0.1}  # to less than half of the norm
+    cases = [(GPT2, Plan(batch_size=2, tensor_parallel=2)), (LLAMA, Plan(batch_size=2, tensor_parallel=2, **clips))]
     for (m, p), processes in zip(cases, measured(2, cases, tmp_path, "losses"), strict=True):
         step, alone = build_step(m, p.replace(tensor_parallel=1)), []
         for _ in range(3):
             loss = step.forward()
             alone.append(loss.item())
             step.backward(loss)
+            if p.max_grad_norm is not None:
+                assert torch.nn.utils.clip_grad_norm_(step.model.parameters(), p.max_grad_norm) > 2 * p.max_grad_norm
             step.optimizer.step()
             step.optimizer.zero_grad()
         for losses in processes:
@@ -133,6 +155,10 @@ def test_an_estimate_of_several_accelerators():
     several = est.estimate("llama-3.1-8b", sharded, "h100-80gb-sxm", count=16, global_batch_size=16)
     assert several.plan.data_parallel == 4
     assert several.flops.model == 16 * alone.flops.model
+    hybrid = est.estimate(
+        "llama-3.1-8b", sharded.replace(shard_group=2), "h100-80gb-sxm", count=16, global_batch_size=16
+    )
+    assert hybrid.memory.peak > several.memory.peak  # each holds twice as much of the state
     with pytest.raises(ConfigError, match="count = 6: the plan's tensor_parallel is 4"):
         est.estimate("llama-3.1-8b", plan.replace(tensor_parallel=4), "h100-80gb-sxm", count=6)
 
@@ -144,7 +170,6 @@ def test_an_estimate_of_several_accelerators():
         ("llama-3.1-8b", {"tensor_parallel": 16}, "num_kv_heads"),
         ("mixtral-8x7b", {"tensor_parallel": 2}, "experts"),
         ("llama-3.1-8b", {"tensor_parallel": 2, "data_parallel": 2}, "sharding"),
-        ("llama-3.1-8b", {"tensor_parallel": 2, "max_grad_norm": 1.0}, "max_grad_norm"),
         ("llama-3.1-8b", {"tensor_parallel": 0}, "tensor_parallel"),
     ],
 )

@@ -41,6 +41,9 @@ CODE = """
 
     def other():
         return 3
+
+    def raises():
+        raise KeyError("no such data")
 """
 
 
@@ -112,9 +115,10 @@ def test_a_snapshot_of_a_card_is_laid_beside(code, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("argument", "said"),
     [
-        ("{}:builds", "its functions are build, other, wants"),
+        ("{}:builds", "its functions are build, other, raises, wants"),
         ("{}:other", "build returned a int"),
         ("{}:wants", "give it with --set width=NUMBER"),
+        ("{}:raises", "raised KeyError: 'no such data'"),
         ("nowhere.py:build", "must be FILE.py:FUNCTION"),
     ],
 )

@@ -90,8 +90,8 @@ def test_replace_derives_again_what_was_derived():
 
 
 def test_auto_is_what_torch_picks():
-    assert [Plan().implementation(d) for d in ("cpu", "cuda")] == ["loop", "foreach"]
-    assert Plan(optimizer="sgd").implementation("cuda") == "bundled"
+    assert [Plan().optimizer_on(d) for d in ("cpu", "cuda")] == ["loop", "foreach"]
+    assert Plan(optimizer="sgd").optimizer_on("cuda") == "bundled"
 
 
 def test_choose_says_what_is_near():

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from estimator.describe.catalogue import read_data
-from estimator.studies import ablation, published, published_report
-from estimator.timing.roofline import Efficiency, Flash
+from estimator.hardware.accelerators import accelerator, accelerators
+from estimator.studies import ablation, cards, published, published_report
+from estimator.studies.runs import rows
+from estimator.timing.roofline import Efficiency, Flash, efficiency
 
 ROOT = Path(__file__).parents[2]
 KINDS = {"kernel", "message", "datasheet", "code", "host", "literature", "fleet", "assumed"}
@@ -60,7 +62,33 @@ def test_each_part_changes_what_it_is_about(part):
     assert any(j.predicted != pytest.approx(whole[id(j.run.row)], rel=1e-6) for j in ablation.without(part))
 
 
+def test_each_card_is_measured_or_carried_over_and_its_origin_says_which():
+    for id_ in accelerators():
+        if accelerator(id_).device != "cuda":
+            continue
+        origin = efficiency(accelerator(id_)).origin
+        assert origin
+        if not cards.measured(id_).fitted:
+            # Nobody timed it: the text names the card that somebody did, or says that it is another's.
+            assert any(word in origin for word in ("unmeasured", "'s efficiencies", "Fitted to", "scaled", "fitted to"))
+    names = {row["gpu"] for name in ("gemm_efficiency", "attention_efficiency") for row in rows(name)}
+    names |= {row["gpu_name"] for row in rows("liger_operators")}
+    names |= {row["accelerator"] for row in rows("mamf") if row["dtype"] == "bf16"}
+    assert {name for name in names if "not stated" not in name} <= set(cards.NAMES)
+    assert cards.measured("b200-180gb-sxm").products > 500
+    assert not cards.measured("l40s-48gb").fitted
+
+
+def test_one_command_prints_the_errors_by_stack_and_what_each_part_is_worth(monkeypatch, capsys):
+    monkeypatch.setattr(ablation, "PARTS", ablation.PARTS[:1])
+    assert published_report.main(["--ablation"]) == 0
+    said = capsys.readouterr().out
+    assert "| mean over stacks |" in said
+    assert f"| {ablation.PARTS[0].name} |" in said
+
+
 def test_the_document_has_todays_tables():
     text = (ROOT / "docs" / "time.md").read_text()
     assert published_report.table() in text
     assert published_report.calibrated_table() in text
+    assert cards.table() in text

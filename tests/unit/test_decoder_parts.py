@@ -120,11 +120,12 @@ declare(
     **EXPERTS,
 )
 declare(
-    "attention behind a gate, a correction that is a parameter, a norm over the experts",
+    "attention behind a gate, a correction that is a parameter, a norm over the experts, and of the head's rows",
     Parts(
         order="sandwich",
         attention=Attention(qk_norm="head", out_gate=True),
         experts=Experts("sigmoid-chosen", correction="parameter", shared="plain", averaged=True, out_norm=True),
+        ends=Ends(head_norm=True),
     ),
     pattern=Pattern((FULL,), (Layer("window", sparse=True), Layer(rotates=False, sparse=True))),
     sliding_window=5,
@@ -260,7 +261,7 @@ def test_checkpointing_changes_no_gradient(m, checkpointing):
 @models
 def test_the_chunked_loss_is_that_of_the_logits_or_refused(m):
     ends = m.made_of.ends
-    if ends.head_bias or ends.logits_softcap is not None:
+    if ends.head_bias or ends.head_norm or ends.logits_softcap is not None:
         with pytest.raises(ConfigError, match=r"loss = 'chunked': .*allowed are bundled, torch, torch-fp32"):
             build_model(m, Plan(loss="chunked"))
         return

@@ -3,12 +3,17 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+import estimator as est
 from estimator.describe.checks import ConfigError
+from estimator.hardware.accelerators import accelerator
 from estimator.studies import device
+from estimator.studies.device_profile import profile
+from estimator.timing.roofline import efficiency
 from trainer.referee import validate
 
 ROOT = Path(__file__).parents[2]
@@ -55,6 +60,25 @@ def test_a_file_of_a_known_card_is_compared_in_seconds_too(path, tmp_path, capsy
     kept = json.loads(rows.read_text())["rows"]
     assert all(row["predicted"] > 0 for row in kept if row["section"] in ("products", "steps"))
     assert rows.with_suffix(".md").read_text() == text
+    assert rows.with_suffix(".toml").exists()
+
+
+def test_a_card_that_is_as_predicted_but_for_half_of_the_speed_gets_a_profile_that_says_so(path, tmp_path):
+    found = device.read(path) | {"device": "cuda", "name": "NVIDIA H100 80GB HBM3"}
+    a = accelerator("h100-80gb-sxm")
+    rows = [replace(r, measured=2 * r.predicted) for r in device.differences(found, a) if r.predicted]
+    own = tmp_path / "own.toml"
+    own.write_text(profile(found, a, rows))
+    before, after = efficiency(a), efficiency(accelerator(own))
+    assert after.matmul == pytest.approx(before.matmul / 2)
+    assert after.unaligned == pytest.approx(before.unaligned)
+    assert after.memory[0][1] == pytest.approx(before.memory[0][1] / 2)
+    assert after.flash["flash-2"].forward == pytest.approx([x / 2 for x in before.flash["flash-2"].forward])
+    assert after.host == found["host"]["with_backward"]
+    assert (after.within, after.latency) == (before.within, before.latency)
+    p = est.Plan(batch_size=8, precision="bf16", attention="sdpa")
+    slower, usual = (est.estimate("gpt2-xl", p, on).time.seconds for on in (own, "h100-80gb-sxm"))
+    assert 1.7 * usual < slower < 2.1 * usual
 
 
 def test_another_file_is_refused(tmp_path):

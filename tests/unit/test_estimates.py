@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import estimator as est
 from estimator.accounting.accounts import component
+from estimator.answers.notes import notes_of_device
 from estimator.describe.checks import ConfigError
 from estimator.describe.model import ModelConfig
 from estimator.describe.plan import Plan
@@ -202,3 +203,11 @@ def test_a_large_mixture_is_answered_in_seconds_from_the_shell_and_in_millisecon
         known.evaluate(m, p.replace(batch_size=batch))
         spent.append(time.process_time() - start)
     assert min(spent) < 2e-3
+
+
+def test_on_a_processor_half_precision_says_that_onednn_takes_more():
+    said = [list(notes_of_device(Plan(precision=precision), "cpu")) for precision in ("fp32", "bf16-mixed", "bf16")]
+    assert [len(notes) for notes in said] == [0, 1, 1]
+    assert "oneDNN" in said[1][0]
+    assert list(notes_of_device(Plan(precision="bf16"), "cuda")) == []
+    assert list(notes_of_device(Plan(optimizer="muon"), "cpu"))  # its iterations are in bf16

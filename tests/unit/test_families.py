@@ -15,6 +15,7 @@ from estimator.describe.checks import ConfigError
 from estimator.describe.families import FAMILIES
 from estimator.describe.fields import class_defaults
 from estimator.describe.hf import from_hf
+from estimator.describe.hub import HUB
 
 HF = Path(__file__).parents[1] / "data" / "hf"
 
@@ -108,7 +109,18 @@ def test_a_tiny_model_has_the_flops_that_pytorch_counts(row):
 
 
 # Their classes came with their weights, and are in no transformers: judged by the totals that their publishers state.
-OF_THE_HUB = {"deepseek", "internlm2", "minicpm"}
+OF_THE_HUB = set(HUB)
+
+
+@pytest.mark.parametrize(
+    ("d", "f", "h", "k", "layers", "published"),
+    [(1536, 3840, 24, 8, 52, 1_247_442_432), (2304, 5760, 36, 36, 40, 2_442_057_984)],
+)
+def test_minicpm_has_the_parameters_of_its_paper(d, f, h, k, layers, published):
+    """Hu et al. 2024 (arXiv:2404.06395), table 2, which counts all but the embedding."""
+    sizes = {"hidden_size": d, "intermediate_size": f, "num_attention_heads": h, "num_key_value_heads": k}
+    m = from_hf({"model_type": "minicpm", **sizes, "num_hidden_layers": layers, "vocab_size": 122_753})
+    assert parameters(m) - 122_753 * d == published
 
 
 def test_every_family_has_a_tiny_model_and_its_classs_defaults():
@@ -129,6 +141,19 @@ def test_the_data_are_the_installed_classs_defaults():
         built = cls()
         for field, default in entry["defaults"].items():
             if default is not None and not isinstance(default, dict) and hasattr(built, field):
-                # Building the class takes back windows that are not in use, and counts from the end what is -1.
-                resolved = field in ("sliding_window", "moe_layer_end_index")
+                # Building the class takes back windows that are not in use, and counts from the end what is -1;
+                # a width that is "auto" is of layers that are not read.
+                resolved = field in ("sliding_window", "moe_layer_end_index", "mamba_d_head")
                 assert getattr(built, field) == default or resolved, (kind, field)
+
+
+def test_every_causal_language_model_of_transformers_is_read_or_said_to_be_what_it_is():
+    transformers = pytest.importorskip("transformers")
+    transformers.logging.set_verbosity_error()
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    for kind in set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - set(FAMILIES) - {"gemma4_assistant"}:  # that has no defaults
+        config = transformers.CONFIG_MAPPING[kind]().to_dict() | {"model_type": kind}
+        with pytest.raises(ConfigError, match=f"model_type = '{kind}': ") as error:
+            from_hf(config)
+        assert "allowed are the" not in str(error.value), kind

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 import estimator as est
-from estimator.answers.layouts import KINDS, search
+from estimator.answers.layouts import KINDS, MEGATRON, search
 from estimator.describe.checks import ConfigError
 from estimator.hardware.accelerators import accelerator
 from estimator.show.layouts import said
@@ -116,6 +116,22 @@ def test_pipelines_are_searched_too_and_each_row_estimated_alone_is_the_same():
             assert listed[at].seconds == pytest.approx(r.time.seconds_per_step)
             assert listed[at].parts == pytest.approx(dict(r.time.parts))
     assert {at for at in listed if at[0] > 1} == {at for at in expected if at[0] > 1}
+
+
+def test_megatrons_layouts_have_all_axes_together_and_are_those_of_an_estimate():
+    model = MODEL.replace(num_layers=4, tie_embeddings=False, vocab_size=1024)
+    card = replace(CARD, per_node=2)
+    plan = MEGATRON.replace(seq_len=128)
+    found = search(model, plan, card, count=8, global_batch_size=16, fixed=("checkpointing",)).options
+    assert {(o.plan.tensor_parallel, o.plan.pipeline_parallel, o.plan.data_parallel) for o in found} >= {
+        (2, 2, 2), (2, 4, 1), (1, 2, 4), (1, 1, 8), (2, 1, 4),
+    }  # fmt: skip
+    assert all(o.plan.sequence_parallel == (o.plan.tensor_parallel > 1) for o in found)
+    assert all(o.headroom >= 0 for o in found)
+    for o in found[:: len(found) // 6]:
+        r = est.estimate(model, o.plan, card, global_batch_size=16)
+        assert (r.memory.needed, r.plan) == (o.needed, o.plan)
+        assert r.time.seconds_per_step == pytest.approx(o.seconds)
 
 
 def test_those_on_the_front_are_not_bettered(found):

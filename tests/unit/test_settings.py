@@ -32,7 +32,7 @@ def others(setting):
 
 
 # What a property that a declaration needs follows from.
-BEHIND = {"is_pipeline": {"pipeline_parallel": 2}}
+BEHIND = {"is_pipeline": {"pipeline_parallel": 2}, "shares_matrices": {"tensor_parallel": 2}}
 
 
 def needed(name, value):
@@ -105,7 +105,12 @@ def test_a_link_reaches_the_page_and_comes_back_as_its_command(name, value):
 @pytest.mark.parametrize("name", list(settings(Run)))
 def test_an_argument_of_a_run_is_an_option_of_the_command(name):
     setting = settings(Run)[name]
-    value = {"network": "infiniband-ndr-400", "attention_kernel": "flash-2", "wide": ("norm",)}.get(name)
+    value = {
+        "network": "infiniband-ndr-400",
+        "attention_kernel": "flash-2",
+        "torch_version": "2.1",
+        "wide": ("norm",),
+    }.get(name)
     value = others(setting)[0] if value is None else value
     flag = f"--{name.replace('_', '-')}"
     words = [f"--no-{flag[2:]}"] if value is False else [flag, *(value if isinstance(value, tuple) else [str(value)])]

@@ -10,7 +10,7 @@ import estimator as est
 from estimator.describe.checks import ConfigError
 from estimator.describe.model import ModelConfig
 from estimator.hardware.accelerators import accelerator, accelerators
-from estimator.hardware.networks import network, networks, straggling
+from estimator.hardware.networks import network, networks, slowest
 from estimator.pricing.conventions import CONVENTIONS, flops_per_token
 from estimator.timing.roofline import PARTS, efficiency
 from estimator.timing.speed import step_times
@@ -266,11 +266,15 @@ def test_every_network_has_a_source():
         assert network(name).source
 
 
-def test_each_doubling_of_the_nodes_costs_a_little_more():
+def test_the_slowest_of_more_accelerators_is_further_behind():
+    """Expected largest of n normal values: 1.423601 of 8, 2.343733 of 64 (Harter 1961, table 1)."""
+    assert slowest(1) == 0
+    assert slowest(8, 1.0) == pytest.approx(1.423601, rel=0.01)
+    assert slowest(64, 1.0) == pytest.approx(2.343733, rel=0.01)
     p = est.Plan(batch_size=4, precision="bf16", attention="sdpa")
-    one, two, four = (time_of("gpt2-xl", p, "a100-80gb-sxm", n, network=1e15).seconds for n in (8, 16, 32))
-    assert two / one == pytest.approx(1 + straggling(), rel=0.01)
-    assert four / one == pytest.approx(1 + 2 * straggling(), rel=0.01)
+    alone, eight, sixteen = (time_of("gpt2-xl", p, "a100-80gb-sxm", n, network=1e15) for n in (1, 8, 16))
+    assert sixteen.seconds / eight.seconds == pytest.approx((1 + slowest(16)) / (1 + slowest(8)), rel=0.01)
+    assert eight.seconds > (1 + slowest(8)) * alone.seconds
 
 
 def test_attention_kernels_go_by_generation():

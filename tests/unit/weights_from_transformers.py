@@ -85,10 +85,10 @@ IN_A_BLOCK = {
     "ffn.shared.gate": MLP + r"(shared_experts?|shared_mlp)\.gate_proj",
     "ffn.shared.up": MLP + r"(shared_experts?|shared_mlp)\.up_proj",
     "ffn.shared.down": rf"{MLP}(shared_experts?|shared_mlp)\.down_proj|shared_mlp\.output_linear",
-    "ffn.gate_up": MLP + "gate_up_proj",
+    "ffn.gate_up": MLP + r"gate_up_proj|shared_mlp\.input_linear",
     "ffn.gate": MLP + "gate_proj",
     "ffn.up": rf"({MLP}(up_proj|c_fc|fc1|fc_in|dense_h_to_4h|0)|fc1)",
-    "ffn.down": rf"({MLP}(down_proj|c_proj|fc2|fc_out|dense_4h_to_h|2)|fc2)",
+    "ffn.down": rf"({MLP}(down_proj|c_proj|fc2|fc_out|dense_4h_to_h|2)|fc2|shared_mlp\.output_linear)",
     "ffn.down_norm": MLP + "ffn_sub_norm",
     "ffn.activation.alpha_p": MLP + r"act_fn\.alpha_p",
     "ffn.activation.alpha_n": MLP + r"act_fn\.alpha_n",
@@ -123,7 +123,9 @@ def renamed(name, order, own):
     for ours, theirs in table.items():
         if re.fullmatch(theirs, stem):
             full = start + ours
-            return full + rest[len(stem) :] if full + rest[len(stem) :] in own else full
+            found = next((one for one in (full + rest[len(stem) :], full) if one in own), None)
+            if found is not None:
+                return found
     raise KeyError(name)
 
 

@@ -21,7 +21,7 @@ from estimator.describe.selection import NOTHING_TRAINED
 from trainer.model.adapters import adapt
 from trainer.model.attention import KeysAndValues
 from trainer.model.block import Block
-from trainer.model.layers import INIT_STD, Embedding, Linear, soft_cap
+from trainer.model.layers import INIT_STD, Embedding, Linear, NormedHead, soft_cap
 from trainer.model.loss import chunked_cross_entropy
 from trainer.model.masks import attention_kinds, build_mask
 from trainer.model.norms import build_norm
@@ -101,7 +101,8 @@ class Transformer(nn.Module):
             for block in self.blocks[p.checkpoint_every - 1 :: p.checkpoint_every]:
                 attention = block.get_submodule("attention")
                 attention.forward = recomputed(attention.forward)
-        self.head = Linear(m.embedding_width, m.vocab_size, bias=parts.ends.head_bias)
+        head = NormedHead if parts.ends.head_norm else Linear
+        self.head = head(m.embedding_width, m.vocab_size, bias=parts.ends.head_bias)
         if parts.ends.tied:
             self.head.weight = self.embedding.weight
         for name, weight in self.named_parameters():

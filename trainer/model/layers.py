@@ -27,6 +27,14 @@ class Linear(nn.Module):
         return F.linear(x, self.weight, self.bias)
 
 
+class NormedHead(Linear):
+    """y = x (W / the lengths of its rows)^T, as Baichuan 2's head has it. Shapes: (..., d) -> (..., V)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = F.normalize(self.weight)
+        return F.linear(x, weight, self.bias)
+
+
 class Embedding(nn.Module):
     """Rows of a table by token id. Shapes: ids (B, T) -> (B, T, d)."""
 

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from estimator.describe.checks import ConfigError
@@ -110,6 +110,8 @@ class World:
         """
         if self.size == plan.tensor_parallel:
             return model
+        if plan.offload != "none" and self.device.type != "cpu":
+            raise ConfigError(f"offload = {plan.offload!r}: the trainer runs it on the CPU alone; allowed is none")
         if plan.fp32_gradients:  # which are summed as they are: `mean`
             return model
         if sharding in ("none", "zero1"):
@@ -125,8 +127,11 @@ class World:
         """`model`, of whose parameters each process holds its rows, by FSDP2; `keeps` them whole until backward."""
         options: dict[str, Any] = {"mesh": self.mesh(plan), "mp_policy": mixed or MixedPrecisionPolicy()}
         root: dict[str, Any] = {"reshard_after_forward": False} if keeps else {}
+        if plan.offload != "none":
+            options["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
         inner = root if plan.reshard_after_forward is None else {"reshard_after_forward": plan.reshard_after_forward}
-        for block in model.get_submodule("blocks").children():  # one block is gathered at a time
+        blocks = "model.blocks" if plan.is_pipeline else "blocks"
+        for block in model.get_submodule(blocks).children():  # one block is gathered at a time
             fully_shard(block, **options, **inner)
         fully_shard(model, **options, **root)
         return model
@@ -134,14 +139,23 @@ class World:
     def mesh(self, plan: Plan) -> DeviceMesh:
         """The processes that share shards; with `shard_group` a row of them for each group that has all (HSDP)."""
         group = plan.shard_group
-        if plan.tensor_parallel > 1:
-            return self.grid(plan)["data"]
+        if plan.tensor_parallel > 1 or plan.is_pipeline:
+            return (
+                self.grid(plan)["data"]
+                if plan.shard_group in (None, plan.data_parallel)
+                else self.grid(plan)["replicate", "data"]
+            )
         if group is None or group == self.size:
             return init_device_mesh(self.device.type, (self.size,))
         return init_device_mesh(self.device.type, (self.size // group, group), mesh_dim_names=("replicate", "data"))
 
     def grid(self, plan: Plan) -> DeviceMesh:
         """All processes, those that share a block's matrices side by side, the stages of a pipeline furthest apart."""
+        if plan.shards > 1 and plan.replicas > 1:
+            groups = (plan.pipeline_parallel, plan.replicas, plan.shards, plan.tensor_parallel)
+            return init_device_mesh(
+                self.device.type, groups, mesh_dim_names=("pipeline", "replicate", "data", "tensor")
+            )
         shape = (plan.pipeline_parallel, plan.data_parallel, plan.tensor_parallel)
         return init_device_mesh(self.device.type, shape, mesh_dim_names=("pipeline", "data", "tensor"))
 
@@ -193,10 +207,11 @@ class Weights:
         named: name -> what the optimizer updates.
         sharded: whether these are shards.
         mesh: the processes of ZeRO-1; None without it.
+        stages: the processes that have the other stages of a pipeline; None without one.
     """
 
-    def __init__(self, model: nn.Module, mesh: DeviceMesh | None = None) -> None:
-        self.model, self.mesh = model, mesh
+    def __init__(self, model: nn.Module, mesh: DeviceMesh | None = None, stages: DeviceMesh | None = None) -> None:
+        self.model, self.mesh, self.stages = model, mesh, stages
         self.originals = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.sharded = mesh is not None or any(isinstance(p, DTensor) for p in self.originals.values())
         self.named = {
@@ -229,16 +244,30 @@ class Weights:
 
     def clip(self, max_norm: float, eps: float = 1e-6) -> Tensor:
         """`gradient_clipping` by the norm of the whole gradients; returns that norm, a scalar."""
-        if not self.sharded:
+        if not self.sharded and self.stages is None:
             return gradient_clipping(self.originals.values(), max_norm, eps)
-        gradients = [p.grad for p in self.named.values() if p.grad is not None]
-        squares = torch.stack([torch.linalg.vector_norm(g) for g in gradients]).square().sum()
-        mesh = self.mesh or next(filter(None, map(shard_mesh, self.originals.values())))
-        dist.all_reduce(squares, group=mesh.get_group())
+        having = {name: p.grad for name, p in self.named.items() if p.grad is not None}
+        gradients = list(having.values())
+        shared = {name: mesh for name in having if (mesh := matrix_mesh(self.originals[name])) is not None}
+        squares: Tensor | None = None
+        if shared:  # summed over those that share the matrices; all of them have the same of what is whole
+            squares = squared([having[name] for name in shared])
+            dist.all_reduce(squares, group=next(iter(shared.values())).get_group())
+        whole = [gradient for name, gradient in having.items() if name not in shared]
+        if whole:
+            squares = squared(whole) if squares is None else squares + squared(whole)
+        assert squares is not None
+        for mesh in self.meshes():
+            dist.all_reduce(squares, group=mesh.get_group())
         norm = squares.sqrt()
         factor = torch.where(norm.isfinite(), (max_norm / (norm + eps)).clamp(max=1.0), 1.0)
         torch._foreach_mul_(gradients, factor)  # what torch.nn.utils.clip_grad_norm_ calls
         return norm
+
+    def meshes(self) -> Iterable[DeviceMesh]:
+        """The processes that have other rows, or other blocks."""
+        rows = (self.mesh, *(shard_mesh(p) for p in self.originals.values()))
+        return [mesh for mesh in (next(filter(None, rows), None), self.stages) if mesh is not None]
 
     def clear_gradients(self) -> None:
         """Drop all gradients, so that the next backward writes instead of adding."""
@@ -264,10 +293,23 @@ def policy(plan: Plan) -> MixedPrecisionPolicy | None:
 
 
 def shard_mesh(x: Tensor) -> DeviceMesh | None:
-    """The processes that share the rows of a DTensor; None of other tensors."""
-    if not isinstance(x, DTensor):
+    """The processes that share the rows of a DTensor, as `fully_shard` cuts it; None of other tensors."""
+    if not isinstance(x, DTensor) or x.device_mesh.mesh_dim_names == ("tensor",):
         return None
     return x.device_mesh["data"] if x.device_mesh.ndim > 1 else x.device_mesh
+
+
+def matrix_mesh(x: Tensor) -> DeviceMesh | None:
+    """The processes that have other columns of a matrix that tensor parallelism cuts; None of all else."""
+    names = (isinstance(x, DTensor) and x.device_mesh.mesh_dim_names) or ()
+    if not isinstance(x, DTensor) or "tensor" not in names or x.placements[names.index("tensor")].is_replicate():
+        return None
+    return x.device_mesh["tensor"]
+
+
+def squared(gradients: Iterable[Tensor]) -> Tensor:
+    """The square of the norm of all of them."""
+    return torch.stack([torch.linalg.vector_norm(g) for g in gradients]).square().sum()
 
 
 def local(x: Tensor) -> Tensor:

@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+
+from trainer.optim.precision import autocast
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -49,6 +52,11 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """What goes on to the next stage, or the logits."""
+        with autocast(self.model.plan, x.device.type):
+            return self.run(x)
+
+    def run(self, x: Tensor) -> Tensor:
+        """The same, in the dtypes of the context."""
         model = self.model
         if self.index == 0:
             x = model.dropout(model.embedded(x, 0))
@@ -74,14 +82,21 @@ def scheduled(
     """(PyTorch's stage, a step): one call of that runs every micro-batch of the given ids and targets through `stage`.
 
     The loss of a micro-batch is divided by their number here, so that gradients need not be. Replicas of the stage, on
-    the axis "data" of the mesh `grid`, exchange their gradients as DDP does, in the last backward.
+    the axis "data" of the mesh `grid`, exchange their gradients as DDP does, in the last backward; those that share its
+    parameters (`fully_shard`) do when the schedule is over.
     """
     module: nn.Module = stage
-    if grid["data"].size() > 1:
+    if grid["data"].size() > 1 and not isinstance(stage, FSDPModule):
         devices = [device] if device.type == "cuda" else None
         module = nn.parallel.DistributedDataParallel(stage, devices, process_group=grid["data"].get_group())
     place = PipelineStage(module, stage.index, stage.stages, device, group=grid["pipeline"].get_group())
-    run = SCHEDULES[kind](place, micro_batches, lambda x, y: loss(x, y) / micro_batches, scale_grads=False)
+
+    def mean(logits: Tensor, targets: Tensor) -> Tensor:
+        with autocast(stage.model.plan, device.type):
+            whole = loss(logits, targets)
+        return whole / micro_batches
+
+    run = SCHEDULES[kind](place, micro_batches, mean, scale_grads=False)
 
     def step(ids: Tensor, targets: Tensor, losses: list[Tensor] | None = None) -> None:
         inputs = (ids,) if stage.first else ()

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import datetime as dt
 import itertools
-import json
 import os
 import platform
 import statistics
@@ -25,6 +24,7 @@ from rich.progress import Progress
 from torch.nn import functional as F
 
 from estimator.accounting.accounts import account, sizes_for
+from estimator.describe.catalogue import to_toml
 from estimator.describe.model import ModelConfig
 from estimator.describe.plan import Plan
 from estimator.timing.kernels import table
@@ -360,18 +360,6 @@ def processor() -> str:
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def to_toml(table: dict[str, Any], prefix: str = "") -> str:
-    """A nested dict as TOML: strings, numbers, booleans, lists of these, tables."""
-    plain = {key: x for key, x in table.items() if not isinstance(x, dict)}
-    lines = [f"{json.dumps(key)} = {json.dumps(x, allow_nan=False)}" for key, x in plain.items()]
-    parts = ["\n".join(lines)]
-    for key, inner in table.items():
-        if isinstance(inner, dict):
-            name = f"{prefix}{json.dumps(key)}"
-            parts.append(f"[{name}]\n{to_toml(inner, name + '.')}")
-    return "\n\n".join(parts)
 
 
 def write_profile(path: Path, profile: dict[str, Any]) -> None:

@@ -160,7 +160,7 @@ def loss_of(module: nn.Module, p: Plan, ids: Tensor, targets: Tensor) -> Tensor:
 
 def build_optimizer(named: Mapping[str, nn.Parameter], p: Plan, device: str) -> torch.optim.Optimizer:
     """The optimizer that `p` names for a model's parameters, with its default hyper-parameters."""
-    kind, parameters = p.implementation(device), list(named.values())
+    kind, parameters = p.optimizer_on(device), list(named.values())
     torchs: dict[str, Any] = {"foreach": kind == "foreach", "fused": kind == "fused"}
     match p.optimizer:
         case "sgd" if kind == "bundled":
@@ -230,6 +230,8 @@ def build_parts(
 
     With an imbalance, routers deal tokens out by it.
     """
+    if p.implementation != "bundled":
+        raise ConfigError(f"implementation = {p.implementation!r}: the trainer runs its own; allowed is bundled")
     T = p.tokens(m)
     p.attention_kernel(torch.device(device).type, m)  # refuses one that the device has not
     torch.manual_seed(seed)

@@ -50,7 +50,7 @@ def _optimizer_of(named: Mapping[str, nn.Parameter], p: Plan, o: OptimSection, d
         for part, decay in ((matrices, o.weight_decay), (others, 0.0))
         if part
     ]
-    kind = p.implementation(device)
+    kind = p.optimizer_on(device)
     match p.optimizer:
         case "sgd" if kind == "bundled":
             return SGD(groups, lr=o.lr)

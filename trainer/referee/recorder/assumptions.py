@@ -77,6 +77,9 @@ class Assumptions:
             ConfigError: the same line has asked so often that the answer must keep it in a loop.
         """
         name, _ = operator(made)
+        if kind == "Dealt":
+            self.make(f"each chosen as often as any other, for the choices of {name}")
+            return 0.0
         value = 0.0 if kind == "Bool" and name in NO else 1.0
         answer = ("false", "true")[int(value)] if kind == "Bool" else "1"
         self.make(f"{answer} for a value of {name or 'unknown origin'} ({kind.lower()})")

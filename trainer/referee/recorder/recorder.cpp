@@ -197,7 +197,14 @@ struct Shapes {  // the meta tensors that stand for an operator's arguments
       if (own.sizes() != result.sizes()) own.resize_(result.sizes());
       return own;
     }
-    at::Tensor made = at::detail::empty_strided_cpu(result.sizes(), result.strides(), result.scalar_type());
+    at::Tensor made;
+    const auto whole = static_cast<int64_t>(result.storage().nbytes() / result.itemsize());
+    if (result.dim() == 0 && whole > 1) {  // one number in the storage of what it was made of
+      made = at::detail::empty_cpu({whole}, result.scalar_type());
+      made.unsafeGetTensorImpl()->set_sizes_contiguous({});
+    } else {
+      made = at::detail::empty_strided_cpu(result.sizes(), result.strides(), result.scalar_type());
+    }
     if (auto* held = held_of(made)) {
       held->known = false;
       held->made = this->made;
@@ -232,6 +239,20 @@ size_t bytes_of(const std::vector<c10::IValue>& values) {
   for (const auto& value : values)
     each_tensor(value, [&](const at::Tensor& t) { most = std::max(most, t.nbytes()); });
   return most;
+}
+
+// The numbers that `topk` chooses in each row of x are not known: they are dealt out one after the other, so that no row
+// has one twice and all are chosen as often. What follows from them (an expert's rows, their count) is then known.
+void deal_out(const at::Tensor& x, const at::Tensor& chosen, int64_t dim) {
+  auto* held = held_of(chosen);
+  const int64_t last = x.dim() - 1, among = x.dim() ? x.size(last) : 1;
+  if (held == nullptr || chosen.nbytes() > REAL || !chosen.is_contiguous() || (dim != -1 && dim != last) || !chosen.numel()) return;
+  auto* to = chosen.data_ptr<int64_t>();
+  for (int64_t i = 0; i < chosen.numel(); ++i) to[i] = i % among;
+  held->known = true;
+  if (log_().assume == nullptr) return;
+  py::gil_scoped_acquire gil;
+  (*log_().assume)(held->made, "Dealt");
 }
 
 void kernel(const c10::OperatorHandle& op, DispatchKeySet keys, torch::jit::Stack* stack) {
@@ -303,6 +324,7 @@ void kernel(const c10::OperatorHandle& op, DispatchKeySet keys, torch::jit::Stac
     });
   }
   for (auto& value : results) value = shapes.own_of(value);
+  if (!known && name == "aten::topk") deal_out(arguments[0].toTensor(), results[1].toTensor(), arguments[2].toInt());
   torch::jit::drop(*stack, count);
   for (size_t i = 0; i < returns; ++i) torch::jit::push(*stack, std::move(results[i]));
 }

@@ -230,6 +230,43 @@ def _conv2d_backward(inputs: Sequence[Any], _: int) -> Sequence[int]:
     return [*held, *_columns(x, weight, kernel, stride, pad)] if wanted[1] else held
 
 
+def _conv_transpose2d(inputs: Sequence[Any], _: int) -> Sequence[int]:
+    """The columns of every image (aten/src/ATen/native/NaiveConvolutionTranspose2d.cpp)."""
+    x, weight = inputs[:2]
+    return [x.shape[0] * prod(weight.shape[1:]) * prod(x.shape[2:]) * x.dtype.itemsize]
+
+
+def _group_norm_backward(inputs: Sequence[Any], _: int) -> Sequence[int]:
+    """Two sums of each image's channels (aten/src/ATen/native/cpu/group_norm_kernel.cpp)."""
+    x = inputs[1]
+    return [x.shape[0] * x.shape[1] * FLOAT] * 2
+
+
+def _pointwise_loss(inputs: Sequence[Any], _: int) -> Sequence[int]:
+    """The loss of each element, before they are added up; their mean divides by a number (aten/.../native/Loss.cpp)."""
+    x, reduction = inputs[0], inputs[2]
+    whole = [x.nbytes] if reduction else []
+    return [*whole, torch.float64.itemsize, x.dtype.itemsize] if reduction == 1 else whole
+
+
+def _cross_entropy_of_two(inputs: Sequence[Any], _: int) -> Sequence[int]:
+    """A mean is made beside the losses, by a division, and copied into their storage; a sum likewise."""
+    x, reduction = inputs[0], inputs[3]
+    result = [x.dtype.itemsize] if reduction else []
+    return [*result, torch.float64.itemsize, x.dtype.itemsize] if reduction == 1 else result
+
+
+def _cross_entropy_of_two_backward(inputs: Sequence[Any], _: int) -> Sequence[int]:
+    """That of a mean is divided by a number."""
+    x, reduction = inputs[1], inputs[4]
+    return [torch.float64.itemsize, x.dtype.itemsize] if reduction == 1 else []
+
+
+def _median(inputs: Sequence[Any], _: int) -> Sequence[int]:
+    """A copy, in which it is looked for."""
+    return [inputs[0].nbytes]
+
+
 def _columns(
     x: Operand, weight: Operand, kernel: Sequence[int], stride: Sequence[int], pad: Sequence[int]
 ) -> Sequence[int]:
@@ -254,6 +291,12 @@ KERNELS: dict[str, Rule] = {
     "embedding_dense_backward": _embedding_backward,
     "_slow_conv2d_forward": _conv2d,
     "_slow_conv2d_backward": _conv2d_backward,
+    "slow_conv_transpose2d": _conv_transpose2d,
+    "native_group_norm_backward": _group_norm_backward,
+    **dict.fromkeys(("mse_loss", "smooth_l1_loss", "huber_loss"), _pointwise_loss),
+    "binary_cross_entropy": _cross_entropy_of_two,
+    "binary_cross_entropy_backward": _cross_entropy_of_two_backward,
+    "median": _median,
     "bincount": _bincount,
     "sort": _sort,
     "sum": _sum,

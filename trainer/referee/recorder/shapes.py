@@ -51,8 +51,25 @@ def layer_norm(
     return x.new_empty(x.shape), x.new_empty(rows, dtype=dtype), x.new_empty(rows, dtype=dtype)
 
 
+def pointwise_loss(x: Tensor, _: Tensor, reduction: int = 1, *__: float) -> Tensor:
+    """`mse_loss` and `smooth_l1_loss`: the sum or mean stays in storage for the loss of each element.
+
+    aten/src/ATen/native/BinaryOps.cpp and Loss.cpp: the result is made before it is known to be one number.
+    """
+    loss = x.new_empty(x.shape)
+    return loss.resize_(()) if reduction else loss
+
+
+def cross_entropy_of_two(x: Tensor, _: Tensor, __: Tensor | None = None, reduction: int = 1) -> Tensor:
+    """`binary_cross_entropy`: likewise."""
+    return pointwise_loss(x, x, reduction)
+
+
 SHAPES: dict[str, Callable[..., Any]] = {
     "bincount": bincount,
+    "binary_cross_entropy": cross_entropy_of_two,
+    "mse_loss": pointwise_loss,
+    "smooth_l1_loss": pointwise_loss,
     "native_layer_norm": layer_norm,
     "_slow_conv2d_forward": conv2d,
     "_slow_conv2d_backward.output_mask": conv2d_backward,
