@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import estimator as est
 from estimator.describe.plan import Plan
@@ -75,6 +76,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "checkpoints": {},
 }
 CHECKPOINTS = "checkpoints"
+WITHOUT_CHECKPOINTS = ("resnet", "convnext")  # transformers' classes that have none of their own
 # These have the first recipe at every size, and every recipe at the first size; the others have the first recipe at the
 # first size, and at each further size another one, by turns.
 EVERY_RECIPE = (
@@ -198,6 +200,15 @@ def names() -> list[str]:
     return [*EVERY_RECIPE, *(x for x in configurations() if x not in EVERY_RECIPE)]
 
 
+def _checkpointed(build: Callable[[], Any]) -> Any:
+    """The same with PyTorch's checkpoints around blocks, or around the module where it has none."""
+    module, loss, inputs = build()
+    blocks = next((m for m in module.modules() if isinstance(m, nn.ModuleList)), None)
+    for block in [module] if blocks is None else list(blocks):
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    return module, loss, inputs
+
+
 def builder(name: str, B: int, T: int) -> Callable[[], Any]:
     """What builds the module, its loss and inputs."""
     if name in ("nanogpt", "lstm", "unet"):
@@ -213,7 +224,10 @@ def builder(name: str, B: int, T: int) -> Callable[[], Any]:
 def prepared(name: str, size: tuple[int, int], recipe: str) -> tuple[Callable[[], Any], Plan]:
     """(what builds the step's module, its plan)."""
     build = builder(name, *size)
-    return (checkpointed(build) if recipe == CHECKPOINTS else build), Plan(**RECIPES[recipe])
+    if recipe == CHECKPOINTS:
+        own = name in configurations() and name not in WITHOUT_CHECKPOINTS
+        build = checkpointed(build) if own else partial(_checkpointed, build)
+    return build, Plan(**RECIPES[recipe])
 
 
 def table() -> list[tuple[str, tuple[int, int], str]]:

@@ -50,6 +50,7 @@ class Recording:
         assumptions: what was assumed where the code asked for values that are not computed, and how often.
         seconds: how long the recording took.
         parameters: number of parameters, shared ones once.
+        saved_bytes: bytes that the step itself has made and autograd keeps when its first backward begins.
         notes: what else is not as it would be in a real step, a sentence each.
     """
 
@@ -58,6 +59,7 @@ class Recording:
     assumptions: Mapping[Any, int]
     seconds: float
     parameters: int
+    saved_bytes: int
     notes: tuple[str, ...] = ()
 
     @property
@@ -95,16 +97,6 @@ class Recording:
         own = (e.storage.nbytes.number for e in self.ledger.events if e.where.phase is Phase.SETUP)
         kinds = (e.storage.category for e in self.ledger.events if e.where.phase is Phase.SETUP)
         return sum(nbytes(n) for n, kind in zip(own, kinds, strict=True) if kind is category)
-
-    @property
-    def saved_bytes(self) -> int:
-        """Bytes that the step itself has made and autograd keeps when the first backward begins."""
-        live = 0
-        for event, delta in zip(self.ledger.events, self.account.delta.tolist(), strict=True):
-            if event.where.phase is Phase.BACKWARD:
-                break
-            live += delta * (event.storage.category is Category.ACTIVATION)
-        return int(live)
 
     @cached_property
     def _live(self) -> NDArray[np.int64]:
@@ -155,7 +147,7 @@ def record(build: Callable[[], Any], plan: Plan | None = None, device: str = "cp
             step = as_step(build(), plan)
             check(step)
             with eager(step, assumptions):
-                log, first, known, saved = recorded(native, step, assumptions)
+                log, first, known, saved, saved_bytes = recorded(native, step, assumptions)
         parameters = sum(p.numel() for p in step.model.parameters())
         del step
     reading = Reader(log, known, device, torch.get_num_threads(), saved).read(first)
@@ -166,5 +158,6 @@ def record(build: Callable[[], Any], plan: Plan | None = None, device: str = "cp
         assumptions.fixed,
         time.perf_counter() - began,
         parameters,
+        saved_bytes,
         tuple(assumptions.notes),
     )

@@ -51,15 +51,20 @@ def number_of(native: Any, t: Tensor) -> int:
     return int(native.number_of(t.untyped_storage()._cdata))  # noqa: SLF001 - the storage's identity
 
 
-def saved_allocations(log: Log, first: int) -> set[int]:
-    """Which allocations of a step, by their position among all, autograd keeps when a backward begins."""
+def saved_allocations(log: Log, first: int) -> tuple[set[int], int]:
+    """(allocations of a step that autograd keeps when a backward begins, the bytes that it keeps when the first does).
+
+    An allocation is its position among all. What a checkpoint makes again and keeps is among the first alone.
+    """
     kept: dict[int, int] = {}
     found: set[int] = set()
     position: dict[int, int] = {}
+    size: dict[int, int] = {}
+    held: int | None = None
     allocations = depth = nodes = 0
     for kind, a, b, c, *_ in log.rows[first:]:
         if kind == Kind.ALLOCATED:
-            position[a] = allocations
+            position[a], size[a] = allocations, b
             allocations += 1
         elif kind == Kind.MARKED and a == Mark.SAVED:
             kept[b] = kept.get(b, 0) + 1
@@ -71,9 +76,11 @@ def saved_allocations(log: Log, first: int) -> set[int]:
             depth += 1
             if not nodes and (c == NODE or log.is_engine(a)):
                 nodes = depth
-                found |= {position[number] for number, count in kept.items() if count > 0 and number in position}
+                numbers = [number for number, count in kept.items() if count > 0 and number in position]
+                found.update(position[number] for number in numbers)
+                held = sum(size[number] for number in numbers) if held is None else held
         elif kind == Kind.ENDED:
             if depth == nodes:
                 nodes = 0
             depth -= 1
-    return found
+    return found, held or 0

@@ -120,8 +120,8 @@ def marks(step: Any, native: Any) -> Iterator[None]:
         yield
 
 
-def recorded(native: Any, step: Any, assumptions: Assumptions) -> tuple[Log, int, Known, set[int]]:
-    """(the log, the row at which a steady step begins, what is alive then, which of its allocations autograd keeps)."""
+def recorded(native: Any, step: Any, assumptions: Assumptions) -> tuple[Log, int, Known, set[int], int]:
+    """(the log, the row at which a steady step begins, what is alive then, and what `saved_allocations` has of it)."""
     step()  # the first step makes the optimizer's state; the steady ones are alike
     with marks(step, native):
         assumptions.counts.clear()
@@ -130,7 +130,7 @@ def recorded(native: Any, step: Any, assumptions: Assumptions) -> tuple[Log, int
         known = _known(native, step, log, first)
         native.start()
         again, begun = _observed(native, lambda: saving(native, step))
-    return log, first, known, saved_allocations(again, begun)
+    return log, first, known, *saved_allocations(again, begun)
 
 
 def _observed(native: Any, step: Callable[[], object]) -> tuple[Log, int]:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 PRECISIONS = ("fp32", "tf32", "bf16", "bf16-mixed", "fp16-mixed")  # of a module of one's own
 
 
-COMPILED = "torch.compile is left out: the step is recorded as it runs without it; compiled, it needs less"
+COMPILED = "torch.compile is left out: this is the step without it; compiled, kernels are fused and less is kept"
 
 
 class ModuleStep(Step):
