@@ -72,8 +72,10 @@ def notes_of_stages(worst: int, stages: int) -> Iterator[str]:
 
 def notes_of_card(a: Accelerator, dtype: str) -> Iterator[str]:
     """Which of the figures that carry the answer nobody read in a source; `dtype` is that of the products."""
-    told = {"memory_bytes": "memory", "memory_bandwidth": "memory bandwidth", f"peak.{dtype}": f"peak in {dtype}"}
-    doubtful = [name for field, name in told.items() if _is_there(a, field) and not a.is_verified(field)]
+    told = {"memory_bytes": "memory", "memory_bandwidth": "memory bandwidth"}
+    if dtype in a.peak:
+        told[f"peak.{dtype}"] = f"peak in {dtype}"
+    doubtful = [name for field, name in told.items() if not a.is_verified(field)]
     if doubtful:
         yield f"Of {a.id}, these figures were recalled or derived, not read in a source: {', '.join(doubtful)}."
 
@@ -86,9 +88,3 @@ def notes_of_device(p: Plan, device: str) -> Iterator[str]:
             "the threads and oneDNN's version, and that no figure here has: 0 to 9 % of the peak in small steps that "
             "were measured. `trainer.measure` says how much it is on this machine."
         )
-
-
-def _is_there(a: Accelerator, field: str) -> bool:
-    """Whether the card has the figure at all."""
-    name, _, dtype = field.partition(".")
-    return dtype in a.peak if dtype else getattr(a, name) is not None

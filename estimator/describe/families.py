@@ -46,6 +46,7 @@ from estimator.describe.rules import (
     gemma_activation,
     in_one_operator,
     in_windows,
+    in_windows_only,
     last_of,
     logits_of_base,
     number,
@@ -111,7 +112,7 @@ DENSE: dict[str, Family] = {
         **COHERE,
         attention=all_four("attention_bias"),
         kinds=last_of("sliding_window_pattern", 4),
-        rotates=lambda c: [kind == "window" for kind in c.kinds],
+        rotates=in_windows_only,
     ),
     "cohere_compass_text": Family(
         **COHERE | {"positions": {}, "ends": {"logits_scale": lambda c: c.number_or_none("logit_scale") or 1.0}},

@@ -21,6 +21,7 @@ from estimator.describe.rules import (
     number,
     or_four_d,
     residual_of_depth,
+    shared_if_any,
     shared_width,
     size,
     yes,
@@ -38,10 +39,7 @@ def _baichuan_positions(c: Fields) -> str:
 BAICHUAN2_ROWS = 125_696  # the two generations share a model_type and differ in their vocabulary, and their head
 
 
-def _shared_of(c: Fields) -> int | None:
-    """So many shared experts side by side are one of so many times the width; None where there are none."""
-    count = c.count("num_shared_experts") if c("num_shared_experts") is not None else 0
-    return count * c.size("moe_intermediate_size") or None
+_shared_of = shared_if_any("num_shared_experts")
 
 
 def _chatglm_bias(c: Fields) -> bool:

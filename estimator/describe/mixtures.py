@@ -35,9 +35,11 @@ from estimator.describe.rules import (
     dots_windows,
     either,
     every_step,
+    every_step_after_two,
     exaone_windows,
     if_grouped,
     in_windows,
+    in_windows_only,
     in_windows_or_dense,
     last_of,
     listed_or_after_first,
@@ -73,7 +75,7 @@ MIXTURES: dict[str, Family] = {
         ends={"embedding_scale": lambda c: root_of_d(c) if c.flag("mup_enabled") else None},
         sizes={"d_shared": shared_of("num_shared_experts")},
         kinds=last_of("global_attn_every_n_layers", 4),
-        rotates=lambda c: [kind == "window" for kind in c.kinds],
+        rotates=in_windows_only,
         sparse=lambda c: [i >= c.count("num_dense_layers") for i in range(c.layers)],
     ),
     "aria_text": Family(
@@ -192,10 +194,8 @@ MIXTURES: dict[str, Family] = {
         experts={"score": "sigmoid", "normalised": yes("norm_topk_prob"), "shared": "plain"},
         sizes={"d_shared": size("shared_expert_intermediate_size")},
         kinds=lambda c: ["full" if i < 2 or i % 4 == 1 or i == c.layers - 1 else "window" for i in range(c.layers)],
-        rotates=lambda c: [kind == "window" for kind in c.kinds],
-        sparse=lambda c: [
-            every and (i > 1 or c("mlp_only_layers") is not None) for i, every in enumerate(every_step(c))
-        ],
+        rotates=in_windows_only,
+        sparse=every_step_after_two,
     ),
     "glm4_moe": Family(
         attention={"bias": yes("attention_bias"), "qk_norm": either("use_qk_norm", "head", "none")},

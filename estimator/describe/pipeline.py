@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from estimator.describe.bundled import BUNDLED, known_with
 from estimator.describe.checks import ConfigError
 from estimator.describe.schedules import accumulation, all_forward_first, one_forward_one_backward
 from estimator.describe.settings import Needs
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
 
 ALIKE = 3  # micro-batches that are executed of those that a stage runs ahead, and of those between: the middle one
 # stands for all others
-BUNDLED = ("implementation", "bundled")  # Megatron's own needs are `estimator.describe.megatron`'s
 NEEDS = (
     Needs(
         "shared_by",
@@ -24,22 +24,19 @@ NEEDS = (
         say="allowed on several accelerators is sharding none (DDP), zero2",
         where=BUNDLED,
     ),
-    *(
-        Needs(name, known, f"it is not known together with {name} = {{{name}!r}}", where=BUNDLED)
-        for name, known in (
-            ("gradient_as_bucket_view", (False,)),
-            ("shard_group", (None,)),
-            ("offload", ("none",)),
-            ("autocast", (False,)),
-            ("adapter", ("none",)),
-            ("trained", ("all",)),
-            ("frozen", ("",)),
-            ("update", ("after",)),
-            ("loss", ("bundled", "torch", "torch-fp32")),
-            ("checkpoint_every", (1,)),
-            ("precision", ("fp32", "tf32", "bf16", "bf16-mixed", "bf16-fsdp")),
-            ("optimizer", ("adamw", "adam", "sgd", "sgd-momentum", "lion")),
-        )
+    *known_with(
+        ("gradient_as_bucket_view", (False,)),
+        ("shard_group", (None,)),
+        ("offload", ("none",)),
+        ("autocast", (False,)),
+        ("adapter", ("none",)),
+        ("trained", ("all",)),
+        ("frozen", ("",)),
+        ("update", ("after",)),
+        ("loss", ("bundled", "torch", "torch-fp32")),
+        ("checkpoint_every", (1,)),
+        ("precision", ("fp32", "tf32", "bf16", "bf16-mixed", "bf16-fsdp")),
+        ("optimizer", ("adamw", "adam", "sgd", "sgd-momentum", "lion")),
     ),
 )
 

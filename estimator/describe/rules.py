@@ -165,10 +165,12 @@ def latent_scale(c: Fields) -> float:
     return scale
 
 
-def shared_width(c: Fields) -> int | None:
+def shared_if_any(name: str) -> Rule:
     """So many shared experts side by side are one of so many times the width; None where there are none."""
-    shared = c.count("n_shared_experts") if c("n_shared_experts") is not None else 0
-    return shared * c.size("moe_intermediate_size") or None
+    return lambda c: (0 if c(name) is None else c.count(name)) * c.size("moe_intermediate_size") or None
+
+
+shared_width = shared_if_any("n_shared_experts")
 
 
 def by_group_limit(c: Fields) -> bool:
@@ -250,6 +252,11 @@ def exaone_windows(c: Fields) -> list[str]:
 def dots_windows(c: Fields) -> list[str]:
     """The layers from `max_window_layers` up have a window."""
     return ["full" if i < c.count("max_window_layers") else "window" for i in range(c.layers)]
+
+
+def in_windows_only(c: Fields) -> list[bool]:
+    """Positions are rotary in layers with a window."""
+    return [kind == "window" for kind in c.kinds]
 
 
 def in_windows(c: Fields) -> list[bool]:

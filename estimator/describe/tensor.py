@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from estimator.describe.bundled import BUNDLED, known_with
 from estimator.describe.checks import ConfigError
 from estimator.describe.settings import Needs
 
@@ -11,7 +12,6 @@ if TYPE_CHECKING:
     from estimator.describe.model import ModelConfig
     from estimator.describe.plan import Plan
 
-BUNDLED = ("implementation", "bundled")  # Megatron's own needs are `estimator.describe.megatron`'s
 NEEDS = (
     Needs(
         "shared_by",
@@ -20,17 +20,14 @@ NEEDS = (
         say="allowed on several accelerators is sharding zero2, zero3",
         where=BUNDLED,
     ),
-    *(
-        Needs(name, known, f"it is not known together with {name} = {{{name}!r}}", where=BUNDLED)
-        for name, known in (
-            ("reshard_after_forward", (None,)),
-            ("adapter", ("none",)),
-            ("trained", ("all",)),
-            ("frozen", ("",)),
-            ("update", ("after",)),
-            ("precision", ("fp32", "tf32", "bf16", "bf16-mixed", "fp16-mixed", "bf16-fsdp")),
-            ("optimizer", ("adamw", "adam", "sgd", "sgd-momentum", "lion")),
-        )
+    *known_with(
+        ("reshard_after_forward", (None,)),
+        ("adapter", ("none",)),
+        ("trained", ("all",)),
+        ("frozen", ("",)),
+        ("update", ("after",)),
+        ("precision", ("fp32", "tf32", "bf16", "bf16-mixed", "fp16-mixed", "bf16-fsdp")),
+        ("optimizer", ("adamw", "adam", "sgd", "sgd-momentum", "lion")),
     ),
 )
 

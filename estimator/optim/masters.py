@@ -32,7 +32,7 @@ class Masters:
                 full.discard()
                 if fp32_gradients:
                     master.grad = p.machine.empty(p.shape, FLOAT32, category=Category.GRADIENT).hold()
-                    p.after_accumulation = _adds_to(master.grad)
+                    p.after_accumulation = adds_to(master.grad)
             self.pairs.append((p, master))
 
     @property
@@ -61,7 +61,9 @@ class Masters:
             zero_grad(self.masters)
 
 
-def _adds_to(total: Tensor) -> Callable[[Tensor], None]:
+def adds_to(total: Tensor) -> Callable[[Tensor], None]:
+    """A hook that adds a parameter's gradient to `total`, which may be wider, as soon as it is there, and drops it."""
+
     def hook(p: Tensor) -> None:
         assert p.grad is not None
         add_wider(total, p.grad)

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from estimator.describe.pipeline import ALIKE
 from estimator.describe.schedules import FORWARD
-from estimator.eager.autograd import add_wider, backward
+from estimator.eager.autograd import backward
 from estimator.eager.ledger import Category, Phase, Storage
 from estimator.eager.letters import ZERO, D
 from estimator.eager.ops import div_number
 from estimator.eager.tensor import FLOAT32, Tensor
 from estimator.optim.adam import FusedAdamW
+from estimator.optim.masters import adds_to
 from estimator.optim.updates import at_parameter
 from estimator.parallel.megatron_ops import own_tokens, vocab_parallel_cross_entropy
 from estimator.parallel.pipeline import IN_FLIGHT, MIDDLE, Others
@@ -22,7 +23,7 @@ from estimator.parallel.placement import DATA, PIPELINE, TENSOR
 from estimator.parallel.tensor import RANKS, part_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from estimator.eager.tensor import Machine
     from estimator.parallel.megatron_ops import Rank
@@ -61,7 +62,7 @@ class MainParameters:
                 main = machine.empty(shape, FLOAT32, category=Category.OPTIMIZER).hold()
             main.grad = Tensor(machine, total.storage, shape, main.stride, FLOAT32).hold()
             model.rank.mains[p] = total
-            p.after_accumulation = _adds_to(total)
+            p.after_accumulation = adds_to(total)
             self.mains.append(main)
         self.totals = [model.rank.mains[p] for p in self.parameters]
 
@@ -82,16 +83,6 @@ class MainParameters:
                 self.machine.kernel("zero_", (), (total,))
                 if self.shared:
                     self.machine.collective("all-gather", DATA, p, waits="step")
-
-
-def _adds_to(total: Tensor) -> Callable[[Tensor], None]:
-    def hook(p: Tensor) -> None:
-        assert p.grad is not None
-        add_wider(total, p.grad)
-        p.grad.drop()
-        p.grad = None
-
-    return hook
 
 
 class ApexAdam(FusedAdamW):
