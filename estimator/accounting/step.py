@@ -108,6 +108,8 @@ def run_step(recipe: Recipe, shapes: ShapeClass, device: str, stack: Stack, size
         SCHEDULES[recipe.pipeline](stage)
     for move in recipe.schedule if not recipe.pipeline else ():
         {FORWARD: forward, BACKWARD: backpropagate}[move.kind](move.micro_batch)
+    ledger.phase = Phase.BACKWARD
+    replica.after_micro_batches()
     ledger.phase = Phase.OPTIMIZER
     replica.before_update()
     if masters is not None:
