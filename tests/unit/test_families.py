@@ -33,7 +33,7 @@ def test_a_published_model_has_the_parameters_that_it_has_in_transformers(row):
 
 
 def corrections(m):
-    """Numbers that a router adds to its scores, which are buffers in transformers and tensors of the published files."""
+    """What routers add to their scores: buffers in transformers, tensors of the published files."""
     experts = m.made_of.experts
     if experts is None or experts.correction != "buffer":
         return 0
