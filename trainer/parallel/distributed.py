@@ -168,7 +168,7 @@ class World:
         weights are one and the same.
         """
         if plan.tensor_parallel > 1:
-            tensor_parallel(model, self.grid(plan)["tensor"])
+            tensor_parallel(model, self.grid(plan)["tensor"], sequence=plan.sequence_parallel)
         copied = float32_copy(model) if plan.precision == "bf16-master" else None
         module, held = self.wrap(model, plan, sharding), self.weights(model, sharding)
         if copied is None:
