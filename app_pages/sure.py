@@ -61,5 +61,5 @@ def show(s: Setup, r: Estimate) -> None:
             names = ("It rests on", "taken here", "from", "another choice, and what a step's time would be")
             st.dataframe(pd.DataFrame(rests, columns=list(names)), hide_index=True, width="stretch")
             st.caption(
-                "All but the slowest accelerator are inputs of the sidebar, under “What the time rests on” or in the recipe."
+                "All but the slowest accelerator are inputs: see “What the time rests on” and the recipe, at the side."
             )
