@@ -254,6 +254,7 @@ class Tensor:
         "machine",
         "output_nr",
         "owners",
+        "partial",
         "placement",
         "requires_grad",
         "shape",
@@ -279,6 +280,7 @@ class Tensor:
         self.grad: Tensor | None = None
         self.after_accumulation: Callable[[Tensor], None] | None = None  # `register_post_accumulate_grad_hook`
         self.placement: dict[str, int] = {}  # of a parameter, which dimension each axis of the mesh cuts
+        self.partial = False  # of a parameter: each rank has its part of the sum that is the gradient
         self.accumulator: Node | None = None
         self.is_wrapped_number = False
         storage.owners += 1

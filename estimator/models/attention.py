@@ -15,7 +15,7 @@ from estimator.eager.views import cast, concatenate, expand, repeat_heads, resha
 from estimator.models.layers import Linear, Module, dropout
 from estimator.models.norms import build_norm
 from estimator.models.positions import rotate_part
-from estimator.parallel.tensor import share
+from estimator.parallel.tensor import placed, share
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -126,6 +126,9 @@ class Attention(Module):
                 layer.cut_by("output", width)
         if self.out_gate is not None:
             self.out_gate.cut_by("output", wide)
+        if self.part.qk_norm == "head":  # one weight for all heads, of which a rank has some
+            for p in (*self.q_norm.parameters(), *self.k_norm.parameters()):
+                p.partial = True
         self.out.cut_by("input", wide)
 
     def project(self, v: Locals, x: Tensor) -> None:
@@ -151,8 +154,10 @@ class Attention(Module):
 
     def normed(self, v: Locals) -> None:
         """q, k = q_norm(q), k_norm(k): both are made before a name is bound again."""
-        a = self.q_norm(v.q).hold()
-        b = self.k_norm(v.k).hold()
+        if self.recipe.tensor_parallel:
+            a, b = (placed(norm(placed(x))).hold() for norm, x in ((self.q_norm, v.q), (self.k_norm, v.k)))
+        else:
+            a, b = self.q_norm(v.q).hold(), self.k_norm(v.k).hold()
         v.q, v.k = a, b
         a.drop()
         b.drop()

@@ -16,6 +16,7 @@ from estimator.eager.tensor import Locals, Tensor
 from estimator.optim.clipping import clip_gradients, gradient_norms, number_of
 from estimator.optim.updates import at_parameter, in_place, zero_grad
 from estimator.parallel.placement import DATA, TENSOR, buckets, pieces, rows_on
+from estimator.parallel.tensor import sum_partial_gradients
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -90,6 +91,10 @@ class Replica:
 
     def after_schedule(self) -> None:
         """After the last backward of a stage of a pipeline: `perform_reduce_grad`."""
+
+    def after_micro_batches(self) -> None:
+        """After the last backward: the sums over those that share the matrices."""
+        sum_partial_gradients(self.parameters)
 
     def before_update(self) -> None:
         """Before the optimizer's step."""

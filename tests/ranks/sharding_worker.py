@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from estimator.describe.model import ModelConfig
 from estimator.describe.plan import Plan
@@ -37,6 +38,15 @@ def losses(m, p, world):
     return found
 
 
+def gradients(m, p, world):
+    """name -> the whole gradient of each parameter after a step's micro-batches, flat."""
+    step = SharedStep(m, p, world)
+    step.micro_batches()
+    step.held.gather_gradients()
+    whole = {name: step.held.whole(name, x.grad) for name, x in step.held.named.items()}
+    return {name: (x.full_tensor() if isinstance(x, DTensor) else x).flatten().tolist() for name, x in whole.items()}
+
+
 def shapes(processes, shapes, world):
     """name -> (bytes, elements) of each parameter's shard, where the first so many processes share them."""
     mesh = DeviceMesh("cpu", list(range(processes)))
@@ -52,7 +62,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     world = World("cpu")
     source, target = map(Path, sys.argv[1:3])
-    of_steps = {"bytes": measure_shared, "messages": messages, "losses": losses}
+    of_steps = {"bytes": measure_shared, "messages": messages, "losses": losses, "gradients": gradients}
     ask = shapes if sys.argv[3] == "shapes" else of_plan(of_steps[sys.argv[3]])
     mine = [ask(*case, world) for case in json.loads(source.read_text())]
     everyones = [None] * world.size

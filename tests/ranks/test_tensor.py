@@ -21,12 +21,14 @@ GPT2 = ModelConfig("gpt2", 3, 24, 4, 37, 9, d_ff=40)
 LLAMA = ModelConfig("llama", 4, 24, 4, 37, 9, 2, 6, 32, tie_embeddings=False)
 RUNS = int(os.environ.get("TENSOR_RUNS", "0"))  # random recipes to try, in place of a few
 GATED = LLAMA.replace(parts=replace(LLAMA.made_of, attention=replace(LLAMA.made_of.attention, out_gate=True)))
+NORMED = LLAMA.replace(parts=replace(LLAMA.made_of, attention=replace(LLAMA.made_of.attention, qk_norm="head")))
 CASES = [
     (GPT2, {}),
     (LLAMA, {"optimizer": "sgd", "grad_accumulation": 2, "max_grad_norm": 1.0}),
     (LLAMA, {"optimizer": "sgd", "checkpointing": "block", "attention": "sdpa"}),
     (GPT2, {"optimizer": "sgd", "precision": "bf16-mixed", "loss": "torch"}),
     (GATED, {"optimizer": "sgd"}),
+    (NORMED, {"optimizer": "sgd", "grad_accumulation": 2}),
 ]
 
 
@@ -73,7 +75,7 @@ def test_ranks_that_share_matrices_and_shards_too(tmp_path):
     cases = [
         (GPT2, Plan(sharding="zero3", **plan)),
         (LLAMA, Plan(sharding="zero2", optimizer="sgd", grad_accumulation=2, max_grad_norm=1.0, **plan)),
-        (LLAMA, Plan(sharding="zero3", precision="bf16-fsdp", optimizer="sgd", checkpointing="block", **plan)),
+        (NORMED, Plan(sharding="zero3", precision="bf16-fsdp", optimizer="sgd", checkpointing="block", **plan)),
     ]
     random = Random(0)
     for _ in range(RUNS):
@@ -107,7 +109,7 @@ def test_replicas_of_shards_of_shared_matrices(tmp_path):
 
 
 def test_each_rank_sends_the_messages_of_the_ledger(tmp_path):
-    cases = [(m, Plan(batch_size=2, tensor_parallel=2, **plan)) for m, plan in CASES[:3]]
+    cases = [(m, Plan(batch_size=2, tensor_parallel=2, **plan)) for m, plan in (*CASES[:3], CASES[-1])]
     for (m, p), processes in zip(cases, measured(2, cases, tmp_path, "messages"), strict=True):
         for real in processes:
             assert accounted(m, p) == totals(real), (m, p)
@@ -129,6 +131,19 @@ def test_losses_are_those_of_one_process(tmp_path):
             step.optimizer.zero_grad()
         for losses in processes:
             assert losses == pytest.approx(alone, rel=1e-5)
+
+
+def test_gradients_are_those_of_one_process(tmp_path):
+    """Equal to 1e-5 of a parameter's greatest, also of a norm of all heads: each rank has the sum over its own."""
+    plan = {"batch_size": 2, "tensor_parallel": 2}
+    alone = build_step(NORMED, Plan(batch_size=2))
+    alone.backward(alone.forward())
+    expected = {name: p.grad.flatten().tolist() for name, p in alone.model.named_parameters()}
+    sharded = 4, Plan(data_parallel=2, sharding="zero3", **plan)
+    for ranks, case in ((2, Plan(**plan)), *([sharded] if RUNS else [])):
+        for found in measured(ranks, [(NORMED, case)], tmp_path, "gradients")[0]:
+            for name, values in expected.items():
+                assert found[name] == pytest.approx(values, rel=0, abs=1e-5 * max(map(abs, values))), name
 
 
 def test_parts_add_up_to_the_whole():

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from estimator.describe.checks import ConfigError
 from trainer.files.checkpoint import (
@@ -223,7 +223,7 @@ class Weights:
         """Hand the shards their part of the gradients; nothing to do without shards."""
         if self.sharded:
             for name, p in self.originals.items():
-                self.named[name].grad = None if p.grad is None else self.shard(name, p.grad)
+                self.named[name].grad = None if p.grad is None else self.shard(name, whole_gradient(p.grad))
                 p.grad = None
 
     def shard(self, name: str, x: Tensor) -> Tensor:
@@ -305,6 +305,16 @@ def matrix_mesh(x: Tensor) -> DeviceMesh | None:
     if not isinstance(x, DTensor) or "tensor" not in names or x.placements[names.index("tensor")].is_replicate():
         return None
     return x.device_mesh["tensor"]
+
+
+def whole_gradient(x: Tensor) -> Tensor:
+    """`x` or, of a DTensor of which each process has a part of the sum (`Partial`), that sum in all of them.
+
+    So are the gradients of weights that each process uses for other heads or other tokens.
+    """
+    if not isinstance(x, DTensor) or not any(placed.is_partial() for placed in x.placements):
+        return x
+    return x.redistribute(placements=[Replicate() if placed.is_partial() else placed for placed in x.placements])
 
 
 def squared(gradients: Iterable[Tensor]) -> Tensor:

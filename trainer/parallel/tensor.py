@@ -13,7 +13,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 from torch.distributed.tensor import Replicate, Shard, distribute_module
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 
 from trainer.model.attention import Attention
 from trainer.model.feed_forward import GatedFeedForward
@@ -46,6 +51,8 @@ COLUMNS = (
     *("ffn.gate", "ffn.up", "ffn.gate_up"),
 )
 ROWS = ("attention.out", "ffn.down")
+HEAD_NORMS = ("attention.q_norm", "attention.k_norm")
+HEADS = 2  # the dimension of theirs in what these take, (B, T, h, e)
 
 
 def tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
@@ -67,7 +74,10 @@ def tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
         attention.widths = [width // size for width in attention.widths]
         named = dict(block.named_modules())
         styles: dict[str, ParallelStyle] = {name: Columns() for name in COLUMNS if name in named}
-        parallelize_module(block, mesh, styles | {name: Rows() for name in ROWS})
+        styles |= {name: Rows() for name in ROWS}
+        if attention.part.qk_norm == "head":  # one weight for all heads: its gradient is a sum over the processes
+            styles |= {name: SequenceParallel(sequence_dim=HEADS, use_local_output=True) for name in HEAD_NORMS}
+        parallelize_module(block, mesh, styles)
     return model
 
 
