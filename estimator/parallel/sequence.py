@@ -9,7 +9,7 @@ works in buffers of its own. Shapes: (B, T/t, d) on a rank, (B, T, d) whole.
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from estimator.eager.autograd import attach, record
 from estimator.eager.letters import ONE
@@ -18,10 +18,18 @@ from estimator.parallel.placement import TENSOR
 from estimator.parallel.tensor import share
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from estimator.eager.letters import Size
-    from estimator.models.layers import Module
+
+
+class Module(Protocol):
+    """What is asked of a module here: its parameters, and a place for how DTensor hands it its input."""
+
+    layout: Callable[..., Any] | None
+
+    def parameters(self) -> Iterator[Tensor]:
+        """In PyTorch's order."""
 
 
 def over_part(module: Module, *, local: bool) -> None:
