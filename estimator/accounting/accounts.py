@@ -260,6 +260,7 @@ def recipe_of(m: ModelConfig, p: Plan, device: str, rank: int = 0) -> Recipe:
         stage=_stage(p, rank),
         megatron=p.implementation == "megatron",
         sequence_parallel=p.sequence_parallel,
+        vocabulary_parallel=p.vocabulary_parallel,
         virtual_stages=p.virtual_stages,
     )
     masked = m.sliding_window is not None and tokens > m.sliding_window

@@ -29,6 +29,7 @@ from trainer.optim.precision import loss_scaler
 from trainer.parallel.distributed import Weights, World, local, matrix_mesh, policy
 from trainer.parallel.pipeline import Stage, scheduled
 from trainer.parallel.tensor import tensor_parallel
+from trainer.parallel.vocabulary import loss_context
 from trainer.referee.measure import (
     LOSSES,
     Step,
@@ -71,6 +72,16 @@ class SharedStep(Step):
         """Run it."""
         self.micro_batches()
         self.update()
+
+    def forward(self) -> Tensor:
+        """As one process has it."""
+        with loss_context(self.plan):
+            return super().forward()
+
+    def backward(self, loss: Tensor) -> None:
+        """As one process has it."""
+        with loss_context(self.plan):
+            super().backward(loss)
 
     def micro_batches(self) -> None:
         """Every forward and backward of the step."""
