@@ -408,7 +408,7 @@ class Plan:
             ),
             "deepspeed": (
                 "DeepSpeed's ZeRO 1 to 3: parameters and gradients of 16 bits, masters and states in fp32 shared out, "
-                "gradients summed in buckets. A model after its source, not compared with a run"
+                "gradients summed in buckets. A model after its source, within a few per cent of small runs"
             ),
         },
         draws=("bundled",),
