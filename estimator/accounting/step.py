@@ -23,7 +23,7 @@ from estimator.optim.scaling import GradScaler
 from estimator.parallel.data import Replica, Sharing
 from estimator.parallel.megatron import ApexAdam, MainParameters, MegatronStage
 from estimator.parallel.pipeline import MICRO_BATCHES, SCHEDULES, Stage
-from estimator.parallel.placement import PIPELINE, TENSOR
+from estimator.parallel.placement import EXPERT, PIPELINE, TENSOR
 from estimator.parallel.sharded import REPLICAS
 
 if TYPE_CHECKING:
@@ -189,7 +189,7 @@ def sharing_of(recipe: Recipe) -> Sharing:
         offload=recipe.offload,
         bucket_view=recipe.bucket_view,
         staged=bool(recipe.pipeline),
-        apart=(TENSOR,) * recipe.tensor_parallel + (PIPELINE,) * bool(recipe.pipeline),
+        apart=(TENSOR,) * recipe.tensor_parallel + (EXPERT,) * recipe.expert_parallel + (PIPELINE,) * bool(recipe.pipeline),
     )
 
 

@@ -16,7 +16,7 @@ from estimator.eager.indexing import normalized_rows
 from estimator.eager.linalg import linear
 from estimator.eager.repetition import TURNS, executed_of, layout
 from estimator.eager.tensor import Locals, Machine, Tensor, arguments
-from estimator.parallel.placement import TENSOR
+from estimator.parallel.placement import TENSOR, counted_whole
 from estimator.parallel.tensor import as_partial, entering, leaving
 
 if TYPE_CHECKING:
@@ -143,6 +143,8 @@ class Recipe:
     bucket_view: bool = False  # DDP's gradients are views of its buckets
     in_backward: bool = False  # each parameter is updated as soon as its gradient is there
     rank: int = 0  # which of those that share the shards
+    expert_parallel: bool = False
+    expert_rank: int = 0  # which of those that share the experts
     tensor_parallel: bool = False
     pipeline: str = ""  # the schedule of a pipeline
     megatron: bool = False
@@ -271,13 +273,12 @@ class Linear(Module):
 
     def cut_by(self, what: str, whole: Size) -> Linear:
         """This layer as a rank has it, `whole` wide where it is cut: by "output" or by "input"."""
-        self.cut, ledger = what, self.machine.ledger
+        self.cut = what
         dimension = 0 if what == "output" else 1
         for p in (self.weight, *(() if self.bias is None or what == "input" else (self.bias,))):
             p.placement = {TENSOR: dimension}
             shape = [whole if i == dimension else n for i, n in enumerate(p.shape)]
-            at = ledger.parameters.index((p.storage.where, p.numel))
-            ledger.parameters[at] = (p.storage.where, self.machine.product(tuple(shape)))
+            counted_whole(p, shape)
         return self
 
     def forward(self, v: Locals, x: Tensor) -> Tensor:

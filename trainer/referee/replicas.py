@@ -25,7 +25,8 @@ from estimator.describe.checks import ConfigError
 from trainer.model.decoder import Transformer
 from trainer.model.quantised import scales
 from trainer.optim.precision import loss_scaler
-from trainer.parallel.distributed import Weights, World, local, policy
+from trainer.parallel.distributed import Weights, World, leave_out, local, policy
+from trainer.parallel.expert import of_experts
 from trainer.parallel.pipeline import Stage, scheduled
 from trainer.parallel.tensor import tensor_parallel
 from trainer.referee.measure import (
@@ -40,7 +41,7 @@ from trainer.referee.measure import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from estimator.describe.model import ModelConfig
     from estimator.describe.plan import Plan
@@ -58,7 +59,8 @@ class SharedStep(Step):
             raise ConfigError(f"accelerators = {p.accelerators}: torchrun has started {world.size} processes")
         model, inputs = build_parts(m, p, str(world.device), seed)
         buckets = p.data_parallel > 1 and p.sharding in ("none", "zero1") and not p.fp32_gradients
-        self.buckets = bucket_bytes(model) if buckets else 0
+        others = of_experts(model) if p.expert_parallel > 1 else []
+        self.buckets = bucket_bytes(model, others) if buckets else 0
         module, self.held, self.weights, masters = world.prepare(model, p, p.sharding)
         optimizer = build_updates(self.weights.named, p, world.device.type, self.weights)
         super().__init__(model, optimizer, inputs, p, masters)
@@ -146,9 +148,10 @@ class PipelineStep(Step):
                 yield from (info.buffer for info in infos if info.buffer is not None)
 
 
-def bucket_bytes(model: nn.Module) -> int:
+def bucket_bytes(model: nn.Module, ignored: Sequence[str] = ()) -> int:
     """Bytes that DDP keeps for itself around a model; its first messages, which take buffers, are left out."""
     kept: list[nn.Module] = [deepcopy(model)]
+    leave_out(kept[0], ignored)
     events = allocator_events(lambda: kept.append(nn.parallel.DistributedDataParallel(kept[0], init_sync=False)))
     return sum(n for _, n in events)
 

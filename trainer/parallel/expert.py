@@ -1,0 +1,98 @@
+"""Expert parallelism: each process has a part of every layer's experts, and all else whole.
+
+A process sends each of its rows to the one that has its expert, and gets what that makes of it back: two all-to-alls in
+forward, two in backward (Lepikhin et al. 2020, "GShard", section 3.2), and a small one that says how many rows come.
+The order of statements is that of Megatron-LM's MoEAlltoAllTokenDispatcher: rows are sorted by expert before they go,
+and by expert again where they arrive.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed._functional_collectives import all_to_all_single_autograd
+from torch.distributed.tensor import DTensor, Shard
+
+from trainer.model.experts import Experts
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+def expert_parallel(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    """`model`, of whose experts each process of `mesh` has its part, in place."""
+    for module in model.modules():
+        if isinstance(module, Experts):
+            for name, p in module.named_parameters(recurse=False):
+                mine = p.detach().chunk(mesh.size())[mesh.get_local_rank()].clone()
+                shared = DTensor.from_local(mine, mesh, [Shard(0)], run_check=False)
+                setattr(module, name, nn.Parameter(shared, requires_grad=p.requires_grad))
+            module.exchange = Exchanges(mesh.get_group())
+    return model
+
+
+def of_experts(model: nn.Module) -> list[str]:
+    """The names of the parameters of all experts."""
+    return list(_names(model))
+
+
+def _names(model: nn.Module) -> Iterator[str]:
+    for prefix, module in model.named_modules():
+        if isinstance(module, Experts):
+            yield from (f"{prefix}.{name}" for name, _ in module.named_parameters(recurse=False))
+
+
+class Exchanges:
+    """What experts call in each forward, with how many rows this process has for each expert of the layer."""
+
+    def __init__(self, group: ProcessGroup) -> None:
+        self.group = group
+
+    def __call__(self, count_E: Tensor, *, biases: bool) -> Exchange:
+        return Exchange(count_E, self.group, biases=biases)
+
+
+class Exchange:
+    """The rows of one layer on their way; e is the number of experts here, S of the rows that arrive.
+
+    Attributes:
+        sent, arriving: rows to and from each process.
+        pieces: rows that arrive, by the process that sends them and then by expert.
+        count: (e), rows of each expert.
+        expert: (S), the expert of each row, or None without biases.
+    """
+
+    def __init__(self, count_E: Tensor, group: ProcessGroup, *, biases: bool) -> None:
+        self.group, ranks = group, group.size()
+        theirs_E = torch.empty_like(count_E)
+        dist.all_to_all_single(theirs_E, count_E, group=group)
+        self.sent: list[int] = count_E.view(ranks, -1).sum(1).tolist()
+        self.pieces: list[int] = theirs_E.tolist()
+        self.here = len(self.pieces) // ranks
+        self.arriving = [sum(self.pieces[i : i + self.here]) for i in range(0, len(self.pieces), self.here)]
+        self.count = theirs_E.view(ranks, -1).sum(0)
+        self.expert = torch.arange(self.here, device=count_E.device).repeat_interleave(self.count) if biases else None
+
+    def dispatch(self, x: Tensor) -> Tensor:
+        """Rows by expert, all processes' (E) -> the rows of this one's experts, sorted by expert: (S, d)."""
+        came = all_to_all_single_autograd(x, self.arriving, self.sent, self.group)
+        return regrouped(came, self.pieces, len(self.arriving))
+
+    def combine(self, y: Tensor) -> Tensor:
+        """Each row back where it came from, in the order in which it was sent."""
+        ranks = len(self.arriving)
+        by_expert = [self.pieces[rank * self.here + e] for e in range(self.here) for rank in range(ranks)]
+        came: Tensor = all_to_all_single_autograd(regrouped(y, by_expert, self.here), self.sent, self.arriving, self.group)
+        return came
+
+
+def regrouped(x: Tensor, pieces: list[int], outer: int) -> Tensor:
+    """The rows of `outer` groups of pieces, one of each group after the other: a transposition of pieces."""
+    parts, inner = torch.split(x, pieces), len(pieces) // outer
+    return torch.cat([parts[o * inner + i] for i in range(inner) for o in range(outer)])
