@@ -453,7 +453,8 @@ class Account:
 
     def for_sizes(self, m: ModelConfig, p: Plan) -> Account:
         """This account, or the one of the shape class that `m` and `p` are in."""
-        return account(m, p, self.device, self.stage if self.recipe.pipeline else self.recipe.rank)
+        rank = max(self.recipe.rank, self.recipe.expert_rank)
+        return account(m, p, self.device, self.stage if self.recipe.pipeline else rank)
 
     def evaluate(self, m: ModelConfig, p: Plan, threads: int | None = None) -> Values:
         """The figures for `m` and `p`; `threads` are PyTorch's CPU threads, all cores by default.

@@ -102,8 +102,9 @@ def all_to_all(x: Tensor, arriving: Size) -> Tensor:
 
 
 def _exchanged(x: Tensor, arriving: Size) -> Tensor:
-    out = x.machine.empty((arriving, *x.shape[1:]), x.dtype)
-    x.machine.collective("all-to-all", EXPERT, out, waits="step")
+    machine = x.machine
+    out = machine.empty((arriving, *x.shape[1:]), x.dtype)
+    machine.collective("all-to-all", EXPERT, out if machine.at_most(x.shape[0], arriving) else x, waits="step")
     return out
 
 

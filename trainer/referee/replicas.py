@@ -159,13 +159,15 @@ def bucket_bytes(model: nn.Module, ignored: Sequence[str] = ()) -> int:
 # What the profiler calls a collective when it is asked for, which of its tensors is whole, and our word for it.
 ASKED = {"c10d::_allgather_base_": (0, "all-gather"), "c10d::_reduce_scatter_base_": (1, "reduce-scatter")}
 SENT = {"gloo:all_reduce": "all-reduce", "gloo:broadcast": "broadcast"}
-ITEMSIZES = {"float": 4, "c10::BFloat16": 2, "c10::Half": 2}
+ALL_TO_ALL = "c10d::alltoall_base_"  # whose first tensor is what comes, and whose second is what goes
+ITEMSIZES = {"float": 4, "c10::BFloat16": 2, "c10::Half": 2, "long": 8, "long int": 8}
 
 
 def messages(m: ModelConfig, p: Plan, world: World, seed: int = 0) -> list[tuple[str, int, int]]:
     """(kind, bytes, count): the collectives of a steady step of this process, as PyTorch's profiler sees them sent.
 
-    gloo reduces and scatters by an all-reduce, which is no message of its own here.
+    gloo reduces and scatters by an all-reduce, which is no message of its own here. Of an all-to-all what comes or what
+    goes, whichever is more, counts.
     """
     step = SharedStep(m, p, world, seed)
     for _ in range(2):
@@ -178,11 +180,18 @@ def messages(m: ModelConfig, p: Plan, world: World, seed: int = 0) -> list[tuple
     for event in results.events():
         at, kind = ASKED.get(event.name(), (0, SENT.get(event.name())))
         if kind is not None:
-            nbytes = math.prod(event.shapes()[at]) * ITEMSIZES[event.dtypes()[at]]
+            nbytes = _nbytes(event, at)
             found[kind, nbytes] += 1
             if kind == "reduce-scatter":
                 found["all-reduce", nbytes] -= 1
+        elif event.name() == ALL_TO_ALL:
+            found["all-to-all", max(_nbytes(event, 0), _nbytes(event, 1))] += 1
     return sorted((kind, nbytes, count) for (kind, nbytes), count in found.items() if count)
+
+
+def _nbytes(event: Any, at: int) -> int:
+    """Bytes of the argument `at` of an operator."""
+    return math.prod(event.shapes()[at]) * ITEMSIZES[event.dtypes()[at]]
 
 
 @contextmanager
