@@ -32,7 +32,7 @@ from estimator.eager.views import cast, concatenate, reshape, split, unsqueeze, 
 from estimator.models.feed_forward import GatedFeedForward, gated
 from estimator.models.layers import Linear, Module, dropout
 from estimator.models.norms import build_norm
-from estimator.parallel.expert import Exchange, experts_on
+from estimator.parallel.expert import Exchange, experts_on, regrouped
 from estimator.parallel.placement import EXPERT, counted_whole
 
 if TYPE_CHECKING:
@@ -210,7 +210,9 @@ class Experts(Module):
         if self.rank is None:
             return self.products(x, count, expert)
         there = Exchange(v, count, self.E, self.rank, x.shape[0], biases=expert is not None)
-        return there.combine(self.products(there.dispatch(x), v.count, v.expert))
+        v.y = self.products(there.dispatch(x), v.count, v.expert)
+        v.y = regrouped(v.y)
+        return there.combine(v.y)
 
     def products(self, x: Tensor, count: Tensor, expert: Tensor | None) -> Tensor:
         """Of the experts that are here."""

@@ -66,11 +66,12 @@ class Exchange:
     def __init__(self, v: Locals, counts: Tensor, here: Size, rank: int, rows: Size, *, biases: bool) -> None:
         machine = counts.machine
         self.sent, self.arriving = rows, rows_arriving(machine, rows, counts.shape[0], rank)
-        v.theirs = empty_like(counts)
-        machine.collective("all-to-all", EXPERT, v.theirs, waits="step")
-        machine.empty((RANKS,), INT64).discard()
-        v.count = machine.empty((here,), INT64)
-        machine.kernel("sum", (v.theirs,), (v.count,))
+        with Locals() as inner:
+            inner.theirs = empty_like(counts)
+            machine.collective("all-to-all", EXPERT, inner.theirs, waits="step")
+            machine.empty((RANKS,), INT64).discard()
+            v.count = machine.empty((here,), INT64)
+            machine.kernel("sum", (inner.theirs,), (v.count,))
         v.expert = None
         if biases:
             with Locals() as inner:
@@ -85,7 +86,7 @@ class Exchange:
 
     def combine(self, y: Tensor) -> Tensor:
         """Each row back where it came from."""
-        return all_to_all(regrouped(y), self.sent)
+        return all_to_all(y, self.sent)
 
 
 @op

@@ -52,7 +52,9 @@ class Experts(nn.Module):
         if self.exchange is None:
             return self.products(x, count_E, expert_S)
         there = self.exchange(count_E, biases=expert_S is not None)
-        return there.combine(self.products(there.dispatch(x), there.count, there.expert))
+        y = self.products(there.dispatch(x), there.count, there.expert)
+        y = there.by_sender(y)
+        return there.combine(y)
 
     def products(self, x: Tensor, count_E: Tensor, expert_S: Tensor | None) -> Tensor:
         """The same of the experts that are here."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed._functional_collectives import all_to_all_single_autograd
+from torch.distributed._functional_collectives import AsyncCollectiveTensor, all_to_all_single_autograd
 from torch.distributed.tensor import DTensor, Shard
 
 from trainer.model.experts import Experts
@@ -81,15 +81,23 @@ class Exchange:
 
     def dispatch(self, x: Tensor) -> Tensor:
         """Rows by expert, all processes' (E) -> the rows of this one's experts, sorted by expert: (S, d)."""
-        came = all_to_all_single_autograd(x, self.arriving, self.sent, self.group)
-        return regrouped(came, self.pieces, len(self.arriving))
+        return regrouped(exchanged(x, self.arriving, self.sent, self.group), self.pieces, len(self.arriving))
 
-    def combine(self, y: Tensor) -> Tensor:
-        """Each row back where it came from, in the order in which it was sent."""
+    def by_sender(self, y: Tensor) -> Tensor:
+        """The rows of this process's experts, in the order in which they came."""
         ranks = len(self.arriving)
         by_expert = [self.pieces[rank * self.here + e] for e in range(self.here) for rank in range(ranks)]
-        came: Tensor = all_to_all_single_autograd(regrouped(y, by_expert, self.here), self.sent, self.arriving, self.group)
-        return came
+        return regrouped(y, by_expert, self.here)
+
+    def combine(self, y: Tensor) -> Tensor:
+        """Each row of `by_sender` back where it came from."""
+        return exchanged(y, self.sent, self.arriving, self.group)
+
+
+def exchanged(x: Tensor, arriving: list[int], sent: list[int], group: ProcessGroup) -> Tensor:
+    """All-to-all of rows, that is there when it returns."""
+    out = all_to_all_single_autograd(x, arriving, sent, group)
+    return out.wait() if isinstance(out, AsyncCollectiveTensor) else out
 
 
 def regrouped(x: Tensor, pieces: list[int], outer: int) -> Tensor:
