@@ -179,6 +179,7 @@ def _stage(machine: Machine, model: Transformer, recipe: Recipe, size: Mapping[s
 def sharing_of(recipe: Recipe) -> Sharing:
     """How accelerators share a step of `recipe`."""
     mixed = recipe.precision == "bf16-fsdp"
+    apart = {TENSOR: recipe.tensor_parallel, EXPERT: recipe.expert_parallel, PIPELINE: bool(recipe.pipeline)}
     return Sharing(
         micro_batches=recipe.micro_batches,
         rank=recipe.rank,
@@ -189,7 +190,7 @@ def sharing_of(recipe: Recipe) -> Sharing:
         offload=recipe.offload,
         bucket_view=recipe.bucket_view,
         staged=bool(recipe.pipeline),
-        apart=(TENSOR,) * recipe.tensor_parallel + (EXPERT,) * recipe.expert_parallel + (PIPELINE,) * bool(recipe.pipeline),
+        apart=tuple(axis for axis, used in apart.items() if used),
     )
 
 

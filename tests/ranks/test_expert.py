@@ -8,6 +8,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
+import torch
 from test_sharding import measured, totals
 
 import estimator as est
@@ -15,6 +16,7 @@ from estimator.accounting.accounts import account, sizes_for
 from estimator.describe.checks import ConfigError
 from estimator.describe.plan import Plan
 from estimator.timing import communication
+from trainer.referee.measure import build_step
 
 sys.path.append(str(Path(__file__).parents[1] / "exact"))
 
@@ -87,3 +89,53 @@ def test_each_rank_sends_the_messages_of_the_ledger(tmp_path):
                 count, total = found.get(message.collective, (0, 0))
                 found[message.collective] = count + message.count, total + message.nbytes
             assert found == totals(real), (m, p)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_losses_are_those_of_one_process(ranks, tmp_path):
+    """Of other tokens in each rank, with routers that choose: equal to 1e-5, as sums are in another order."""
+    clips = {"optimizer": "sgd", "max_grad_norm": 0.1}  # to less than half of the norm
+    shared = {"batch_size": 2, "data_parallel": ranks, "expert_parallel": ranks}
+    cases = [(QWEN, Plan(**shared)), (GPT_OSS, Plan(**shared, **clips))]
+    for (m, p), processes in zip(cases, measured(ranks, cases, tmp_path, "losses"), strict=True):
+        step = build_step(m, p.replace(data_parallel=1, expert_parallel=1))
+        inputs, alone = step.inputs, [[] for _ in range(ranks)]
+        for _ in range(3):
+            for rank in range(ranks):
+                step.inputs = tuple(x.roll(rank, 1) for x in inputs)
+                loss = step.forward()
+                alone[rank].append(loss.item())
+                step.backward(loss / ranks)
+            if p.max_grad_norm is not None:
+                assert torch.nn.utils.clip_grad_norm_(step.model.parameters(), p.max_grad_norm) > 2 * p.max_grad_norm
+            step.optimizer.step()
+            step.optimizer.zero_grad()
+        for losses, own in zip(processes, alone, strict=True):
+            assert losses == pytest.approx(own, rel=1e-5)
+
+
+def test_experts_add_up_to_the_whole():
+    m, plan = est.preset("mixtral-8x7b"), Plan(seq_len=512, precision="bf16")
+    alone = account(m, plan).evaluate(m, plan)
+    shared = plan.replace(data_parallel=8, expert_parallel=8)
+    part = account(m, shared).evaluate(m, shared)
+    assert part.parameters == alone.parameters
+    assert part.active_parameters == alone.active_parameters
+    of_experts = alone.modules["experts"].parameter_bytes
+    assert alone.parameter_bytes - part.parameter_bytes == of_experts * 7 // 8
+    assert part.forward_flops == alone.forward_flops  # as many rows come as go
+
+
+@pytest.mark.parametrize(
+    ("model", "plan", "field"),
+    [
+        ("llama-3.1-8b", {"expert_parallel": 2, "data_parallel": 2}, "no experts"),
+        ("mixtral-8x7b", {"expert_parallel": 3, "data_parallel": 3}, "num_experts"),
+        ("mixtral-8x7b", {"expert_parallel": 2, "data_parallel": 4}, "data_parallel is 4"),
+        ("mixtral-8x7b", {"expert_parallel": 2, "data_parallel": 2, "sharding": "zero1"}, "sharding"),
+        ("mixtral-8x7b", {"expert_parallel": 4, "data_parallel": 4, "seq_len": 1}, "some get none"),
+    ],
+)
+def test_what_is_not_known_is_refused(model, plan, field):
+    with pytest.raises(ConfigError, match=field):
+        est.estimate(model, Plan(**plan))

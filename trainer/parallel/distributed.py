@@ -45,7 +45,7 @@ from trainer.parallel.expert import expert_parallel, of_experts
 from trainer.parallel.tensor import tensor_parallel
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from torch.distributed.checkpoint.metadata import Metadata
     from torch.distributed.device_mesh import DeviceMesh
@@ -173,6 +173,8 @@ class World:
         if plan.tensor_parallel > 1:
             tensor_parallel(model, self.grid(plan)["tensor"])
         if plan.expert_parallel > 1:
+            if plan.expert_parallel != self.size:
+                raise ConfigError(f"expert_parallel = {plan.expert_parallel}: there are {self.size} processes")
             expert_parallel(model, init_device_mesh(self.device.type, (self.size,), mesh_dim_names=("expert",)))
         copied = float32_copy(model) if plan.precision == "bf16-master" else None
         module, held = self.wrap(model, plan, sharding), self.weights(model, sharding)
@@ -312,9 +314,10 @@ def shard_mesh(x: Tensor) -> DeviceMesh | None:
     return x.device_mesh["data"] if x.device_mesh.ndim > 1 else x.device_mesh
 
 
-def leave_out(model: nn.Module, names: list[str]) -> None:
+def leave_out(model: nn.Module, names: Sequence[str]) -> None:
     """Have DDP leave these parameters alone; it has no public way."""
-    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)  # noqa: SLF001
+    leave = nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model  # noqa: SLF001
+    leave(model, list(names))  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
 
 def part_mesh(x: Tensor) -> DeviceMesh | None:
@@ -322,9 +325,10 @@ def part_mesh(x: Tensor) -> DeviceMesh | None:
     names = (isinstance(x, DTensor) and x.device_mesh.mesh_dim_names) or ()
     if not isinstance(x, DTensor):
         return None
-    cut = (name for name in ("tensor", "expert") if name in names and not x.placements[names.index(name)].is_replicate())
-    axis = next(cut, None)
-    return None if axis is None else x.device_mesh[axis]
+    for axis in ("tensor", "expert"):
+        if axis in names and not x.placements[names.index(axis)].is_replicate():
+            return x.device_mesh[axis]
+    return None
 
 
 def whole_gradient(x: Tensor) -> Tensor:

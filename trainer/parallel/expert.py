@@ -55,6 +55,7 @@ class Exchanges:
         self.group = group
 
     def __call__(self, count_E: Tensor, *, biases: bool) -> Exchange:
+        """What is sent in this forward; `biases`: whether it is asked of which expert a row is."""
         return Exchange(count_E, self.group, biases=biases)
 
 
