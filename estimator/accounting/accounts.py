@@ -16,6 +16,7 @@ from estimator.accounting.trace import Trace
 from estimator.accounting.vectorised import VectorisedPeak
 from estimator.describe import expert, pipeline
 from estimator.describe.checks import BLOCKS, ConfigError, check_figure, choose
+from estimator.describe.deepspeed import SUB_GROUP
 from estimator.describe.plan import FULLY_SHARDED
 from estimator.describe.schedules import accumulation
 from estimator.describe.selection import part_of
@@ -192,6 +193,8 @@ def _sizes(m: ModelConfig, p: Plan, threads: int | None, stage: int = 0) -> Size
         sizes = Sizes(sizes | {"M": p.grad_accumulation, "w": pipeline.in_flight(p, stage)})
     if p.implementation == "megatron" and p.sharding == "zero1":
         sizes = Sizes(sizes | {"D": p.data_parallel})
+    if p.is_deepspeed:
+        sizes = Sizes(sizes | {"b_r": p.reduce_bucket_size, "b_l": p.max_live_parameters, "b_s": SUB_GROUP})
     for name, ranks in (("t", p.tensor_parallel), ("x", p.expert_parallel)):
         if ranks > 1:
             sizes = Sizes(sizes | {name: ranks})
@@ -285,6 +288,8 @@ def _parallel(p: Plan) -> str:
     """The key of `REPLICAS`."""
     if p.data_parallel == 1:
         return "alone"
+    if p.is_deepspeed:
+        return f"deepspeed-{p.sharding}"
     if p.sharding != "none":
         return p.sharding
     return "ddp-fp32" if p.fp32_gradients else "ddp"

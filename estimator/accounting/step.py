@@ -21,6 +21,7 @@ from estimator.optim.masters import Masters
 from estimator.optim.optimizers import OPTIMIZERS
 from estimator.optim.scaling import GradScaler
 from estimator.parallel.data import Replica, Sharing
+from estimator.parallel.deepspeed import STAGES
 from estimator.parallel.megatron import ApexAdam, MainParameters, MegatronStage
 from estimator.parallel.pipeline import MICRO_BATCHES, SCHEDULES, Stage
 from estimator.parallel.placement import EXPERT, PIPELINE, TENSOR
@@ -54,13 +55,14 @@ def run_step(recipe: Recipe, shapes: ShapeClass, device: str, stack: Stack, size
         return megatron_step(machine, recipe)
     ledger = machine.ledger
     model = Transformer(machine, recipe)
-    replica = REPLICAS[recipe.parallel](model, sharing_of(recipe))
+    replica = {**REPLICAS, **STAGES}[recipe.parallel](model, sharing_of(recipe))
     size = shapes.letters
     if not replica.updated:
         raise ConfigError(NOTHING_TRAINED)
     masters = scaler = None
     updated = replica.updated
-    if recipe.precision == "bf16-master":
+    deepspeed = recipe.parallel in STAGES  # whose masters are its replica's
+    if recipe.precision == "bf16-master" and not deepspeed:
         masters = Masters(updated, replica.padded, fp32_gradients=recipe.fp32_gradients)
         updated = masters.masters
     if recipe.precision == "fp16-mixed":
@@ -70,7 +72,7 @@ def run_step(recipe: Recipe, shapes: ShapeClass, device: str, stack: Stack, size
     else:
         with ledger.inside("inputs"):
             ids, targets = (_input(machine, size["B"], size["T"]) for _ in range(2))
-    kind = OPTIMIZERS[recipe.optimizer, recipe.optimizer_impl]
+    kind = ApexAdam if deepspeed else OPTIMIZERS[recipe.optimizer, recipe.optimizer_impl]
     with machine.on_host() if recipe.offload else nullcontext():
         optimizer = InBackward(kind, updated) if recipe.in_backward else kind(updated)
 

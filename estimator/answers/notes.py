@@ -28,6 +28,11 @@ def notes(m: ModelConfig, p: Plan, global_batch_size: int | None) -> Iterator[st
         yield "The bytes are those of eager execution; compiled, fused ops save some."
     if p.implementation == "megatron":
         yield "Megatron-LM's implementation is a model after its source and papers, not compared with a run of it."
+    elif p.is_deepspeed:
+        yield (
+            f"DeepSpeed's implementation is a model after its source, not compared with a run of it; its bucket of "
+            f"{p.reduce_bucket_size:,} elements takes {p.reduce_bucket_size * 2 / GIB:.2f} GiB."
+        )
     elif p.shards > 1:
         yield SHARDING_NOTES[p.sharding]
     if m.num_experts is not None:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from estimator.answers.request import Request
+    from estimator.timing.speed import Setup
 
     Array = NDArray[np.float64]
 
@@ -182,7 +183,7 @@ def sweep(
     if r.time is not None:
         steps = grid.get("steps", r.time.steps or 1)
         if r.time.predicted:
-            seconds = _seconds(request, every, turns, count)
+            seconds = _seconds(request, r.setup, every, turns, count)
         else:
             seconds = flops / (r.time.mfu * r.time.peak_flops * count)
         found["seconds"] = seconds
@@ -238,7 +239,9 @@ def _peak(
     return out
 
 
-def _seconds(request: Request, sizes: Mapping[str, Any], turns: NDArray[np.int64], count: NDArray[np.int64]) -> Array:
+def _seconds(
+    request: Request, setup: Setup, sizes: Mapping[str, Any], turns: NDArray[np.int64], count: NDArray[np.int64]
+) -> Array:
     """Predicted seconds of a step at each point: those with the same kernels and the same number of them at once."""
     device = accelerator(request.gpu)
     every = {name: np.broadcast_to(x, len(count)) for name, x in sizes.items()}
@@ -249,7 +252,7 @@ def _seconds(request: Request, sizes: Mapping[str, Any], turns: NDArray[np.int64
         here = {name: x[points] for name, x in every.items()}
         for form, alike in steps.accounts(here):
             some = {name: x[alike] for name, x in here.items()}
-            out[points[alike]] = sum(times(form, some, plan, device).values())
+            out[points[alike]] = sum(times(form, some, plan, device, setup).values())
     return out
 
 
@@ -281,7 +284,7 @@ def point(request: Request, at: Mapping[str, int]) -> Request:
 
 def python(request: Request, axes: Mapping[str, tuple[int, int, int, bool]], price: float | None = None) -> str:
     """Python that computes `sweep`; an axis is (least, most, points, logarithmic)."""
-    fields = (request.gpu, request.count, request.mfu, request.steps, request.global_batch_size)
+    run = "".join(f", {name}={value!r}" for name, value in request.run.items())
     ranges = [
         f'    "{name}": axis_values(request, "{name}", {least}, {most}, {points}, logarithmic={logarithmic}),'
         for name, (least, most, points, logarithmic) in axes.items()
@@ -293,7 +296,7 @@ def python(request: Request, axes: Mapping[str, tuple[int, int, int, bool]], pri
             "from estimator.answers.sweeps import axis_values, sweep",
             "",
             *request.python().splitlines()[2:4],
-            f'request = Request("{request.name}", model, plan, {", ".join(map(repr, fields))})',
+            f'request = Request("{request.name}", model, plan, {request.gpu!r}{run})',
             "axes = {",
             *ranges,
             "}",

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from estimator.describe.plan import Plan
 
 NEEDS = (
-    Needs("implementation", ("bundled",), "it is not known of Megatron's implementation"),
+    Needs("implementation", ("bundled",), "implementation is {implementation!r}"),
     Needs(
         "shared_by",
         ("one accelerator", "none"),

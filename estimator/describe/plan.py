@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from estimator.describe import expert, megatron, pipeline, tensor
+from estimator.describe import deepspeed, expert, megatron, pipeline, tensor
 from estimator.describe.adapters import ALL, saved_listed, targets_listed
 from estimator.describe.checks import ConfigError, known_fields
 from estimator.describe.selection import Selection, parts_listed
@@ -414,9 +414,27 @@ class Plan:
                 "loss, with zero1 its distributed optimizer, and selective recomputation of attention's core. A model "
                 "after its source and papers, not compared with a run"
             ),
+            "deepspeed": (
+                "DeepSpeed's ZeRO 1 to 3: parameters and gradients of 16 bits, masters and states in fp32 shared out, "
+                "gradients summed in buckets. A model after its source, not compared with a run"
+            ),
         },
         draws=("bundled",),
-        needs=megatron.NEEDS,
+        needs=(*megatron.NEEDS, *deepspeed.NEEDS),
+    )
+    reduce_bucket_size: int = integer(
+        deepspeed.BUCKET,
+        "Of DeepSpeed, elements of the bucket that gradients are summed in.",
+        most=10**12,
+        draws=(deepspeed.BUCKET,),
+        needs=deepspeed.ONLY,
+    )
+    max_live_parameters: int = integer(
+        deepspeed.LIVE,
+        "Of DeepSpeed's ZeRO-3, how many parameters are whole at once at most (stage3_max_live_parameters).",
+        most=10**12,
+        draws=(deepspeed.LIVE,),
+        needs=deepspeed.OF_STAGE_3,
     )
 
     balance: float = number(
@@ -653,6 +671,11 @@ class Plan:
     def runs_stages(self) -> bool:
         """Whether a step is a stage's schedule, of several stages or of one."""
         return self.is_pipeline or self.implementation == "megatron"
+
+    @property
+    def is_deepspeed(self) -> bool:
+        """Whether several accelerators share a step as DeepSpeed does; one alone has nobody to share with."""
+        return self.implementation == "deepspeed" and self.data_parallel > 1
 
     @property
     def replicas(self) -> int:

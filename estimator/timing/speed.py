@@ -87,6 +87,10 @@ class Setup:
         first = self.torch_version is not None and self.torch_version < SECOND_GENERATION
         return "flash-1" if first and "flash-1" in e.flash else None
 
+    def of(self, p: Plan) -> Setup:
+        """The same, with the kernels that the plan has compiled fused."""
+        return replace(self, variant=replace(self.variant, fused=FUSED.fused)) if p.compile else self
+
     def clocked(self, e: Efficiency, a: Accelerator) -> Efficiency:
         """What kernels reach at the clock that was given.
 
@@ -201,7 +205,7 @@ def step_times(
     """
     a = accelerator(on)
     if p.runs_stages:
-        return pipeline_times(m, p, a, setup or Setup(FUSED if p.compile else EAGER), e)
+        return pipeline_times(m, p, a, (setup or Setup()).of(p), e)
     sizes = sizes_for(m, p, threads=1)
     return times(account(m, p, a.device), sizes, p, a, setup, e=e)
 
@@ -230,7 +234,7 @@ def times(
         ConfigError: as for `step_times`.
     """
     turns = p.grad_accumulation if micro_batches is None else micro_batches
-    setup = setup or Setup(FUSED if p.compile else EAGER)
+    setup = (setup or Setup()).of(p)
     e = setup.clocked(e or efficiency(a), a)
     if setup.update_group is not None:
         sizes = {**sizes, "D": setup.update_group}
@@ -286,9 +290,7 @@ def predicted(
             f"offload is {p.offload!r}, and neither the host's update nor its link to the accelerator has been timed; "
             "give an MFU"
         )
-    setup = setup or Setup()
-    if p.compile:
-        setup = replace(setup, variant=replace(setup.variant, fused=FUSED.fused))
+    setup = (setup or Setup()).of(p)
     replicas = count // (p.tensor_parallel * p.pipeline_parallel)
     micro_batches = -(-flops.sequences // (p.batch_size * replicas))
     run = p.replace(grad_accumulation=micro_batches, data_parallel=replicas)
