@@ -55,7 +55,7 @@ def rows_arriving(machine: Machine, pairs: Size, experts: Size, rank: int) -> Si
 
 
 class Exchange:
-    """`trainer.parallel.expert.Exchange`, of a layer's rows on one rank.
+    """`trainer.model.exchange.Exchange`, of a layer's rows on one rank.
 
     Attributes:
         sent, arriving: how many rows.

@@ -69,8 +69,11 @@ def drawn(random, ranks):
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_each_rank_holds_what_the_account_says_to_the_byte(ranks, tmp_path):
     random = Random(ranks)
-    cases = [(m, Plan(batch_size=2, data_parallel=ranks, expert_parallel=ranks, **plan)) for m, plan in CASES]
-    cases += [drawn(random, ranks) for _ in range(RUNS or 3)]
+    cases = [
+        (m, Plan(batch_size=2, data_parallel=ranks, expert_parallel=ranks, **plan))
+        for m, plan in CASES[ranks == 4 :: ranks // 2]
+    ]
+    cases += [drawn(random, ranks) for _ in range(RUNS or 1)]
     wrong = []
     for (m, p), processes in zip(cases, measured(ranks, cases, tmp_path), strict=True):
         for rank, real in enumerate(processes):
@@ -82,7 +85,7 @@ def test_each_rank_holds_what_the_account_says_to_the_byte(ranks, tmp_path):
 
 def test_each_rank_sends_the_messages_of_the_ledger(tmp_path):
     cases = [(m, Plan(batch_size=2, data_parallel=2, expert_parallel=2, **plan)) for m, plan in CASES]
-    for (m, p), processes in zip(cases, measured(2, cases, tmp_path, "messages"), strict=True):
+    for (m, p), processes in zip(cases[1::2], measured(2, cases[1::2], tmp_path, "messages"), strict=True):
         for rank, real in enumerate(processes):
             a, sizes, found = account(m, p, "cpu", rank), sizes_for(m, p, threads=1), {}
             for message in communication.messages(a, sizes, p.grad_accumulation):
@@ -91,7 +94,7 @@ def test_each_rank_sends_the_messages_of_the_ledger(tmp_path):
             assert found == totals(real), (m, p)
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.skipif(not RUNS, reason="EXPERT_RUNS"))])
 def test_losses_are_those_of_one_process(ranks, tmp_path):
     """Of other tokens in each rank, with routers that choose: equal to 1e-5, as sums are in another order."""
     clips = {"optimizer": "sgd", "max_grad_norm": 0.1}  # to less than half of the norm

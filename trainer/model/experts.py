@@ -18,7 +18,7 @@ from trainer.model.router import Router, sort_by_expert
 if TYPE_CHECKING:
     from estimator.describe.model import ModelConfig
     from estimator.describe.plan import Plan
-    from trainer.parallel.expert import Exchanges
+    from trainer.model.exchange import Exchanges
 
 
 class Experts(nn.Module):
@@ -29,7 +29,7 @@ class Experts(nn.Module):
         down: (E, d, f).
         gate_up_bias, down_bias: (E, 2 f) and (E, d), or None.
         exchange: where other processes have a part of the experts, how rows get there
-            (`trainer.parallel.expert.Exchanges`); else None.
+            (`trainer.model.exchange.Exchanges`); else None.
     """
 
     def __init__(self, m: ModelConfig) -> None:
