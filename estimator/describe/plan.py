@@ -402,7 +402,7 @@ class Plan:
         "Between the shared matrices of tensor_parallel each accelerator has its part of the tokens (Korthikanti et "
         "al. 2022).",
         draws=(False,),
-        needs=megatron.SEQUENCE,
+        needs=tensor.SEQUENCE,
     )
     implementation: str = choice(
         "bundled",

@@ -171,7 +171,7 @@ class World:
         weights are one and the same.
         """
         if plan.tensor_parallel > 1:
-            tensor_parallel(model, self.grid(plan)["tensor"])
+            tensor_parallel(model, self.grid(plan)["tensor"], sequence=plan.sequence_parallel)
         if plan.expert_parallel > 1:
             if plan.expert_parallel != self.size:
                 raise ConfigError(f"expert_parallel = {plan.expert_parallel}: there are {self.size} processes")
