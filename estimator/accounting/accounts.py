@@ -14,7 +14,7 @@ from estimator.accounting.sizes import GIVEN, sizes_of
 from estimator.accounting.step import run_step
 from estimator.accounting.trace import Trace
 from estimator.accounting.vectorised import VectorisedPeak
-from estimator.describe import pipeline
+from estimator.describe import expert, pipeline
 from estimator.describe.checks import BLOCKS, ConfigError, check_figure, choose
 from estimator.describe.deepspeed import SUB_GROUP
 from estimator.describe.plan import FULLY_SHARDED
@@ -195,13 +195,17 @@ def _sizes(m: ModelConfig, p: Plan, threads: int | None, stage: int = 0) -> Size
         sizes = Sizes(sizes | {"D": p.data_parallel})
     if p.is_deepspeed:
         sizes = Sizes(sizes | {"b_r": p.reduce_bucket_size, "b_l": p.max_live_parameters, "b_s": SUB_GROUP})
-    return sizes if p.tensor_parallel == 1 else Sizes(sizes | {"t": p.tensor_parallel})
+    for name, ranks in (("t", p.tensor_parallel), ("x", p.expert_parallel)):
+        if ranks > 1:
+            sizes = Sizes(sizes | {name: ranks})
+    return sizes
 
 
 def recipe_of(m: ModelConfig, p: Plan, device: str, rank: int = 0) -> Recipe:
     """What of `m` and `p` decides which statements a step executes on `device`, the accelerator number `rank`."""
     tokens = p.tokens(m)
     pipeline.check_plan(p)
+    expert.check_plan(p)
     # Those of a tensor-parallel group are alike, and all replicas of a stage.
     ranks = p.pipeline_parallel if p.is_pipeline else p.data_parallel
     if not 0 <= rank < ranks:
@@ -255,6 +259,8 @@ def recipe_of(m: ModelConfig, p: Plan, device: str, rank: int = 0) -> Recipe:
         bucket_view=_has_bucket_views(p),
         in_backward=p.update == "in-backward",
         rank=0 if p.is_pipeline else rank % p.shards,
+        expert_rank=rank % p.expert_parallel,
+        expert_parallel=p.expert_parallel > 1,
         tensor_parallel=p.tensor_parallel > 1,
         pipeline=p.pipeline_schedule if p.is_pipeline else "",
         stage=_stage(p, rank),
@@ -452,7 +458,8 @@ class Account:
 
     def for_sizes(self, m: ModelConfig, p: Plan) -> Account:
         """This account, or the one of the shape class that `m` and `p` are in."""
-        return account(m, p, self.device, self.stage if self.recipe.pipeline else self.recipe.rank)
+        rank = max(self.recipe.rank, self.recipe.expert_rank)
+        return account(m, p, self.device, self.stage if self.recipe.pipeline else rank)
 
     def evaluate(self, m: ModelConfig, p: Plan, threads: int | None = None) -> Values:
         """The figures for `m` and `p`; `threads` are PyTorch's CPU threads, all cores by default.

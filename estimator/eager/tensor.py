@@ -67,6 +67,7 @@ class Machine:
         self.grad_enabled = True
         self.sequence = 0
         self.frames: list[Frame] = []
+        self.makes_dtensors = False
         self.below_dispatch = False  # an operator's own kernel runs, of whose products no dispatch mode is told
         self.on_gradient: Callable[[Tensor], None] | None = None  # after each AccumulateGrad
         self.on_backward_end: Callable[[], None] | None = None
@@ -201,6 +202,15 @@ class Machine:
             yield
         finally:
             self.device, self.ledger.host = before, False
+
+    @contextmanager
+    def dtensors(self) -> Iterator[None]:
+        """What operators make in this context are DTensors, whose gradients autograd never adds up in place."""
+        before, self.makes_dtensors = self.makes_dtensors, True
+        try:
+            yield
+        finally:
+            self.makes_dtensors = before
 
     @contextmanager
     def no_grad(self) -> Iterator[None]:

@@ -50,13 +50,6 @@ def leaving(x: Tensor) -> Tensor:
     return attach(node, all_reduced(x))
 
 
-@op
-def placed(x: Tensor) -> Tensor:
-    """`DTensor.from_local` of a rank's own part, or `to_local`: views, and so are their gradients."""
-    node = record("_FromTorchTensorBackward", (x,), lambda _, grad: [grad])
-    return attach(node, x.view(x.shape, x.stride))
-
-
 def all_reduced(x: Tensor) -> Tensor:
     """`funcol.all_reduce`: of a contiguous clone, in place."""
     machine = x.machine

@@ -139,7 +139,7 @@ class Transformer(nn.Module):
     ) -> Tensor:
         start, T = cache[0].length if cache else 0, ids_BT.shape[1]
         x = self.dropout(self.embedded(ids_BT, start))
-        masks, bias = self.masks(x, start)
+        masks, bias = self.masks(x, T, start)
         rotary = self.config.made_of.positions.kind == "rotary"
         cos, sin = (table[start : start + T, None] for table in (self.cos, self.sin)) if rotary else (None, None)
         scaled = self.config.made_of.attention.query_scaling
@@ -164,13 +164,13 @@ class Transformer(nn.Module):
             x = self.embedding_norm(x)
         return x
 
-    def masks(self, x: Tensor, start: int) -> tuple[dict[str, Tensor | None], Tensor | None]:
+    def masks(self, x: Tensor, T: int, start: int) -> tuple[dict[str, Tensor | None], Tensor | None]:
         """The mask of each kind of attention that the layers have, and ALiBi's bias where the masks do not hold it.
 
         Masks are (T, start + T) of bools, see `build_mask`; for SDPA with ALiBi (h, T, start + T), added to the scores.
         """
         m, naive = self.config, self.plan.attention.startswith("naive")
-        alibi, T = m.made_of.positions.kind == "alibi", x.shape[1]
+        alibi = m.made_of.positions.kind == "alibi"
         kinds = attention_kinds(m, start + T)
         made = {
             kind: build_mask(m, kind, T, start, x.device, naive=naive or alibi)
