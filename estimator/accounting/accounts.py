@@ -14,7 +14,7 @@ from estimator.accounting.sizes import GIVEN, sizes_of
 from estimator.accounting.step import run_step
 from estimator.accounting.trace import Trace
 from estimator.accounting.vectorised import VectorisedPeak
-from estimator.describe import pipeline
+from estimator.describe import expert, pipeline
 from estimator.describe.checks import BLOCKS, ConfigError, check_figure, choose
 from estimator.describe.deepspeed import SUB_GROUP
 from estimator.describe.plan import FULLY_SHARDED
@@ -162,7 +162,8 @@ def account(m: ModelConfig, p: Plan, device: str = "cuda", rank: int = 0) -> Acc
         p: how it is trained.
         device: whose rules.
         rank: of which of the p.data_parallel accelerators; the first holds the most, later ones may have fewer rows.
-            Of a pipeline, which stage.
+            Of a pipeline, which stage; of those that share its parameters the second is stage + pipeline_parallel, and
+            so on.
 
     Raises:
         ConfigError: an unknown device, a rank that there is not, or a sequence longer than the model's positions.
@@ -179,7 +180,8 @@ def stage_account(m: ModelConfig, p: Plan, device: str, stage: int) -> Account:
 
 
 def sizes_for(m: ModelConfig, p: Plan, threads: int | None = None, stage: int = 0) -> Sizes:
-    """The number behind each letter of the legend for `m` run as `p`; of a pipeline those of a stage."""
+    """The number behind each letter of the legend for `m` run as `p`; of a pipeline those of an `account`'s rank."""
+    stage %= p.pipeline_parallel
     order = BlockOrder(m.rotating_pattern, p.checkpointing, p.checkpoint_every, p.selection, p.freezes_inputs)
     return Sizes(_sizes(m, p, threads, stage) | order.layout(m.num_layers // p.pipeline_parallel).values)
 
@@ -195,13 +197,17 @@ def _sizes(m: ModelConfig, p: Plan, threads: int | None, stage: int = 0) -> Size
         sizes = Sizes(sizes | {"D": p.data_parallel})
     if p.is_deepspeed:
         sizes = Sizes(sizes | {"b_r": p.reduce_bucket_size, "b_l": p.max_live_parameters, "b_s": SUB_GROUP})
-    return sizes if p.tensor_parallel == 1 else Sizes(sizes | {"t": p.tensor_parallel})
+    for name, ranks in (("t", p.tensor_parallel), ("x", p.expert_parallel)):
+        if ranks > 1:
+            sizes = Sizes(sizes | {name: ranks})
+    return sizes
 
 
 def recipe_of(m: ModelConfig, p: Plan, device: str, rank: int = 0) -> Recipe:
     """What of `m` and `p` decides which statements a step executes on `device`, the accelerator number `rank`."""
     tokens = p.tokens(m)
     pipeline.check_plan(p)
+    expert.check_plan(p)
     # Those of a tensor-parallel group are alike, and all replicas of a stage.
     ranks = p.pipeline_parallel if p.is_pipeline else p.data_parallel
     if not 0 <= rank < ranks:
@@ -235,7 +241,7 @@ def recipe_of(m: ModelConfig, p: Plan, device: str, rank: int = 0) -> Recipe:
         # The second micro-batch adds to gradients that exist, and so do all after it; where gradients become views of
         # buckets, the last is another than those between.
         schedule=(
-            pipeline.executed(p, rank)
+            pipeline.executed(p, rank % p.pipeline_parallel)
             if p.is_pipeline
             else accumulation(min(p.grad_accumulation, 3 if _has_bucket_views(p) else 2))
         ),
@@ -254,7 +260,9 @@ def recipe_of(m: ModelConfig, p: Plan, device: str, rank: int = 0) -> Recipe:
         offload=p.offload != "none",
         bucket_view=_has_bucket_views(p),
         in_backward=p.update == "in-backward",
-        rank=0 if p.is_pipeline else rank % p.shards,
+        rank=(rank // p.pipeline_parallel if p.is_pipeline else rank) % p.shards,
+        expert_rank=rank % p.expert_parallel,
+        expert_parallel=p.expert_parallel > 1,
         tensor_parallel=p.tensor_parallel > 1,
         pipeline=p.pipeline_schedule if p.is_pipeline else "",
         stage=_stage(p, rank),
@@ -276,6 +284,7 @@ def _stage(p: Plan, stage: int) -> tuple[int, int]:
     """`Recipe.stage`: all stages between the first and the last are alike."""
     if not p.is_pipeline:
         return 0, 1
+    stage %= p.pipeline_parallel
     return min(stage, 1), 3 if 0 < stage < p.pipeline_parallel - 1 else 2
 
 
@@ -453,7 +462,8 @@ class Account:
 
     def for_sizes(self, m: ModelConfig, p: Plan) -> Account:
         """This account, or the one of the shape class that `m` and `p` are in."""
-        return account(m, p, self.device, self.stage if self.recipe.pipeline else self.recipe.rank)
+        rank = max(self.recipe.rank, self.recipe.expert_rank)
+        return account(m, p, self.device, self.stage if self.recipe.pipeline else rank)
 
     def evaluate(self, m: ModelConfig, p: Plan, threads: int | None = None) -> Values:
         """The figures for `m` and `p`; `threads` are PyTorch's CPU threads, all cores by default.

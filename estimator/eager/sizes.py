@@ -30,6 +30,7 @@ COUNTS = (
     "W",
     "A",
     "t",
+    "x",
     "M",
     "w",
 )  # letters whose value of 1 says nothing of a shape, or is said by another: they stay

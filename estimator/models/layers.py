@@ -16,7 +16,7 @@ from estimator.eager.indexing import normalized_rows
 from estimator.eager.linalg import linear
 from estimator.eager.repetition import TURNS, executed_of, layout
 from estimator.eager.tensor import Locals, Machine, Tensor, arguments
-from estimator.parallel.placement import TENSOR
+from estimator.parallel.placement import TENSOR, counted_whole
 from estimator.parallel.sequence import gathered, scattered
 from estimator.parallel.tensor import as_partial, entering, leaving
 from estimator.parallel.vocabulary import masked_embedding
@@ -145,6 +145,8 @@ class Recipe:
     bucket_view: bool = False  # DDP's gradients are views of its buckets
     in_backward: bool = False  # each parameter is updated as soon as its gradient is there
     rank: int = 0  # which of those that share the shards
+    expert_parallel: bool = False
+    expert_rank: int = 0  # which of those that share the experts
     tensor_parallel: bool = False
     pipeline: str = ""  # the schedule of a pipeline
     megatron: bool = False
@@ -270,9 +272,7 @@ class Module:
 def placed(p: Tensor, dimension: int, whole: Size) -> None:
     """`p` is a rank's part, along `dimension`, of a parameter that is `whole` wide there: all of it is counted."""
     p.placement = {TENSOR: dimension}
-    shape = tuple(whole if i == dimension else n for i, n in enumerate(p.shape))
-    entries = p.machine.ledger.parameters
-    entries[entries.index((p.storage.where, p.numel))] = (p.storage.where, p.machine.product(shape))
+    counted_whole(p, [whole if i == dimension else n for i, n in enumerate(p.shape)])
 
 
 class Linear(Module):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from estimator.describe.checks import ConfigError
 from estimator.hardware.networks import network
-from estimator.parallel.placement import DATA, REPLICATE, TENSOR
+from estimator.parallel.placement import DATA, EXPERT, REPLICATE, TENSOR
 
 if TYPE_CHECKING:
     from estimator.describe.plan import Plan
@@ -24,7 +24,7 @@ def axes(group: Cluster, p: Plan) -> dict[str, Cluster]:
     if p.tensor_parallel > 1 or p.runs_stages:
         return _beside_tensors(group, p)
     if p.replicas == 1 or p.sharding == "none":
-        return {DATA: group}
+        return {DATA: group, EXPERT: group}
     inner = min(p.shards, group.per_node)
     if group.per_node % inner or p.shards % inner:
         raise ConfigError(

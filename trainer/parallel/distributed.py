@@ -41,10 +41,11 @@ from trainer.files.checkpoint import (
 )
 from trainer.optim.clip import gradient_clipping
 from trainer.optim.precision import Masters, float32_copy
+from trainer.parallel.expert import expert_parallel, of_experts
 from trainer.parallel.tensor import tensor_parallel
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from torch.distributed.checkpoint.metadata import Metadata
     from torch.distributed.device_mesh import DeviceMesh
@@ -116,6 +117,8 @@ class World:
             return model
         if sharding in ("none", "zero1"):
             devices = [self.device] if self.device.type == "cuda" else None
+            if plan.expert_parallel > 1:
+                leave_out(model, of_experts(model))
             return nn.parallel.DistributedDataParallel(
                 model, devices, gradient_as_bucket_view=plan.gradient_as_bucket_view
             )
@@ -170,6 +173,10 @@ class World:
         if plan.tensor_parallel > 1:
             ends = {"sequence": plan.sequence_parallel, "vocabulary": plan.vocabulary_parallel}
             tensor_parallel(model, self.grid(plan)["tensor"], **ends)
+        if plan.expert_parallel > 1:
+            if plan.expert_parallel != self.size:
+                raise ConfigError(f"expert_parallel = {plan.expert_parallel}: there are {self.size} processes")
+            expert_parallel(model, init_device_mesh(self.device.type, (self.size,), mesh_dim_names=("expert",)))
         copied = float32_copy(model) if plan.precision == "bf16-master" else None
         module, held = self.wrap(model, plan, sharding), self.weights(model, sharding)
         if copied is None:
@@ -226,6 +233,14 @@ class Weights:
             for name, p in self.originals.items():
                 self.named[name].grad = None if p.grad is None else self.shard(name, placed_as(p.grad, p))
                 p.grad = None
+            self.average_experts()
+
+    def average_experts(self) -> None:
+        """Experts that one process has for all have seen all their tokens: a sum, to be the mean that DDP makes."""
+        for name, p in self.originals.items():
+            mesh, grad = part_mesh(p), self.named[name].grad
+            if mesh is not None and mesh.mesh_dim_names == ("expert",) and grad is not None:
+                grad.div_(mesh.size())
 
     def shard(self, name: str, x: Tensor) -> Tensor:
         """This process's rows of a parameter `name` or of a tensor of its shape: a DTensor's own, else a view."""
@@ -249,7 +264,7 @@ class Weights:
             return gradient_clipping(self.originals.values(), max_norm, eps)
         having = {name: p.grad for name, p in self.named.items() if p.grad is not None}
         gradients = list(having.values())
-        shared = {name: mesh for name in having if (mesh := matrix_mesh(self.originals[name])) is not None}
+        shared = {name: mesh for name in having if (mesh := part_mesh(self.originals[name])) is not None}
         squares: Tensor | None = None
         if shared:  # summed over those that share the matrices; all of them have the same of what is whole
             squares = squared([having[name] for name in shared])
@@ -295,17 +310,26 @@ def policy(plan: Plan) -> MixedPrecisionPolicy | None:
 
 def shard_mesh(x: Tensor) -> DeviceMesh | None:
     """The processes that share the rows of a DTensor, as `fully_shard` cuts it; None of other tensors."""
-    if not isinstance(x, DTensor) or x.device_mesh.mesh_dim_names == ("tensor",):
+    if not isinstance(x, DTensor) or x.device_mesh.mesh_dim_names in (("tensor",), ("expert",)):
         return None
     return x.device_mesh["data"] if x.device_mesh.ndim > 1 else x.device_mesh
 
 
-def matrix_mesh(x: Tensor) -> DeviceMesh | None:
-    """The processes that have other columns of a matrix that tensor parallelism cuts; None of all else."""
+def leave_out(model: nn.Module, names: Sequence[str]) -> None:
+    """Have DDP leave these parameters alone; it has no public way."""
+    leave = nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model  # noqa: SLF001
+    leave(model, list(names))  # type: ignore[no-untyped-call]  # torch leaves it untyped
+
+
+def part_mesh(x: Tensor) -> DeviceMesh | None:
+    """The processes that have other columns of a matrix that tensor parallelism cuts, or other experts; else None."""
     names = (isinstance(x, DTensor) and x.device_mesh.mesh_dim_names) or ()
-    if not isinstance(x, DTensor) or "tensor" not in names or x.placements[names.index("tensor")].is_replicate():
+    if not isinstance(x, DTensor):
         return None
-    return x.device_mesh["tensor"]
+    for axis in ("tensor", "expert"):
+        if axis in names and not x.placements[names.index(axis)].is_replicate():
+            return x.device_mesh[axis]
+    return None
 
 
 def placed_as(x: Tensor, like: Tensor) -> Tensor:

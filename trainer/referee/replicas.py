@@ -26,7 +26,8 @@ from estimator.describe.checks import ConfigError
 from trainer.model.decoder import Transformer
 from trainer.model.quantised import scales
 from trainer.optim.precision import loss_scaler
-from trainer.parallel.distributed import Weights, World, local, matrix_mesh, policy
+from trainer.parallel.distributed import Weights, World, leave_out, local, part_mesh, policy
+from trainer.parallel.expert import of_experts
 from trainer.parallel.pipeline import Stage, scheduled
 from trainer.parallel.tensor import tensor_parallel
 from trainer.parallel.vocabulary import loss_context
@@ -42,7 +43,7 @@ from trainer.referee.measure import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from estimator.describe.model import ModelConfig
     from estimator.describe.plan import Plan
@@ -61,7 +62,8 @@ class SharedStep(Step):
             raise ConfigError(f"accelerators = {p.accelerators}: torchrun has started {world.size} processes")
         model, inputs = build_parts(m, p, str(world.device), seed)
         buckets = p.data_parallel > 1 and p.sharding in ("none", "zero1") and not p.fp32_gradients
-        self.buckets = bucket_bytes(model) if buckets else 0
+        others = of_experts(model) if p.expert_parallel > 1 else []
+        self.buckets = bucket_bytes(model, others) if buckets else 0
         module, self.held, self.weights, masters = world.prepare(model, p, p.sharding)
         optimizer = build_updates(self.weights.named, p, world.device.type, self.weights)
         super().__init__(model, optimizer, inputs, p, masters)
@@ -159,9 +161,10 @@ class PipelineStep(Step):
                 yield from (info.buffer for info in infos if info.buffer is not None)
 
 
-def bucket_bytes(model: nn.Module) -> int:
+def bucket_bytes(model: nn.Module, ignored: Sequence[str] = ()) -> int:
     """Bytes that DDP keeps for itself around a model; its first messages, which take buffers, are left out."""
     kept: list[nn.Module] = [deepcopy(model)]
+    leave_out(kept[0], ignored)
     events = allocator_events(lambda: kept.append(nn.parallel.DistributedDataParallel(kept[0], init_sync=False)))
     return sum(n for _, n in events)
 
@@ -176,13 +179,15 @@ ASKED = {
 }
 PART = "_c10d_functional::all_gather_into_tensor"
 SENT = {"gloo:all_reduce": "all-reduce", "gloo:broadcast": "broadcast"}
-ITEMSIZES = {"float": 4, "c10::BFloat16": 2, "c10::Half": 2}
+ALL_TO_ALL = "c10d::alltoall_base_"  # whose first tensor is what comes, and whose second is what goes
+ITEMSIZES = {"float": 4, "c10::BFloat16": 2, "c10::Half": 2, "long": 8, "long int": 8}
 
 
 def messages(m: ModelConfig, p: Plan, world: World, seed: int = 0) -> list[tuple[str, int, int]]:
     """(kind, bytes, count): the collectives of a steady step of this process, as PyTorch's profiler sees them sent.
 
-    gloo reduces and scatters by an all-reduce, which is no message of its own here.
+    gloo reduces and scatters by an all-reduce, which is no message of its own here. Of an all-to-all what comes or what
+    goes, whichever is more, counts.
     """
     step = SharedStep(m, p, world, seed)
     for _ in range(2):
@@ -195,12 +200,18 @@ def messages(m: ModelConfig, p: Plan, world: World, seed: int = 0) -> list[tuple
     for event in results.events():
         at, kind = ASKED.get(event.name(), (0, SENT.get(event.name())))
         if kind is not None:
-            nbytes = math.prod(event.shapes()[at]) * ITEMSIZES[event.dtypes()[at]]
-            nbytes *= p.tensor_parallel if event.name() == PART else 1
+            nbytes = _nbytes(event, at) * (p.tensor_parallel if event.name() == PART else 1)
             found[kind, nbytes] += 1
             if kind == "reduce-scatter":
                 found["all-reduce", nbytes] -= 1
+        elif event.name() == ALL_TO_ALL:
+            found["all-to-all", max(_nbytes(event, 0), _nbytes(event, 1))] += 1
     return sorted((kind, nbytes, count) for (kind, nbytes), count in found.items() if count)
+
+
+def _nbytes(event: Any, at: int) -> int:
+    """Bytes of the argument `at` of an operator."""
+    return math.prod(event.shapes()[at]) * ITEMSIZES[event.dtypes()[at]]
 
 
 @contextmanager
@@ -261,7 +272,7 @@ def measure_shared(m: ModelConfig, p: Plan, world: World, seed: int = 0) -> dict
     peaks: defaultdict[int, list[int]] = defaultdict(
         list
     )  # by the number of events, of which a step can only miss some
-    meshes = filter(None, map(matrix_mesh, step.model.parameters()))
+    meshes = filter(None, map(part_mesh, step.model.parameters()))
     group = next((mesh.get_group() for mesh in meshes), None)
     for turn in range(TRIES):
         moment = MOMENT * 2 ** min(turn // PATIENCE, LONGEST)
