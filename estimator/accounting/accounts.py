@@ -209,7 +209,7 @@ def recipe_of(m: ModelConfig, p: Plan, device: str, rank: int = 0) -> Recipe:
     pipeline.check_plan(p)
     expert.check_plan(p)
     # Those of a tensor-parallel group are alike, and all replicas of a stage.
-    ranks = p.pipeline_parallel if p.is_pipeline else p.data_parallel
+    ranks = p.pipeline_parallel * p.shards if p.is_pipeline else p.data_parallel
     if not 0 <= rank < ranks:
         raise ConfigError(f"rank = {rank}: there are {ranks}; allowed are 0 to {ranks - 1}")
     if p.precision == "bf16-fsdp" and p.data_parallel == 1:
@@ -219,8 +219,7 @@ def recipe_of(m: ModelConfig, p: Plan, device: str, rank: int = 0) -> Recipe:
         )
     if p.offload != "none" and p.data_parallel == 1:
         raise ConfigError(
-            f"offload = {p.offload!r}: data_parallel is 1, and it is a policy of fully_shard, among several; allowed "
-            "is none"
+            f"offload = {p.offload!r}: data_parallel is 1, and it is known of several accelerators; allowed is none"
         )
     recipe = Recipe(
         parts=m.made_of.statements(),
@@ -293,7 +292,7 @@ def _parallel(p: Plan) -> str:
     if p.data_parallel == 1:
         return "alone"
     if p.is_deepspeed:
-        return f"deepspeed-{p.sharding}"
+        return f"deepspeed-{p.sharding}{'-offload' if p.offload != 'none' else ''}"
     if p.sharding != "none":
         return p.sharding
     return "ddp-fp32" if p.fp32_gradients else "ddp"
