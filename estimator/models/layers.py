@@ -144,6 +144,7 @@ class Recipe:
     bucket_view: bool = False  # DDP's gradients are views of its buckets
     in_backward: bool = False  # each parameter is updated as soon as its gradient is there
     rank: int = 0  # which of those that share the shards
+    context_parallel: bool = False
     expert_parallel: bool = False
     expert_rank: int = 0  # which of those that share the experts
     tensor_parallel: bool = False
