@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from estimator.eager.autograd import attach, record
 from estimator.eager.letters import ONE, letter
 from estimator.eager.tensor import Tensor, op
-from estimator.eager.views import channels_last, clone, contiguous, is_channels_last, view
+from estimator.eager.views import channels_last, clone, contiguous, is_channels_last
 from estimator.parallel.placement import CONTEXT
 from estimator.parallel.tensor import part_of
 
@@ -36,7 +36,7 @@ def gathered(x: Tensor, whole: Size) -> Tensor:
     """The tokens of all ranks, `whole` of them."""
     b, _, k, e = x.shape
     ranks = _all_gather(x if x.is_contiguous else clone(x))
-    return view(ranks, (b, whole, k, e)) if b is ONE else _in_sequence(ranks, (b, whole, k, e))
+    return (_of_one if b is ONE else _in_sequence)(ranks, (b, whole, k, e))
 
 
 @op
@@ -60,6 +60,19 @@ def _all_gather(x: Tensor) -> Tensor:
         machine.empty(x_shape, x.dtype).discard()
         machine.empty(shape, x.dtype).discard()
     return attach(node, out)
+
+
+@op
+def _of_one(ranks: Tensor, shape: tuple[Size, ...]) -> Tensor:
+    """`ranks.view(1, T, k, e)` of one sequence; its gradient can be viewed whatever its strides are."""
+    machine, before = ranks.machine, ranks.shape
+
+    def backward(_: Context, grad: Tensor) -> Gradients:
+        _, step, *inner = grad.stride
+        return [grad.view(before, (machine.product((before[1], step)), step, *inner))]
+
+    node = record("ViewBackward0", (ranks,), backward)
+    return attach(node, ranks.view(shape, machine.contiguous(shape)))
 
 
 @op

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from trainer.model.attention import Attention
 from trainer.model.decoder import Transformer
 from trainer.model.gather import Gather
@@ -30,5 +32,5 @@ def context_parallel(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
 
 
 def own_tokens(x_BT: Tensor, rank: int, ranks: int) -> Tensor:
-    """The tokens of each sequence that the `rank`-th of so many processes has."""
-    return x_BT.chunk(ranks, 1)[rank].contiguous()
+    """The tokens of each sequence that the `rank`-th of so many processes has, in memory of their own."""
+    return x_BT.chunk(ranks, 1)[rank].clone(memory_format=torch.contiguous_format)

@@ -193,7 +193,7 @@ def messages(m: ModelConfig, p: Plan, world: World, seed: int = 0) -> list[tuple
     for event in results.events():
         at, kind = ASKED.get(event.name(), (0, SENT.get(event.name())))
         if kind is not None:
-            nbytes = _nbytes(event, at) * (p.tensor_parallel if event.name() == PART else 1)
+            nbytes = _nbytes(event, at) * (p.tensor_parallel * p.context_parallel if event.name() == PART else 1)
             found[kind, nbytes] += 1
             if kind == "reduce-scatter":
                 found["all-reduce", nbytes] -= 1
@@ -266,7 +266,7 @@ def measure_shared(m: ModelConfig, p: Plan, world: World, seed: int = 0) -> dict
         list
     )  # by the number of events, of which a step can only miss some
     meshes = filter(None, map(part_mesh, step.model.parameters()))
-    group = next((mesh.get_group() for mesh in meshes), None)
+    group = dist.group.WORLD if p.context_parallel > 1 else next((mesh.get_group() for mesh in meshes), None)
     for turn in range(TRIES):
         moment = MOMENT * 2 ** min(turn // PATIENCE, LONGEST)
         # oneDNN's products in half precision take scratch that depends on the machine.
