@@ -237,7 +237,7 @@ def estimate(
         run.global_batch_size or p.batch_size * p.grad_accumulation * p.data_parallel,
         p.batch_size,
         together.forward_flops + together.backward_flops - together.recompute_flops if own is not together else None,
-        p.tensor_parallel,
+        p.tensor_parallel * p.context_parallel,
     )
     setup = Setup(
         Variant(wide=frozenset(run.wide)),
@@ -270,8 +270,9 @@ def estimate(
 def _alone(m: ModelConfig, p: Plan, device: str, threads: int | None) -> Values:
     """The figures of one accelerator with the whole model, which those compute together that share it."""
     alone = p.replace(
-        tensor_parallel=1, pipeline_parallel=1, pipeline_schedule="1f1b", virtual_stages=1, sequence_parallel=False
-    )
+        tensor_parallel=1, pipeline_parallel=1, pipeline_schedule="1f1b", virtual_stages=1, sequence_parallel=False,
+        context_parallel=1, data_parallel=p.copies,
+    )  # fmt: skip
     return account(m, alone, device).values(sizes_for(m, alone, threads))
 
 
@@ -300,7 +301,7 @@ def replicated(plan: Plan, count: int | None) -> Plan:
     if count is None:
         return plan
     count = checked(Run, "count", count)
-    for name in ("tensor_parallel", "pipeline_parallel"):
+    for name in ("tensor_parallel", "pipeline_parallel", "context_parallel"):
         if count % getattr(plan, name):
             raise ConfigError(f"count = {count}: the plan's {name} is {getattr(plan, name)}; it must divide it")
     replicas = count * plan.data_parallel // plan.accelerators

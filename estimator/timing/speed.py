@@ -291,7 +291,7 @@ def predicted(
             "give an MFU"
         )
     setup = (setup or Setup()).of(p)
-    replicas = count // (p.tensor_parallel * p.pipeline_parallel)
+    replicas = count // (p.tensor_parallel * p.pipeline_parallel * p.context_parallel)
     micro_batches = -(-flops.sequences // (p.batch_size * replicas))
     run = p.replace(grad_accumulation=micro_batches, data_parallel=replicas)
     plain = replace(setup, stack_factor=None)

@@ -52,7 +52,7 @@ def drawn(random, replicas, ranks):
                 data_parallel=replicas,
                 context_parallel=ranks,
                 sharding=sharding,
-                precision="bf16-fsdp" if mixed else random.choice(["fp32", "fp32", "bf16", "bf16-mixed", "fp16-mixed"]),
+                precision="bf16-fsdp" if mixed else random.choice(["fp32", "fp32", "bf16", "bf16-mixed"]),
                 attention=random.choice(["naive", "naive-fp32", "sdpa", "sdpa-math"]),
                 checkpointing=random.choice(["none", "none", "block", "attention", "selective"]),
                 loss=random.choice(["bundled", "torch", "torch-fp32", "chunked"]),
