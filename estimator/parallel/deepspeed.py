@@ -1,8 +1,9 @@
 """DeepSpeed's ZeRO: parameters of 16 bits, and in fp32 a part each of masters and states, which only its owner updates.
 
 After deepspeed 0.19.8, whose names the docstrings have: runtime/zero/stage_1_and_2.py and stage3.py, with the defaults
-of runtime/zero/config.py. A model, not compared with a run: parameters are cut one by one and not as one flat tensor
-(as many bytes, but for its padding); gradients that are kept for a norm and stages' own hooks are left out.
+of runtime/zero/config.py. A model, near to what `tools/check_deepspeed.py` measures and not equal: parameters are cut
+one by one and not as one flat tensor (as many bytes, but for its padding), and what a single reduction or norm takes
+for a moment is left out.
 """
 
 from __future__ import annotations
@@ -172,8 +173,9 @@ class ZeroStage3(ZeroStage2):
 
     def before_forward(self) -> None:
         """`fetch_sub_module`, of all modules, in forward and again in backward."""
-        with self.machine.ledger.at("", None, "fetch_sub_module"):
-            self.live = self.machine.empty((self.whole,), self.machine.dtype, category=HELD).hold()
+        if self.live is None:
+            with self.machine.ledger.at("", None, "fetch_sub_module"):
+                self.live = self.machine.empty((self.whole,), self.machine.dtype, category=HELD).hold()
         for p in self.parameters:
             with at_parameter(p, "all_gather_into_tensor"):
                 for _ in ("forward", "backward"):
@@ -184,10 +186,7 @@ class ZeroStage3(ZeroStage2):
         self.reduce(p)
 
     def after_backward(self) -> None:
-        """`release_and_reset_all`."""
-        assert self.live is not None
-        self.live.drop()
-        self.live = None
+        """What is whole then is so until the update is over."""
 
     def reduce(self, p: Tensor) -> None:
         """`partition_grads`: the part is added to what is there."""
@@ -201,9 +200,11 @@ class ZeroStage3(ZeroStage2):
             in_place("add_", self.parts[p], arithmetic=1)
 
     def before_update(self) -> None:
-        """`_prepare_sub_group`: gradients in fp32, of one sub-group at a time."""
+        """`_prepare_sub_group`: gradients as one flat tensor, then in fp32, of one sub-group at a time."""
         with self.machine.ledger.at("", None, "_prepare_fp32_grad_for_sub_group"):
+            flat = self.machine.empty((self.at_once,), self.machine.dtype, category=HELD).hold()
             shared = self.machine.empty((self.at_once,), FLOAT32, category=HELD)
+            flat.drop()
         for p, main in zip(self.parameters, self.mains, strict=True):
             with at_parameter(p, "to"):
                 main.grad = Tensor(self.machine, shared.storage, main.shape, main.stride, FLOAT32).hold()
@@ -216,6 +217,9 @@ class ZeroStage3(ZeroStage2):
             with at_parameter(p, "copy_"):
                 self.machine.kernel("copy_", (main,), (main,))
                 self.machine.kernel("zero_", (), (self.parts[p],))
+        assert self.live is not None
+        self.live.drop()
+        self.live = None
 
 
 STAGES: dict[str, type[Replica]] = {

@@ -132,6 +132,7 @@ class Time:
         spread: factors on the time between which nine published runs of ten lie; None where an MFU was given.
         rows: which published runs those are, a sentence.
         origin: where the efficiencies behind the prediction come from, a sentence; or that the MFU was given.
+        padding: the share of all tokens that are no text.
     """
 
     seconds_per_step: float
@@ -146,6 +147,12 @@ class Time:
     spread: tuple[float, float] | None
     rows: str
     origin: str
+    padding: float = 0.0
+
+    @property
+    def text_tokens_per_second(self) -> float:
+        """Of the whole job, without padding."""
+        return self.tokens_per_second * (1 - self.padding)
 
     @property
     def seconds(self) -> float:
@@ -187,6 +194,7 @@ class Time:
             "seconds": self.seconds,
             "hours": self.hours,
             "tokens_per_second_per_accelerator": self.tokens_per_second_per_accelerator,
+            "text_tokens_per_second": self.text_tokens_per_second,
             "interval": asdict(self.interval) if self.interval is not None else None,
         }
 
