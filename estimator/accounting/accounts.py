@@ -26,6 +26,7 @@ from estimator.eager.repetition import TURNS
 from estimator.eager.sizes import ShapeClass
 from estimator.models.attention import fused_kernel
 from estimator.models.layers import BlockOrder, Recipe
+from estimator.parallel.expert import IMBALANCE_UNIT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -198,6 +199,8 @@ def _sizes(m: ModelConfig, p: Plan, threads: int | None, stage: int = 0) -> Size
     for name, ranks in (("t", p.tensor_parallel), ("c", p.context_parallel), ("x", p.expert_parallel)):
         if ranks > 1:
             sizes = Sizes(sizes | {name: ranks})
+    if p.expert_parallel > 1 and p.imbalance > 1:
+        sizes = Sizes(sizes | {"i": round(p.imbalance * IMBALANCE_UNIT)})
     return sizes
 
 
@@ -260,6 +263,7 @@ def recipe_of(m: ModelConfig, p: Plan, device: str, rank: int = 0) -> Recipe:
         in_backward=p.update == "in-backward",
         rank=0 if p.is_pipeline else rank % p.shards,
         context_parallel=p.context_parallel > 1,
+        imbalanced=p.expert_parallel > 1 and p.imbalance > 1,
         expert_rank=rank % p.expert_parallel,
         expert_parallel=p.expert_parallel > 1,
         tensor_parallel=p.tensor_parallel > 1,

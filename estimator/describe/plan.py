@@ -462,7 +462,8 @@ class Plan:
     imbalance: float = number(
         1.0,
         "Of a model with experts, the rows of the most loaded expert over the mean of all. It moves the time of their "
-        "products; where an accelerator holds all experts, no byte and no FLOP depends on which are chosen.",
+        "products; where an accelerator holds all experts, no byte and no FLOP depends on which are chosen. With "
+        "expert_parallel the figures are those of the accelerator with that expert, to which more rows come.",
         least=1,
         most=10**6,
         draws=(1.0,),

@@ -146,6 +146,7 @@ class Recipe:
     rank: int = 0  # which of those that share the shards
     context_parallel: bool = False
     expert_parallel: bool = False
+    imbalanced: bool = False  # an expert gets more rows than others
     expert_rank: int = 0  # which of those that share the experts
     tensor_parallel: bool = False
     pipeline: str = ""  # the schedule of a pipeline
