@@ -20,6 +20,7 @@ from estimator.optim.in_backward import InBackward
 from estimator.optim.masters import Masters
 from estimator.optim.optimizers import OPTIMIZERS
 from estimator.optim.scaling import GradScaler
+from estimator.parallel.context import tokens_on
 from estimator.parallel.data import Replica, Sharing
 from estimator.parallel.deepspeed import STAGES
 from estimator.parallel.megatron import ApexAdam, MainParameters, MegatronStage
@@ -73,7 +74,8 @@ def run_step(recipe: Recipe, shapes: ShapeClass, device: str, stack: Stack, size
         stage = _stage(machine, model, recipe, size, replica)
     else:
         with ledger.inside("inputs"):
-            ids, targets = (_input(machine, size["B"], size["T"]) for _ in range(2))
+            tokens = tokens_on(machine, size["T"]) if recipe.context_parallel else size["T"]
+            ids, targets = (_input(machine, size["B"], tokens) for _ in range(2))
     kind = ApexAdam if deepspeed else OPTIMIZERS[recipe.optimizer, recipe.optimizer_impl]
     with machine.on_host() if recipe.offload else nullcontext():
         optimizer = InBackward(kind, updated) if recipe.in_backward else kind(updated)

@@ -29,7 +29,6 @@ NEEDS = (
         ("trained", ("all",)),
         ("frozen", ("",)),
         ("update", ("after",)),
-        ("imbalance", (1.0,)),
         ("precision", ("fp32", "tf32", "bf16", "bf16-mixed")),
         ("optimizer", ("adamw", "adam", "sgd", "sgd-momentum", "lion")),
     ),

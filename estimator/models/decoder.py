@@ -156,13 +156,14 @@ class Transformer(Module):
         """The mask of each kind of attention, held as names of the frame; ALiBi's bias is `v.bias`."""
         machine, naive = self.machine, self.recipe.attention.startswith("naive")
         alibi = self.parts.positions.kind == "alibi"
-        kinds = attention_kinds(machine, [kind.layer for kind in self.kinds], length)
+        keys = machine.shapes.letters["T"] if self.recipe.context_parallel else None
+        kinds = attention_kinds(machine, [kind.layer for kind in self.kinds], keys or length)
         made: dict[str, Tensor | None] = {}
         for kind in dict.fromkeys(kinds.values()):
-            mask = build_mask(v.x, kind, length, naive=naive or alibi)
+            mask = build_mask(v.x, kind, length, keys, naive=naive or alibi)
             setattr(v, f"{kind}_mask", mask)
             made[kind] = mask
-        v.bias = alibi_bias(self.tables[0], length, machine.autocast_dtype or v.x.dtype) if alibi else None
+        v.bias = alibi_bias(self.tables[0], keys or length, machine.autocast_dtype or v.x.dtype) if alibi else None
         if alibi and not naive:
             for kind, mask in made.items():
                 assert mask is not None

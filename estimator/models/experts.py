@@ -32,7 +32,7 @@ from estimator.eager.views import cast, concatenate, reshape, split, unsqueeze, 
 from estimator.models.feed_forward import GatedFeedForward, gated
 from estimator.models.layers import Linear, Module, dropout
 from estimator.models.norms import build_norm
-from estimator.parallel.expert import Exchange, experts_on, regrouped
+from estimator.parallel.expert import Exchange, Place, experts_on, regrouped
 from estimator.parallel.placement import EXPERT, counted_whole
 
 if TYPE_CHECKING:
@@ -194,22 +194,21 @@ class Experts(Module):
         assert part is not None
         self.activation, self.f = part.activation, size["f_e"]
         E, d = size["E"], size["d"]
-        self.rank, self.E = recipe.expert_rank if recipe.expert_parallel else None, E
-        if self.rank is not None:
-            self.E = experts_on(machine, E)
+        self.place = Place(recipe.expert_rank, recipe.imbalanced) if recipe.expert_parallel else None
+        self.E = E if self.place is None else experts_on(machine, E)
         self.gate_up = self.parameter(self.E, 2 * self.f, d)
         self.down = self.parameter(self.E, d, self.f)
         self.gate_up_bias = self.parameter(self.E, 2 * self.f) if part.bias else None
         self.down_bias = self.parameter(self.E, d) if part.bias else None
-        for p in self.owned if self.rank is not None else ():
+        for p in self.owned if recipe.expert_parallel else ():
             assert isinstance(p, Tensor)
             p.placement = {EXPERT: 0}
             counted_whole(p, (E, *p.shape[1:]))
 
     def forward(self, v: Locals, x: Tensor, count: Tensor, expert: Tensor | None) -> Tensor:
-        if self.rank is None:
+        if self.place is None:
             return self.products(x, count, expert)
-        there = Exchange(v, count, self.E, self.rank, x.shape[0], biases=expert is not None)
+        there = Exchange(v, count, self.E, self.place, x.shape[0], biases=expert is not None)
         v.y = self.products(there.dispatch(x), v.count, v.expert)
         v.y = regrouped(v.y)
         return there.combine(v.y)

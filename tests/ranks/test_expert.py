@@ -35,7 +35,7 @@ CASES = [
     (QWEN, {"seq_len": 7, "optimizer": "sgd", "grad_accumulation": 2, "max_grad_norm": 1.0}),
     (MIXTRAL, {"optimizer": "sgd", "checkpointing": "block", "attention": "sdpa"}),
     (GPT_OSS, {"optimizer": "lion", "seq_len": 7}),
-    (QWEN, {"optimizer": "sgd", "precision": "bf16-mixed", "loss": "torch"}),
+    (QWEN, {"optimizer": "sgd", "precision": "bf16-mixed", "loss": "torch", "imbalance": 1.3}),
 ]
 
 
@@ -59,6 +59,7 @@ def drawn(random, ranks):
                 grad_accumulation=random.choice([1, 1, 2, 3]),
                 max_grad_norm=random.choice([None, 1.0]),
                 balance=random.choice([0.0, 0.01]),
+                imbalance=random.choice([1.0, 1.5, min(m.num_experts / (m.experts_per_token or 1), 3.7)]),
             )
             account(m, p, "cpu")
         except ConfigError:

@@ -41,6 +41,7 @@ from trainer.files.checkpoint import (
 )
 from trainer.optim.clip import gradient_clipping
 from trainer.optim.precision import Masters, float32_copy
+from trainer.parallel.context import context_parallel
 from trainer.parallel.expert import expert_parallel, of_experts
 from trainer.parallel.tensor import tensor_parallel
 
@@ -173,6 +174,10 @@ class World:
         if plan.tensor_parallel > 1:
             ends = {"sequence": plan.sequence_parallel, "vocabulary": plan.vocabulary_parallel}
             tensor_parallel(model, self.grid(plan)["tensor"], **ends)
+        if plan.context_parallel > 1:
+            shape = (plan.data_parallel, plan.context_parallel)
+            mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=("data", "context"))
+            context_parallel(model, mesh["context"])
         if plan.expert_parallel > 1:
             if plan.expert_parallel != self.size:
                 raise ConfigError(f"expert_parallel = {plan.expert_parallel}: there are {self.size} processes")

@@ -26,6 +26,7 @@ from estimator.describe.checks import ConfigError
 from trainer.model.decoder import Transformer
 from trainer.model.quantised import scales
 from trainer.optim.precision import loss_scaler
+from trainer.parallel.context import own_tokens
 from trainer.parallel.distributed import Weights, World, leave_out, local, part_mesh, policy
 from trainer.parallel.expert import of_experts
 from trainer.parallel.pipeline import Stage, scheduled
@@ -61,7 +62,10 @@ class SharedStep(Step):
         if world.size != p.accelerators:
             raise ConfigError(f"accelerators = {p.accelerators}: torchrun has started {world.size} processes")
         model, inputs = build_parts(m, p, str(world.device), seed)
-        buckets = p.data_parallel > 1 and p.sharding in ("none", "zero1") and not p.fp32_gradients
+        if p.context_parallel > 1:
+            place = world.rank % p.context_parallel, p.context_parallel
+            inputs = own_tokens(inputs[0], *place), own_tokens(inputs[1], *place)
+        buckets = p.copies > 1 and p.sharding in ("none", "zero1") and not p.fp32_gradients
         others = of_experts(model) if p.expert_parallel > 1 else []
         self.buckets = bucket_bytes(model, others) if buckets else 0
         module, self.held, self.weights, masters = world.prepare(model, p, p.sharding)
@@ -200,7 +204,7 @@ def messages(m: ModelConfig, p: Plan, world: World, seed: int = 0) -> list[tuple
     for event in results.events():
         at, kind = ASKED.get(event.name(), (0, SENT.get(event.name())))
         if kind is not None:
-            nbytes = _nbytes(event, at) * (p.tensor_parallel if event.name() == PART else 1)
+            nbytes = _nbytes(event, at) * (p.tensor_parallel * p.context_parallel if event.name() == PART else 1)
             found[kind, nbytes] += 1
             if kind == "reduce-scatter":
                 found["all-reduce", nbytes] -= 1
@@ -273,7 +277,7 @@ def measure_shared(m: ModelConfig, p: Plan, world: World, seed: int = 0) -> dict
         list
     )  # by the number of events, of which a step can only miss some
     meshes = filter(None, map(part_mesh, step.model.parameters()))
-    group = next((mesh.get_group() for mesh in meshes), None)
+    group = dist.group.WORLD if p.context_parallel > 1 else next((mesh.get_group() for mesh in meshes), None)
     for turn in range(TRIES):
         moment = MOMENT * 2 ** min(turn // PATIENCE, LONGEST)
         # oneDNN's products in half precision take scratch that depends on the machine.
