@@ -1,6 +1,9 @@
 """The page: `streamlit run app.py`. Widgets and drawing only; every figure comes from the library."""
 
+from __future__ import annotations
+
 from functools import partial
+from typing import TYPE_CHECKING
 
 import streamlit as st
 
@@ -19,6 +22,9 @@ from app_pages import (
     sweep,
     validate,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 st.set_page_config(page_title="Transformer estimator", page_icon="🧮", layout="wide", initial_sidebar_state=380)
 
@@ -39,10 +45,20 @@ views = {
     "Validate": validate.show,
     "Course": course.show,
 }
+ALONE = ("Plan", "Course")  # which the sidebar changes nothing on
+
+
+def drawn(view: Callable[[inputs.Setup], keep.Own | None]) -> None:
+    """A page, and its foot."""
+    keep.show(setup, view(setup))
+
+
 pages = [
-    st.Page(partial(view, setup), title=title, url_path=title.lower(), default=title == "Estimate")
+    st.Page(partial(drawn, view), title=title, url_path=title.lower(), default=title == "Estimate")
     for title, view in views.items()
 ]
-st.navigation(pages, position="top").run()
-keep.show(setup)
+page = st.navigation(pages, position="top")
+if page.title in ALONE:
+    style.without_sidebar()
+page.run()
 links.say(refused, last=True)

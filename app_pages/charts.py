@@ -385,28 +385,48 @@ def line(
     return chart(layers, height=420)
 
 
-def options(rows: Sequence[Mapping[str, Any]]) -> Drawing:
-    """Cost against time of every way to do a run, and the line of those that no other beats in both.
+HOURS = (
+    "datum.value < 0.95 ? format(datum.value * 60, '.2~r') + ' min' : "
+    "datum.value < 48 ? format(datum.value, '.2~r') + ' h' : format(datum.value / 24, ',.2~r') + ' days'"
+)
+# Of what options trade: the field of a row, the axis's title, and how its ticks are written.
+AXES = {
+    "hours": ("time", HOURS),
+    "dollars": ("US dollars", "replace(format(datum.value, '$~s'), 'G', 'B')"),
+    "parameters": ("parameters of the model", "replace(format(datum.value, '~s'), 'G', 'B')"),
+    "tokens": ("training tokens", "replace(format(datum.value, '~s'), 'G', 'B')"),
+}
+
+
+def options(rows: Sequence[Mapping[str, Any]], x: str, y: str, said: str) -> Drawing:
+    """What ways to do a run trade for each other, and the line of those that no other beats in both.
 
     Args:
-        rows: "hours", "dollars", "accelerator", "what" (said of it) and "best" of each.
+        rows: both axes, "accelerator", "what" (said of it) and "best" of each.
+        x: one of `AXES`.
+        y: another.
+        said: of the others, what the best ones have that they have not.
     """
 
-    def axis(field: str, title: str, form: str) -> Spec:
-        style = {"grid": True, "gridOpacity": 0.3, "tickCount": 6, "format": form}
-        return {"field": field, "type": "quantitative", "title": title, "scale": {"type": "log"}, "axis": style}
+    def axis(field: str) -> Spec:
+        title, written = AXES[field]
+        style = {"grid": True, "gridOpacity": 0.3, "tickCount": 6, "labelExpr": written}
+        style |= {"labelOverlap": True, "labelBound": True}
+        scale = {"type": "log", "nice": False, "padding": 20}
+        return {"field": field, "type": "quantitative", "title": title, "scale": scale, "axis": style}
 
-    x, y = axis("hours", "hours", "~s"), axis("dollars", "US dollars", "$~s")
-    front = sorted((row for row in rows if row["best"]), key=lambda row: row["hours"])
-    legend = {"orient": "bottom", "columns": 3, "title": None}
+    front = sorted((row for row in rows if row["best"]), key=lambda row: row[x])
+    legend = {"orient": "bottom", "columns": 2, "title": None}
     colour = {"field": "accelerator", "type": "nominal", "legend": legend, "scale": {"scheme": "tableau20"}}
-    line = layer("line", front, x=x, y=y, color="gray", strokeWidth=2, strokeDash=[4, 3], interpolate="linear")
+    line = layer("line", front, x=axis(x), y=axis(y), color="gray", strokeWidth=2, strokeDash=[4, 3])
     tips = tooltip(what="What", accelerator="Accelerator")
     size = {"condition": {"test": "datum.best", "value": 150}, "value": 45}
-    points = layer("point", rows, x=x, y=y, color=colour, tooltip=tips, size=size, filled=True, opacity=0.85)
-    said = "; ".join(str(row["what"]) for row in front[:6])
-    text = f"Cost against time of {len(rows):,} ways to do the run. None is both cheaper and faster than these: {said}."
-    return Drawing(chart([line, points], height=360), text)
+    points = layer(
+        "point", rows, x=axis(x), y=axis(y), color=colour, tooltip=tips, size=size, filled=True, opacity=0.85
+    )
+    named = "; ".join(str(row["what"]) for row in front[:6])
+    text = f"{len(rows):,} ways, by {AXES[x][0]} and {AXES[y][0]}. No other {said} than these: {named}."
+    return Drawing(chart([line, points], height=480), text)
 
 
 def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:

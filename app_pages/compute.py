@@ -97,7 +97,9 @@ def changes(
 @lru_cache(maxsize=256)
 def _changes(request: Request, goal: str) -> tuple[Advice, ...]:
     start = time.perf_counter()
-    options = {} if request.mfu is None else {"mfu": request.mfu}
+    options = {
+        name: value for name, value in request.run.items() if name not in ("count", "steps", "global_batch_size")
+    }
     advisor = Advisor(request.estimate(), request.global_batch_size, _progress.tell, **options)
     found = tuple(
         Advice(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import streamlit as st
 
 from app_pages import scenarios
+from app_pages.keep import Own
 from app_pages.labels import plain
 from estimator.show.course import COLUMNS, parts
 
@@ -14,14 +15,14 @@ if TYPE_CHECKING:
     from app_pages.inputs import Setup
 
 
-def show(_: Setup) -> None:
-    """Draw the page."""
+def show(_: Setup) -> Own:
+    """Draw the page; what there is to share of it."""
     st.header("The course's question: GPT-2 XL on an A100", anchor="course")
     st.markdown(
         "A course asks what the memory, the largest batch, the FLOPs and the hours of training GPT-2 XL are. Three "
         "answers side by side: circulating notes, the assignment's own convention, and what PyTorch does with the real "
         "model. GB is 10^9 bytes here, as in the question. Each part has its own link; `estimate course` prints the "
-        "same. The sidebar changes nothing here."
+        "same."
     )
     for part in parts():
         st.subheader(part.question, anchor=part.key)
@@ -31,3 +32,4 @@ def show(_: Setup) -> None:
             column.markdown("\n".join(f"{i}. {plain(line)}" for i, line in enumerate(lines, 1)))
     name = next(name for name in scenarios.SCENARIOS if "course" in name)
     scenarios.link(st, scenarios.SCENARIOS[name], name)
+    return Own("estimate course")

@@ -14,20 +14,31 @@ from app_pages.labels import explained, label, plain
 from app_pages.model_input import model_input
 from estimator.accounting.accounts import DEVICES
 from estimator.answers.request import Request
+from estimator.describe.checks import ConfigError, choose
 from estimator.describe.plan import FULLY_SHARDED, Plan
-from estimator.describe.run import Run
+from estimator.describe.run import WIDE, Run
 from estimator.describe.settings import gathered, limits, settings
 from estimator.hardware.accelerators import accelerator, accelerators
+from estimator.hardware.networks import network, networks
 from estimator.show.formatting import prefixed
+from estimator.timing.roofline import efficiency
 
 if TYPE_CHECKING:
-    from estimator.describe.checks import ConfigError
+    from collections.abc import Callable
+
     from estimator.describe.model import ModelConfig
 
 FIRST = tuple(name for name, x in settings(Plan).items() if x.common)  # the rest is under "More"
 HIDDEN = tuple(
     name for name, x in settings(Plan).items() if x.follows
 )  # they follow from the count and the global batch
+
+# What a predicted time rests on; and of those that are names, which there are.
+REST = tuple(name for name in settings(Run) if name not in ("count", "global_batch_size", "steps", "mfu"))
+OFFERED: dict[str, Callable[[str], tuple[str, ...]]] = {
+    "network": lambda _: networks(),
+    "attention_kernel": lambda gpu: tuple(efficiency(accelerator(gpu)).flash),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +90,7 @@ def sidebar() -> Setup:
         gpu, count = _machine()
         mfu, steps, sequences, price = _run(gpu, plan)
         targets.draw(plan.tokens(model), steps, sequences)
+        rest = _rest(gpu, problems)
         unit = st.segmented_control(
             "Units of memory",
             ("GiB", "GB"),
@@ -89,7 +101,7 @@ def sidebar() -> Setup:
             help="GiB is 2^30 bytes, GB is 10^9.",
         )
     unit = unit or "GiB"  # an empty parameter in the link clears the choice
-    request = Request(name, model, plan, gpu, count, mfu, steps, sequences)
+    request = Request(name, model, plan, gpu, count, mfu, steps, sequences, **rest)
     return Setup(request, price, unit, tuple(problems))
 
 
@@ -139,6 +151,46 @@ def _plan_input(name: str, model: ModelConfig) -> Any:
     if name == "seq_len":
         common["placeholder"] = f"{model.context_length:,}"
     return st.number_input(**common, min_value=1, max_value=limits(Plan)[name])
+
+
+def _rest(gpu: str, problems: list[str]) -> dict[str, Any]:
+    """What a predicted time rests on, as far as it is said; what cannot be is named at its input and left out."""
+    drawn: dict[str, Any] = {}
+    slots: dict[str, Any] = {}
+    with st.expander("What the time rests on"):
+        for name in REST:
+            slots[name] = st.container()
+            with slots[name]:
+                drawn[name] = _rest_input(name, gpu)
+
+    def known(run: Run) -> None:
+        if run.network is not None:
+            network(run.network)
+        if run.attention_kernel is not None:
+            choose("attention_kernel", run.attention_kernel, OFFERED["attention_kernel"](gpu))
+
+    run, refused = gathered(Run, drawn, accepts=known)
+    for name, error in refused.items():
+        slots[name].error(plain(str(error)), icon=":material/error:")
+        problems.append(str(error))
+    return {name: getattr(run, name) for name in REST}
+
+
+def _rest_input(name: str, gpu: str) -> Any:
+    setting = settings(Run)[name]
+    common: dict[str, Any] = {"label": label(name), "key": name, "bind": "query-params", "help": setting.markdown}
+    if setting.kind == "flag":
+        return st.toggle(**common, value=setting.default)
+    if name == "wide":
+        return tuple(sorted(st.multiselect(**common, options=WIDE, placeholder="nothing")))
+    if name in OFFERED:
+        options = OFFERED[name](gpu)
+        return st.selectbox(**common, options=options, index=None, placeholder="by default", accept_new_options=True)
+    if setting.kind == "text":
+        return st.text_input(**common, value=None, placeholder="by default")
+    most = float(setting.most) - (0.01 if setting.below else 0.0)
+    common |= {"value": setting.default, "placeholder": "by default", "format": "%g"}
+    return st.number_input(**common, min_value=float(setting.least), max_value=most)
 
 
 def _machine() -> tuple[str, int]:

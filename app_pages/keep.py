@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlencode, urlsplit, urlunsplit
 
 import streamlit as st
@@ -17,9 +17,37 @@ from estimator.show.snapshot import to_html
 if TYPE_CHECKING:
     from app_pages.inputs import Setup
 
+HELD = "The page's address holds everything that you set; the link above is that address."
 
-def show(s: Setup) -> None:
-    """Draw it; nothing where there is no estimate."""
+
+class Own(NamedTuple):
+    """What a page answers itself, and not the sidebar's estimate."""
+
+    command: str
+    python: str = ""
+
+
+def show_own(own: Own) -> None:
+    """Draw the foot of a page with an answer of its own."""
+    st.subheader("Share")
+    tabs = st.tabs(["Link", "Command", *(["Python"] if own.python else [])])
+    tabs[0].code(link(), language=None, wrap_lines=True)
+    tabs[1].code(own.command, language="sh", wrap_lines=True)
+    if own.python:
+        tabs[2].code(own.python, language="python", wrap_lines=True)
+    st.caption(HELD)
+
+
+def show(s: Setup, own: Own | None = None) -> None:
+    """Draw it; nothing where there is no estimate.
+
+    Args:
+        s: the sidebar.
+        own: what the page answers in place of the sidebar's estimate.
+    """
+    if own is not None:
+        show_own(own)
+        return
     if REFUSED in st.session_state:
         return
     q = s.request
@@ -43,7 +71,7 @@ def show(s: Setup) -> None:
         st.download_button("CSV by module", partial(to_csv, q), f"{name}.csv", "text/csv", on_click="ignore")
         st.download_button("JSON", partial(to_json, q, spent), f"{name}.json", "application/json", on_click="ignore")
     said = f"This is the estimate of {called(q.name)} on {q.gpu}."
-    st.caption(f"{said} The page's address holds everything that you set; the link above is that address.")
+    st.caption(f"{said} {HELD}")
 
 
 def link() -> str:

@@ -10,6 +10,7 @@ import streamlit as st
 from app_pages import scenarios, vega
 from app_pages.compute import laid_out
 from app_pages.gantt import gantt
+from app_pages.keep import Own
 from app_pages.labels import plain
 from app_pages.plan import named_inputs
 from estimator.answers.layouts import LAID_OUT, MEGATRON
@@ -19,7 +20,7 @@ from estimator.describe.settings import settings
 from estimator.hardware.accelerators import accelerator
 from estimator.show.csv_file import csv_of
 from estimator.show.formatting import dollars, duration, size
-from estimator.show.layouts import layout
+from estimator.show.layouts import command, layout
 from estimator.timing.speed import Setup as RunSetup
 from estimator.timing.stages import bars
 
@@ -34,8 +35,8 @@ SHOWN = 10
 MOST = 16_384
 
 
-def show(s: Setup) -> None:
-    """Draw the page."""
+def show(s: Setup) -> Own:
+    """Draw the page; what there is to share of it."""
     st.header("Layouts: how to split a run over accelerators")
     st.markdown(
         "The model, the sequence and the accelerator are those of the sidebar. Tensor parallelism within a node, "
@@ -55,19 +56,20 @@ def show(s: Setup) -> None:
             help="PyTorch's own is exact in memory; Megatron-LM's is a model, in which all axes go together.",
         )  # fmt: skip
     plan = CODES[code].replace(seq_len=q.plan.seq_len)
+    own = Own(command(q.name, q.model, plan, q.gpu, int(count), int(sequences), s.price))
     waiting = st.empty()
     with waiting, st.spinner("Every layout is tried; some seconds."):
         try:
             found = laid_out(q.model, plan, q.gpu, int(count), int(sequences), s.price)
         except ConfigError as error:
             st.error(plain(str(error)), icon=":material/error:")
-            return
+            return own
     waiting.empty()
     if not found.options:
         least = f"The least number on which it does is {found.smallest:,}." if found.smallest else ""
         st.error(f"No layout fits on {count:,} x {q.gpu}. {least}", icon=":material/block:")
         _left_out(found)
-        return
+        return own
     first = found.options[0]
     took = f"{duration(first.seconds)} a step, MFU {first.mfu:.0%}"
     least = f" The least number of accelerators on which it fits is {found.smallest:,}." if found.smallest else ""
@@ -86,6 +88,7 @@ def show(s: Setup) -> None:
     star = ":orange[:material/star:]: no other layout is both faster and leaves more memory free."
     st.caption(f"{star} Network: {found.network}.")
     _left_out(found)
+    return own
 
 
 def said(o: Option) -> str:

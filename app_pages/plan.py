@@ -9,6 +9,7 @@ import streamlit as st
 
 from app_pages import charts, scenarios, vega
 from app_pages.compute import planned
+from app_pages.keep import Own
 from app_pages.labels import plain
 from app_pages.model_input import OWN
 from estimator.answers.plans import SORTS
@@ -20,7 +21,7 @@ from estimator.describe.units import SECONDS_PER_HOUR
 from estimator.pricing.money import KINDS
 from estimator.show.csv_file import csv_of
 from estimator.show.formatting import STRATEGIES, count, dollars, duration, prefixed, size
-from estimator.show.planning import headline, sentence
+from estimator.show.planning import TRADES, command, headline, python, sentence
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,49 +30,60 @@ if TYPE_CHECKING:
     from estimator.answers.plans import Option, Plans
     from estimator.describe.model import ModelConfig
 
-LARGEST = "the largest that the money or the time allows"
-BY_SIZE = "of so many parameters, in Llama's shape"
+LARGEST = "the largest"
+BY_SIZE = "Llama-shaped"
 MOST = 1e15
 SHOWN = 10  # rows; the others are a click away
 
 
-def show(s: Setup) -> None:
-    """Draw the page."""
+def show(s: Setup) -> Own | None:
+    """Draw the page; what there is to share of it."""
     st.header("Plan: what to train, on what")
     st.markdown(
         "Give what you know: money, days, tokens, a model. The rest follows, on every accelerator and count that has a "
-        "price on file and that the run fits on. It does not look at the sidebar."
+        "price on file and that the run fits on."
     )
     asked = _inputs()
+    own = Own(command(asked), python(asked))
     if not set(asked) & {"dollars", "days", "tokens", "model", "parameters"}:
         st.info("Give at least one of money, days, tokens and a model.", icon=":material/info:")
-        return
+        return None
     waiting = st.empty()
     with waiting, st.spinner("Every accelerator and count is tried; some seconds."):
         try:
             found = planned(tuple(sorted(asked.items())))
         except ConfigError as error:
             st.error(plain(str(error)), icon=":material/error:")
-            return
+            return own
     waiting.empty()
     if not found.options:
         st.error(headline(found), icon=":material/block:")
         _left_out(found)
-        return
+        return own
     st.success(headline(found).replace("$", "\\$"), icon=":material/check_circle:")
-    priced = [o for o in found.options if o.dollars is not None]
-    if len(priced) > 1:
-        rows = [
-            {"hours": o.hours, "dollars": o.dollars, "accelerator": o.accelerator, "what": sentence(o), "best": o.best}
-            for o in priced
-        ]
-        drawing = charts.options(rows)
-        vega.draw(drawing)
-        st.caption(drawing.text.replace("$", "\\$"))
+    _traded(found, asked)
     _rows(s, found)
     for text in found.assumptions:
         st.caption(f"Assumed: {text}.")
     _left_out(found)
+    return own
+
+
+def _traded(found: Plans, asked: Mapping[str, Any]) -> None:
+    """The ways as points, of which the best are joined."""
+    shown = [o for o in found.options if o.dollars is not None]
+    if len(shown) < 2:
+        return
+    x, y = found.trade
+    if y == "size":
+        y = "tokens" if "model" in asked else "parameters"
+    rows = [
+        {x: getattr(o, x), y: getattr(o, y), "accelerator": o.accelerator, "what": sentence(o), "best": o.best}
+        for o in shown
+    ]
+    drawing = charts.options(rows, x, y, TRADES[found.trade])
+    vega.draw(drawing)
+    st.caption(f":orange[:material/star:], and on the line: no other {TRADES[found.trade]}.")
 
 
 def _inputs() -> dict[str, Any]:
@@ -92,7 +104,8 @@ def _inputs() -> dict[str, Any]:
             (LARGEST, BY_SIZE, *presets()),
             key="plan.model",
             bind="query-params",
-            help="What is trained: the largest model within the limits, one of so many parameters, or a preset.",
+            help="What is trained: the largest model that money or time allows, one in Llama's shape of so many "
+            "parameters, or a preset.",
         )
         size_ = amount("plan.parameters", "Parameters, billions", "follow", "Of a model in Llama's shape.")
         ratio = amount("plan.ratio", "Tokens a parameter", "20", "About 20 is compute-optimal (Hoffmann et al. 2022).")

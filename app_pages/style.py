@@ -22,6 +22,19 @@ CSS = """
 """
 
 
+# Inputs keep what they hold, and the link, for the pages that have them.
+WITHOUT_SIDEBAR = """
+<style>
+[data-testid="stSidebar"], [data-testid="stExpandSidebarButton"] { display: none; }
+</style>
+"""
+
+
+def without_sidebar() -> None:
+    """Hide the sidebar, of a page that it changes nothing on."""
+    st.html(WITHOUT_SIDEBAR)
+
+
 def apply() -> None:
     """Put it on the page."""
     st.html(CSS)

@@ -60,3 +60,6 @@ def show(s: Setup, r: Estimate) -> None:
             rests = [(x.name, x.value, x.origin, "; ".join(x.changes())) for x in r.assumptions]
             names = ("It rests on", "taken here", "from", "another choice, and what a step's time would be")
             st.dataframe(pd.DataFrame(rests, columns=list(names)), hide_index=True, width="stretch")
+            st.caption(
+                "All but the slowest accelerator are inputs: see “What the time rests on” and the recipe, at the side."
+            )

@@ -300,6 +300,8 @@ def entry(group, row, names):
     total = row["parameters"] or row["published"]
     if total is not None:
         found |= {"parameters": total, "counted_by": "publisher" if row["published"] else "transformers"}
+        if row["published"] and row["published"] != total:  # the publisher counts buffers too
+            found["published"] = row["published"]
     if name in STARTS:
         found["start"] = True
     source = f"config.json of {hub[0] if hub else row['name']}" if own else row["source"]

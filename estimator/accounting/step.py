@@ -20,10 +20,12 @@ from estimator.optim.in_backward import InBackward
 from estimator.optim.masters import Masters
 from estimator.optim.optimizers import OPTIMIZERS
 from estimator.optim.scaling import GradScaler
+from estimator.parallel.context import tokens_on
 from estimator.parallel.data import Replica, Sharing
+from estimator.parallel.deepspeed import STAGES
 from estimator.parallel.megatron import ApexAdam, MainParameters, MegatronStage
 from estimator.parallel.pipeline import MICRO_BATCHES, SCHEDULES, Stage
-from estimator.parallel.placement import PIPELINE, TENSOR
+from estimator.parallel.placement import EXPERT, PIPELINE, TENSOR
 from estimator.parallel.sharded import REPLICAS
 
 if TYPE_CHECKING:
@@ -54,13 +56,14 @@ def run_step(recipe: Recipe, shapes: ShapeClass, device: str, stack: Stack, size
         return megatron_step(machine, recipe)
     ledger = machine.ledger
     model = Transformer(machine, recipe)
-    replica = REPLICAS[recipe.parallel](model, sharing_of(recipe))
+    replica = {**REPLICAS, **STAGES}[recipe.parallel](model, sharing_of(recipe))
     size = shapes.letters
     if not replica.updated:
         raise ConfigError(NOTHING_TRAINED)
     masters = scaler = None
     updated = replica.updated
-    if recipe.precision == "bf16-master":
+    deepspeed = recipe.parallel in STAGES  # whose masters are its replica's
+    if recipe.precision == "bf16-master" and not deepspeed:
         masters = Masters(updated, replica.padded, fp32_gradients=recipe.fp32_gradients)
         updated = masters.masters
     if recipe.precision == "fp16-mixed":
@@ -69,8 +72,9 @@ def run_step(recipe: Recipe, shapes: ShapeClass, device: str, stack: Stack, size
         stage = _stage(machine, model, recipe, size, replica)
     else:
         with ledger.inside("inputs"):
-            ids, targets = (_input(machine, size["B"], size["T"]) for _ in range(2))
-    kind = OPTIMIZERS[recipe.optimizer, recipe.optimizer_impl]
+            tokens = tokens_on(machine, size["T"]) if recipe.context_parallel else size["T"]
+            ids, targets = (_input(machine, size["B"], tokens) for _ in range(2))
+    kind = ApexAdam if deepspeed else OPTIMIZERS[recipe.optimizer, recipe.optimizer_impl]
     with machine.on_host() if recipe.offload else nullcontext():
         optimizer = InBackward(kind, updated) if recipe.in_backward else kind(updated)
 
@@ -108,6 +112,8 @@ def run_step(recipe: Recipe, shapes: ShapeClass, device: str, stack: Stack, size
         SCHEDULES[recipe.pipeline](stage)
     for move in recipe.schedule if not recipe.pipeline else ():
         {FORWARD: forward, BACKWARD: backpropagate}[move.kind](move.micro_batch)
+    ledger.phase = Phase.BACKWARD
+    replica.after_micro_batches()
     ledger.phase = Phase.OPTIMIZER
     replica.before_update()
     if masters is not None:
@@ -177,6 +183,7 @@ def _stage(machine: Machine, model: Transformer, recipe: Recipe, size: Mapping[s
 def sharing_of(recipe: Recipe) -> Sharing:
     """How accelerators share a step of `recipe`."""
     mixed = recipe.precision == "bf16-fsdp"
+    apart = {TENSOR: recipe.tensor_parallel, EXPERT: recipe.expert_parallel, PIPELINE: bool(recipe.pipeline)}
     return Sharing(
         micro_batches=recipe.micro_batches,
         rank=recipe.rank,
@@ -187,7 +194,7 @@ def sharing_of(recipe: Recipe) -> Sharing:
         offload=recipe.offload,
         bucket_view=recipe.bucket_view,
         staged=bool(recipe.pipeline),
-        apart=(TENSOR,) * recipe.tensor_parallel + (PIPELINE,) * bool(recipe.pipeline),
+        apart=tuple(axis for axis, used in apart.items() if used),
     )
 
 

@@ -98,6 +98,8 @@ class Change:
 def single_changes(plan: Plan) -> Iterator[dict[str, Any]]:
     """Every single change of `plan`: another name for a field, or half the micro-batch with twice the accumulation."""
     for name, names in choices(Plan).items():
+        if name == "implementation":  # whose code runs is not a change of the recipe
+            continue
         yield from ({name: other} for other in names if other != getattr(plan, name))
     yield from ({f.name: not getattr(plan, f.name)} for f in fields(plan) if isinstance(getattr(plan, f.name), bool))
     if plan.checkpoint_every > 1:

@@ -72,9 +72,7 @@ def assumptions(m: ModelConfig, p: Plan, a: Accelerator, setup: Setup) -> tuple[
     Raises:
         ConfigError: as for `estimator.timing.speed.step_times`.
     """
-    if p.compile:
-        setup = replace(setup, variant=replace(setup.variant, fused=FUSED.fused))
-
+    setup = setup.of(p)
     own = setup.stack_factor
 
     def seconds(changed: Setup) -> float:

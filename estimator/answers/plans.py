@@ -63,7 +63,7 @@ class Option:
         kilowatt_hours, co2_kg: None where the power is not published.
         mfu: model FLOPs utilisation.
         needed: bytes on one accelerator.
-        best: no other option is both cheaper and faster.
+        best: no other option is better in both of `Plans.trade`.
     """
 
     name: str
@@ -112,19 +112,23 @@ class Plans:
     Attributes:
         options: best first.
         sort: what is best: "cost", "time" or "size".
+        trade: the two that options trade for each other: hours for dollars where all do the same; hours, or dollars
+            where only time is limited, for size where it is looked for.
         refused: how many pairs of accelerator and count were left out, by reason.
         assumptions: what was not given, as sentences with sources.
     """
 
     options: tuple[Option, ...]
     sort: str
+    trade: tuple[str, str]
     refused: Mapping[str, int]
     assumptions: tuple[str, ...]
 
     @property
     def front(self) -> tuple[Option, ...]:
-        """The Pareto front of cost and time, cheapest first."""
-        return tuple(sorted((o for o in self.options if o.best), key=lambda o: o.dollars or 0))
+        """The Pareto front of what is traded, cheapest first; where money is the limit, fastest first."""
+        first = COSTS["hours" if self.trade == ("hours", "size") else "dollars"]
+        return tuple(sorted((o for o in self.options if o.best), key=first))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain, JSON-ready."""
@@ -225,10 +229,10 @@ def plan(
             guess = option.parameters
             found.append(option)
     order = sort or ("size" if asked.searches else "cost")
-    front = _front(found)
+    front = _front(found, asked.trade)
     options = [replace(o, best=id(o) in front) for o in found]
     options.sort(key=_ORDERS[order])
-    return Plans(tuple(options), order, dict(refused), asked.assumptions(batch))
+    return Plans(tuple(options), order, asked.trade, dict(refused), asked.assumptions(batch))
 
 
 budget = plan  # the same question under the name of what most people begin with
@@ -238,11 +242,17 @@ class _RefusedError(Exception):
     """An accelerator and count that cannot do the run."""
 
 
-_ORDERS: dict[str, Callable[[Option], Any]] = {
-    "cost": lambda o: (math.inf if o.dollars is None else o.dollars, o.hours),
-    "time": lambda o: (o.hours, math.inf if o.dollars is None else o.dollars),
+# What there should be little of.
+COSTS: dict[str, Callable[[Option], float]] = {
+    "hours": lambda o: o.hours,
+    "dollars": lambda o: math.inf if o.dollars is None else o.dollars,
     # Sizes that differ by less than they are solved for are the same.
-    "size": lambda o: (-round(math.log(o.parameters * o.tokens) / (2 * SOLVED)), o.dollars or math.inf, o.hours),
+    "size": lambda o: -round(math.log(o.parameters * o.tokens) / (2 * SOLVED)),
+}
+_ORDERS: dict[str, Callable[[Option], Any]] = {
+    "cost": lambda o: (COSTS["dollars"](o), o.hours),
+    "time": lambda o: (o.hours, COSTS["dollars"](o)),
+    "size": lambda o: (COSTS["size"](o), COSTS["dollars"](o), o.hours),
 }
 
 
@@ -306,6 +316,13 @@ class _Asked:
     def searches(self) -> bool:
         """Whether the size or the tokens are what is looked for."""
         return self.model is None or (self.tokens is None and self.ratio is None)
+
+    @property
+    def trade(self) -> tuple[str, str]:
+        """What an option can be better in; where the size is looked for, the limit itself is spent by all."""
+        if not self.searches:
+            return "hours", "dollars"
+        return ("hours" if self.dollars is not None else "dollars"), "size"
 
     def wanted(self, parameters: int) -> float | None:
         """The tokens of a model of N parameters; None for as many as the limits buy."""
@@ -512,25 +529,15 @@ def _batch_tokens(parameters: float) -> float:
     return float(max(below, default=table[0]["tokens"]))
 
 
-def _front(options: Sequence[Option]) -> set[int]:
-    """Identities of the options of which no other is both cheaper and faster (and no smaller)."""
-    found = set()
-    for o in options:
-        if o.dollars is None:
-            continue
-        better = (
-            x
-            for x in options
-            if x is not o
-            and x.dollars is not None
-            and x.dollars <= o.dollars
-            and x.hours <= o.hours
-            and x.parameters * x.tokens >= (1 - SOLVED) * o.parameters * o.tokens
-            and (x.dollars, x.hours) != (o.dollars, o.hours)
-        )
-        if next(better, None) is None:
-            found.add(id(o))
-    return found
+def _front(options: Sequence[Option], trade: tuple[str, str]) -> set[int]:
+    """Identities of the options of which no other is at least as good in both of `trade`, and better in one."""
+    costs = {id(o): (COSTS[trade[0]](o), COSTS[trade[1]](o)) for o in options}
+    priced = {key: pair for key, pair in costs.items() if math.inf not in pair}
+    return {
+        key
+        for key, (one, other) in priced.items()
+        if not any(x <= one and y <= other and (x, y) != (one, other) for x, y in priced.values())
+    }
 
 
 def _amount(field: str, value: float, least: float = 0.0) -> float:

@@ -11,6 +11,8 @@ from estimator.answers.estimates import estimate
 from estimator.describe.checks import ConfigError
 from estimator.describe.plan import Plan
 from estimator.describe.presets import preset, presets, written_from
+from estimator.describe.run import Run
+from estimator.describe.settings import settings
 
 if TYPE_CHECKING:
     from estimator.answers.estimates import Estimate
@@ -32,6 +34,8 @@ class Request:
         mfu: model FLOPs utilisation; None to have it predicted, where the library can.
         steps: optimizer steps of the run.
         global_batch_size: sequences in a step of the whole job.
+        network, network_latency, attention_kernel, torch_version, clock, overlap, wide, padding: what a predicted time
+            rests on (`settings(Run)` says what each is).
     """
 
     name: str
@@ -42,17 +46,21 @@ class Request:
     mfu: float | None = None
     steps: int | None = None
     global_batch_size: int | None = None
+    network: str | float | None = None
+    network_latency: float | None = None
+    attention_kernel: str | None = None
+    torch_version: str | None = None
+    clock: float | None = None
+    overlap: bool = True
+    wide: tuple[str, ...] = ()
+    padding: float = 0.0
 
     @property
     def run(self) -> dict[str, Any]:
         """The keyword arguments of `estimate` that are not at their defaults."""
-        given = {
-            "mfu": self.mfu,
-            "steps": self.steps,
-            "global_batch_size": self.global_batch_size,
-            "count": self.count if self.count != 1 else None,
-        }
-        return {name: value for name, value in given.items() if value is not None}
+        given = {name: getattr(self, name) for name in settings(Run)}
+        usual = {name: setting.default for name, setting in settings(Run).items()} | {"count": 1}
+        return {name: value for name, value in given.items() if value != usual[name]}
 
     @property
     def base(self) -> str | None:
@@ -104,7 +112,7 @@ class Request:
             if isinstance(value, bool):
                 words.append(f"--{flag}" if value else f"--no-{flag}")
             else:
-                words += [f"--{flag}", str(value)]
+                words += [f"--{flag}", ",".join(value) if isinstance(value, tuple) else str(value)]
         return shlex.join(words)
 
 

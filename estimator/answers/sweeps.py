@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from estimator.answers.request import Request
+    from estimator.timing.speed import Setup
 
     Array = NDArray[np.float64]
 
@@ -140,8 +141,9 @@ def sweep(
         raise ConfigError(f"axes = {', '.join(axes) or 'none'}: must be one or two of {', '.join(AXES)}")
     for name in axes:
         choose("axis", name, AXES)
-    if request.plan.tensor_parallel > 1:
-        raise ConfigError(f"tensor_parallel = {request.plan.tensor_parallel}: sweeps are of whole models; allowed: 1")
+    for name in ("tensor_parallel", "context_parallel", "expert_parallel"):
+        if (ranks := getattr(request.plan, name)) > 1:
+            raise ConfigError(f"{name} = {ranks}: sweeps are of whole models and sequences; allowed: 1")
     given = {name: whole_numbers(name, values, limits(ModelConfig, Plan, Run)[name]) for name, values in axes.items()}
     if math.prod(map(len, given.values())) > POINTS:
         raise ConfigError(f"points = {math.prod(map(len, given.values()))}: must be at most {POINTS:,}")
@@ -182,7 +184,7 @@ def sweep(
     if r.time is not None:
         steps = grid.get("steps", r.time.steps or 1)
         if r.time.predicted:
-            seconds = _seconds(request, every, turns, count)
+            seconds = _seconds(request, r.setup, every, turns, count)
         else:
             seconds = flops / (r.time.mfu * r.time.peak_flops * count)
         found["seconds"] = seconds
@@ -238,7 +240,9 @@ def _peak(
     return out
 
 
-def _seconds(request: Request, sizes: Mapping[str, Any], turns: NDArray[np.int64], count: NDArray[np.int64]) -> Array:
+def _seconds(
+    request: Request, setup: Setup, sizes: Mapping[str, Any], turns: NDArray[np.int64], count: NDArray[np.int64]
+) -> Array:
     """Predicted seconds of a step at each point: those with the same kernels and the same number of them at once."""
     device = accelerator(request.gpu)
     every = {name: np.broadcast_to(x, len(count)) for name, x in sizes.items()}
@@ -249,7 +253,7 @@ def _seconds(request: Request, sizes: Mapping[str, Any], turns: NDArray[np.int64
         here = {name: x[points] for name, x in every.items()}
         for form, alike in steps.accounts(here):
             some = {name: x[alike] for name, x in here.items()}
-            out[points[alike]] = sum(times(form, some, plan, device).values())
+            out[points[alike]] = sum(times(form, some, plan, device, setup).values())
     return out
 
 
@@ -281,7 +285,7 @@ def point(request: Request, at: Mapping[str, int]) -> Request:
 
 def python(request: Request, axes: Mapping[str, tuple[int, int, int, bool]], price: float | None = None) -> str:
     """Python that computes `sweep`; an axis is (least, most, points, logarithmic)."""
-    fields = (request.gpu, request.count, request.mfu, request.steps, request.global_batch_size)
+    run = "".join(f", {name}={value!r}" for name, value in request.run.items())
     ranges = [
         f'    "{name}": axis_values(request, "{name}", {least}, {most}, {points}, logarithmic={logarithmic}),'
         for name, (least, most, points, logarithmic) in axes.items()
@@ -293,7 +297,7 @@ def python(request: Request, axes: Mapping[str, tuple[int, int, int, bool]], pri
             "from estimator.answers.sweeps import axis_values, sweep",
             "",
             *request.python().splitlines()[2:4],
-            f'request = Request("{request.name}", model, plan, {", ".join(map(repr, fields))})',
+            f'request = Request("{request.name}", model, plan, {request.gpu!r}{run})',
             "axes = {",
             *ranges,
             "}",

@@ -71,6 +71,7 @@ class Run:
         "Between nodes, bytes/s of one accelerator in one direction, or the name of a well-known cluster (`estimate "
         "list networks`).",
         optional="12.5 GB/s, or the accelerator's own if less",
+        label="Network between nodes",
         parse=_network,
     )
     network_latency: float | None = number(
@@ -78,17 +79,20 @@ class Run:
         "Seconds of one hop between nodes.",
         most=1,  # second; above it a number is in another unit
         optional="2.8 times one inside, as NCCL reckons",
+        label="Latency of a hop, s",
     )
     attention_kernel: str | None = text(
         None,
         "The fused attention whose timings count: flash-1, flash-2, flash-3 or cudnn, as far as timings of it are "
         "published for the architecture.",
         optional="what PyTorch picks",
+        label="Attention kernel timed",
     )
     torch_version: str | None = text(
         None,
         "PyTorch's version, such as 2.1: before 2.2 its flash attention is the first generation.",
         optional="2.2 or later",
+        label="PyTorch version",
         parse=_version,
     )
     clock: float | None = number(
@@ -97,15 +101,29 @@ class Run:
         least=100,
         most=10_000,
         optional="the datasheet's boost clock",
+        label="Clock, MHz",
     )
     overlap: bool = flag(
-        "Gradients are summed over the accelerators while backward goes on; else when it is over.", default=True
+        "Gradients are summed over the accelerators while backward goes on; else when it is over.",
+        default=True,
+        label="Gradients overlap backward",
     )
     wide: tuple[str, ...] = text(
         (),
         "What the software computes in fp32 in a model of 16 bits, with commas: norm, rotation (transformers, "
         "torchtune and torchtitan do both); by default nothing, as the trainer here.",
         parse=_wide,
+        label="Computed in fp32",
+    )
+
+    padding: float = number(
+        0.0,
+        "Share of a batch's tokens that are padding: they are stored and computed as all others are, and are no text. "
+        "Packed sequences have next to none.",
+        least=0,
+        most=1,
+        below=True,
+        label="Padding, share",
     )
 
     def __post_init__(self) -> None:

@@ -30,6 +30,12 @@ NEEDS = (
         ("optimizer", ("adamw", "adam", "sgd", "sgd-momentum", "lion")),
     ),
 )
+SEQUENCE = (
+    Needs(
+        "shares_matrices", (True,), "tensor_parallel is {tensor_parallel}", say="allowed with tensor_parallel above 1"
+    ),
+    *known_with(("pipeline_parallel", (1,))),
+)
 
 
 def check_model(p: Plan, m: ModelConfig) -> None:
@@ -53,6 +59,10 @@ def check_model(p: Plan, m: ModelConfig) -> None:
         if has:
             raise ConfigError(f"tensor_parallel = {ranks}: how {name} is shared out is not known; allowed is 1")
     sizes = {"num_heads": m.num_heads, "num_kv_heads": m.kv_heads, "d_ff": m.f}
+    if p.sequence_parallel:
+        sizes["seq_len"] = p.tokens(m)  # as parts that `DTensor.from_local` takes to be alike
+        if not parts.ends.final_norm:
+            raise ConfigError("sequence_parallel = True: is known of models with a final_norm; allowed is False")
     for name, size in sizes.items():
         if size % ranks:
             raise ConfigError(f"tensor_parallel = {ranks}: must divide {name}, which is {size}")

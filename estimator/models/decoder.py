@@ -9,13 +9,14 @@ from estimator.eager.ledger import Category
 from estimator.eager.letters import ONE
 from estimator.eager.losses import chunked_cross_entropy
 from estimator.eager.pointwise import soft_cap
-from estimator.eager.tensor import Locals
+from estimator.eager.tensor import Locals, arguments
 from estimator.models.adapters import adapt
 from estimator.models.block import Block
 from estimator.models.layers import BlockKind, Embedding, Head, Linear, Module, dropout
 from estimator.models.masks import attention_kinds, build_mask
 from estimator.models.norms import build_norm
 from estimator.models.positions import Positions, Sinusoids, alibi_bias
+from estimator.parallel.sequence import cut, to_whole
 
 if TYPE_CHECKING:
     from estimator.eager.letters import Size
@@ -57,6 +58,8 @@ class Transformer(Module):
             self.blocks.append(self.child(Block(machine, index, recipe, kind)))
         normed = parts.ends.final_norm and leaves
         self.final_norm = self.child(build_norm(machine, "final_norm", norm, d) if normed else None)
+        if self.final_norm is not None and recipe.sequence_parallel:
+            to_whole(self.final_norm, size["T"])
         self.project_out = self.child(
             Linear(machine, "project_out", d, width, bias=False) if projects and leaves else None
         )
@@ -97,7 +100,7 @@ class Transformer(Module):
 
     def forward(self, v: Locals, ids: Tensor, targets: Tensor | None = None) -> Tensor:
         length = ids.shape[1]
-        v.x = dropout(self.embedded(ids), self.recipe) if self.recipe.enters else ids
+        v.x = self.entered(ids) if self.recipe.enters else ids
         masks = self.masks(v, length)
         v.cos = v.sin = None
         if self.recipe.rotates:
@@ -113,6 +116,15 @@ class Transformer(Module):
             stretch = v.scale if everywhere or not kind.layer.rotates else None
             v.x = block(v.x, masks[kind.layer.attention], v.bias, *turn, stretch)
         return self.logits_or_loss(self.leave(v.x), targets) if self.recipe.leaves else v.take("x")
+
+    def entered(self, ids: Tensor) -> Tensor:
+        """What goes into the first block; of a rank's own tokens where it has a part of them."""
+        x = self.embedded(ids)
+        if not self.recipe.sequence_parallel:
+            return dropout(x, self.recipe)
+        with arguments((x,)) as results:
+            results.append(dropout(cut(x), self.recipe))
+        return results[0]
 
     def embedded(self, ids: Tensor) -> Tensor:
         """What goes into the first block, before dropout."""
@@ -132,13 +144,14 @@ class Transformer(Module):
         """The mask of each kind of attention, held as names of the frame; ALiBi's bias is `v.bias`."""
         machine, naive = self.machine, self.recipe.attention.startswith("naive")
         alibi = self.parts.positions.kind == "alibi"
-        kinds = attention_kinds(machine, [kind.layer for kind in self.kinds], length)
+        keys = machine.shapes.letters["T"] if self.recipe.context_parallel else None
+        kinds = attention_kinds(machine, [kind.layer for kind in self.kinds], keys or length)
         made: dict[str, Tensor | None] = {}
         for kind in dict.fromkeys(kinds.values()):
-            mask = build_mask(v.x, kind, length, naive=naive or alibi)
+            mask = build_mask(v.x, kind, length, keys, naive=naive or alibi)
             setattr(v, f"{kind}_mask", mask)
             made[kind] = mask
-        v.bias = alibi_bias(self.tables[0], length, machine.autocast_dtype or v.x.dtype) if alibi else None
+        v.bias = alibi_bias(self.tables[0], keys or length, machine.autocast_dtype or v.x.dtype) if alibi else None
         if alibi and not naive:
             for kind, mask in made.items():
                 assert mask is not None

@@ -16,11 +16,12 @@ from estimator.eager.indexing import normalized_rows
 from estimator.eager.linalg import linear
 from estimator.eager.repetition import TURNS, executed_of, layout
 from estimator.eager.tensor import Locals, Machine, Tensor, arguments
-from estimator.parallel.placement import TENSOR
+from estimator.parallel.placement import TENSOR, counted_whole
+from estimator.parallel.sequence import scattered
 from estimator.parallel.tensor import as_partial, entering, leaving
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
 
     from estimator.describe.parts import Layer, Parts, Pattern
@@ -143,6 +144,10 @@ class Recipe:
     bucket_view: bool = False  # DDP's gradients are views of its buckets
     in_backward: bool = False  # each parameter is updated as soon as its gradient is there
     rank: int = 0  # which of those that share the shards
+    context_parallel: bool = False
+    expert_parallel: bool = False
+    imbalanced: bool = False  # an expert gets more rows than others
+    expert_rank: int = 0  # which of those that share the experts
     tensor_parallel: bool = False
     pipeline: str = ""  # the schedule of a pipeline
     megatron: bool = False
@@ -209,6 +214,7 @@ class Module:
             self.where = machine.ledger.here
         self.owned: list[Tensor | Module] = []
         self.checkpointed = self.selective = False
+        self.layout: Callable[..., Any] | None = None  # how DTensor hands it its input and takes its result
         self.unit: Unit | None = None
 
     def parameter(self, *shape: Size, trained: bool = True) -> Tensor:
@@ -237,6 +243,10 @@ class Module:
                 yield from x.parameters()
 
     def __call__(self, *args: Any) -> Any:
+        return self.called(*args) if self.layout is None else self.layout(self.called, *args)
+
+    def called(self, *args: Any) -> Any:
+        """`run`, checkpointed or not."""
         return checkpoint(self.run, *args, selective=self.selective) if self.checkpointed else self.run(*args)
 
     def run(self, *args: Any) -> Any:
@@ -263,29 +273,33 @@ class Linear(Module):
     """x W^T (+ b); under tensor parallelism a rank has a part of the columns of what comes out, or of what goes in."""
 
     cut: str | None = None
+    sequence = False
 
     def __init__(self, machine: Machine, name: str, d_in: Size, d_out: Size, *, bias: bool) -> None:
         super().__init__(machine, name)
         self.weight = self.parameter(d_out, d_in)
         self.bias = self.parameter(d_out) if bias else None
 
-    def cut_by(self, what: str, whole: Size) -> Linear:
-        """This layer as a rank has it, `whole` wide where it is cut: by "output" or by "input"."""
-        self.cut, ledger = what, self.machine.ledger
+    def cut_by(self, what: str, whole: Size, *, sequence: bool = False) -> Linear:
+        """This layer as a rank has it, `whole` wide where it is cut: by "output" or by "input".
+
+        With `sequence` its other side is a rank's part of the tokens, which the module around it has gathered.
+        """
+        self.cut, self.sequence = what, sequence
         dimension = 0 if what == "output" else 1
         for p in (self.weight, *(() if self.bias is None or what == "input" else (self.bias,))):
             p.placement = {TENSOR: dimension}
             shape = [whole if i == dimension else n for i, n in enumerate(p.shape)]
-            at = ledger.parameters.index((p.storage.where, p.numel))
-            ledger.parameters[at] = (p.storage.where, self.machine.product(tuple(shape)))
+            counted_whole(p, shape)
         return self
 
     def forward(self, v: Locals, x: Tensor) -> Tensor:
         if self.cut is None:
             return linear(x, self.weight, self.bias)
         if self.cut == "output":
-            return linear(entering(x), self.weight, self.bias)
-        return leaving(linear(x, self.weight, self.bias, as_partial))
+            return linear(x if self.sequence else entering(x), self.weight, self.bias)
+        out = linear(x, self.weight, self.bias, as_partial)
+        return scattered(out) if self.sequence else leaving(out)
 
 
 class Embedding(Module):

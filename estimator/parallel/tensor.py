@@ -16,6 +16,8 @@ from estimator.eager.tensor import Tensor, op
 from estimator.parallel.placement import TENSOR
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from estimator.eager.letters import Size
     from estimator.eager.tensor import Machine
 
@@ -60,3 +62,17 @@ def all_reduced(x: Tensor) -> Tensor:
 def as_partial(bias: Tensor) -> Tensor:
     """`_replicate_to_partial`: what is added on every rank is divided by their number; autograd knows nothing of it."""
     return with_number("div", bias)
+
+
+def sum_partial_gradients(parameters: Sequence[Tensor]) -> None:
+    """`redistribute` of gradients that are `Partial`, one after the other, to what their parameters are: whole.
+
+    That of a weight which works on each rank on other heads or other tokens.
+    """
+    for p in parameters:
+        if p.partial and p.grad is not None:
+            before, where = p.grad, p.storage.where
+            with p.machine.ledger.at(where.module, where.block, "redistribute"):
+                p.grad = all_reduced(before).hold()
+                p.grad.storage.category = before.storage.category
+                before.drop()

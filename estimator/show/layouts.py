@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from estimator.answers.found_layouts import Layouts, Option
+    from estimator.describe.model import ModelConfig
 
 ROWS = 12
 HEADER = ("", "layout", "micro-batch", "checkpointing", "step", "tokens/s each", "MFU", "needs", "free",
@@ -75,6 +76,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--rows", type=int, default=ROWS, help="rows to print (default: %(default)s)")
     return p
+
+
+def command(
+    name: str, model: ModelConfig, plan: Plan, gpu: str, count: int, sequences: int, price: float | None
+) -> str:
+    """The command that prints the layouts of `plan`, `LAID_OUT` or `MEGATRON` with a length of its own."""
+    from estimator.answers.request import Request  # noqa: PLC0415 - sympy, which --help does without
+
+    given = plan if plan.implementation == "megatron" else Plan(seq_len=plan.seq_len)  # which says with what it goes
+    asked = Request(name, model, given, gpu, count, global_batch_size=sequences).command()
+    paid = "" if price is None else f" --price {price:g}"
+    return asked.replace("estimate ", "estimate layouts ", 1) + paid
 
 
 def _progress(done: float) -> None:

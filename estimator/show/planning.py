@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from estimator.describe.checks import shown
 from estimator.describe.units import SECONDS_PER_HOUR
@@ -15,11 +16,27 @@ from estimator.show.commands import Parser
 from estimator.show.formatting import STRATEGIES, count, dollars, duration, in_columns, prefixed
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from estimator.answers.plans import Option, Plans
 
 ROWS = 12
+# What is said of the others, of the options that are best in what they trade.
+TRADES = {
+    ("hours", "dollars"): "is both cheaper and faster",
+    ("hours", "size"): "trains more in less time",
+    ("dollars", "size"): "trains more for less money",
+}
+# The option of the command for each argument of `estimator.plan`.
+OPTIONS = {
+    "dollars": "--budget",
+    "days": "--max-days",
+    "tokens": "--tokens",
+    "parameters": "--parameters",
+    "tokens_per_parameter": "--tokens-per-parameter",
+    "price": "--price",
+    "sort": "--sort",
+}
 
 
 def run(argv: Sequence[str]) -> int:
@@ -88,6 +105,29 @@ def _number(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{shown(text)}: must be a number") from None
 
 
+def command(asked: Mapping[str, Any]) -> str:
+    """The command that prints what `estimator.plan(**asked)` answers."""
+    words = ["estimate", "plan", *([asked["model"]] if "model" in asked else [])]
+    for name, flag in OPTIONS.items():
+        if name in asked:
+            words += [flag, _digits(asked[name])]
+    return shlex.join(words)
+
+
+def python(asked: Mapping[str, Any]) -> str:
+    """Python that computes what `estimator.plan(**asked)` answers."""
+    given = ", ".join(f"{name}={_digits(x) if isinstance(x, float) else repr(x)}" for name, x in asked.items())
+    return f"import estimator as est\n\nfound = est.plan({given})\nprint(found.to_frame())"
+
+
+def _digits(value: object) -> str:
+    """A number in as few digits as say it exactly."""
+    if not isinstance(value, float):
+        return str(value)
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)
+
+
 def headline(found: Plans) -> str:
     """The answer in a sentence or two."""
     if not found.options:
@@ -116,7 +156,7 @@ def said(found: Plans, rows: int) -> str:
         table = [HEADER, *(row(o) for o in found.options[:rows])]
         lines += in_columns(table, LEFT)
         more = len(found.options) - rows
-        lines += ["", "* no other is both cheaper and faster." + (f" {more} more: --rows." if more > 0 else "")]
+        lines += ["", f"* no other {TRADES[found.trade]}." + (f" {more} more: --rows." if more > 0 else "")]
     lines += [f"Assumed: {text}." for text in found.assumptions]
     if found.refused:
         total = sum(found.refused.values())

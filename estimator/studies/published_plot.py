@@ -7,14 +7,14 @@ from xml.sax.saxutils import escape
 import numpy as np
 
 from estimator.studies.published import judged
-from estimator.studies.runs import NAMES, SOURCES
+from estimator.studies.runs import NAMES
 
 WIDTH, HEIGHT, LEFT, BOTTOM, MARGIN = 660, 480, 84, 48, 36
 COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e45756", "#72b7b2", "#9d755d", "#bab0ac")
 
 
 def plot() -> str:
-    """Predicted against measured tokens per second as SVG, both axes logarithmic, one colour a source."""
+    """Predicted against measured tokens per second as SVG, both axes logarithmic, one colour a source's name."""
     found = judged()
     values = [x for j in found for x in (j.run.measured, j.predicted)]
     low, high = np.floor(np.log10(min(values))), np.ceil(np.log10(max(values)))
@@ -45,16 +45,17 @@ def plot() -> str:
         ends = (max(least, least / factor), min(most, most / factor))
         dashed = 'stroke="#888888" stroke-dasharray="4 4"'
         parts.append(line(x(ends[0]), y(ends[0] * factor), x(ends[1]), y(ends[1] * factor), dashed))
-    colour = dict(zip(SOURCES, COLOURS, strict=False))
+    colour = dict(zip(dict.fromkeys(NAMES.values()), COLOURS, strict=False))
     for j in found:
         text = f"{j.run.row['model']} on {j.run.accelerator}: {j.run.measured:,.0f}, predicted {j.predicted:,.0f}"
+        fill = colour[NAMES[j.run.source]]
         parts.append(
-            f'<circle cx="{x(j.run.measured):.1f}" cy="{y(j.predicted):.1f}" r="3.5" fill="{colour[j.run.source]}" '
+            f'<circle cx="{x(j.run.measured):.1f}" cy="{y(j.predicted):.1f}" r="3.5" fill="{fill}" '
             f'fill-opacity="0.6"><title>{escape(text)}</title></circle>'
         )
-    for turn, (source, name) in enumerate(NAMES.items()):
+    for turn, name in enumerate(colour):
         at_y = MARGIN + 18 + 18 * turn
-        parts.append(f'<circle cx="{LEFT + 16}" cy="{at_y - 4}" r="4" fill="{colour[source]}"/>')
+        parts.append(f'<circle cx="{LEFT + 16}" cy="{at_y - 4}" r="4" fill="{colour[name]}"/>')
         parts.append(f'<text x="{LEFT + 26}" y="{at_y}">{escape(name)}</text>')
     middle = (LEFT + WIDTH - MARGIN) / 2
     parts.append(

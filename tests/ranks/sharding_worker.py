@@ -10,9 +10,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from estimator.describe.model import ModelConfig
 from estimator.describe.plan import Plan
+from trainer.model.router import Router
 from trainer.parallel.distributed import World
 from trainer.referee.replicas import PipelineStep, SharedStep, measure_shared, messages
 
@@ -28,6 +30,10 @@ def losses(m, p, world):
         step = PipelineStep(m, p, world)
         return [step.losses() for _ in range(3)]
     step = SharedStep(m, p, world)
+    if p.expert_parallel > 1:  # each sees others, and routers choose
+        step.inputs = tuple(x.roll(world.rank, 1) for x in step.inputs)
+        for router in (x for x in step.model.modules() if isinstance(x, Router)):
+            router.routing = "learned"
     found = []
     for _ in range(3):
         loss = step.forward()
@@ -35,6 +41,15 @@ def losses(m, p, world):
         step.backward(loss)
         step.update()
     return found
+
+
+def gradients(m, p, world):
+    """name -> the whole gradient of each parameter after a step's micro-batches, flat."""
+    step = SharedStep(m, p, world)
+    step.micro_batches()
+    step.held.gather_gradients()
+    whole = {name: step.held.whole(name, x.grad) for name, x in step.held.named.items()}
+    return {name: (x.full_tensor() if isinstance(x, DTensor) else x).flatten().tolist() for name, x in whole.items()}
 
 
 def shapes(processes, shapes, world):
@@ -52,7 +67,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     world = World("cpu")
     source, target = map(Path, sys.argv[1:3])
-    of_steps = {"bytes": measure_shared, "messages": messages, "losses": losses}
+    of_steps = {"bytes": measure_shared, "messages": messages, "losses": losses, "gradients": gradients}
     ask = shapes if sys.argv[3] == "shapes" else of_plan(of_steps[sys.argv[3]])
     mine = [ask(*case, world) for case in json.loads(source.read_text())]
     everyones = [None] * world.size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from functools import cache
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 import estimator as est
 from estimator.answers.plans import COUNTS, count_parameters, plan, shaped
 from estimator.pricing.money import prices
-from estimator.show import commands
+from estimator.show import commands, planning
 
 CARDS = ("a100-80gb-sxm", "h100-80gb-sxm", "l40s-48gb")
 SOME = {"accelerators": CARDS, "counts": (1, 4, 8, 16)}
@@ -83,6 +84,40 @@ def test_the_order_and_the_front():
     assert [o.hours for o in front] == sorted((o.hours for o in front), reverse=True)
     assert list(answer.to_frame()["hours"]) == hours
     json.dumps(answer.to_dict(), allow_nan=False)
+
+
+@pytest.mark.parametrize("name", QUESTIONS)
+def test_the_best_are_those_that_no_other_beats_in_what_is_traded(name):
+    """Where a limit is spent by all, what is left to be better in is what is bought with it."""
+    asked, answer = QUESTIONS[name], found(name)
+    buys = {"money": ("hours", "size"), "a model and hours": ("dollars", "size")}
+    assert answer.trade == buys.get(name, answer.trade)
+    assert (answer.trade == ("hours", "dollars")) == (answer.sort == "cost")
+
+    def better(x, y):
+        """By more than sizes are solved for, which is some percent."""
+        if answer.trade[1] == "dollars":
+            return x.hours < y.hours and x.dollars < y.dollars
+        spent = answer.trade[0]
+        return getattr(x, spent) < getattr(y, spent) and x.parameters * x.tokens > 1.07 * y.parameters * y.tokens
+
+    assert answer.front
+    for o in answer.front:
+        assert not any(better(x, o) for x in answer.options)
+    if "dollars" in asked:
+        assert min(answer.options, key=lambda o: o.hours) in answer.front
+
+
+def test_what_a_page_asks_is_a_command_and_python(monkeypatch):
+    asked = {"dollars": 300.0, "days": 2.5, "tokens": 26.123456789e9, "model": "gpt2", "sort": "time", "price": "spot"}
+    said = {}
+    monkeypatch.setattr("estimator.answers.plans.plan", lambda model, **given: said.update(given, model=model))
+    monkeypatch.setattr(planning, "said", lambda *_: "")
+    assert commands.main(shlex.split(planning.command(asked))[1:]) == 0
+    assert {name: said[name] for name in asked} == asked
+    words = planning.python(asked).partition("est.plan(")[2].partition(")\n")[0]
+    assert eval(f"dict({words})") == asked  # noqa: S307 - our own words
+    assert planning.command({"dollars": 5000.0}) == "estimate plan --budget 5000"
 
 
 @pytest.mark.parametrize("size", [2e7, 1.3e8, 1.3e9, 7e9, 7e10])

@@ -26,6 +26,18 @@ CASES = [
     Request("own", est.preset("qwen2.5-0.5b"), est.Plan(seq_len=512, max_grad_norm=1.0), "rtx-4090-24gb", mfu=0.4),
     Request("mistral-7b", est.preset("mistral-7b").replace(sliding_window=None), est.Plan(), "h200-141gb-sxm"),
     Request("gpt2-xl", GPT2.replace(sliding_window=256), est.Plan(attention="sdpa"), "h200-141gb-sxm"),
+    Request(
+        "llama-3-8b",
+        est.preset("llama-3-8b"),
+        est.Plan(precision="bf16-fsdp", sharding="zero3"),
+        "h100-80gb-sxm",
+        64,
+        network=6.25e9,
+        attention_kernel="flash-2",
+        clock=1_500,
+        overlap=False,
+        wide=("norm", "rotation"),
+    ),
     Request("llama-3-8b", est.preset("llama-3-8b").replace(d_ff=1000), est.Plan(optimizer="sgd"), "h200-141gb-sxm"),
 ]
 

@@ -102,21 +102,36 @@ def test_a_link_reaches_the_page_and_comes_back_as_its_command(name, value):
     assert parsed(shlex.split(asked.command()))[1] == plan
 
 
-@pytest.mark.parametrize("name", list(settings(Run)))
-def test_an_argument_of_a_run_is_an_option_of_the_command(name):
-    setting = settings(Run)[name]
-    value = {
-        "network": "infiniband-ndr-400",
-        "attention_kernel": "flash-2",
-        "torch_version": "2.1",
-        "wide": ("norm",),
-    }.get(name)
-    value = others(setting)[0] if value is None else value
+RUNS = {
+    name: {"network": "dgx-h100", "attention_kernel": "flash-2", "torch_version": "2.1", "wide": ("norm",)}.get(name)
+    or others(setting)[0]
+    for name, setting in settings(Run).items()
+} | {"overlap": False, "padding": 0.25}
+
+
+@pytest.mark.parametrize(("name", "value"), RUNS.items())
+def test_an_argument_of_a_run_is_an_option_of_the_command(name, value):
     flag = f"--{name.replace('_', '-')}"
     words = [f"--no-{flag[2:]}"] if value is False else [flag, *(value if isinstance(value, tuple) else [str(value)])]
     args = cli.parser().parse_args(["gpt2", *words])
     given = {name: getattr(args, name) for name in settings(Run) if getattr(args, name) is not None}
     assert getattr(Run(**given), name) == value
+
+
+@pytest.mark.parametrize(("name", "value"), [(n, v) for n, v in RUNS.items() if n != "mfu"])  # a link has per cent
+def test_what_the_time_rests_on_reaches_the_page_and_comes_back_as_its_command(name, value):
+    testing = pytest.importorskip("streamlit.testing.v1", reason="the page needs the app extra")
+    page = testing.AppTest.from_function(sidebar_alone, default_timeout=60)
+    said = value[0] if isinstance(value, tuple) else str(value).lower() if isinstance(value, bool) else str(value)
+    page.query_params |= {"model": "gpt2", name: said}
+    page.run()
+    assert [error.value for error in page.error] == []
+    asked = page.session_state["asked"].request
+    assert getattr(asked, name) == value
+    assert asked.run[name] == value
+    args = cli.parser().parse_args(shlex.split(asked.command())[1:])
+    assert getattr(Run(**{name: getattr(args, name)}), name) == value
+    assert f"{name}={value!r}" in asked.python()
 
 
 def test_each_size_of_a_model_is_an_option_of_the_command():

@@ -20,6 +20,8 @@ MISTRAL = Request(
 LINES = [
     (MISTRAL, "seq_len", [1, 512, 4096, 4097, 4104, 8192]),
     (PREDICTED, "batch_size", [1, 2, 8, 64]),
+    (replace(PREDICTED, network=3e9, count=16, clock=1_000.0, overlap=False), "batch_size", [1, 4]),
+    (replace(PREDICTED, plan=est.Plan(compile=True), wide=("norm",)), "batch_size", [4]),
     (PREDICTED, "seq_len", [1, 64, 1024]),
     (PREDICTED, "num_layers", [1, 2, 40]),
     (PREDICTED, "count", [1, 2, 16]),

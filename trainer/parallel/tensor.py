@@ -13,10 +13,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 from torch.distributed.tensor import Replicate, Shard, distribute_module
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 
 from trainer.model.attention import Attention
+from trainer.model.block import Block
 from trainer.model.feed_forward import GatedFeedForward
+from trainer.parallel.sequence import TOKENS, block_styles, cut_stream
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -46,15 +53,19 @@ COLUMNS = (
     *("ffn.gate", "ffn.up", "ffn.gate_up"),
 )
 ROWS = ("attention.out", "ffn.down")
+HEAD_NORMS = ("attention.q_norm", "attention.k_norm")
+HEADS = 2  # the dimension of theirs in what these take, (B, T, h, e)
 
 
-def tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+def tensor_parallel(model: nn.Module, mesh: DeviceMesh, *, sequence: bool = False) -> nn.Module:
     """`model`, of whose blocks' matrices each process of `mesh` has its part, in place.
 
     Projections that hold several matrices (q, k and v; gate and up) are put in an order in which each process's rows
-    are its part of each of them.
+    are its part of each of them. With `sequence` it has between them its part of the tokens.
     """
     size = mesh.size()
+    if sequence:
+        cut_stream(model, mesh)
     for block in model.get_submodule("blocks").children():
         attention, ffn = block.get_submodule("attention"), block.get_submodule("ffn")
         assert isinstance(attention, Attention)
@@ -67,7 +78,13 @@ def tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
         attention.widths = [width // size for width in attention.widths]
         named = dict(block.named_modules())
         styles: dict[str, ParallelStyle] = {name: Columns() for name in COLUMNS if name in named}
-        parallelize_module(block, mesh, styles | {name: Rows() for name in ROWS})
+        styles |= {name: Rows(output_layouts=TOKENS if sequence else None) for name in ROWS}
+        if sequence:
+            assert isinstance(block, Block)
+            styles = block_styles(block) | styles
+        if attention.part.qk_norm == "head":  # one weight for all heads: its gradient is a sum over the processes
+            styles |= {name: SequenceParallel(sequence_dim=HEADS, use_local_output=True) for name in HEAD_NORMS}
+        parallelize_module(block, mesh, styles)
     return model
 
 

@@ -228,7 +228,8 @@ def build_parts(
 ) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
     """(the model, ids and targets of so many sequences, by default a micro-batch), drawn from `seed`.
 
-    With an imbalance, routers deal tokens out by it.
+    With an imbalance, routers deal tokens out by it, and evenly where experts are shared out: elsewhere no byte depends
+    on it.
     """
     if p.implementation != "bundled":
         raise ConfigError(f"implementation = {p.implementation!r}: the trainer runs its own; allowed is bundled")
@@ -238,8 +239,9 @@ def build_parts(
     with torch.device(device):
         model = to_precision(build_model(m, p), p)
         ids, targets = (torch.randint(m.vocab_size, (sequences or p.batch_size, T)) for _ in range(2))
-    for router in (x for x in model.modules() if isinstance(x, Router) and p.imbalance > 1):
-        router.routing = p.imbalance
+    for router in (x for x in model.modules() if isinstance(x, Router)):
+        if p.imbalance > 1 or p.expert_parallel > 1:
+            router.routing = p.imbalance if p.imbalance > 1 else "even"
     return model, (ids, targets)
 
 
