@@ -191,7 +191,8 @@ def messages(m: ModelConfig, p: Plan, world: World, seed: int = 0) -> list[tuple
     """(kind, bytes, count): the collectives of a steady step of this process, as PyTorch's profiler sees them sent.
 
     gloo reduces and scatters by an all-reduce, which is no message of its own here. Of an all-to-all what comes or what
-    goes, whichever is more, counts. In a selective checkpoint, a dispatch mode, an operator is seen within itself again.
+    goes, whichever is more, counts. In a selective checkpoint, which is a dispatch mode, an operator is seen within
+    itself again.
     """
     step = SharedStep(m, p, world, seed)
     for _ in range(2):
