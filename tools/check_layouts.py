@@ -54,7 +54,7 @@ def staged(random: Random, stages: int = 2, **changes: Any) -> Case:
     if changes.get("sharding") == "none":  # DDP fails under PyTorch's GPipe
         p = p.replace(pipeline_schedule="1f1b", grad_accumulation=max(p.grad_accumulation, stages))
     if changes.get("sharding") == "zero2":
-        p = p.replace(precision=random.choice(["bf16-fsdp", p.precision]))
+        changes |= {"precision": random.choice(["bf16-fsdp", p.precision])}
     return m, p.replace(**changes)
 
 

@@ -69,7 +69,11 @@ def test_stages_of_shared_matrices_and_of_replicas_are_exact_too(tmp_path):
             model("llama", 4),
             Plan(batch_size=2, grad_accumulation=5, pipeline_parallel=2, optimizer="sgd", max_grad_norm=1.0, **axis),
         )
-        for axis in ({"tensor_parallel": 2}, {"data_parallel": 2})
+        for axis in (
+            {"tensor_parallel": 2},
+            {"tensor_parallel": 2, "sequence_parallel": True, "seq_len": 8},
+            {"data_parallel": 2},
+        )
     ]
     for _ in range(RUNS or 2):
         m, p = drawn(random, 2)
