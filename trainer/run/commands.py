@@ -16,6 +16,7 @@ from estimator.describe.checks import ConfigError
 from estimator.describe.model import ModelConfig
 from estimator.describe.plan import Plan
 from trainer.files.checkpoint import checkpoints, export_safetensors, read_checkpoint
+from trainer.files.contents import check_finite, check_model
 from trainer.files.prepare import END_OF_TEXT, PrepareConfig, prepare
 from trainer.model.decoder import build_model
 from trainer.model.generate import generate
@@ -104,11 +105,13 @@ def load_model(checkpoint: Path) -> tuple[Transformer, Path]:
             raise ConfigError(f"{path}: no checkpoint in it")
         path = found[-1]
     run = read_checkpoint(path / RUN_FILE if path.is_dir() else path).get("run", {})
-    if "model" not in run:
+    if not isinstance(run, dict) or "model" not in run:
         raise ConfigError(f"{path}: not written by `python -m trainer train`: it does not say which model it holds")
+    check_model(run["model"], str(path))
     m = ModelConfig(**run["model"])
     model = build_model(m, Plan(attention="sdpa" if m.unfused is None else "naive"))
     load_run(World("cpu"), path, Weights(model), None)
+    check_finite(model, str(path))
     return model.eval(), path.parent
 
 
