@@ -176,7 +176,12 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     POSIX's rename replaces in one step, so `path` is at every moment the old file or the new one, whole. Without the
     fsync before it, a power cut could leave the new name on data that never reached the disk; without the one after
     it, the old name.
+
+    Raises:
+        OSError: it cannot be written, or something stands there that is no file, such as a device.
     """
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path}: cannot be written: it is no file")
     part = path.with_name(path.name + ".part")
     try:
         write(part)

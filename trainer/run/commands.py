@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import torch
 import tyro
 
-from estimator.describe.checks import ConfigError
+from estimator.describe.checks import ConfigError, positive_int, shown
 from estimator.describe.model import ModelConfig
 from estimator.describe.plan import Plan
 from trainer.files.checkpoint import checkpoints, export_safetensors, read_checkpoint
@@ -22,8 +22,9 @@ from trainer.model.decoder import build_model
 from trainer.model.generate import generate
 from trainer.parallel.distributed import RUN_FILE, Weights, World, load_run
 from trainer.run.curve import curve
+from trainer.run.help import describe
 from trainer.run.lr_experiment import main as lr_experiment
-from trainer.run.settings import TrainConfig, load_config
+from trainer.run.settings import ModelSection, OptimSection, TrainConfig, load_config
 from trainer.run.train import TrainingError, train
 from trainer.system.heap import keep_freed_memory
 
@@ -79,6 +80,13 @@ class GenerateConfig:
     samples: int = 1
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        positive_int("samples", self.samples)
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed = {shown(self.seed)}: must be from 0 to 2^63 - 1")
+        if not self.prompt.isprintable() and any(0xD800 <= ord(x) < 0xE000 for x in self.prompt):
+            raise ConfigError(f"prompt = {shown(self.prompt)}: must be text in UTF-8")
+
 
 @dataclass(frozen=True, slots=True)
 class ExportConfig:
@@ -123,7 +131,10 @@ def generate_text(config: GenerateConfig) -> None:
     file = folder / "tokenizer.json"
     if not file.exists():
         raise ConfigError(f"{file}: no such file; a run keeps its tokenizer there")
-    tokenizer = Tokenizer.from_file(str(file))
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises nothing more particular
+        raise ConfigError(f"{file}: no tokenizer ({error})") from error
     end = tokenizer.token_to_id(END_OF_TEXT)
     if end is None:
         raise ConfigError(f"{file}: has no {END_OF_TEXT}; not made by `python -m trainer prepare`")
@@ -183,6 +194,7 @@ def run(command: str, arguments: Sequence[str]) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line: 0, or 2 and one sentence on standard error."""
     command, *rest = (sys.argv[1:] if arguments is None else arguments) or [""]
+    describe(PrepareConfig, TrainConfig, ModelSection, Plan, OptimSection, CurveConfig, GenerateConfig, ExportConfig)
     try:
         return run(command, rest)
     except (ConfigError, TrainingError, OSError) as error:
