@@ -58,7 +58,7 @@ def check_state(state: Any, optimizer: torch.optim.Optimizer, name: str) -> None
             values = state["state"].get(index, {})
             need(type(values) is dict, f"that of parameter {index} is a {type(values).__name__}")
             for key, value in values.items():
-                said = _wrong(value, parameter)
+                said = _wrong(key, value, parameter)
                 need(not said, f"{key} of parameter {index} {said}")
             kinds = _kinds(values)
             first = kept.setdefault((number, parameter.ndim > 1), kinds) if kinds else kinds
@@ -123,7 +123,7 @@ def _alike(value: Any, own: Any) -> bool:
     return type(value) is type(own)
 
 
-def _wrong(value: Any, parameter: Tensor) -> str:
+def _wrong(key: str, value: Any, parameter: Tensor) -> str:
     """What is wrong with a value that is kept of a parameter; nothing if it can be."""
     if value is None:
         return ""
@@ -131,20 +131,31 @@ def _wrong(value: Any, parameter: Tensor) -> str:
         return "" if 0 <= value < GREATEST else f"is {shown(value)}, must be a number of at least 0"
     if not isinstance(value, Tensor) or value.layout != torch.strided:
         return f"is a {type(value).__name__}, must be a tensor or a number"
-    if not _fits(value, parameter):
+    if not _fits(key, value, parameter):
         return f"has the shape {tuple(value.shape)}, the parameter has {tuple(parameter.shape)}"
-    if value.is_floating_point() and not bool(torch.isfinite(local(value)).all()):
+    if value.dtype != torch.uint8 if key in CODES else not value.is_floating_point():
+        return f"is of {str(value.dtype).removeprefix('torch.')}"
+    if key not in CODES and not bool(torch.isfinite(local(value)).all()):
         return "is not finite"
     return ""
 
 
-def _fits(value: Tensor, parameter: Tensor) -> bool:
-    """A scalar, a tensor of the parameter's shape, one with a dimension summed up (Adafactor's), or blocks' scales."""
-    if value.numel() <= 1 or value.shape == (-(-parameter.numel() // BLOCK),):
-        return True
-    return value.ndim == parameter.ndim and all(
-        n in (1, whole) for n, whole in zip(value.shape, parameter.shape, strict=True)
-    )
+CODES = ("code1", "code2")  # of the 8-bit AdamW, whose scales are of blocks
+SCALES = ("absmax1", "absmax2")
+SUMMED = {"row_var": -1, "col_var": -2}  # Adafactor's, and the dimension that is summed up
+
+
+def _fits(key: str, value: Tensor, parameter: Tensor) -> bool:
+    """Whether it has the shape of what is kept under that name: kernels take it for granted."""
+    if key == "step":
+        return value.numel() == 1
+    if key in SCALES:
+        return value.shape == (-(-parameter.numel() // BLOCK),)
+    if key in SUMMED and parameter.ndim > 1:
+        shape = list(parameter.shape)
+        shape[SUMMED[key]] = 1
+        return list(value.shape) == shape
+    return value.shape == parameter.shape
 
 
 def check_run(run: Any, name: str) -> None:
