@@ -143,13 +143,14 @@ def _headline(s: Setup, r: Estimate) -> None:
         return
     t = r.time
     each = f" ({figures(t.tokens_per_second_per_accelerator)} each)" if t.count > 1 else ""
+    text = f", of text {figures(t.text_tokens_per_second)}" if t.padding else ""
     turns = r.plan.grad_accumulation
     of = f"{turns:,} micro-batches of {r.plan.batch_size:,}" if turns > 1 else f"1 micro-batch of {r.plan.batch_size:,}"
     tokens = (t.steps or 1) * r.flops.sequences * r.plan.tokens(r.model)
     st.caption(
         f"{count(tokens)} tokens in {t.steps or 1:,} steps of {r.flops.sequences:,} sequences "
         f"({of} on each accelerator). {duration(t.seconds_per_step)} a step, {figures(t.tokens_per_second)} tokens/s"
-        f"{each}, {prefixed(r.flops.step, 'FLOP')} a step; MFU {'predicted' if t.predicted else 'given'} as "
+        f"{each}{text}, {prefixed(r.flops.step, 'FLOP')} a step; MFU {'predicted' if t.predicted else 'given'} as "
         f"{t.mfu:.1%} of {prefixed(t.peak_flops, 'FLOP/s')}. {sure.thin(r)}{' '.join(r.notes)}"
     )
 

@@ -188,10 +188,9 @@ def _rest_input(name: str, gpu: str) -> Any:
         return st.selectbox(**common, options=options, index=None, placeholder="by default", accept_new_options=True)
     if setting.kind == "text":
         return st.text_input(**common, value=None, placeholder="by default")
-    return st.number_input(
-        **common, min_value=float(setting.least), max_value=float(setting.most), value=None, placeholder="by default",
-        format="%g",
-    )  # fmt: skip
+    most = float(setting.most) - (0.01 if setting.below else 0.0)
+    common |= {"value": setting.default, "placeholder": "by default", "format": "%g"}
+    return st.number_input(**common, min_value=float(setting.least), max_value=most)
 
 
 def _machine() -> tuple[str, int]:

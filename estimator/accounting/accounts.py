@@ -14,7 +14,7 @@ from estimator.accounting.sizes import GIVEN, sizes_of
 from estimator.accounting.step import run_step
 from estimator.accounting.trace import Trace
 from estimator.accounting.vectorised import VectorisedPeak
-from estimator.describe import pipeline
+from estimator.describe import expert, pipeline
 from estimator.describe.checks import BLOCKS, ConfigError, check_figure, choose
 from estimator.describe.deepspeed import SUB_GROUP
 from estimator.describe.plan import FULLY_SHARDED
@@ -26,6 +26,7 @@ from estimator.eager.repetition import TURNS
 from estimator.eager.sizes import ShapeClass
 from estimator.models.attention import fused_kernel
 from estimator.models.layers import BlockOrder, Recipe
+from estimator.parallel.expert import IMBALANCE_UNIT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -161,8 +162,9 @@ def account(m: ModelConfig, p: Plan, device: str = "cuda", rank: int = 0) -> Acc
         m: the model.
         p: how it is trained.
         device: whose rules.
-        rank: of which of the p.data_parallel accelerators; the first holds the most, later ones may have fewer rows.
-            Of a pipeline, which stage.
+        rank: of which of the p.copies accelerators; the first holds the most, later ones may have fewer rows.
+            Of a pipeline, which stage; of those that share its parameters the second is stage + pipeline_parallel, and
+            so on.
 
     Raises:
         ConfigError: an unknown device, a rank that there is not, or a sequence longer than the model's positions.
@@ -179,7 +181,8 @@ def stage_account(m: ModelConfig, p: Plan, device: str, stage: int) -> Account:
 
 
 def sizes_for(m: ModelConfig, p: Plan, threads: int | None = None, stage: int = 0) -> Sizes:
-    """The number behind each letter of the legend for `m` run as `p`; of a pipeline those of a stage."""
+    """The number behind each letter of the legend for `m` run as `p`; of a pipeline those of an `account`'s rank."""
+    stage %= p.pipeline_parallel
     order = BlockOrder(m.rotating_pattern, p.checkpointing, p.checkpoint_every, p.selection, p.freezes_inputs)
     return Sizes(_sizes(m, p, threads, stage) | order.layout(m.num_layers // p.pipeline_parallel).values)
 
@@ -195,26 +198,31 @@ def _sizes(m: ModelConfig, p: Plan, threads: int | None, stage: int = 0) -> Size
         sizes = Sizes(sizes | {"D": p.data_parallel})
     if p.is_deepspeed:
         sizes = Sizes(sizes | {"b_r": p.reduce_bucket_size, "b_l": p.max_live_parameters, "b_s": SUB_GROUP})
-    return sizes if p.tensor_parallel == 1 else Sizes(sizes | {"t": p.tensor_parallel})
+    for name, ranks in (("t", p.tensor_parallel), ("c", p.context_parallel), ("x", p.expert_parallel)):
+        if ranks > 1:
+            sizes = Sizes(sizes | {name: ranks})
+    if p.expert_parallel > 1 and p.imbalance > 1:
+        sizes = Sizes(sizes | {"i": round(p.imbalance * IMBALANCE_UNIT)})
+    return sizes
 
 
 def recipe_of(m: ModelConfig, p: Plan, device: str, rank: int = 0) -> Recipe:
     """What of `m` and `p` decides which statements a step executes on `device`, the accelerator number `rank`."""
     tokens = p.tokens(m)
     pipeline.check_plan(p)
+    expert.check_plan(p)
     # Those of a tensor-parallel group are alike, and all replicas of a stage.
-    ranks = p.pipeline_parallel if p.is_pipeline else p.data_parallel
+    ranks = p.pipeline_parallel * p.shards if p.is_pipeline else p.copies
     if not 0 <= rank < ranks:
         raise ConfigError(f"rank = {rank}: there are {ranks}; allowed are 0 to {ranks - 1}")
-    if p.precision == "bf16-fsdp" and p.data_parallel == 1:
+    if p.precision == "bf16-fsdp" and p.copies == 1:
         raise ConfigError(
             "precision = 'bf16-fsdp': data_parallel is 1, and one accelerator shares with nobody; allowed are all "
             "other precisions"
         )
-    if p.offload != "none" and p.data_parallel == 1:
+    if p.offload != "none" and p.copies == 1:
         raise ConfigError(
-            f"offload = {p.offload!r}: data_parallel is 1, and it is a policy of fully_shard, among several; allowed "
-            "is none"
+            f"offload = {p.offload!r}: data_parallel is 1, and it is known of several accelerators; allowed is none"
         )
     recipe = Recipe(
         parts=m.made_of.statements(),
@@ -235,7 +243,7 @@ def recipe_of(m: ModelConfig, p: Plan, device: str, rank: int = 0) -> Recipe:
         # The second micro-batch adds to gradients that exist, and so do all after it; where gradients become views of
         # buckets, the last is another than those between.
         schedule=(
-            pipeline.executed(p, rank)
+            pipeline.executed(p, rank % p.pipeline_parallel)
             if p.is_pipeline
             else accumulation(min(p.grad_accumulation, 3 if _has_bucket_views(p) else 2))
         ),
@@ -254,19 +262,26 @@ def recipe_of(m: ModelConfig, p: Plan, device: str, rank: int = 0) -> Recipe:
         offload=p.offload != "none",
         bucket_view=_has_bucket_views(p),
         in_backward=p.update == "in-backward",
-        rank=0 if p.is_pipeline else rank % p.shards,
+        rank=(rank // p.pipeline_parallel if p.is_pipeline else rank) % p.shards,
+        context_parallel=p.context_parallel > 1,
+        imbalanced=p.expert_parallel > 1 and p.imbalance > 1,
+        expert_rank=rank % p.expert_parallel,
+        expert_parallel=p.expert_parallel > 1,
         tensor_parallel=p.tensor_parallel > 1,
         pipeline=p.pipeline_schedule if p.is_pipeline else "",
         stage=_stage(p, rank),
         megatron=p.implementation == "megatron",
         sequence_parallel=p.sequence_parallel,
+        vocabulary_parallel=p.vocabulary_parallel,
         virtual_stages=p.virtual_stages,
     )
-    masked = m.sliding_window is not None and tokens > m.sliding_window
+    window = m.sliding_window is not None and tokens > m.sliding_window
+    why = f"a sliding_window of {m.sliding_window}" if window else f"a context_parallel of {p.context_parallel}"
+    masked = window or p.context_parallel > 1
     if p.attention == "sdpa-flash" and fused_kernel("flash", device, masked=masked) != "flash":
         raise ConfigError(
-            f"attention = 'sdpa-flash': CUDA's takes no mask, which a sliding_window of {m.sliding_window} is at "
-            f"{tokens} tokens; allowed are naive, naive-fp32, sdpa, sdpa-math, sdpa-efficient"
+            f"attention = 'sdpa-flash': CUDA's takes no mask, which {why} is at {tokens} tokens; "
+            "allowed are naive, naive-fp32, sdpa, sdpa-math, sdpa-efficient"
         )
     return recipe
 
@@ -275,22 +290,23 @@ def _stage(p: Plan, stage: int) -> tuple[int, int]:
     """`Recipe.stage`: all stages between the first and the last are alike."""
     if not p.is_pipeline:
         return 0, 1
+    stage %= p.pipeline_parallel
     return min(stage, 1), 3 if 0 < stage < p.pipeline_parallel - 1 else 2
 
 
 def _parallel(p: Plan) -> str:
     """The key of `REPLICAS`."""
-    if p.data_parallel == 1:
+    if p.copies == 1:
         return "alone"
     if p.is_deepspeed:
-        return f"deepspeed-{p.sharding}"
+        return f"deepspeed-{p.sharding}{'-offload' if p.offload != 'none' else ''}"
     if p.sharding != "none":
         return p.sharding
     return "ddp-fp32" if p.fp32_gradients else "ddp"
 
 
 def _has_bucket_views(p: Plan) -> bool:
-    return p.gradient_as_bucket_view and p.data_parallel > 1
+    return p.gradient_as_bucket_view and p.copies > 1
 
 
 def account_at(recipe: Recipe, sizes: Mapping[str, int], device: str) -> Account:
@@ -452,7 +468,8 @@ class Account:
 
     def for_sizes(self, m: ModelConfig, p: Plan) -> Account:
         """This account, or the one of the shape class that `m` and `p` are in."""
-        return account(m, p, self.device, self.stage if self.recipe.pipeline else self.recipe.rank)
+        rank = max(self.recipe.rank, self.recipe.expert_rank)
+        return account(m, p, self.device, self.stage if self.recipe.pipeline else rank)
 
     def evaluate(self, m: ModelConfig, p: Plan, threads: int | None = None) -> Values:
         """The figures for `m` and `p`; `threads` are PyTorch's CPU threads, all cores by default.

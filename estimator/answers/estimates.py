@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -170,6 +170,7 @@ def estimate(
     clock: float | None = None,
     overlap: bool = True,
     wide: Collection[str] = (),
+    padding: float = 0.0,
     stack_factor: StackFactor | None = None,
 ) -> Estimate:
     """Everything about training `model` as `plan` says on an accelerator.
@@ -195,6 +196,7 @@ def estimate(
         overlap: gradients are summed over the accelerators while backward goes on; else when it is over.
         wide: what the software computes in fp32 in a model of 16 bits, "norm" and "rotation" (transformers, torchtune
             and torchtitan do both); by default nothing, as the trainer here.
+        padding: the share of a batch's tokens that are padding, which costs what text does.
         stack_factor: what `estimate calibrate --log` found on the user's own stack.
 
     Raises:
@@ -212,6 +214,7 @@ def estimate(
         clock=clock,
         overlap=overlap,
         wide=wide,  # type: ignore[arg-type]  # a declared text takes any collection of names
+        padding=padding,
     )
     m = preset(model) if isinstance(model, str) else model
     p = accumulated(replicated(plan if plan is not None else Plan(), run.count), run.global_batch_size)
@@ -227,8 +230,9 @@ def estimate(
     worst = max(range(len(stages)), key=lambda stage: stages[stage].needed, default=0)
     a, sizes = account(m, p, device.device, worst), sizes_for(m, p, threads, worst)
     values = a.values(sizes)
-    together = _alone(m, p, device.device, threads) if p.accelerators > p.data_parallel else values
-    own = together if p.is_pipeline else values
+    apart = p.accelerators > p.data_parallel or p.expert_parallel > 1
+    together = _alone(m, p, device.device, threads) if apart else values
+    own = together if p.is_pipeline or p.expert_parallel > 1 else values
     flops = Flops(
         own.forward_flops,
         own.backward_flops,
@@ -237,7 +241,7 @@ def estimate(
         run.global_batch_size or p.batch_size * p.grad_accumulation * p.data_parallel,
         p.batch_size,
         together.forward_flops + together.backward_flops - together.recompute_flops if own is not together else None,
-        p.tensor_parallel,
+        p.tensor_parallel * p.context_parallel,
     )
     setup = Setup(
         Variant(wide=frozenset(run.wide)),
@@ -262,6 +266,8 @@ def estimate(
             time = predicted(m, p, device, flops, together.active_parameters, run.steps, count, setup)
         except ConfigError as error:  # no peak, no link, no calibration: marked, never guessed
             said.append(f"No time is predicted: {error}.")
+    if time is not None:
+        time = replace(time, padding=run.padding)
     held = memory(a, values, sizes, device)
     said += notes_of_host(p, held.host, device.device)
     return Estimate(m, p, device, a, values, held, flops, time, tuple(said), setup, stages)
@@ -270,8 +276,9 @@ def estimate(
 def _alone(m: ModelConfig, p: Plan, device: str, threads: int | None) -> Values:
     """The figures of one accelerator with the whole model, which those compute together that share it."""
     alone = p.replace(
-        tensor_parallel=1, pipeline_parallel=1, pipeline_schedule="1f1b", virtual_stages=1, sequence_parallel=False
-    )
+        tensor_parallel=1, pipeline_parallel=1, pipeline_schedule="1f1b", virtual_stages=1, sequence_parallel=False,
+        context_parallel=1, expert_parallel=1, data_parallel=p.copies,
+    )  # fmt: skip
     return account(m, alone, device).values(sizes_for(m, alone, threads))
 
 
@@ -300,7 +307,7 @@ def replicated(plan: Plan, count: int | None) -> Plan:
     if count is None:
         return plan
     count = checked(Run, "count", count)
-    for name in ("tensor_parallel", "pipeline_parallel"):
+    for name in ("tensor_parallel", "pipeline_parallel", "context_parallel"):
         if count % getattr(plan, name):
             raise ConfigError(f"count = {count}: the plan's {name} is {getattr(plan, name)}; it must divide it")
     replicas = count * plan.data_parallel // plan.accelerators

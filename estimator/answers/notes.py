@@ -30,17 +30,17 @@ def notes(m: ModelConfig, p: Plan, global_batch_size: int | None) -> Iterator[st
         yield "Megatron-LM's implementation is a model after its source and papers, not compared with a run of it."
     elif p.is_deepspeed:
         yield (
-            f"DeepSpeed's implementation is a model after its source, not compared with a run of it; its bucket of "
-            f"{p.reduce_bucket_size:,} elements takes {p.reduce_bucket_size * 2 / GIB:.2f} GiB."
+            f"DeepSpeed's implementation is a model after its source, within a few per cent of small runs; its bucket "
+            f"of {p.reduce_bucket_size:,} elements takes {p.reduce_bucket_size * 2 / GIB:.2f} GiB."
         )
     elif p.shards > 1:
         yield SHARDING_NOTES[p.sharding]
     if m.num_experts is not None:
         routed = "all experts get equally many tokens" if p.imbalance == 1 else "one expert gets more than its share"
-        yield (
-            f"The time is that of a step in which {routed} (imbalance = {p.imbalance:g}); bytes and FLOPs are the same "
-            "whichever experts are chosen, as each accelerator holds all of them."
-        )
+        same = "bytes and FLOPs are the same whichever experts are chosen, as each accelerator holds all of them"
+        of = "The time is that" if p.expert_parallel == 1 else "Bytes and time are those"
+        why = f"; {same}" if p.expert_parallel == 1 else ", of the accelerator that gets the most"
+        yield f"{of} of a step in which {routed} (imbalance = {p.imbalance:g}){why}."
     if p.shards > 1 and p.sharding in FULLY_SHARDED and p.precision in ("bf16-mixed", "fp16-mixed"):
         yield (
             f"{p.precision} here is autocast under FSDP: parameters are gathered in fp32, and autocast keeps a 16-bit "
@@ -60,8 +60,8 @@ def notes_of_host(p: Plan, nbytes: int, device: str) -> Iterator[str]:
     """What the host keeps for an accelerator, of so many bytes."""
     if p.offload != "none" and device == "cuda":
         yield (
-            f"The host keeps {nbytes / GIB:,.2f} GiB for each accelerator (parameters, gradients, states, and "
-            "what the update takes), beside what its own system needs. It is not part of the accelerator's memory; "
+            f"The host keeps {nbytes / GIB:,.2f} GiB for each accelerator ({p.offload}, gradients, and what the update "
+            "takes), beside what its own system needs. It is not part of the accelerator's memory; "
             "pinned, each block takes up to the next power of two."
         )
 

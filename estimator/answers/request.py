@@ -34,8 +34,8 @@ class Request:
         mfu: model FLOPs utilisation; None to have it predicted, where the library can.
         steps: optimizer steps of the run.
         global_batch_size: sequences in a step of the whole job.
-        network, network_latency, attention_kernel, torch_version, clock, overlap, wide: what a predicted time rests on
-            (`settings(Run)` says what each is).
+        network, network_latency, attention_kernel, torch_version, clock, overlap, wide, padding: what a predicted time
+            rests on (`settings(Run)` says what each is).
     """
 
     name: str
@@ -53,6 +53,7 @@ class Request:
     clock: float | None = None
     overlap: bool = True
     wide: tuple[str, ...] = ()
+    padding: float = 0.0
 
     @property
     def run(self) -> dict[str, Any]:

@@ -30,12 +30,6 @@ NEEDS = tuple(
         ("pipeline_schedule", ("1f1b",)),
     )
 )
-SEQUENCE = (
-    Needs("implementation", ("megatron",), "it is known of Megatron's implementation"),
-    Needs(
-        "shares_matrices", (True,), "tensor_parallel is {tensor_parallel}", say="allowed with tensor_parallel above 1"
-    ),
-)
 VIRTUAL = (
     Needs("implementation", ("megatron",), "interleaved stages are known of Megatron's implementation"),
     Needs("is_pipeline", (True,), "pipeline_parallel is {pipeline_parallel}", say="allowed above 1"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from estimator.describe import deepspeed, megatron, pipeline, tensor
+from estimator.describe import context, deepspeed, expert, megatron, pipeline, tensor
 from estimator.describe.adapters import ALL, saved_listed, targets_listed
 from estimator.describe.checks import ConfigError, known_fields
 from estimator.describe.selection import Selection, parts_listed
@@ -338,13 +338,23 @@ class Plan:
                 "parameters, gradients and optimizer states, and the update runs there (fully_shard's "
                 "`CPUOffloadPolicy`): only what is gathered is on the accelerator"
             ),
+            "states": (
+                "masters, optimizer states and gradients, and the update runs there (DeepSpeed's offload_optimizer): "
+                "parameters stay on the accelerator"
+            ),
         },
+        draws=("none", "parameters"),
         needs=(
-            Needs("sharding", FULLY_SHARDED, "it is a policy of fully_shard"),
+            Needs("implementation", ("deepspeed",), "it is DeepSpeed's", values=("states",)),
+            Needs("sharding", ("zero1", "zero2"), "it is not known of ZeRO-3", values=("states",)),
+            Needs("max_grad_norm", (None,), "it is not known together with clipping", values=("states",)),
+            Needs("implementation", ("bundled",), "it is a policy of fully_shard", values=("parameters",)),
+            Needs("sharding", FULLY_SHARDED, "it is a policy of fully_shard", values=("parameters",)),
             Needs(
                 "precision",
                 ("fp32", "tf32", "bf16", "bf16-mixed", "bf16-fsdp"),
                 "the scaler or the masters of {precision!r} are the accelerator's",
+                values=("parameters",),
             ),
             Needs("tensor_parallel", (1,), "tensor_parallel is {tensor_parallel}"),
         ),
@@ -364,6 +374,23 @@ class Plan:
         most=10**6,
         draws=(1,),
         needs=tensor.NEEDS,
+    )
+    context_parallel: int = integer(
+        1,
+        "Accelerators that share each sequence: each has as many of its tokens in a row, and gathers keys and values "
+        "of all of them in attention. They are beside those of data_parallel, and share gradients and what is sharded "
+        "with these.",
+        most=10**6,
+        draws=(1,),
+        needs=context.NEEDS,
+    )
+    expert_parallel: int = integer(
+        1,
+        "Accelerators that share each layer's experts: each has a part of them, and each token goes to those that have "
+        "its experts and comes back (all-to-all). They are those of data_parallel, which see different data.",
+        most=10**6,
+        draws=(1,),
+        needs=expert.NEEDS,
     )
     pipeline_parallel: int = integer(
         1,
@@ -394,7 +421,13 @@ class Plan:
         "Between the shared matrices of tensor_parallel each accelerator has its part of the tokens (Korthikanti et "
         "al. 2022).",
         draws=(False,),
-        needs=megatron.SEQUENCE,
+        needs=tensor.SEQUENCE,
+    )
+    vocabulary_parallel: bool = flag(
+        "The accelerators of tensor_parallel share embedding and head too, by rows of the vocabulary, and take the "
+        "cross entropy of the parts of the logits that each has (`loss_parallel`).",
+        draws=(False,),
+        needs=tensor.VOCABULARY,
     )
     implementation: str = choice(
         "bundled",
@@ -408,7 +441,7 @@ class Plan:
             ),
             "deepspeed": (
                 "DeepSpeed's ZeRO 1 to 3: parameters and gradients of 16 bits, masters and states in fp32 shared out, "
-                "gradients summed in buckets. A model after its source, not compared with a run"
+                "gradients summed in buckets. A model after its source, within a few per cent of small runs"
             ),
         },
         draws=("bundled",),
@@ -445,7 +478,8 @@ class Plan:
     imbalance: float = number(
         1.0,
         "Of a model with experts, the rows of the most loaded expert over the mean of all. It moves the time of their "
-        "products; where an accelerator holds all experts, no byte and no FLOP depends on which are chosen.",
+        "products; where an accelerator holds all experts, no byte and no FLOP depends on which are chosen. With "
+        "expert_parallel the figures are those of the accelerator with that expert, to which more rows come.",
         least=1,
         most=10**6,
         draws=(1.0,),
@@ -499,9 +533,9 @@ class Plan:
             raise ConfigError(
                 f"optimizer_impl = {self.optimizer_impl!r}: {self.optimizer} has {', '.join(own)}; or leave it at auto"
             )
-        for name, whole in (("shard_group", self.data_parallel), ("reshard_after_forward", self.shards)):
+        for name, whole in (("shard_group", self.copies), ("reshard_after_forward", self.shards)):
             size = getattr(self, name)
-            if size is not None and (size < 2 or (self.data_parallel > 1 and whole % size)):
+            if size is not None and (size < 2 or (self.copies > 1 and whole % size)):
                 raise ConfigError(
                     f"{name} = {size}: must be at least 2 and divide the {whole} accelerators that share; "
                     "None is all of them"
@@ -558,6 +592,8 @@ class Plan:
         self.selection.check(model)
         tensor.check_model(self, model)
         pipeline.check_model(self, model)
+        context.check_model(self, model)
+        expert.check_model(self, model)
         megatron.check_model(self, model)
         parts = model.made_of
         most = 1.0
@@ -634,19 +670,24 @@ class Plan:
     @property
     def shared_by(self) -> str:
         """What several accelerators share their work by, `sharding`; or "one accelerator"."""
-        return self.sharding if self.data_parallel > 1 else "one accelerator"
+        return self.sharding if self.copies > 1 else "one accelerator"
 
     @property
     def shards(self) -> int:
         """D, how many accelerators share what is sharded; 1 where nothing is."""
-        if self.data_parallel == 1 or self.sharding == "none":
+        if self.copies == 1 or self.sharding == "none":
             return 1
-        return self.shard_group or self.data_parallel
+        return self.shard_group or self.copies
 
     @property
     def accelerators(self) -> int:
         """How many work together."""
-        return self.data_parallel * self.tensor_parallel * self.pipeline_parallel
+        return self.copies * self.tensor_parallel * self.pipeline_parallel
+
+    @property
+    def copies(self) -> int:
+        """How many have gradients of the same parameters, of other sequences or of other parts of them."""
+        return self.data_parallel * self.context_parallel
 
     @property
     def is_pipeline(self) -> bool:
@@ -671,7 +712,7 @@ class Plan:
     @property
     def replicas(self) -> int:
         """How many groups of `shards` accelerators there are."""
-        return self.data_parallel // self.shards
+        return self.copies // self.shards
 
     def replace(self, **changes: Any) -> Plan:
         """A copy with `changes`."""

@@ -116,6 +116,16 @@ class Run:
         label="Computed in fp32",
     )
 
+    padding: float = number(
+        0.0,
+        "Share of a batch's tokens that are padding: they are stored and computed as all others are, and are no text. "
+        "Packed sequences have next to none.",
+        least=0,
+        most=1,
+        below=True,
+        label="Padding, share",
+    )
+
     def __post_init__(self) -> None:
         check_values(self)
         if self.attention_kernel is not None and not isinstance(self.attention_kernel, str):

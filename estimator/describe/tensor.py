@@ -30,6 +30,18 @@ NEEDS = (
         ("optimizer", ("adamw", "adam", "sgd", "sgd-momentum", "lion")),
     ),
 )
+SEQUENCE = (
+    Needs(
+        "shares_matrices", (True,), "tensor_parallel is {tensor_parallel}", say="allowed with tensor_parallel above 1"
+    ),
+    *known_with(("pipeline_parallel", (1,))),
+)
+VOCABULARY = (
+    SEQUENCE[0],
+    Needs("implementation", ("bundled",), "Megatron's shares it without being asked"),
+    Needs("loss", ("torch", "torch-fp32"), "PyTorch's own cross entropy is known of shared logits"),
+    *known_with(("pipeline_parallel", (1,)), ("precision", ("fp32", "tf32", "bf16", "bf16-mixed", "bf16-fsdp"))),
+)
 
 
 def check_model(p: Plan, m: ModelConfig) -> None:
@@ -53,6 +65,16 @@ def check_model(p: Plan, m: ModelConfig) -> None:
         if has:
             raise ConfigError(f"tensor_parallel = {ranks}: how {name} is shared out is not known; allowed is 1")
     sizes = {"num_heads": m.num_heads, "num_kv_heads": m.kv_heads, "d_ff": m.f}
+    if p.sequence_parallel:
+        sizes["seq_len"] = p.tokens(m)  # as parts that `DTensor.from_local` takes to be alike
+        if not parts.ends.final_norm:
+            raise ConfigError("sequence_parallel = True: is known of models with a final_norm; allowed is False")
+    if p.vocabulary_parallel:
+        sizes["vocab_size"] = m.vocab_size
+        ends = {"embedding_dim": m.embedding_dim is not None, "ends.head_norm": parts.ends.head_norm}
+        for name, has in ends.items():
+            if has:
+                raise ConfigError(f"vocabulary_parallel = True: is not known with {name} of the model")
     for name, size in sizes.items():
         if size % ranks:
             raise ConfigError(f"tensor_parallel = {ranks}: must divide {name}, which is {size}")

@@ -44,6 +44,7 @@ class Node:
         "sequence",
         "shapes",
         "variable",
+        "wrapped",
     )
 
     def __init__(self, machine: Machine, name: str, inputs: Sequence[Tensor | None], backward: Backward | None) -> None:
@@ -52,6 +53,7 @@ class Node:
         machine.sequence += 1
         self.module, self.block = machine.ledger.module, machine.ledger.block
         self.owners = 0
+        self.wrapped = machine.makes_dtensors
         self.expected = False  # the engine holds it, until it has run it
         self.saved: list[Tensor | Holder] = []
         self.held: list[tuple[Node, Tensor]] = []  # attributes of Python functions' contexts
@@ -115,6 +117,7 @@ def _edge(t: Tensor | None) -> tuple[Node, int] | None:
     if t.accumulator is None:
         node = Node(t.machine, "AccumulateGrad", (), None)
         node.sequence, node.variable, node.owners = math.inf, t, 1
+        node.wrapped = t.partial or t.whole_gradient
         t.accumulator = node
     return t.accumulator, 0
 
@@ -190,7 +193,7 @@ def backward(loss: Tensor, gradient: Tensor | None = None) -> None:
                 slots = pending.setdefault(target, [])
                 slots.extend([None] * (nr + 1 - len(slots)))
                 if grad is not None:
-                    _add_to_buffer(slots, nr, grad)
+                    _add_to_buffer(slots, nr, grad, wrapped=target.wrapped)
                 waits[target] -= 1
                 if waits[target] == 0:
                     pushed += 1
@@ -263,18 +266,27 @@ def _evaluate(node: Node, buffer: Buffer) -> list[tuple[tuple[Node, int], Tensor
     return out
 
 
-def _add_to_buffer(slots: Buffer, nr: int, grad: Tensor) -> None:
-    """`InputBuffer::add`: a second gradient is added in place only if the first has no other owner, nor its storage."""
+def _add_to_buffer(slots: Buffer, nr: int, grad: Tensor, *, wrapped: bool) -> None:
+    """`InputBuffer::add`: a second gradient is added in place only if the first has no other owner, nor its storage.
+
+    And not where they are `wrapped`, of a subclass of Tensor (`can_accumulate_inplace`).
+    """
     old = slots[nr]
     if old is None:
         slots[nr] = grad
         return
-    if old.owners == 1 and old.storage.owners == 1:
+    if old.owners == 1 and old.storage.owners == 1 and not wrapped:
         old.machine.kernel("add_", (old, grad), (old,))
     else:
+        part = None
+        if wrapped and old.shape != grad.shape:  # of DTensors one is whole: a rank's part of it is taken
+            part = old.machine.empty(old.shape, old.dtype).hold()
+            old.machine.kernel("clone", (part,), (part,))
         total = old.machine.empty(old.shape, old.dtype).hold()
-        old.machine.kernel("add", (old, grad), (total,))
+        old.machine.kernel("add", (old, part or grad), (total,))
         slots[nr] = total
+        if part is not None:
+            part.drop()
         old.drop()
     grad.drop()
 

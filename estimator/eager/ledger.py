@@ -127,7 +127,7 @@ class Message:
     """A collective, or several of a kind in a row.
 
     Attributes:
-        kind: "all-gather", "reduce-scatter", "all-reduce" or "broadcast".
+        kind: "all-gather", "reduce-scatter", "all-reduce", "broadcast" or "all-to-all".
         axis: the axis of the device mesh whose ranks take part.
         nbytes: bytes of the whole tensors, of all of them together: what a gather gives and what a reduction takes.
         count: how many there are.

@@ -30,6 +30,9 @@ COUNTS = (
     "W",
     "A",
     "t",
+    "x",
+    "c",
+    "i",
     "M",
     "w",
 )  # letters whose value of 1 says nothing of a shape, or is said by another: they stay

@@ -67,6 +67,7 @@ class Machine:
         self.grad_enabled = True
         self.sequence = 0
         self.frames: list[Frame] = []
+        self.makes_dtensors = False
         self.below_dispatch = False  # an operator's own kernel runs, of whose products no dispatch mode is told
         self.on_gradient: Callable[[Tensor], None] | None = None  # after each AccumulateGrad
         self.on_backward_end: Callable[[], None] | None = None
@@ -203,6 +204,15 @@ class Machine:
             self.device, self.ledger.host = before, False
 
     @contextmanager
+    def dtensors(self) -> Iterator[None]:
+        """What operators make in this context are DTensors, whose gradients autograd never adds up in place."""
+        before, self.makes_dtensors = self.makes_dtensors, True
+        try:
+            yield
+        finally:
+            self.makes_dtensors = before
+
+    @contextmanager
     def no_grad(self) -> Iterator[None]:
         """Nothing is recorded for backward in this context."""
         before, self.grad_enabled = self.grad_enabled, False
@@ -260,6 +270,7 @@ class Tensor:
         "shape",
         "storage",
         "stride",
+        "whole_gradient",
     )
 
     def __init__(
@@ -281,6 +292,7 @@ class Tensor:
         self.after_accumulation: Callable[[Tensor], None] | None = None  # `register_post_accumulate_grad_hook`
         self.placement: dict[str, int] = {}  # of a parameter, which dimension each axis of the mesh cuts
         self.partial = False  # of a parameter: each rank has its part of the sum that is the gradient
+        self.whole_gradient = False  # of a parameter of which a rank has a part, whose gradient each rank makes whole
         self.accumulator: Node | None = None
         self.is_wrapped_number = False
         storage.owners += 1

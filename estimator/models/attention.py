@@ -15,7 +15,9 @@ from estimator.eager.views import cast, concatenate, expand, repeat_heads, resha
 from estimator.models.layers import Linear, Module, dropout
 from estimator.models.norms import build_norm
 from estimator.models.positions import rotate_part
-from estimator.parallel.tensor import placed, share
+from estimator.parallel.context import gathered
+from estimator.parallel.sequence import over_part
+from estimator.parallel.tensor import share
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -119,17 +121,18 @@ class Attention(Module):
     def cut(self, size: Mapping[str, Size]) -> None:
         """Each rank has its part of the heads."""
         wide, narrow = (self.machine.product((size[heads], self.e)) for heads in ("h", "k"))
+        sequence = self.recipe.sequence_parallel
         if self.part.fused:
-            self.qkv.cut_by("output", wide + 2 * narrow)
+            self.qkv.cut_by("output", wide + 2 * narrow, sequence=sequence)
         else:
             for layer, width in ((self.q, wide), (self.k, narrow), (self.v, narrow)):
-                layer.cut_by("output", width)
+                layer.cut_by("output", width, sequence=sequence)
         if self.out_gate is not None:
-            self.out_gate.cut_by("output", wide)
+            self.out_gate.cut_by("output", wide, sequence=sequence)
         if self.part.qk_norm == "head":  # one weight for all heads, of which a rank has some
-            for p in (*self.q_norm.parameters(), *self.k_norm.parameters()):
-                p.partial = True
-        self.out.cut_by("input", wide)
+            for norm in (self.q_norm, self.k_norm):
+                over_part(norm, local=True)
+        self.out.cut_by("input", wide, sequence=sequence)
 
     def project(self, v: Locals, x: Tensor) -> None:
         """Queries, keys and values as names of the frame."""
@@ -154,10 +157,8 @@ class Attention(Module):
 
     def normed(self, v: Locals) -> None:
         """q, k = q_norm(q), k_norm(k): both are made before a name is bound again."""
-        if self.recipe.tensor_parallel:
-            a, b = (placed(norm(placed(x))).hold() for norm, x in ((self.q_norm, v.q), (self.k_norm, v.k)))
-        else:
-            a, b = self.q_norm(v.q).hold(), self.k_norm(v.k).hold()
+        a = self.q_norm(v.q).hold()
+        b = self.k_norm(v.k).hold()
         v.q, v.k = a, b
         a.drop()
         b.drop()
@@ -188,6 +189,9 @@ class Attention(Module):
                 self.normed(v)
         if query_scale is not None:
             v.q = ops.mul(v.q, query_scale)
+        if self.recipe.context_parallel:
+            v.k = gathered(v.k, self.machine.shapes.letters["T"])
+            v.v = transpose(gathered(transpose(v.v, 1, 2), self.machine.shapes.letters["T"]), 1, 2)
         v.q, v.k = transpose(v.q, 1, 2), transpose(v.k, 1, 2)
         v.k = repeat_heads(v.k, self.g)
         v.v = repeat_heads(v.v, self.g)

@@ -12,6 +12,7 @@ from estimator.models.feed_forward import build_feed_forward
 from estimator.models.latent import LatentAttention
 from estimator.models.layers import Module
 from estimator.models.norms import build_norm
+from estimator.parallel.sequence import of_whole, over_part
 
 if TYPE_CHECKING:
     from estimator.eager.tensor import Locals, Machine, Tensor
@@ -53,6 +54,9 @@ class Block(Module):
                 else build_feed_forward(machine, parts.mlp, size["d"], size["f"], recipe)
             )
             self.ffn_post_norm = self.norm("ffn_post_norm")
+        if recipe.sequence_parallel:
+            of_whole(self.attention, size["T"])
+            of_whole(self.ffn, size["T"])
         if kind.checkpointed:
             part = self.attention if recipe.checkpointing == "attention" else self
             part.checkpointed = True
@@ -62,7 +66,10 @@ class Block(Module):
         """The norm of this name, if blocks of this order have one."""
         if name not in NORMS[self.recipe.parts.order]:
             return None
-        return self.child(build_norm(self.machine, name, self.recipe.parts.norm, self.machine.shapes.letters["d"]))
+        norm = build_norm(self.machine, name, self.recipe.parts.norm, self.machine.shapes.letters["d"])
+        if self.recipe.sequence_parallel:
+            over_part(norm, local="post" in name)
+        return self.child(norm)
 
     def forward(self, v: Locals, x: Tensor, *where: Tensor | None) -> Tensor:
         v.x = x

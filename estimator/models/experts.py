@@ -32,6 +32,8 @@ from estimator.eager.views import cast, concatenate, reshape, split, unsqueeze, 
 from estimator.models.feed_forward import GatedFeedForward, gated
 from estimator.models.layers import Linear, Module, dropout
 from estimator.models.norms import build_norm
+from estimator.parallel.expert import Exchange, Place, experts_on, regrouped
+from estimator.parallel.placement import EXPERT, counted_whole
 
 if TYPE_CHECKING:
     from estimator.eager.letters import Size
@@ -192,12 +194,32 @@ class Experts(Module):
         assert part is not None
         self.activation, self.f = part.activation, size["f_e"]
         E, d = size["E"], size["d"]
-        self.gate_up = self.parameter(E, 2 * self.f, d)
-        self.down = self.parameter(E, d, self.f)
-        self.gate_up_bias = self.parameter(E, 2 * self.f) if part.bias else None
-        self.down_bias = self.parameter(E, d) if part.bias else None
+        self.place = Place(recipe.expert_rank, recipe.imbalanced) if recipe.expert_parallel else None
+        self.E = E if self.place is None else experts_on(machine, E)
+        self.gate_up = self.parameter(self.E, 2 * self.f, d)
+        self.down = self.parameter(self.E, d, self.f)
+        self.gate_up_bias = self.parameter(self.E, 2 * self.f) if part.bias else None
+        self.down_bias = self.parameter(self.E, d) if part.bias else None
+        for p in self.owned if recipe.expert_parallel else ():
+            assert isinstance(p, Tensor)
+            p.placement = {EXPERT: 0}
+            counted_whole(p, (E, *p.shape[1:]))
 
     def forward(self, v: Locals, x: Tensor, count: Tensor, expert: Tensor | None) -> Tensor:
+        if self.place is None:
+            return self.products(x, count, expert)
+        there = Exchange(v, count, self.E, self.place, x.shape[0], biases=expert is not None)
+        v.y = self.products(there.dispatch(x), v.count, v.expert)
+        v.y = regrouped(v.y)
+        return there.combine(v.y)
+
+    def products(self, x: Tensor, count: Tensor, expert: Tensor | None) -> Tensor:
+        """Of the experts that are here."""
+        with arguments((x, count, expert)) as results, Locals() as v:
+            results.append(self.multiplied(v, x, count, expert))
+        return results[0]
+
+    def multiplied(self, v: Locals, x: Tensor, count: Tensor, expert: Tensor | None) -> Tensor:
         v.h = grouped_product(x, self.gate_up, count)
         if self.gate_up_bias is not None and expert is not None:
             v.h = ops.add(v.h, index_select(self.gate_up_bias, expert))

@@ -116,7 +116,8 @@ def build_feed_forward(machine: Machine, part: MLP, d: Size, f: Size, recipe: Re
     if recipe.tensor_parallel:
         for layer in (x for x in ffn.owned if isinstance(x, Linear)):
             if layer is ffn.down:
-                layer.cut_by("input", f)
+                layer.cut_by("input", f, sequence=recipe.sequence_parallel)
             else:
-                layer.cut_by("output", 2 * f if part.gated and part.fused else f)
+                wide = 2 * f if part.gated and part.fused else f
+                layer.cut_by("output", wide, sequence=recipe.sequence_parallel)
     return ffn

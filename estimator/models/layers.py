@@ -16,11 +16,13 @@ from estimator.eager.indexing import normalized_rows
 from estimator.eager.linalg import linear
 from estimator.eager.repetition import TURNS, executed_of, layout
 from estimator.eager.tensor import Locals, Machine, Tensor, arguments
-from estimator.parallel.placement import TENSOR
+from estimator.parallel.placement import TENSOR, counted_whole
+from estimator.parallel.sequence import gathered, scattered
 from estimator.parallel.tensor import as_partial, entering, leaving
+from estimator.parallel.vocabulary import masked_embedding
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
 
     from estimator.describe.parts import Layer, Parts, Pattern
@@ -143,10 +145,15 @@ class Recipe:
     bucket_view: bool = False  # DDP's gradients are views of its buckets
     in_backward: bool = False  # each parameter is updated as soon as its gradient is there
     rank: int = 0  # which of those that share the shards
+    context_parallel: bool = False
+    expert_parallel: bool = False
+    imbalanced: bool = False  # an expert gets more rows than others
+    expert_rank: int = 0  # which of those that share the experts
     tensor_parallel: bool = False
     pipeline: str = ""  # the schedule of a pipeline
     megatron: bool = False
     sequence_parallel: bool = False
+    vocabulary_parallel: bool = False
     virtual_stages: int = 1
     stage: tuple[int, int] = (0, 1)  # which of how many stages: (0, 2) of all first ones, (1, 3) between, (1, 2) last
 
@@ -209,6 +216,7 @@ class Module:
             self.where = machine.ledger.here
         self.owned: list[Tensor | Module] = []
         self.checkpointed = self.selective = False
+        self.layout: Callable[..., Any] | None = None  # how DTensor hands it its input and takes its result
         self.unit: Unit | None = None
 
     def parameter(self, *shape: Size, trained: bool = True) -> Tensor:
@@ -237,6 +245,10 @@ class Module:
                 yield from x.parameters()
 
     def __call__(self, *args: Any) -> Any:
+        return self.called(*args) if self.layout is None else self.layout(self.called, *args)
+
+    def called(self, *args: Any) -> Any:
+        """`run`, checkpointed or not."""
         return checkpoint(self.run, *args, selective=self.selective) if self.checkpointed else self.run(*args)
 
     def run(self, *args: Any) -> Any:
@@ -259,44 +271,69 @@ class Module:
         raise NotImplementedError
 
 
+def placed(p: Tensor, dimension: int, whole: Size) -> None:
+    """`p` is a rank's part, along `dimension`, of a parameter that is `whole` wide there: all of it is counted."""
+    p.placement = {TENSOR: dimension}
+    counted_whole(p, [whole if i == dimension else n for i, n in enumerate(p.shape)])
+
+
 class Linear(Module):
     """x W^T (+ b); under tensor parallelism a rank has a part of the columns of what comes out, or of what goes in."""
 
     cut: str | None = None
+    sequence = False
 
     def __init__(self, machine: Machine, name: str, d_in: Size, d_out: Size, *, bias: bool) -> None:
         super().__init__(machine, name)
         self.weight = self.parameter(d_out, d_in)
         self.bias = self.parameter(d_out) if bias else None
 
-    def cut_by(self, what: str, whole: Size) -> Linear:
-        """This layer as a rank has it, `whole` wide where it is cut: by "output" or by "input"."""
-        self.cut, ledger = what, self.machine.ledger
+    def cut_by(self, what: str, whole: Size, *, sequence: bool = False) -> Linear:
+        """This layer as a rank has it, `whole` wide where it is cut: by "output" or by "input".
+
+        With `sequence` its other side is a rank's part of the tokens, which the module around it has gathered.
+        """
+        self.cut, self.sequence = what, sequence
         dimension = 0 if what == "output" else 1
         for p in (self.weight, *(() if self.bias is None or what == "input" else (self.bias,))):
-            p.placement = {TENSOR: dimension}
-            shape = [whole if i == dimension else n for i, n in enumerate(p.shape)]
-            at = ledger.parameters.index((p.storage.where, p.numel))
-            ledger.parameters[at] = (p.storage.where, self.machine.product(tuple(shape)))
+            placed(p, dimension, whole)
         return self
 
     def forward(self, v: Locals, x: Tensor) -> Tensor:
         if self.cut is None:
             return linear(x, self.weight, self.bias)
         if self.cut == "output":
-            return linear(entering(x), self.weight, self.bias)
-        return leaving(linear(x, self.weight, self.bias, as_partial))
+            return linear(x if self.sequence else entering(x), self.weight, self.bias)
+        out = linear(x, self.weight, self.bias, as_partial)
+        return scattered(out) if self.sequence else leaving(out)
 
 
 class Embedding(Module):
-    """Rows of a table by token id."""
+    """Rows of a table by token id.
+
+    Attributes:
+        vocabulary: rows of the whole table, where a rank has a part of them.
+        scatters: the sum over the ranks is scattered by tokens.
+    """
+
+    vocabulary: Size | None = None
+    scatters = False
 
     def __init__(self, machine: Machine, name: str, rows: Size, width: Size) -> None:
         super().__init__(machine, name)
         self.weight = self.parameter(rows, width)
 
+    def share(self, rows: Size, *, scatters: bool) -> None:
+        """This table as a rank has it, of `rows` in all."""
+        self.vocabulary, self.scatters = rows, scatters
+        self.weight.whole_gradient = True
+        placed(self.weight, 0, rows)
+
     def forward(self, v: Locals, ids: Tensor) -> Tensor:
-        return ops.embedding(ids, self.weight)
+        if self.vocabulary is None:
+            return ops.embedding(ids, self.weight)
+        rows = masked_embedding(ids, self.weight, self.vocabulary)
+        return scattered(rows) if self.scatters else leaving(rows)
 
 
 class Head(Linear):
@@ -308,8 +345,18 @@ class Head(Linear):
         self.weight = embedding.weight if ends.tied else self.parameter(vocabulary, width)
         self.bias = self.parameter(vocabulary) if ends.head_bias else None
         self.normed = ends.head_norm
+        self.tokens: Size | None = None
+
+    def share(self, rows: Size, tokens: Size | None) -> None:
+        """This layer as a rank has it, of `rows` in all, with its own gather where what goes in is cut by tokens."""
+        self.cut, self.sequence, self.tokens = "output", tokens is not None, tokens
+        for p in (self.weight, *(() if self.bias is None else (self.bias,))):
+            if not p.placement:
+                placed(p, 0, rows)
 
     def forward(self, v: Locals, x: Tensor) -> Tensor:
+        if self.tokens is not None:
+            return super().forward(v, gathered(x, self.tokens))
         if not self.normed:
             return super().forward(v, x)
         v.weight = normalized_rows(self.weight)

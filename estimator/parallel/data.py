@@ -15,8 +15,9 @@ from estimator.eager.ops import python_number
 from estimator.eager.tensor import Locals, Tensor
 from estimator.optim.clipping import clip_gradients, gradient_norms, number_of
 from estimator.optim.updates import at_parameter, in_place, zero_grad
-from estimator.parallel.placement import DATA, TENSOR, buckets, pieces, rows_on
-from estimator.parallel.tensor import sum_partial_gradients
+from estimator.parallel.expert import average
+from estimator.parallel.placement import DATA, EXPERT, TENSOR, buckets, pieces, rows_on
+from estimator.parallel.tensor import place_gradients
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -85,6 +86,9 @@ class Replica:
         self.updated: Sequence[Tensor] = self.parameters
         self.padded: Sequence[Shape] = [p.shape for p in self.parameters]
         self.last = sharing.micro_batches - 1
+        # Experts of which each rank has a part have their whole gradient from the tokens that come to them.
+        self.experts = [p for p in self.parameters if EXPERT in p.placement]
+        self.exchanged = [p for p in self.parameters if EXPERT not in p.placement]
 
     def before_forward(self) -> None:
         """Before each micro-batch."""
@@ -93,11 +97,12 @@ class Replica:
         """After the last backward of a stage of a pipeline: `perform_reduce_grad`."""
 
     def after_micro_batches(self) -> None:
-        """After the last backward: the sums over those that share the matrices."""
-        sum_partial_gradients(self.parameters)
+        """After the last backward: among those that share the matrices gradients are laid out as their parameters."""
+        place_gradients(self.parameters)
 
     def before_update(self) -> None:
-        """Before the optimizer's step."""
+        """Before the optimizer's step: `Weights.average_experts`."""
+        average(self.experts)
 
     def sum_up(self, updated: Sequence[Tensor]) -> None:
         """After the gradients of what the optimizer updates are there in its own dtype."""
@@ -132,8 +137,8 @@ class Buckets(Replica):
         self.buckets = []
         self.bucket_of: dict[Tensor, Tensor] = {}
         category = Category.GRADIENT if sharing.bucket_view else HELD
-        for dtype in by_dtype(self.parameters):
-            for block, part in by_block([p for p in self.parameters if p.dtype == dtype]).items():
+        for dtype in by_dtype(self.exchanged):
+            for block, part in by_block([p for p in self.exchanged if p.dtype == dtype]).items():
                 with self.machine.ledger.at("" if block is None else f"blocks.{block}", block, "DDP bucket"):
                     self.buckets.append(self.machine.empty((elements(part),), dtype, category=category).hold())
                 self.bucket_of |= dict.fromkeys(part, self.buckets[-1])
@@ -158,7 +163,7 @@ class Buckets(Replica):
 
     def gradient_ready(self, p: Tensor) -> None:
         """`mark_variable_ready_dense`: the gradient, divided by D, goes into its bucket."""
-        if self.exchanges:
+        if self.exchanges and EXPERT not in p.placement:
             assert p.grad is not None
             self.ready.append(p)
             with python_number(self.machine, p.dtype):
@@ -178,7 +183,7 @@ class Buckets(Replica):
                     self.machine.collective(
                         "all-reduce", DATA, ready[0], waits="update", elements=whole, count=buckets(ready)
                     )
-            for p in () if self.sharing.bucket_view else self.parameters:
+            for p in () if self.sharing.bucket_view else self.exchanged:
                 assert p.grad is not None
                 with at_parameter(p, "finalize_bucket_dense"):
                     self.machine.kernel("copy_", (p.grad,), (p.grad,))
@@ -239,21 +244,22 @@ class ShardedUpdate(Buckets):
 def clip_parts(parameters: Sequence[Tensor], axes: Sequence[str]) -> None:
     """`trainer.parallel.distributed.Weights.clip`: norms, squared and summed over the accelerators; one factor.
 
-    Of the matrices that are cut along the tensor axis the squares are summed over it; of all else its ranks have the
-    same. Then all are summed over the other `axes`.
+    Of the matrices that are cut along the tensor axis, and of experts that are shared out, the squares are summed over
+    their axis; of all else its ranks have the same. Then all are summed over the other `axes`.
     """
     machine = parameters[0].machine
-    groups = [[p for p in parameters if (TENSOR in p.placement) is cut] for cut in (True, False)]
+    cut = TENSOR if TENSOR in axes else EXPERT
+    groups = [[p for p in parameters if (cut in p.placement) is has] for has in (True, False)]
     with machine.ledger.at("clipping", None, "Weights.clip"), Locals() as v:
-        for cut, group in zip((True, False), groups, strict=True):
+        for has, group in zip((True, False), groups, strict=True):
             if not group:
                 continue
             squares = _squared(group)
-            if cut:
-                machine.collective("all-reduce", TENSOR, squares, waits="step")
+            if has:
+                machine.collective("all-reduce", cut, squares, waits="step")
             v.squares = squares
         for axis in axes:
-            if axis != TENSOR:
+            if axis != cut:
                 machine.collective("all-reduce", axis, v.squares, waits="step")
         for p in parameters:
             assert p.grad is not None

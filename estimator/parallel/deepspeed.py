@@ -1,16 +1,18 @@
 """DeepSpeed's ZeRO: parameters of 16 bits, and in fp32 a part each of masters and states, which only its owner updates.
 
 After deepspeed 0.19.8, whose names the docstrings have: runtime/zero/stage_1_and_2.py and stage3.py, with the defaults
-of runtime/zero/config.py. A model, not compared with a run: parameters are cut one by one and not as one flat tensor
-(as many bytes, but for its padding); gradients that are kept for a norm and stages' own hooks are left out.
+of runtime/zero/config.py. A model, near to what `tools/check_deepspeed.py` measures and not equal: parameters are cut
+one by one and not as one flat tensor (as many bytes, but for its padding), and what a single reduction or norm takes
+for a moment is left out.
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from estimator.eager.ledger import Category, Storage
-from estimator.eager.letters import ZERO, D, letter, smaller
+from estimator.eager.letters import ZERO, D, larger, letter, smaller
 from estimator.eager.ops import python_number
 from estimator.eager.tensor import FLOAT32, Tensor
 from estimator.optim.updates import at_parameter, in_place, zero_grad
@@ -20,6 +22,7 @@ from estimator.parallel.tensor import part_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from contextlib import AbstractContextManager
 
     from estimator.eager.letters import Size
     from estimator.eager.tensor import Dtype
@@ -46,12 +49,16 @@ class ZeroStage1(Replica):
         self.buffers: list[Tensor] = []
         self.mains: list[Tensor] = []
         for p in self.parameters:
-            with at_parameter(p, "single_partition_of_fp32_groups"):
+            with at_parameter(p, "single_partition_of_fp32_groups"), self.at_masters():
                 self.mains.append(self._part(p, FLOAT32, Category.OPTIMIZER))
         self.updated = self.mains
         self.padded = [main.shape for main in self.mains]
         self.machine.on_gradient = self.gradient_ready
         self.machine.on_backward_end = self.after_backward
+
+    def at_masters(self) -> AbstractContextManager[None]:
+        """Where masters, states and the update are: here, or on the host."""
+        return self.machine.on_host() if self.sharing.offload else nullcontext()
 
     def _part(self, p: Tensor, dtype: Dtype, category: Category) -> Tensor:
         """A D-th of a parameter's elements, held."""
@@ -139,6 +146,41 @@ class ZeroStage2(ZeroStage1):
     shares_gradients = True
 
 
+class OffloadedStates(ZeroStage2):
+    """The same with cpu_offload, also of ZeRO-1: each summed gradient goes to the host, into its master's in fp32.
+
+    Gradients of several micro-batches add up there. The update's result comes back through a buffer of 16 bits
+    (`param_buffer_of_bit16_for_cpu_offload_groups`), and `temp_grad_buffer_for_gpu_offload` stays here.
+    """
+
+    def __init__(self, model: Model, sharing: Sharing) -> None:
+        super().__init__(model, sharing)
+        largest = larger(*(p.numel for p in self.parameters))
+        with self.machine.ledger.at("", None, "temp_grad_buffer_for_gpu_offload"):
+            self.temporary = self.machine.empty((largest,), self.machine.dtype, category=HELD).hold()
+        for p in self.parameters:
+            with at_parameter(p, "param_buffer_of_bit16_for_cpu_offload_groups"), self.machine.on_host():
+                self._part(p, p.dtype, HELD)
+                self.parts[p] = self._part(p, FLOAT32, Category.GRADIENT)
+
+    def reduce(self, p: Tensor) -> None:
+        """`async_inplace_copy_grad_to_fp32_buffer_from_gpu`."""
+        assert p.grad is not None
+        grad, p.grad = p.grad, None
+        with at_parameter(p, "reduce_ipg_grads"):
+            self.machine.kernel("copy_", (grad,), (grad,))
+            waits = "update" if self.last_micro_batch else "step"
+            self.machine.collective("reduce-scatter", DATA, grad, waits=waits)
+            grad.drop()
+            with self.machine.on_host():
+                in_place("add_", self.parts[p], arithmetic=1)
+
+    def before_update(self) -> None:
+        """The masters' gradients are there."""
+        for p, main in zip(self.parameters, self.mains, strict=True):
+            main.grad = self.parts[p].hold()
+
+
 class ZeroStage3(ZeroStage2):
     """`DeepSpeedZeroOptimizer_Stage3`: parameters are parts too, whole around their use.
 
@@ -172,8 +214,9 @@ class ZeroStage3(ZeroStage2):
 
     def before_forward(self) -> None:
         """`fetch_sub_module`, of all modules, in forward and again in backward."""
-        with self.machine.ledger.at("", None, "fetch_sub_module"):
-            self.live = self.machine.empty((self.whole,), self.machine.dtype, category=HELD).hold()
+        if self.live is None:
+            with self.machine.ledger.at("", None, "fetch_sub_module"):
+                self.live = self.machine.empty((self.whole,), self.machine.dtype, category=HELD).hold()
         for p in self.parameters:
             with at_parameter(p, "all_gather_into_tensor"):
                 for _ in ("forward", "backward"):
@@ -184,10 +227,7 @@ class ZeroStage3(ZeroStage2):
         self.reduce(p)
 
     def after_backward(self) -> None:
-        """`release_and_reset_all`."""
-        assert self.live is not None
-        self.live.drop()
-        self.live = None
+        """What is whole then is so until the update is over."""
 
     def reduce(self, p: Tensor) -> None:
         """`partition_grads`: the part is added to what is there."""
@@ -201,9 +241,11 @@ class ZeroStage3(ZeroStage2):
             in_place("add_", self.parts[p], arithmetic=1)
 
     def before_update(self) -> None:
-        """`_prepare_sub_group`: gradients in fp32, of one sub-group at a time."""
+        """`_prepare_sub_group`: gradients as one flat tensor, then in fp32, of one sub-group at a time."""
         with self.machine.ledger.at("", None, "_prepare_fp32_grad_for_sub_group"):
+            flat = self.machine.empty((self.at_once,), self.machine.dtype, category=HELD).hold()
             shared = self.machine.empty((self.at_once,), FLOAT32, category=HELD)
+            flat.drop()
         for p, main in zip(self.parameters, self.mains, strict=True):
             with at_parameter(p, "to"):
                 main.grad = Tensor(self.machine, shared.storage, main.shape, main.stride, FLOAT32).hold()
@@ -216,10 +258,15 @@ class ZeroStage3(ZeroStage2):
             with at_parameter(p, "copy_"):
                 self.machine.kernel("copy_", (main,), (main,))
                 self.machine.kernel("zero_", (), (self.parts[p],))
+        assert self.live is not None
+        self.live.drop()
+        self.live = None
 
 
 STAGES: dict[str, type[Replica]] = {
     "deepspeed-zero1": ZeroStage1,
     "deepspeed-zero2": ZeroStage2,
     "deepspeed-zero3": ZeroStage3,
+    "deepspeed-zero1-offload": OffloadedStates,
+    "deepspeed-zero2-offload": OffloadedStates,
 }

@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 DATA = "data"  # the axis of ranks that see different sequences and share what is sharded
 REPLICATE = "replicate"  # under HSDP the axis of groups that each hold all shards
 TENSOR = "tensor"  # the axis of ranks that each have a part of a block's matrices
+CONTEXT = "context"  # the axis of ranks that each have a part of every sequence
+EXPERT = "expert"  # the axis of ranks that each have a part of every layer's experts
 PIPELINE = "pipeline"  # the axis of ranks that each have some blocks in a row
-AXES = (DATA, REPLICATE, TENSOR, PIPELINE)
+AXES = (DATA, REPLICATE, TENSOR, CONTEXT, EXPERT, PIPELINE)
 
 FIRST_BUCKET = 2**20  # torch.distributed._DEFAULT_FIRST_BUCKET_BYTES
 BUCKET = 25 * 2**20  # DistributedDataParallel's bucket_cap_mb
@@ -41,6 +43,13 @@ def rows_on(machine: Machine, rows: Size, rank: int) -> Size:
     if rank == 0 or machine.at_most((rank + 1) * share, rows):
         return share
     return ZERO if machine.at_most(rows, rank * share) else _LAST_ROWS(rows, D, rank)
+
+
+def counted_whole(p: Tensor, shape: Sequence[Size]) -> None:
+    """Count `p`, of which a rank has a part, among the model's parameters with its whole shape."""
+    machine = p.machine
+    at = machine.ledger.parameters.index((p.storage.where, p.numel))
+    machine.ledger.parameters[at] = (p.storage.where, machine.product(tuple(shape)))
 
 
 def buckets(ready: Sequence[Tensor]) -> Size:

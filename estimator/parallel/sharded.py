@@ -26,7 +26,7 @@ from estimator.parallel.data import (
     elements,
 )
 from estimator.parallel.placement import DATA, REPLICATE, rows_on
-from estimator.parallel.tensor import sum_partial_gradients
+from estimator.parallel.tensor import place_gradients
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -233,7 +233,7 @@ class Unit:
         for p, gradient in self.accumulated.items():
             p.grad = gradient
         self.accumulated.clear()
-        sum_partial_gradients(self.parameters)  # `unsharded_grad_data`
+        place_gradients(self.parameters)  # `unsharded_grad_data`
         self.reshard()
         self.fsdp.reduced(None)
         having = [p for p in self.parameters if p.grad is not None]

@@ -222,7 +222,7 @@ def _steps(args: argparse.Namespace, model: ModelConfig, plan: Plan) -> int | No
     wanted = number("tokens", args.tokens, most=1e18, above=True)
     count = plan.data_parallel if args.count is None else args.count
     sequences = args.global_batch_size or plan.batch_size * plan.grad_accumulation * count
-    return math.ceil(wanted / (sequences * plan.tokens(model)))
+    return math.ceil(wanted / (sequences * plan.tokens(model) * (1 - (args.padding or 0.0))))
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
@@ -414,10 +414,11 @@ def _tables(name: str, r: Estimate, largest: int, price: float | None = None) ->
 def _time(t: Time, console: Console) -> None:
     run = f"; {t.steps:,} steps: {t.hours:,.0f} hours ({t.days:,.0f} days)" if t.steps else ""
     each = f" ({t.tokens_per_second_per_accelerator:,.0f} each)" if t.count > 1 else ""
+    text = f", of text {t.text_tokens_per_second:,.0f}" if t.padding else ""
     what = "time predicted:" if t.predicted else "time at"
     console.print(
         f"{what} {t.mfu:.0%} of {t.peak_flops / 1e12:g} TFLOP/s: {t.seconds_per_step:,.4g} s a step, "
-        f"{t.tokens_per_second:,.0f} tokens/s{each}{run}",
+        f"{t.tokens_per_second:,.0f} tokens/s{each}{text}{run}",
         highlight=False,
     )
     if t.interval is None:

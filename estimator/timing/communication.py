@@ -22,7 +22,7 @@ class Message:
     """The collectives of a step that are of one kind, together.
 
     Attributes:
-        collective: "all-gather", "reduce-scatter", "all-reduce" or "broadcast".
+        collective: "all-gather", "reduce-scatter", "all-reduce", "broadcast" or "all-to-all".
         axis: of the device mesh (`estimator.parallel.placement`).
         phase: "forward", "backward" or "optimizer".
         waits: what waits for it (`estimator.eager.ledger.WAITS`).

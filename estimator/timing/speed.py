@@ -17,7 +17,7 @@ from estimator.timing.communication import messages
 from estimator.timing.intervals import spread
 from estimator.timing.kernels import EAGER, FUSED, Variant, table
 from estimator.timing.mesh import axes, between
-from estimator.timing.roofline import busy, efficiency, parts
+from estimator.timing.roofline import busy, efficiency, in_a_rank, parts
 from estimator.timing.stages import pipeline_times
 from estimator.timing.waiting import exposed
 
@@ -132,6 +132,7 @@ class Time:
         spread: factors on the time between which nine published runs of ten lie; None where an MFU was given.
         rows: which published runs those are, a sentence.
         origin: where the efficiencies behind the prediction come from, a sentence; or that the MFU was given.
+        padding: the share of all tokens that are no text.
     """
 
     seconds_per_step: float
@@ -146,6 +147,12 @@ class Time:
     spread: tuple[float, float] | None
     rows: str
     origin: str
+    padding: float = 0.0
+
+    @property
+    def text_tokens_per_second(self) -> float:
+        """Of the whole job, without padding."""
+        return self.tokens_per_second * (1 - self.padding)
 
     @property
     def seconds(self) -> float:
@@ -187,6 +194,7 @@ class Time:
             "seconds": self.seconds,
             "hours": self.hours,
             "tokens_per_second_per_accelerator": self.tokens_per_second_per_accelerator,
+            "text_tokens_per_second": self.text_tokens_per_second,
             "interval": asdict(self.interval) if self.interval is not None else None,
         }
 
@@ -246,7 +254,7 @@ def times(
         half=setup.dtype or (p.product_dtype if p.product_dtype == "fp16" else "bf16"),
         single="tf32" if p.product_dtype == "tf32" else "fp32",
         kernel=setup.kernel(fused, e),
-        imbalance=p.imbalance,
+        imbalance=in_a_rank(p, sizes),
     )  # fmt: skip
     group = cluster(a, p.accelerators, between=between(a, setup.network))
     widths = setup.parameter_width, setup.gradient_width
@@ -291,7 +299,7 @@ def predicted(
             "give an MFU"
         )
     setup = (setup or Setup()).of(p)
-    replicas = count // (p.tensor_parallel * p.pipeline_parallel)
+    replicas = count // (p.tensor_parallel * p.pipeline_parallel * p.context_parallel)
     micro_batches = -(-flops.sequences // (p.batch_size * replicas))
     run = p.replace(grad_accumulation=micro_batches, data_parallel=replicas)
     plain = replace(setup, stack_factor=None)

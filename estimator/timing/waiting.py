@@ -38,6 +38,8 @@ def seconds(message: Message, cluster: Cluster, e: Efficiency, latency: float | 
     n, g, k = cluster.count, cluster.per_node, cluster.nodes
     if n == 1:
         return np.zeros(np.broadcast_shapes(np.shape(message.nbytes), np.shape(message.pieces)))
+    if message.collective == "all-to-all":
+        return _all_to_all(message, cluster, e, NETWORK_HOP * e.latency if latency is None else latency)
     rings = RINGS[message.collective]
     inside = (g - 1) / g * message.nbytes / (cluster.within * e.within) if cluster.within is not None else 0.0
     # All g accelerators of a node send at once, each its share through its own part of the network.
@@ -48,6 +50,24 @@ def seconds(message: Message, cluster: Cluster, e: Efficiency, latency: float | 
         steps = (g - 1) * e.latency + np.log2(k) * hop
         ring = np.minimum(ring, np.maximum(inside, outside / TREE_RATE) + message.pieces * steps)
     return np.asarray(rings * ring)
+
+
+def _all_to_all(message: Message, cluster: Cluster, e: Efficiency, hop: float) -> Array:
+    """Seconds of an all-to-all: one group of a send to and a receive from each other accelerator.
+
+    That is `all2all_single_unequal_split` of torch/csrc/cuda/nccl.cpp. Each accelerator keeps its own part and sends
+    all others theirs directly, so that what leaves a node goes through its own part of the network; both links work at
+    the same time.
+    """
+    n, g = cluster.count, cluster.per_node
+    spent: Any = 0.0
+    latency = e.latency if g > 1 else 0.0
+    if cluster.within is not None:
+        spent = (g - 1) / n * message.nbytes / (cluster.within * e.within)
+    if cluster.between is not None and n > g:
+        spent = np.maximum(spent, (n - g) / n * message.nbytes / (cluster.between * e.between))
+        latency = hop
+    return np.asarray(spent + message.pieces * latency)
 
 
 def exposed(

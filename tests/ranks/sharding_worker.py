@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from estimator.describe.model import ModelConfig
 from estimator.describe.plan import Plan
+from trainer.model.router import Router
 from trainer.parallel.distributed import World
 from trainer.referee.replicas import PipelineStep, SharedStep, measure_shared, messages
 
@@ -29,6 +30,10 @@ def losses(m, p, world):
         step = PipelineStep(m, p, world)
         return [step.losses() for _ in range(3)]
     step = SharedStep(m, p, world)
+    if p.expert_parallel > 1:  # each sees others, and routers choose
+        step.inputs = tuple(x.roll(world.rank, 1) for x in step.inputs)
+        for router in (x for x in step.model.modules() if isinstance(x, Router)):
+            router.routing = "learned"
     found = []
     for _ in range(3):
         loss = step.forward()

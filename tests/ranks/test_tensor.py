@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from itertools import product
 from random import Random
 
 import pytest
@@ -22,6 +23,10 @@ LLAMA = ModelConfig("llama", 4, 24, 4, 37, 9, 2, 6, 32, tie_embeddings=False)
 RUNS = int(os.environ.get("TENSOR_RUNS", "0"))  # random recipes to try, in place of a few
 GATED = LLAMA.replace(parts=replace(LLAMA.made_of, attention=replace(LLAMA.made_of.attention, out_gate=True)))
 NORMED = LLAMA.replace(parts=replace(LLAMA.made_of, attention=replace(LLAMA.made_of.attention, qk_norm="head")))
+NORMED = NORMED.replace(vocab_size=40)  # which the ranks can share
+TIED = GPT2.replace(vocab_size=200)  # the peak is in the loss
+SEQUENCE = {"sequence_parallel": True, "seq_len": 8}
+VOCABULARY = {"vocabulary_parallel": True, "loss": "torch"}
 CASES = [
     (GPT2, {}),
     (LLAMA, {"optimizer": "sgd", "grad_accumulation": 2, "max_grad_norm": 1.0}),
@@ -29,6 +34,10 @@ CASES = [
     (GPT2, {"optimizer": "sgd", "precision": "bf16-mixed", "loss": "torch"}),
     (GATED, {"optimizer": "sgd"}),
     (NORMED, {"optimizer": "sgd", "grad_accumulation": 2}),
+    (NORMED, {"optimizer": "sgd", **SEQUENCE}),
+    (GPT2, {"checkpointing": "block", "dropout": 0.1, **SEQUENCE}),
+    (NORMED, {"optimizer": "sgd", **SEQUENCE, **VOCABULARY}),
+    (TIED, {"optimizer": "sgd", "grad_accumulation": 2, **VOCABULARY}),
 ]
 
 
@@ -38,19 +47,23 @@ def drawn(random, ranks):
     heads = ranks * each * random.choice([1, 2])
     kv = heads if family == "gpt2" else random.choice([n for n in range(ranks, heads + 1, ranks) if heads % n == 0])
     e = random.choice([2, 6])
+    sequence, vocabulary = random.random() < 0.5, random.random() < 0.4
+    vocabulary_size = random.randint(5, 60) * (ranks if vocabulary else 1)
     m = ModelConfig(
-        family, random.randint(1, 5), heads * e, heads, random.randint(5, 60), 11, kv, e, ranks * random.randint(1, 9),
+        family, random.randint(1, 5), heads * e, heads, vocabulary_size, 11, kv, e, ranks * random.randint(1, 9),
         tie_embeddings=family == "gpt2" or random.random() < 0.5,
         qkv_bias=random.random() < 0.3 if family == "llama" else None,
     )  # fmt: skip
     return m, Plan(
         batch_size=random.randint(1, 3),
-        seq_len=random.choice([1, 5, 11]),
+        seq_len=random.choice([ranks, 2 * ranks] if sequence else [1, 5, 11]),
         tensor_parallel=ranks,
-        precision=random.choice(["fp32", "fp32", "bf16", "bf16-mixed", "fp16-mixed"]),
+        sequence_parallel=sequence,
+        vocabulary_parallel=vocabulary,
+        precision=random.choice(["fp32", "fp32", "bf16", "bf16-mixed", "bf16" if vocabulary else "fp16-mixed"]),
         attention=random.choice(["naive", "naive-fp32", "sdpa"]),
         checkpointing=random.choice(["none", "none", "block", "attention", "selective"]),
-        loss=random.choice(["bundled", "torch", "torch-fp32", "chunked"]),
+        loss=random.choice(["torch", "torch-fp32"] + ["bundled", "chunked"] * (not vocabulary)),
         optimizer=random.choice(["sgd", "sgd", "adamw", "lion"]),
         grad_accumulation=random.choice([1, 1, 2]),
         max_grad_norm=random.choice([None, 1.0]),
@@ -76,6 +89,8 @@ def test_ranks_that_share_matrices_and_shards_too(tmp_path):
         (GPT2, Plan(sharding="zero3", **plan)),
         (LLAMA, Plan(sharding="zero2", optimizer="sgd", grad_accumulation=2, max_grad_norm=1.0, **plan)),
         (NORMED, Plan(sharding="zero3", precision="bf16-fsdp", optimizer="sgd", checkpointing="block", **plan)),
+        (NORMED, Plan(sharding="zero3", precision="bf16-fsdp", optimizer="sgd", **SEQUENCE, **plan)),
+        (TIED, Plan(sharding="zero3", optimizer="sgd", **SEQUENCE, **VOCABULARY, **plan)),
     ]
     random = Random(0)
     for _ in range(RUNS):
@@ -109,7 +124,7 @@ def test_replicas_of_shards_of_shared_matrices(tmp_path):
 
 
 def test_each_rank_sends_the_messages_of_the_ledger(tmp_path):
-    cases = [(m, Plan(batch_size=2, tensor_parallel=2, **plan)) for m, plan in (*CASES[:3], CASES[-1])]
+    cases = [(m, Plan(batch_size=2, tensor_parallel=2, **plan)) for m, plan in (*CASES[:3], *CASES[-5:])]
     for (m, p), processes in zip(cases, measured(2, cases, tmp_path, "messages"), strict=True):
         for real in processes:
             assert accounted(m, p) == totals(real), (m, p)
@@ -136,13 +151,15 @@ def test_losses_are_those_of_one_process(tmp_path):
 def test_gradients_are_those_of_one_process(tmp_path):
     """Equal to 1e-5 of a parameter's greatest, also of a norm of all heads: each rank has the sum over its own."""
     plan = {"batch_size": 2, "tensor_parallel": 2}
-    alone = build_step(NORMED, Plan(batch_size=2))
+    alone = build_step(NORMED, Plan(batch_size=2, seq_len=8))
     alone.backward(alone.forward())
     expected = {name: p.grad.flatten().tolist() for name, p in alone.model.named_parameters()}
-    sharded = 4, Plan(data_parallel=2, sharding="zero3", **plan)
-    for ranks, case in ((2, Plan(**plan)), *([sharded] if RUNS else [])):
-        for found in measured(ranks, [(NORMED, case)], tmp_path, "gradients")[0]:
-            for name, values in expected.items():
+    cases = {2: [Plan(seq_len=8, **plan), Plan(**SEQUENCE, **plan), Plan(**SEQUENCE, **VOCABULARY, **plan)]}
+    if RUNS:
+        cases[4] = [Plan(data_parallel=2, sharding="zero3", **SEQUENCE, **VOCABULARY, **plan)]
+    for ranks, plans in cases.items():
+        for processes in measured(ranks, [(NORMED, p) for p in plans], tmp_path, "gradients"):
+            for found, (name, values) in product(processes, expected.items()):
                 assert found[name] == pytest.approx(values, rel=0, abs=1e-5 * max(map(abs, values))), name
 
 
@@ -186,6 +203,10 @@ def test_an_estimate_of_several_accelerators():
         ("mixtral-8x7b", {"tensor_parallel": 2}, "experts"),
         ("llama-3.1-8b", {"tensor_parallel": 2, "data_parallel": 2}, "sharding"),
         ("llama-3.1-8b", {"tensor_parallel": 0}, "tensor_parallel"),
+        ("llama-3.1-8b", {"tensor_parallel": 4, "sequence_parallel": True, "seq_len": 1022}, "seq_len"),
+        ("llama-3.1-8b", {"sequence_parallel": True}, "tensor_parallel is 1"),
+        ("gpt2", {"tensor_parallel": 2, **VOCABULARY}, "vocab_size"),
+        ("gpt2", {"tensor_parallel": 2, "vocabulary_parallel": True}, "loss"),
     ],
 )
 def test_what_is_not_known_is_refused(model, plan, field):

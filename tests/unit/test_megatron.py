@@ -129,7 +129,6 @@ def test_a_llama_of_it_is_predicted_too():
         ({"virtual_stages": 2}, "virtual_stages"),
         ({"virtual_stages": 2, "pipeline_parallel": 4, "grad_accumulation": 6}, "grad_accumulation"),
         ({"virtual_stages": 5, "pipeline_parallel": 4, "grad_accumulation": 4}, "num_layers"),
-        ({"implementation": "bundled", "sequence_parallel": True, "precision": "fp32"}, "sequence_parallel"),
     ],
 )
 def test_what_is_not_known_is_refused(changes, field):

@@ -106,7 +106,7 @@ RUNS = {
     name: {"network": "dgx-h100", "attention_kernel": "flash-2", "torch_version": "2.1", "wide": ("norm",)}.get(name)
     or others(setting)[0]
     for name, setting in settings(Run).items()
-} | {"overlap": False}
+} | {"overlap": False, "padding": 0.25}
 
 
 @pytest.mark.parametrize(("name", "value"), RUNS.items())

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from estimator.describe.parts import MLP, Norm
 from trainer.model.feed_forward import GatedFeedForward, gated
@@ -17,6 +18,7 @@ from trainer.model.router import Router, sort_by_expert
 if TYPE_CHECKING:
     from estimator.describe.model import ModelConfig
     from estimator.describe.plan import Plan
+    from trainer.model.exchange import Exchanges
 
 
 class Experts(nn.Module):
@@ -26,6 +28,8 @@ class Experts(nn.Module):
         gate_up: (E, 2 f, d), of each expert the gate's rows, then those of up.
         down: (E, d, f).
         gate_up_bias, down_bias: (E, 2 f) and (E, d), or None.
+        exchange: where other processes have a part of the experts, how rows get there
+            (`trainer.model.exchange.Exchanges`); else None.
     """
 
     def __init__(self, m: ModelConfig) -> None:
@@ -41,18 +45,33 @@ class Experts(nn.Module):
         self.down_bias = nn.Parameter(torch.zeros(E, m.d_model)) if part.bias else None
         for weight in (self.gate_up, self.down):
             nn.init.normal_(weight, std=INIT_STD)
+        self.exchange: Exchanges | None = None
 
     def forward(self, x: Tensor, count_E: Tensor, expert_S: Tensor | None) -> Tensor:
         """`count_E`: how many rows each expert has; `expert_S`: the expert of each row, where they have biases."""
-        h = grouped_product(x, self.gate_up, count_E)
+        if self.exchange is None:
+            return self.products(x, count_E, expert_S)
+        there = self.exchange(count_E, biases=expert_S is not None)
+        y = self.products(there.dispatch(x), there.count, there.expert)
+        y = there.by_sender(y)
+        return there.combine(y)
+
+    def products(self, x: Tensor, count_E: Tensor, expert_S: Tensor | None) -> Tensor:
+        """The same of the experts that are here."""
+        h = grouped_product(x, here(self.gate_up), count_E)
         if self.gate_up_bias is not None and expert_S is not None:
-            h = h + self.gate_up_bias.index_select(0, expert_S)
+            h = h + here(self.gate_up_bias).index_select(0, expert_S)
         gate, up = h.chunk(2, -1)
         h = gated(gate, up, self.activation)
-        y = grouped_product(h, self.down, count_E)
+        y = grouped_product(h, here(self.down), count_E)
         if self.down_bias is not None and expert_S is not None:
-            y = y + self.down_bias.index_select(0, expert_S)
+            y = y + here(self.down_bias).index_select(0, expert_S)
         return y
+
+
+def here(p: Tensor) -> Tensor:
+    """What this process has of a parameter."""
+    return p.to_local() if isinstance(p, DTensor) else p
 
 
 class SparseFeedForward(nn.Module):

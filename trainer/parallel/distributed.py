@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Shard
 
 from estimator.describe.checks import ConfigError
 from trainer.files.checkpoint import (
@@ -41,10 +41,12 @@ from trainer.files.checkpoint import (
 from trainer.files.contents import CheckpointError, check_files, check_names, check_parts
 from trainer.optim.clip import gradient_clipping
 from trainer.optim.precision import Masters, float32_copy
+from trainer.parallel.context import context_parallel
+from trainer.parallel.expert import expert_parallel, of_experts
 from trainer.parallel.tensor import tensor_parallel
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from torch.distributed.checkpoint.metadata import Metadata
     from torch.distributed.device_mesh import DeviceMesh
@@ -116,6 +118,8 @@ class World:
             return model
         if sharding in ("none", "zero1"):
             devices = [self.device] if self.device.type == "cuda" else None
+            if plan.expert_parallel > 1:
+                leave_out(model, of_experts(model))
             return nn.parallel.DistributedDataParallel(
                 model, devices, gradient_as_bucket_view=plan.gradient_as_bucket_view
             )
@@ -168,7 +172,16 @@ class World:
         weights are one and the same.
         """
         if plan.tensor_parallel > 1:
-            tensor_parallel(model, self.grid(plan)["tensor"])
+            ends = {"sequence": plan.sequence_parallel, "vocabulary": plan.vocabulary_parallel}
+            tensor_parallel(model, self.grid(plan)["tensor"], **ends)
+        if plan.context_parallel > 1:
+            shape = (plan.data_parallel, plan.context_parallel)
+            mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=("data", "context"))
+            context_parallel(model, mesh["context"])
+        if plan.expert_parallel > 1:
+            if plan.expert_parallel != self.size:
+                raise ConfigError(f"expert_parallel = {plan.expert_parallel}: there are {self.size} processes")
+            expert_parallel(model, init_device_mesh(self.device.type, (self.size,), mesh_dim_names=("expert",)))
         copied = float32_copy(model) if plan.precision == "bf16-master" else None
         module, held = self.wrap(model, plan, sharding), self.weights(model, sharding)
         if copied is None:
@@ -223,8 +236,16 @@ class Weights:
         """Hand the shards their part of the gradients; nothing to do without shards."""
         if self.sharded:
             for name, p in self.originals.items():
-                self.named[name].grad = None if p.grad is None else self.shard(name, whole_gradient(p.grad))
+                self.named[name].grad = None if p.grad is None else self.shard(name, placed_as(p.grad, p))
                 p.grad = None
+            self.average_experts()
+
+    def average_experts(self) -> None:
+        """Experts that one process has for all have seen all their tokens: a sum, to be the mean that DDP makes."""
+        for name, p in self.originals.items():
+            mesh, grad = part_mesh(p), self.named[name].grad
+            if mesh is not None and mesh.mesh_dim_names == ("expert",) and grad is not None:
+                grad.div_(mesh.size())
 
     def shard(self, name: str, x: Tensor) -> Tensor:
         """This process's rows of a parameter `name` or of a tensor of its shape: a DTensor's own, else a view."""
@@ -248,7 +269,7 @@ class Weights:
             return gradient_clipping(self.originals.values(), max_norm, eps)
         having = {name: p.grad for name, p in self.named.items() if p.grad is not None}
         gradients = list(having.values())
-        shared = {name: mesh for name in having if (mesh := matrix_mesh(self.originals[name])) is not None}
+        shared = {name: mesh for name in having if (mesh := part_mesh(self.originals[name])) is not None}
         squares: Tensor | None = None
         if shared:  # summed over those that share the matrices; all of them have the same of what is whole
             squares = squared([having[name] for name in shared])
@@ -294,27 +315,37 @@ def policy(plan: Plan) -> MixedPrecisionPolicy | None:
 
 def shard_mesh(x: Tensor) -> DeviceMesh | None:
     """The processes that share the rows of a DTensor, as `fully_shard` cuts it; None of other tensors."""
-    if not isinstance(x, DTensor) or x.device_mesh.mesh_dim_names == ("tensor",):
+    if not isinstance(x, DTensor) or x.device_mesh.mesh_dim_names in (("tensor",), ("expert",)):
         return None
     return x.device_mesh["data"] if x.device_mesh.ndim > 1 else x.device_mesh
 
 
-def matrix_mesh(x: Tensor) -> DeviceMesh | None:
-    """The processes that have other columns of a matrix that tensor parallelism cuts; None of all else."""
+def leave_out(model: nn.Module, names: Sequence[str]) -> None:
+    """Have DDP leave these parameters alone; it has no public way."""
+    leave = nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model  # noqa: SLF001
+    leave(model, list(names))  # type: ignore[no-untyped-call]  # torch leaves it untyped
+
+
+def part_mesh(x: Tensor) -> DeviceMesh | None:
+    """The processes that have other columns of a matrix that tensor parallelism cuts, or other experts; else None."""
     names = (isinstance(x, DTensor) and x.device_mesh.mesh_dim_names) or ()
-    if not isinstance(x, DTensor) or "tensor" not in names or x.placements[names.index("tensor")].is_replicate():
+    if not isinstance(x, DTensor):
         return None
-    return x.device_mesh["tensor"]
+    for axis in ("tensor", "expert"):
+        if axis in names and not x.placements[names.index(axis)].is_replicate():
+            return x.device_mesh[axis]
+    return None
 
 
-def whole_gradient(x: Tensor) -> Tensor:
-    """`x` or, of a DTensor of which each process has a part of the sum (`Partial`), that sum in all of them.
+def placed_as(x: Tensor, like: Tensor) -> Tensor:
+    """`x`, the gradient of `like`, laid out over the processes as that is.
 
-    So are the gradients of weights that each process uses for other heads or other tokens.
+    Those of weights that each process uses for other heads or other tokens are parts of a sum (`Partial`); of a table
+    of which each has some rows every process makes the whole gradient.
     """
-    if not isinstance(x, DTensor) or not any(placed.is_partial() for placed in x.placements):
+    if not isinstance(x, DTensor) or not isinstance(like, DTensor) or x.placements == like.placements:
         return x
-    return x.redistribute(placements=[Replicate() if placed.is_partial() else placed for placed in x.placements])
+    return x.redistribute(placements=like.placements)
 
 
 def squared(gradients: Iterable[Tensor]) -> Tensor:

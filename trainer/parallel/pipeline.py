@@ -61,7 +61,7 @@ class Stage(nn.Module):
         if self.index == 0:
             x = model.dropout(model.embedded(x, 0))
         T = x.shape[1]
-        masks, bias = model.masks(x, 0)
+        masks, bias = model.masks(x, T, 0)
         rotary = model.config.made_of.positions.kind == "rotary"
         cos, sin = (table[:T, None] for table in (model.cos, model.sin)) if rotary else (None, None)
         for i, layer in enumerate(self.layers):

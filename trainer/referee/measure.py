@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves
@@ -155,7 +156,12 @@ def loss_of(module: nn.Module, p: Plan, ids: Tensor, targets: Tensor) -> Tensor:
     """The loss of `module` that `p` names."""
     if p.loss == "chunked":
         return module(ids, targets_BT=targets)
-    return LOSSES[p.loss](module(ids), targets)
+    return own_tensor(LOSSES[p.loss](module(ids), targets))
+
+
+def own_tensor(x: Tensor) -> Tensor:
+    """A process's own part of a DTensor; other tensors as they are."""
+    return x.to_local() if isinstance(x, DTensor) else x
 
 
 def build_optimizer(named: Mapping[str, nn.Parameter], p: Plan, device: str) -> torch.optim.Optimizer:
@@ -228,7 +234,8 @@ def build_parts(
 ) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
     """(the model, ids and targets of so many sequences, by default a micro-batch), drawn from `seed`.
 
-    With an imbalance, routers deal tokens out by it.
+    With an imbalance, routers deal tokens out by it, and evenly where experts are shared out: elsewhere no byte depends
+    on it.
     """
     if p.implementation != "bundled":
         raise ConfigError(f"implementation = {p.implementation!r}: the trainer runs its own; allowed is bundled")
@@ -238,8 +245,9 @@ def build_parts(
     with torch.device(device):
         model = to_precision(build_model(m, p), p)
         ids, targets = (torch.randint(m.vocab_size, (sequences or p.batch_size, T)) for _ in range(2))
-    for router in (x for x in model.modules() if isinstance(x, Router) and p.imbalance > 1):
-        router.routing = p.imbalance
+    for router in (x for x in model.modules() if isinstance(x, Router)):
+        if p.imbalance > 1 or p.expert_parallel > 1:
+            router.routing = p.imbalance if p.imbalance > 1 else "even"
     return model, (ids, targets)
 
 

@@ -16,6 +16,7 @@ from copy import deepcopy
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import _functional_collectives as functional
@@ -25,9 +26,12 @@ from estimator.describe.checks import ConfigError
 from trainer.model.decoder import Transformer
 from trainer.model.quantised import scales
 from trainer.optim.precision import loss_scaler
-from trainer.parallel.distributed import Weights, World, local, policy
+from trainer.parallel.context import own_tokens
+from trainer.parallel.distributed import Weights, World, leave_out, local, part_mesh, policy
+from trainer.parallel.expert import of_experts
 from trainer.parallel.pipeline import Stage, scheduled
 from trainer.parallel.tensor import tensor_parallel
+from trainer.parallel.vocabulary import loss_context
 from trainer.referee.measure import (
     LOSSES,
     Step,
@@ -40,7 +44,7 @@ from trainer.referee.measure import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from estimator.describe.model import ModelConfig
     from estimator.describe.plan import Plan
@@ -48,6 +52,7 @@ if TYPE_CHECKING:
 TRIES = 200  # most steps to wait for those whose events are complete
 COMPLETE = 3  # so many of them
 MOMENT = 1e-3  # seconds
+PATIENCE, LONGEST = 6, 5  # after so many steps without enough that are complete it is doubled, so many times at most
 
 
 class SharedStep(Step):
@@ -57,8 +62,12 @@ class SharedStep(Step):
         if world.size != p.accelerators:
             raise ConfigError(f"accelerators = {p.accelerators}: torchrun has started {world.size} processes")
         model, inputs = build_parts(m, p, str(world.device), seed)
-        buckets = p.data_parallel > 1 and p.sharding in ("none", "zero1") and not p.fp32_gradients
-        self.buckets = bucket_bytes(model) if buckets else 0
+        if p.context_parallel > 1:
+            place = world.rank % p.context_parallel, p.context_parallel
+            inputs = own_tokens(inputs[0], *place), own_tokens(inputs[1], *place)
+        buckets = p.copies > 1 and p.sharding in ("none", "zero1") and not p.fp32_gradients
+        others = of_experts(model) if p.expert_parallel > 1 else []
+        self.buckets = bucket_bytes(model, others) if buckets else 0
         module, self.held, self.weights, masters = world.prepare(model, p, p.sharding)
         optimizer = build_updates(self.weights.named, p, world.device.type, self.weights)
         super().__init__(model, optimizer, inputs, p, masters)
@@ -69,6 +78,16 @@ class SharedStep(Step):
         """Run it."""
         self.micro_batches()
         self.update()
+
+    def forward(self) -> Tensor:
+        """As one process has it."""
+        with loss_context(self.plan):
+            return super().forward()
+
+    def backward(self, loss: Tensor) -> None:
+        """As one process has it."""
+        with loss_context(self.plan):
+            super().backward(loss)
 
     def micro_batches(self) -> None:
         """Every forward and backward of the step."""
@@ -146,23 +165,33 @@ class PipelineStep(Step):
                 yield from (info.buffer for info in infos if info.buffer is not None)
 
 
-def bucket_bytes(model: nn.Module) -> int:
+def bucket_bytes(model: nn.Module, ignored: Sequence[str] = ()) -> int:
     """Bytes that DDP keeps for itself around a model; its first messages, which take buffers, are left out."""
     kept: list[nn.Module] = [deepcopy(model)]
+    leave_out(kept[0], ignored)
     events = allocator_events(lambda: kept.append(nn.parallel.DistributedDataParallel(kept[0], init_sync=False)))
     return sum(n for _, n in events)
 
 
-# What the profiler calls a collective when it is asked for, which of its tensors is whole, and our word for it.
-ASKED = {"c10d::_allgather_base_": (0, "all-gather"), "c10d::_reduce_scatter_base_": (1, "reduce-scatter")}
+# What the profiler calls a collective when it is asked for, by FSDP or by DTensor, which of its tensors is whole, and
+# our word for it. DTensor's all-gather has a part for its input, and makes its output itself.
+ASKED = {
+    "c10d::_allgather_base_": (0, "all-gather"),
+    "c10d::_reduce_scatter_base_": (1, "reduce-scatter"),
+    "_c10d_functional::all_gather_into_tensor": (0, "all-gather"),
+    "_c10d_functional::reduce_scatter_tensor": (0, "reduce-scatter"),
+}
+PART = "_c10d_functional::all_gather_into_tensor"
 SENT = {"gloo:all_reduce": "all-reduce", "gloo:broadcast": "broadcast"}
-ITEMSIZES = {"float": 4, "c10::BFloat16": 2, "c10::Half": 2}
+ALL_TO_ALL = "c10d::alltoall_base_"  # whose first tensor is what comes, and whose second is what goes
+ITEMSIZES = {"float": 4, "c10::BFloat16": 2, "c10::Half": 2, "long": 8, "long int": 8}
 
 
 def messages(m: ModelConfig, p: Plan, world: World, seed: int = 0) -> list[tuple[str, int, int]]:
     """(kind, bytes, count): the collectives of a steady step of this process, as PyTorch's profiler sees them sent.
 
-    gloo reduces and scatters by an all-reduce, which is no message of its own here.
+    gloo reduces and scatters by an all-reduce, which is no message of its own here. Of an all-to-all what comes or what
+    goes, whichever is more, counts.
     """
     step = SharedStep(m, p, world, seed)
     for _ in range(2):
@@ -175,26 +204,39 @@ def messages(m: ModelConfig, p: Plan, world: World, seed: int = 0) -> list[tuple
     for event in results.events():
         at, kind = ASKED.get(event.name(), (0, SENT.get(event.name())))
         if kind is not None:
-            nbytes = math.prod(event.shapes()[at]) * ITEMSIZES[event.dtypes()[at]]
+            nbytes = _nbytes(event, at) * (p.tensor_parallel * p.context_parallel if event.name() == PART else 1)
             found[kind, nbytes] += 1
             if kind == "reduce-scatter":
                 found["all-reduce", nbytes] -= 1
+        elif event.name() == ALL_TO_ALL:
+            found["all-to-all", max(_nbytes(event, 0), _nbytes(event, 1))] += 1
     return sorted((kind, nbytes, count) for (kind, nbytes), count in found.items() if count)
 
 
+def _nbytes(event: Any, at: int) -> int:
+    """Bytes of the argument `at` of an operator."""
+    return math.prod(event.shapes()[at]) * ITEMSIZES[event.dtypes()[at]]
+
+
 @contextmanager
-def longer_waits() -> Iterator[None]:
-    """A moment more after each message, in which gloo's thread lets go of its buffers: this thread will free them."""
+def longer_waits(moment: float, group: dist.ProcessGroup | None) -> Iterator[None]:
+    """So many seconds more for gloo's thread to let go of its buffers, which this thread will then free.
+
+    What PyTorch keeps the work of, it frees some time after it has waited. The buffers of a functional collective go
+    with the wait itself, so that gloo must be done before: a barrier of its `group` waits for all that was asked of it.
+    """
     wait, wait_tensor = dist.Work.wait, functional.wait_tensor
+    gloo = None if group is None else group._get_backend(torch.device("cpu"))  # noqa: SLF001 - `dist.barrier` allocates
 
     def longer(work: dist.Work, *timeout: Any) -> bool:
         done = wait(work, *timeout)
-        time.sleep(MOMENT)
+        time.sleep(moment)
         return done
 
     def longer_for(x: Tensor) -> Tensor:
+        if gloo is not None:
+            gloo.barrier().wait()  # type: ignore[attr-defined]  # torch's stubs leave it out
         found: Tensor = wait_tensor(x)  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        time.sleep(MOMENT)
         return found
 
     dist.Work.wait = longer  # type: ignore[assignment, method-assign]  # which is what FSDP calls
@@ -234,9 +276,12 @@ def measure_shared(m: ModelConfig, p: Plan, world: World, seed: int = 0) -> dict
     peaks: defaultdict[int, list[int]] = defaultdict(
         list
     )  # by the number of events, of which a step can only miss some
-    for _ in range(TRIES):
+    meshes = filter(None, map(part_mesh, step.model.parameters()))
+    group = dist.group.WORLD if p.context_parallel > 1 else next((mesh.get_group() for mesh in meshes), None)
+    for turn in range(TRIES):
+        moment = MOMENT * 2 ** min(turn // PATIENCE, LONGEST)
         # oneDNN's products in half precision take scratch that depends on the machine.
-        with onednn(enabled=False), longer_waits():
+        with onednn(enabled=False), longer_waits(moment, group):
             live = list(accumulate(n for _, n in allocator_events(step)))
         if live[-1] == 0:
             peaks[len(live)].append(resident + max(live))

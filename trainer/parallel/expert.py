@@ -1,0 +1,43 @@
+"""Expert parallelism: each process has a part of every layer's experts, and all else whole.
+
+The experts are DTensors whose rows are cut, so that checkpoints hold them whole; what is sent is
+`trainer.model.exchange`'s.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+from torch.distributed.tensor import DTensor, Shard
+
+from trainer.model.exchange import Exchanges
+from trainer.model.experts import Experts
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+def expert_parallel(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    """`model`, of whose experts each process of `mesh` has its part, in place."""
+    for module in model.modules():
+        if isinstance(module, Experts):
+            for name, p in module.named_parameters(recurse=False):
+                mine = p.detach().chunk(mesh.size())[mesh.get_local_rank()].clone()
+                shared = DTensor.from_local(mine, mesh, [Shard(0)], run_check=False)
+                setattr(module, name, nn.Parameter(shared, requires_grad=p.requires_grad))
+            module.exchange = Exchanges(mesh.get_group())
+    return model
+
+
+def of_experts(model: nn.Module) -> list[str]:
+    """The names of the parameters of all experts."""
+    return list(_names(model))
+
+
+def _names(model: nn.Module) -> Iterator[str]:
+    for prefix, module in model.named_modules():
+        if isinstance(module, Experts):
+            yield from (f"{prefix}.{name}" for name, _ in module.named_parameters(recurse=False))
