@@ -182,7 +182,7 @@ ASKED = {
     "_c10d_functional::reduce_scatter_tensor": (0, "reduce-scatter"),
 }
 PART = "_c10d_functional::all_gather_into_tensor"
-SENT = {"gloo:all_reduce": "all-reduce", "gloo:broadcast": "broadcast"}
+SENT = {"gloo:all_reduce": "all-reduce", "gloo:broadcast": "broadcast", "gloo:send": "send"}
 ALL_TO_ALL = "c10d::alltoall_base_"  # whose first tensor is what comes, and whose second is what goes
 ITEMSIZES = {"float": 4, "c10::BFloat16": 2, "c10::Half": 2, "long": 8, "long int": 8}
 
@@ -194,7 +194,7 @@ def messages(m: ModelConfig, p: Plan, world: World, seed: int = 0) -> list[tuple
     goes, whichever is more, counts. In a selective checkpoint, which is a dispatch mode, an operator is seen within
     itself again.
     """
-    step = SharedStep(m, p, world, seed)
+    step = PipelineStep(m, p, world, seed) if p.is_pipeline else SharedStep(m, p, world, seed)
     for _ in range(2):
         step()
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as prof:
