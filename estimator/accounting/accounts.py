@@ -220,8 +220,7 @@ def recipe_of(m: ModelConfig, p: Plan, device: str, rank: int = 0) -> Recipe:
         )
     if p.offload != "none" and p.copies == 1:
         raise ConfigError(
-            f"offload = {p.offload!r}: data_parallel is 1, and it is a policy of fully_shard, among several; allowed "
-            "is none"
+            f"offload = {p.offload!r}: data_parallel is 1, and it is known of several accelerators; allowed is none"
         )
     recipe = Recipe(
         parts=m.made_of.statements(),
@@ -296,7 +295,7 @@ def _parallel(p: Plan) -> str:
     if p.copies == 1:
         return "alone"
     if p.is_deepspeed:
-        return f"deepspeed-{p.sharding}"
+        return f"deepspeed-{p.sharding}{'-offload' if p.offload != 'none' else ''}"
     if p.sharding != "none":
         return p.sharding
     return "ddp-fp32" if p.fp32_gradients else "ddp"

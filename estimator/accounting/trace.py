@@ -74,7 +74,8 @@ class Trace:
         self.classes = [(nbytes, category) for nbytes, category, _ in index]
         self.copies = [copies for *_, copies in index]
         self.sign = np.array([e.sign for e in ledger.events], dtype=np.int64)
-        self.step = next(i for i, e in enumerate(ledger.events) if e.where.phase is not Phase.SETUP)
+        steps = (i for i, e in enumerate(ledger.events) if e.where.phase is not Phase.SETUP)
+        self.step = next(steps, len(ledger.events))  # a host may only keep what it had
         self._turns = self._executed_turns()
         middle = {turn: at for turn, at in enumerate(self._repeats_of_turns()) if at is not None}
         self.group = np.array([middle.get(turn, -1) for turn in self._turns.tolist()], dtype=np.int64)

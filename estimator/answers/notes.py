@@ -60,8 +60,8 @@ def notes_of_host(p: Plan, nbytes: int, device: str) -> Iterator[str]:
     """What the host keeps for an accelerator, of so many bytes."""
     if p.offload != "none" and device == "cuda":
         yield (
-            f"The host keeps {nbytes / GIB:,.2f} GiB for each accelerator (parameters, gradients, states, and "
-            "what the update takes), beside what its own system needs. It is not part of the accelerator's memory; "
+            f"The host keeps {nbytes / GIB:,.2f} GiB for each accelerator ({p.offload}, gradients, and what the update "
+            "takes), beside what its own system needs. It is not part of the accelerator's memory; "
             "pinned, each block takes up to the next power of two."
         )
 

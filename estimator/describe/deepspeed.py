@@ -20,7 +20,7 @@ NEEDS = tuple(
         ("frozen", ("",)),
         ("adapter", ("none",)),
         ("update", ("after",)),
-        ("offload", ("none",)),
+        ("offload", ("none", "states")),
         ("tensor_parallel", (1,)),
         ("expert_parallel", (1,)),
         ("pipeline_parallel", (1,)),

@@ -338,13 +338,23 @@ class Plan:
                 "parameters, gradients and optimizer states, and the update runs there (fully_shard's "
                 "`CPUOffloadPolicy`): only what is gathered is on the accelerator"
             ),
+            "states": (
+                "masters, optimizer states and gradients, and the update runs there (DeepSpeed's offload_optimizer): "
+                "parameters stay on the accelerator"
+            ),
         },
+        draws=("none", "parameters"),
         needs=(
-            Needs("sharding", FULLY_SHARDED, "it is a policy of fully_shard"),
+            Needs("implementation", ("deepspeed",), "it is DeepSpeed's", values=("states",)),
+            Needs("sharding", ("zero1", "zero2"), "it is not known of ZeRO-3", values=("states",)),
+            Needs("max_grad_norm", (None,), "it is not known together with clipping", values=("states",)),
+            Needs("implementation", ("bundled",), "it is a policy of fully_shard", values=("parameters",)),
+            Needs("sharding", FULLY_SHARDED, "it is a policy of fully_shard", values=("parameters",)),
             Needs(
                 "precision",
                 ("fp32", "tf32", "bf16", "bf16-mixed", "bf16-fsdp"),
                 "the scaler or the masters of {precision!r} are the accelerator's",
+                values=("parameters",),
             ),
             Needs("tensor_parallel", (1,), "tensor_parallel is {tensor_parallel}"),
         ),

@@ -8,10 +8,11 @@ for a moment is left out.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from estimator.eager.ledger import Category, Storage
-from estimator.eager.letters import ZERO, D, letter, smaller
+from estimator.eager.letters import ZERO, D, larger, letter, smaller
 from estimator.eager.ops import python_number
 from estimator.eager.tensor import FLOAT32, Tensor
 from estimator.optim.updates import at_parameter, in_place, zero_grad
@@ -21,6 +22,7 @@ from estimator.parallel.tensor import part_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from contextlib import AbstractContextManager
 
     from estimator.eager.letters import Size
     from estimator.eager.tensor import Dtype
@@ -47,12 +49,16 @@ class ZeroStage1(Replica):
         self.buffers: list[Tensor] = []
         self.mains: list[Tensor] = []
         for p in self.parameters:
-            with at_parameter(p, "single_partition_of_fp32_groups"):
+            with at_parameter(p, "single_partition_of_fp32_groups"), self.at_masters():
                 self.mains.append(self._part(p, FLOAT32, Category.OPTIMIZER))
         self.updated = self.mains
         self.padded = [main.shape for main in self.mains]
         self.machine.on_gradient = self.gradient_ready
         self.machine.on_backward_end = self.after_backward
+
+    def at_masters(self) -> AbstractContextManager[None]:
+        """Where masters, states and the update are: here, or on the host."""
+        return self.machine.on_host() if self.sharing.offload else nullcontext()
 
     def _part(self, p: Tensor, dtype: Dtype, category: Category) -> Tensor:
         """A D-th of a parameter's elements, held."""
@@ -138,6 +144,41 @@ class ZeroStage2(ZeroStage1):
     """The same with partition_gradients: gradients are summed as they come in each backward, and a part stays."""
 
     shares_gradients = True
+
+
+class OffloadedStates(ZeroStage2):
+    """The same with cpu_offload, also of ZeRO-1: each summed gradient goes to the host, into its master's in fp32.
+
+    Gradients of several micro-batches add up there. The update's result comes back through a buffer of 16 bits
+    (`param_buffer_of_bit16_for_cpu_offload_groups`), and `temp_grad_buffer_for_gpu_offload` stays here.
+    """
+
+    def __init__(self, model: Model, sharing: Sharing) -> None:
+        super().__init__(model, sharing)
+        largest = larger(*(p.numel for p in self.parameters))
+        with self.machine.ledger.at("", None, "temp_grad_buffer_for_gpu_offload"):
+            self.temporary = self.machine.empty((largest,), self.machine.dtype, category=HELD).hold()
+        for p in self.parameters:
+            with at_parameter(p, "param_buffer_of_bit16_for_cpu_offload_groups"), self.machine.on_host():
+                self._part(p, p.dtype, HELD)
+                self.parts[p] = self._part(p, FLOAT32, Category.GRADIENT)
+
+    def reduce(self, p: Tensor) -> None:
+        """`async_inplace_copy_grad_to_fp32_buffer_from_gpu`."""
+        assert p.grad is not None
+        grad, p.grad = p.grad, None
+        with at_parameter(p, "reduce_ipg_grads"):
+            self.machine.kernel("copy_", (grad,), (grad,))
+            waits = "update" if self.last_micro_batch else "step"
+            self.machine.collective("reduce-scatter", DATA, grad, waits=waits)
+            grad.drop()
+            with self.machine.on_host():
+                in_place("add_", self.parts[p], arithmetic=1)
+
+    def before_update(self) -> None:
+        """The masters' gradients are there."""
+        for p, main in zip(self.parameters, self.mains, strict=True):
+            main.grad = self.parts[p].hold()
 
 
 class ZeroStage3(ZeroStage2):
@@ -226,4 +267,6 @@ STAGES: dict[str, type[Replica]] = {
     "deepspeed-zero1": ZeroStage1,
     "deepspeed-zero2": ZeroStage2,
     "deepspeed-zero3": ZeroStage3,
+    "deepspeed-zero1-offload": OffloadedStates,
+    "deepspeed-zero2-offload": OffloadedStates,
 }

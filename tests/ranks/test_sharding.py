@@ -379,7 +379,7 @@ def test_what_is_offloaded_is_the_hosts(precision):
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"sharding": "zero2"}, "data_parallel is 1, and it is a policy of fully_shard"),
+        ({"sharding": "zero2"}, "data_parallel is 1, and it is known of several accelerators"),
         ({"data_parallel": 2, "sharding": "zero1"}, "it is a policy of fully_shard"),
         ({"data_parallel": 2, "sharding": "zero3", "precision": "bf16-master"}, "the masters of 'bf16-master' are"),
     ],

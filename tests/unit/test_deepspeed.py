@@ -77,6 +77,8 @@ def test_the_third_stage_has_no_more_whole_than_it_may():
         ({"adapter": "lora"}, "adapter"),
         ({"implementation": "bundled", "reduce_bucket_size": 5}, "reduce_bucket_size"),
         ({"max_live_parameters": 5}, "only zero3"),
+        ({"sharding": "zero3", "offload": "states"}, "not known of ZeRO-3"),
+        ({"offload": "parameters"}, "policy of fully_shard"),
     ],
 )
 def test_what_it_is_not_known_with_is_refused(changes, says):
@@ -94,3 +96,14 @@ def test_recipes_that_people_run_have_an_answer_and_a_time(sharding):
         r = est.estimate(m, p.replace(seq_len=min(4096, m.context_length)), "a100-80gb-sxm", steps=10)
         assert r.time.hours > 0
         assert any("DeepSpeed" in note for note in r.notes)
+
+
+def test_offloaded_states_leave_two_bytes_a_parameter():
+    """`estimate_zero2_model_states_mem_needs` with cpu_offload: 2 P here, 16 P / N or more on the host."""
+    p = PLAN.replace(data_parallel=64, offload="states", seq_len=1, reduce_bucket_size=1)
+    here, there = (est.estimate(NARROW, x, "a100-80gb-sxm") for x in (p.replace(offload="none"), p))
+    P = there.values.parameters
+    assert there.memory.host == pytest.approx(18 * P / 64, rel=0.01)  # theirs, and the buffer of 16 bits
+    assert there.memory.peak < here.memory.peak
+    assert there.memory.peak == pytest.approx(2 * P, rel=0.15)  # and of one block gradients and activations
+    assert there.time is None
