@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from estimator.describe.schedules import Schedule
     from estimator.eager.letters import Size
     from estimator.eager.repetition import Layout
-    from estimator.parallel.sharded import Unit
+    from estimator.parallel.unit import Unit
 
 
 EVERYTHING = Selection()
