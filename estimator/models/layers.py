@@ -257,6 +257,8 @@ class Module:
                 args = self.unit.cast_inputs(args)
             if unit is not None:
                 args = unit.before_forward(args)
+            elif self.unit is not None:
+                self.unit.before_recomputation()
             with arguments(args) as inner, Locals() as v:
                 inner.append(self.forward(v, *args))
             if unit is not None:

@@ -212,6 +212,9 @@ class Unit:
         self.copy_out()
         return tuple(self._behind(x) if x is not None and x.requires_grad else x for x in args)
 
+    def before_recomputation(self) -> None:
+        """`pre_forward` in a checkpoint's second forward: a block's unit is in its backward already, and whole."""
+
     def after_forward(self, out: Tensor) -> None:
         """`post_forward`; before the result's backward the unit will be whole."""
         if self.root:
@@ -430,6 +433,10 @@ class OwnUnit(Unit):
             self.whole = True
             if self.machine.ledger.phase is Phase.FORWARD:
                 self.fsdp.keep(None)
+
+    def before_recomputation(self) -> None:
+        """That of a part of a block, whose own backward has not begun."""
+        self.copy_out()
 
     def _reduce(self, having: Sequence[Tensor]) -> None:
         """`foreach_reduce` with a world size of 1."""
