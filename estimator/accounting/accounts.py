@@ -163,7 +163,8 @@ def account(m: ModelConfig, p: Plan, device: str = "cuda", rank: int = 0) -> Acc
         p: how it is trained.
         device: whose rules.
         rank: of which of the p.copies accelerators; the first holds the most, later ones may have fewer rows.
-            Of a pipeline, which stage.
+            Of a pipeline, which stage; of those that share its parameters the second is stage + pipeline_parallel, and
+            so on.
 
     Raises:
         ConfigError: an unknown device, a rank that there is not, or a sequence longer than the model's positions.
@@ -180,7 +181,8 @@ def stage_account(m: ModelConfig, p: Plan, device: str, stage: int) -> Account:
 
 
 def sizes_for(m: ModelConfig, p: Plan, threads: int | None = None, stage: int = 0) -> Sizes:
-    """The number behind each letter of the legend for `m` run as `p`; of a pipeline those of a stage."""
+    """The number behind each letter of the legend for `m` run as `p`; of a pipeline those of an `account`'s rank."""
+    stage %= p.pipeline_parallel
     order = BlockOrder(m.rotating_pattern, p.checkpointing, p.checkpoint_every, p.selection, p.freezes_inputs)
     return Sizes(_sizes(m, p, threads, stage) | order.layout(m.num_layers // p.pipeline_parallel).values)
 
@@ -210,7 +212,7 @@ def recipe_of(m: ModelConfig, p: Plan, device: str, rank: int = 0) -> Recipe:
     pipeline.check_plan(p)
     expert.check_plan(p)
     # Those of a tensor-parallel group are alike, and all replicas of a stage.
-    ranks = p.pipeline_parallel if p.is_pipeline else p.copies
+    ranks = p.pipeline_parallel * p.shards if p.is_pipeline else p.copies
     if not 0 <= rank < ranks:
         raise ConfigError(f"rank = {rank}: there are {ranks}; allowed are 0 to {ranks - 1}")
     if p.precision == "bf16-fsdp" and p.copies == 1:
@@ -241,7 +243,7 @@ def recipe_of(m: ModelConfig, p: Plan, device: str, rank: int = 0) -> Recipe:
         # The second micro-batch adds to gradients that exist, and so do all after it; where gradients become views of
         # buckets, the last is another than those between.
         schedule=(
-            pipeline.executed(p, rank)
+            pipeline.executed(p, rank % p.pipeline_parallel)
             if p.is_pipeline
             else accumulation(min(p.grad_accumulation, 3 if _has_bucket_views(p) else 2))
         ),
@@ -260,7 +262,7 @@ def recipe_of(m: ModelConfig, p: Plan, device: str, rank: int = 0) -> Recipe:
         offload=p.offload != "none",
         bucket_view=_has_bucket_views(p),
         in_backward=p.update == "in-backward",
-        rank=0 if p.is_pipeline else rank % p.shards,
+        rank=(rank // p.pipeline_parallel if p.is_pipeline else rank) % p.shards,
         context_parallel=p.context_parallel > 1,
         imbalanced=p.expert_parallel > 1 and p.imbalance > 1,
         expert_rank=rank % p.expert_parallel,
@@ -270,6 +272,7 @@ def recipe_of(m: ModelConfig, p: Plan, device: str, rank: int = 0) -> Recipe:
         stage=_stage(p, rank),
         megatron=p.implementation == "megatron",
         sequence_parallel=p.sequence_parallel,
+        vocabulary_parallel=p.vocabulary_parallel,
         virtual_stages=p.virtual_stages,
     )
     window = m.sliding_window is not None and tokens > m.sliding_window
@@ -287,6 +290,7 @@ def _stage(p: Plan, stage: int) -> tuple[int, int]:
     """`Recipe.stage`: all stages between the first and the last are alike."""
     if not p.is_pipeline:
         return 0, 1
+    stage %= p.pipeline_parallel
     return min(stage, 1), 3 if 0 < stage < p.pipeline_parallel - 1 else 2
 
 

@@ -27,6 +27,7 @@ from estimator.parallel.megatron import ApexAdam, MainParameters, MegatronStage
 from estimator.parallel.pipeline import MICRO_BATCHES, SCHEDULES, Stage
 from estimator.parallel.placement import EXPERT, PIPELINE, TENSOR
 from estimator.parallel.sharded import REPLICAS
+from estimator.parallel.vocabulary import parallel_cross_entropy, parallel_cross_entropy_fp32
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 PARAMETERS = {"bf16": BFLOAT16, "bf16-master": BFLOAT16}  # their dtype, where it is not fp32
 LOSSES = {"bundled": cross_entropy, "torch": torch_cross_entropy, "torch-fp32": torch_cross_entropy_fp32}
+PARALLEL_LOSSES = {"torch": parallel_cross_entropy, "torch-fp32": parallel_cross_entropy_fp32}
 
 
 def run_step(recipe: Recipe, shapes: ShapeClass, device: str, stack: Stack, sizes: Mapping[str, int]) -> Ledger:
@@ -78,6 +80,7 @@ def run_step(recipe: Recipe, shapes: ShapeClass, device: str, stack: Stack, size
     with machine.on_host() if recipe.offload else nullcontext():
         optimizer = InBackward(kind, updated) if recipe.in_backward else kind(updated)
 
+    losses_of = PARALLEL_LOSSES if recipe.vocabulary_parallel else LOSSES
     losses: dict[int, Tensor] = {}  # of the micro-batches whose graphs are alive
 
     def forward(turn: int) -> None:
@@ -89,7 +92,7 @@ def run_step(recipe: Recipe, shapes: ShapeClass, device: str, stack: Stack, size
             else:
                 logits = model(ids)
                 with ledger.inside("loss"):
-                    loss = LOSSES[recipe.loss](logits, targets).hold()
+                    loss = losses_of[recipe.loss](logits, targets).hold()
         with ledger.inside("loss"):
             if recipe.micro_batches > 1:
                 mean, loss = loss, div_number(loss).hold()
@@ -112,9 +115,8 @@ def run_step(recipe: Recipe, shapes: ShapeClass, device: str, stack: Stack, size
         SCHEDULES[recipe.pipeline](stage)
     for move in recipe.schedule if not recipe.pipeline else ():
         {FORWARD: forward, BACKWARD: backpropagate}[move.kind](move.micro_batch)
-    ledger.phase = Phase.BACKWARD
-    replica.after_micro_batches()
     ledger.phase = Phase.OPTIMIZER
+    replica.after_micro_batches()
     replica.before_update()
     if masters is not None:
         masters.take_gradients()

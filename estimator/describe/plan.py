@@ -423,6 +423,12 @@ class Plan:
         draws=(False,),
         needs=tensor.SEQUENCE,
     )
+    vocabulary_parallel: bool = flag(
+        "The accelerators of tensor_parallel share embedding and head too, by rows of the vocabulary, and take the "
+        "cross entropy of the parts of the logits that each has (`loss_parallel`).",
+        draws=(False,),
+        needs=tensor.VOCABULARY,
+    )
     implementation: str = choice(
         "bundled",
         "Whose code a step runs.",

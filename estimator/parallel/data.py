@@ -17,7 +17,7 @@ from estimator.optim.clipping import clip_gradients, gradient_norms, number_of
 from estimator.optim.updates import at_parameter, in_place, zero_grad
 from estimator.parallel.expert import average
 from estimator.parallel.placement import DATA, EXPERT, TENSOR, buckets, pieces, rows_on
-from estimator.parallel.tensor import sum_partial_gradients
+from estimator.parallel.tensor import place_gradients
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -97,8 +97,8 @@ class Replica:
         """After the last backward of a stage of a pipeline: `perform_reduce_grad`."""
 
     def after_micro_batches(self) -> None:
-        """After the last backward: the sums over those that share the matrices."""
-        sum_partial_gradients(self.parameters)
+        """After the last backward: among those that share the matrices gradients are laid out as their parameters."""
+        place_gradients(self.parameters)
 
     def before_update(self) -> None:
         """Before the optimizer's step: `Weights.average_experts`."""

@@ -16,7 +16,7 @@ from estimator.eager.tensor import UINT8, Tensor, converted, op
 from estimator.eager.views import cast
 from estimator.parallel.data import HELD, elements
 from estimator.parallel.placement import DATA, EXPERT, REPLICATE, rows_on
-from estimator.parallel.tensor import sum_partial_gradients
+from estimator.parallel.tensor import place_gradients
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -254,7 +254,7 @@ class Unit:
         for p, gradient in self.accumulated.items():
             p.grad = gradient
         self.accumulated.clear()
-        sum_partial_gradients(self.parameters)  # `unsharded_grad_data`
+        place_gradients(self.parameters)  # `unsharded_grad_data`
         self.reshard()
         self.fsdp.reduced(None)
         having = [p for p in self.parameters if p.grad is not None]

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Shard
 
 from estimator.describe.checks import ConfigError
 from trainer.files.checkpoint import (
@@ -182,7 +182,8 @@ class World:
         weights are one and the same.
         """
         if plan.tensor_parallel > 1:
-            tensor_parallel(model, self.grid(plan)["tensor"], sequence=plan.sequence_parallel)
+            ends = {"sequence": plan.sequence_parallel, "vocabulary": plan.vocabulary_parallel}
+            tensor_parallel(model, self.grid(plan)["tensor"], **ends)
         if plan.context_parallel > 1:
             shape = (plan.data_parallel, plan.context_parallel)
             mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=("data", "context"))
@@ -245,7 +246,7 @@ class Weights:
         """Hand the shards their part of the gradients; nothing to do without shards."""
         if self.sharded:
             for name, p in self.originals.items():
-                self.named[name].grad = None if p.grad is None else self.shard(name, whole_gradient(p.grad))
+                self.named[name].grad = None if p.grad is None else self.shard(name, placed_as(p.grad, p))
                 p.grad = None
             self.average_experts()
 
@@ -348,14 +349,15 @@ def part_mesh(x: Tensor) -> DeviceMesh | None:
     return None
 
 
-def whole_gradient(x: Tensor) -> Tensor:
-    """`x` or, of a DTensor of which each process has a part of the sum (`Partial`), that sum in all of them.
+def placed_as(x: Tensor, like: Tensor) -> Tensor:
+    """`x`, the gradient of `like`, laid out over the processes as that is.
 
-    So are the gradients of weights that each process uses for other heads or other tokens.
+    Those of weights that each process uses for other heads or other tokens are parts of a sum (`Partial`); of a table
+    of which each has some rows every process makes the whole gradient.
     """
-    if not isinstance(x, DTensor) or not any(placed.is_partial() for placed in x.placements):
+    if not isinstance(x, DTensor) or not isinstance(like, DTensor) or x.placements == like.placements:
         return x
-    return x.redistribute(placements=[Replicate() if placed.is_partial() else placed for placed in x.placements])
+    return x.redistribute(placements=like.placements)
 
 
 def squared(gradients: Iterable[Tensor]) -> Tensor:

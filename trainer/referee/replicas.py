@@ -31,6 +31,7 @@ from trainer.parallel.distributed import Weights, World, leave_out, local, part_
 from trainer.parallel.expert import of_experts
 from trainer.parallel.pipeline import Stage, scheduled
 from trainer.parallel.tensor import tensor_parallel
+from trainer.parallel.vocabulary import loss_context
 from trainer.referee.measure import (
     LOSSES,
     Step,
@@ -77,6 +78,16 @@ class SharedStep(Step):
         """Run it."""
         self.micro_batches()
         self.update()
+
+    def forward(self) -> Tensor:
+        """As one process has it."""
+        with loss_context(self.plan):
+            return super().forward()
+
+    def backward(self, loss: Tensor) -> None:
+        """As one process has it."""
+        with loss_context(self.plan):
+            super().backward(loss)
 
     def micro_batches(self) -> None:
         """Every forward and backward of the step."""
