@@ -18,13 +18,13 @@ import json
 import sys
 import time
 import warnings
+from collections import Counter
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import torch
 
-import estimator as est
 import trainer
 from estimator.describe.checks import ConfigError
 from trainer.referee.measure import build_step
@@ -35,8 +35,10 @@ sys.path[:0] = [str(ROOT / "tests" / "exact"), str(ROOT / "tools")]
 from random_parts import draw  # noqa: E402 - a module of the tests
 from recorder_cases import prepared, table  # noqa: E402 - lies beside this
 from recorder_report import key, on_file, report  # noqa: E402 - likewise
+from recorder_symbolic import FIGURES, against_symbolic  # noqa: E402 - likewise
 
 FILE = ROOT / "validation" / "recorder.jsonl"
+SYMBOLIC = ROOT / "validation" / "recorder_symbolic.json"
 Case = tuple[str, tuple[int, int], str]
 
 
@@ -82,26 +84,28 @@ def _row(case: Case) -> dict[str, Any]:
     }
 
 
-def recipes(count: int) -> bool:
-    """Random decoders and recipes of ours: the recorder and the symbolic step; whether all peaks are equal."""
-    equal = same_parts = total = 0
+def recipes(count: int, *, keep: bool) -> bool:
+    """Random decoders and recipes of ours: the recorder and the symbolic step; whether all figures are equal."""
+    total, refused, alike = 0, 0, Counter[str]()
     for seed in range(count):
         m, p = draw(Random(seed))  # noqa: S311 - no secret
         try:
-            values = est.account(m, p, device="cpu").evaluate(m, p)
             recording = trainer.record(lambda m=m, p=p: build_step(m, p))
+            found = against_symbolic(m, p, recording)
         except ConfigError as error:
+            refused += 1
             print(f"seed {seed}: {error}", flush=True)
             continue
         total += 1
-        off = recording.peak_bytes - values.peak_bytes
-        parts = {k: v - values.peak_categories[k] for k, v in recording.categories.items()}
-        equal += not off
-        same_parts += not off and not any(parts.values())
-        if off or any(parts.values()):
-            print(f"seed {seed}: {off:+,}, { ({k: v for k, v in parts.items() if v}) } {m!r} {p!r}", flush=True)
-    print(f"{equal} of {total} have an equal peak, {same_parts} of them equal bytes in each of its categories.")
-    return equal == total
+        alike.update(name for name, (ours, theirs) in found.items() if ours == theirs)
+        off = {name: pair for name, pair in found.items() if pair[0] != pair[1] and name != "events"}
+        if off:
+            print(f"seed {seed}: {off} (recorded, symbolic) {m!r} {p!r}", flush=True)
+    row = {"torch": torch.__version__, "seeds": count, "refused": refused, "equal": dict(alike)}
+    if keep:
+        SYMBOLIC.write_text(json.dumps(row) + "\n", encoding="utf-8")
+    print(f"{total} compared, {refused} refused; equal: {', '.join(f'{n} {alike[n]}' for n in FIGURES)}.")
+    return all(alike[name] == total for name in FIGURES if name != "events")
 
 
 def main() -> int:
@@ -113,7 +117,9 @@ def main() -> int:
     tabled.add_argument("--only", nargs="*", default=[], metavar="MODULE")
     tabled.add_argument("--again", action="store_true", help="those that are on file and not equal, too")
     what.add_parser("report", help="write docs/recorder.md")
-    what.add_parser("recipes", help="against the symbolic step").add_argument("count", type=int)
+    drawn = what.add_parser("recipes", help="against the symbolic step")
+    drawn.add_argument("count", type=int)
+    drawn.add_argument("--keep", action="store_true", help=f"in validation/{SYMBOLIC.name}")
     args = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -122,7 +128,7 @@ def main() -> int:
         return 0
     if args.what == "table":
         return 0 if compare(args.seconds, args.only, again=args.again) else 1
-    return 0 if recipes(args.count) else 1
+    return 0 if recipes(args.count, keep=args.keep) else 1
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from estimator.eager.repetition import TURNS
 from estimator.eager.sizes import ShapeClass
 from estimator.models.attention import fused_kernel
 from estimator.models.layers import BlockOrder, Recipe
+from estimator.parallel.expert import IMBALANCE_UNIT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -161,8 +162,9 @@ def account(m: ModelConfig, p: Plan, device: str = "cuda", rank: int = 0) -> Acc
         m: the model.
         p: how it is trained.
         device: whose rules.
-        rank: of which of the p.data_parallel accelerators; the first holds the most, later ones may have fewer rows.
-            Of a pipeline, which stage.
+        rank: of which of the p.copies accelerators; the first holds the most, later ones may have fewer rows.
+            Of a pipeline, which stage; of those that share its parameters the second is stage + pipeline_parallel, and
+            so on.
 
     Raises:
         ConfigError: an unknown device, a rank that there is not, or a sequence longer than the model's positions.
@@ -179,7 +181,8 @@ def stage_account(m: ModelConfig, p: Plan, device: str, stage: int) -> Account:
 
 
 def sizes_for(m: ModelConfig, p: Plan, threads: int | None = None, stage: int = 0) -> Sizes:
-    """The number behind each letter of the legend for `m` run as `p`; of a pipeline those of a stage."""
+    """The number behind each letter of the legend for `m` run as `p`; of a pipeline those of an `account`'s rank."""
+    stage %= p.pipeline_parallel
     order = BlockOrder(m.rotating_pattern, p.checkpointing, p.checkpoint_every, p.selection, p.freezes_inputs)
     return Sizes(_sizes(m, p, threads, stage) | order.layout(m.num_layers // p.pipeline_parallel).values)
 
@@ -195,9 +198,11 @@ def _sizes(m: ModelConfig, p: Plan, threads: int | None, stage: int = 0) -> Size
         sizes = Sizes(sizes | {"D": p.data_parallel})
     if p.is_deepspeed:
         sizes = Sizes(sizes | {"b_r": p.reduce_bucket_size, "b_l": p.max_live_parameters, "b_s": SUB_GROUP})
-    for name, ranks in (("t", p.tensor_parallel), ("x", p.expert_parallel)):
+    for name, ranks in (("t", p.tensor_parallel), ("c", p.context_parallel), ("x", p.expert_parallel)):
         if ranks > 1:
             sizes = Sizes(sizes | {name: ranks})
+    if p.expert_parallel > 1 and p.imbalance > 1:
+        sizes = Sizes(sizes | {"i": round(p.imbalance * IMBALANCE_UNIT)})
     return sizes
 
 
@@ -207,15 +212,15 @@ def recipe_of(m: ModelConfig, p: Plan, device: str, rank: int = 0) -> Recipe:
     pipeline.check_plan(p)
     expert.check_plan(p)
     # Those of a tensor-parallel group are alike, and all replicas of a stage.
-    ranks = p.pipeline_parallel if p.is_pipeline else p.data_parallel
+    ranks = p.pipeline_parallel * p.shards if p.is_pipeline else p.copies
     if not 0 <= rank < ranks:
         raise ConfigError(f"rank = {rank}: there are {ranks}; allowed are 0 to {ranks - 1}")
-    if p.precision == "bf16-fsdp" and p.data_parallel == 1:
+    if p.precision == "bf16-fsdp" and p.copies == 1:
         raise ConfigError(
             "precision = 'bf16-fsdp': data_parallel is 1, and one accelerator shares with nobody; allowed are all "
             "other precisions"
         )
-    if p.offload != "none" and p.data_parallel == 1:
+    if p.offload != "none" and p.copies == 1:
         raise ConfigError(
             f"offload = {p.offload!r}: data_parallel is 1, and it is known of several accelerators; allowed is none"
         )
@@ -238,7 +243,7 @@ def recipe_of(m: ModelConfig, p: Plan, device: str, rank: int = 0) -> Recipe:
         # The second micro-batch adds to gradients that exist, and so do all after it; where gradients become views of
         # buckets, the last is another than those between.
         schedule=(
-            pipeline.executed(p, rank)
+            pipeline.executed(p, rank % p.pipeline_parallel)
             if p.is_pipeline
             else accumulation(min(p.grad_accumulation, 3 if _has_bucket_views(p) else 2))
         ),
@@ -258,7 +263,9 @@ def recipe_of(m: ModelConfig, p: Plan, device: str, rank: int = 0) -> Recipe:
         saved_on_host=p.saved_on_host,
         bucket_view=_has_bucket_views(p),
         in_backward=p.update == "in-backward",
-        rank=0 if p.is_pipeline else rank % p.shards,
+        rank=(rank // p.pipeline_parallel if p.is_pipeline else rank) % p.shards,
+        context_parallel=p.context_parallel > 1,
+        imbalanced=p.expert_parallel > 1 and p.imbalance > 1,
         expert_rank=rank % p.expert_parallel,
         expert_parallel=p.expert_parallel > 1,
         tensor_parallel=p.tensor_parallel > 1,
@@ -266,13 +273,16 @@ def recipe_of(m: ModelConfig, p: Plan, device: str, rank: int = 0) -> Recipe:
         stage=_stage(p, rank),
         megatron=p.implementation == "megatron",
         sequence_parallel=p.sequence_parallel,
+        vocabulary_parallel=p.vocabulary_parallel,
         virtual_stages=p.virtual_stages,
     )
-    masked = m.sliding_window is not None and tokens > m.sliding_window
+    window = m.sliding_window is not None and tokens > m.sliding_window
+    why = f"a sliding_window of {m.sliding_window}" if window else f"a context_parallel of {p.context_parallel}"
+    masked = window or p.context_parallel > 1
     if p.attention == "sdpa-flash" and fused_kernel("flash", device, masked=masked) != "flash":
         raise ConfigError(
-            f"attention = 'sdpa-flash': CUDA's takes no mask, which a sliding_window of {m.sliding_window} is at "
-            f"{tokens} tokens; allowed are naive, naive-fp32, sdpa, sdpa-math, sdpa-efficient"
+            f"attention = 'sdpa-flash': CUDA's takes no mask, which {why} is at {tokens} tokens; "
+            "allowed are naive, naive-fp32, sdpa, sdpa-math, sdpa-efficient"
         )
     return recipe
 
@@ -281,12 +291,13 @@ def _stage(p: Plan, stage: int) -> tuple[int, int]:
     """`Recipe.stage`: all stages between the first and the last are alike."""
     if not p.is_pipeline:
         return 0, 1
+    stage %= p.pipeline_parallel
     return min(stage, 1), 3 if 0 < stage < p.pipeline_parallel - 1 else 2
 
 
 def _parallel(p: Plan) -> str:
     """The key of `REPLICAS`."""
-    if p.data_parallel == 1:
+    if p.copies == 1:
         return "alone"
     if p.is_deepspeed:
         return f"deepspeed-{p.sharding}{'-offload' if p.offload != 'none' else ''}"
@@ -296,7 +307,7 @@ def _parallel(p: Plan) -> str:
 
 
 def _has_bucket_views(p: Plan) -> bool:
-    return p.gradient_as_bucket_view and p.data_parallel > 1
+    return p.gradient_as_bucket_view and p.copies > 1
 
 
 def account_at(recipe: Recipe, sizes: Mapping[str, int], device: str) -> Account:

@@ -20,12 +20,14 @@ from estimator.optim.in_backward import InBackward
 from estimator.optim.masters import Masters
 from estimator.optim.optimizers import OPTIMIZERS
 from estimator.optim.scaling import GradScaler
+from estimator.parallel.context import tokens_on
 from estimator.parallel.data import Replica, Sharing
 from estimator.parallel.deepspeed import STAGES
 from estimator.parallel.megatron import ApexAdam, MainParameters, MegatronStage
 from estimator.parallel.pipeline import MICRO_BATCHES, SCHEDULES, Stage
 from estimator.parallel.placement import EXPERT, PIPELINE, TENSOR
 from estimator.parallel.sharded import REPLICAS
+from estimator.parallel.vocabulary import parallel_cross_entropy, parallel_cross_entropy_fp32
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 
 PARAMETERS = {"bf16": BFLOAT16, "bf16-master": BFLOAT16}  # their dtype, where it is not fp32
 LOSSES = {"bundled": cross_entropy, "torch": torch_cross_entropy, "torch-fp32": torch_cross_entropy_fp32}
+PARALLEL_LOSSES = {"torch": parallel_cross_entropy, "torch-fp32": parallel_cross_entropy_fp32}
 
 
 def run_step(recipe: Recipe, shapes: ShapeClass, device: str, stack: Stack, sizes: Mapping[str, int]) -> Ledger:
@@ -71,11 +74,13 @@ def run_step(recipe: Recipe, shapes: ShapeClass, device: str, stack: Stack, size
         stage = _stage(machine, model, recipe, size, replica)
     else:
         with ledger.inside("inputs"):
-            ids, targets = (_input(machine, size["B"], size["T"]) for _ in range(2))
+            tokens = tokens_on(machine, size["T"]) if recipe.context_parallel else size["T"]
+            ids, targets = (_input(machine, size["B"], tokens) for _ in range(2))
     kind = ApexAdam if deepspeed else OPTIMIZERS[recipe.optimizer, recipe.optimizer_impl]
     with machine.on_host() if recipe.offload else nullcontext():
         optimizer = InBackward(kind, updated) if recipe.in_backward else kind(updated)
 
+    losses_of = PARALLEL_LOSSES if recipe.vocabulary_parallel else LOSSES
     losses: dict[int, Tensor] = {}  # of the micro-batches whose graphs are alive
 
     def forward(turn: int) -> None:
@@ -88,7 +93,7 @@ def run_step(recipe: Recipe, shapes: ShapeClass, device: str, stack: Stack, size
             else:
                 logits = model(ids)
                 with ledger.inside("loss"):
-                    loss = LOSSES[recipe.loss](logits, targets).hold()
+                    loss = losses_of[recipe.loss](logits, targets).hold()
         with ledger.inside("loss"):
             if recipe.micro_batches > 1:
                 mean, loss = loss, div_number(loss).hold()
@@ -112,9 +117,8 @@ def run_step(recipe: Recipe, shapes: ShapeClass, device: str, stack: Stack, size
         SCHEDULES[recipe.pipeline](stage)
     for move in recipe.schedule if not recipe.pipeline else ():
         {FORWARD: forward, BACKWARD: backpropagate}[move.kind](move.micro_batch)
-    ledger.phase = Phase.BACKWARD
-    replica.after_micro_batches()
     ledger.phase = Phase.OPTIMIZER
+    replica.after_micro_batches()
     replica.before_update()
     if masters is not None:
         masters.take_gradients()

@@ -230,8 +230,9 @@ def estimate(
     worst = max(range(len(stages)), key=lambda stage: stages[stage].needed, default=0)
     a, sizes = account(m, p, device.device, worst), sizes_for(m, p, threads, worst)
     values = a.values(sizes)
-    together = _alone(m, p, device.device, threads) if p.accelerators > p.data_parallel else values
-    own = together if p.is_pipeline else values
+    apart = p.accelerators > p.data_parallel or p.expert_parallel > 1
+    together = _alone(m, p, device.device, threads) if apart else values
+    own = together if p.is_pipeline or p.expert_parallel > 1 else values
     flops = Flops(
         own.forward_flops,
         own.backward_flops,
@@ -240,7 +241,7 @@ def estimate(
         run.global_batch_size or p.batch_size * p.grad_accumulation * p.data_parallel,
         p.batch_size,
         together.forward_flops + together.backward_flops - together.recompute_flops if own is not together else None,
-        p.tensor_parallel,
+        p.tensor_parallel * p.context_parallel,
     )
     setup = Setup(
         Variant(wide=frozenset(run.wide)),
@@ -275,8 +276,9 @@ def estimate(
 def _alone(m: ModelConfig, p: Plan, device: str, threads: int | None) -> Values:
     """The figures of one accelerator with the whole model, which those compute together that share it."""
     alone = p.replace(
-        tensor_parallel=1, pipeline_parallel=1, pipeline_schedule="1f1b", virtual_stages=1, sequence_parallel=False
-    )
+        tensor_parallel=1, pipeline_parallel=1, pipeline_schedule="1f1b", virtual_stages=1, sequence_parallel=False,
+        vocabulary_parallel=False, context_parallel=1, expert_parallel=1, data_parallel=p.copies,
+    )  # fmt: skip
     return account(m, alone, device).values(sizes_for(m, alone, threads))
 
 
@@ -305,7 +307,7 @@ def replicated(plan: Plan, count: int | None) -> Plan:
     if count is None:
         return plan
     count = checked(Run, "count", count)
-    for name in ("tensor_parallel", "pipeline_parallel"):
+    for name in ("tensor_parallel", "pipeline_parallel", "context_parallel"):
         if count % getattr(plan, name):
             raise ConfigError(f"count = {count}: the plan's {name} is {getattr(plan, name)}; it must divide it")
     replicas = count * plan.data_parallel // plan.accelerators

@@ -61,7 +61,7 @@ def notes_of_host(p: Plan, nbytes: int, device: str) -> Iterator[str]:
     if p.saved_on_host and device == "cuda":
         yield (
             f"The host keeps {nbytes / GIB:,.2f} GiB of what is saved for backward, for each accelerator; pinned, each "
-            "tensor takes up to the next power of two. Copies take the link's datasheet rate, and kernels wait for them."
+            "tensor takes up to the next power of two. Copies take the link's datasheet rate; kernels wait for them."
         )
     if p.offload != "none" and device == "cuda":
         yield (

@@ -141,8 +141,9 @@ def sweep(
         raise ConfigError(f"axes = {', '.join(axes) or 'none'}: must be one or two of {', '.join(AXES)}")
     for name in axes:
         choose("axis", name, AXES)
-    if request.plan.tensor_parallel > 1:
-        raise ConfigError(f"tensor_parallel = {request.plan.tensor_parallel}: sweeps are of whole models; allowed: 1")
+    for name in ("tensor_parallel", "context_parallel", "expert_parallel"):
+        if (ranks := getattr(request.plan, name)) > 1:
+            raise ConfigError(f"{name} = {ranks}: sweeps are of whole models and sequences; allowed: 1")
     given = {name: whole_numbers(name, values, limits(ModelConfig, Plan, Run)[name]) for name, values in axes.items()}
     if math.prod(map(len, given.values())) > POINTS:
         raise ConfigError(f"points = {math.prod(map(len, given.values()))}: must be at most {POINTS:,}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from estimator.describe import deepspeed, expert, megatron, pipeline, tensor
+from estimator.describe import context, deepspeed, expert, megatron, pipeline, tensor
 from estimator.describe.adapters import ALL, saved_listed, targets_listed
 from estimator.describe.bundled import known_with
 from estimator.describe.checks import ConfigError, known_fields
@@ -362,11 +362,11 @@ class Plan:
     )
     saved_on_host: bool = flag(
         "What autograd saves in forward is copied to the host's pinned memory, weights included and each time anew, "
-        "and comes back in backward (`torch.autograd.graph.save_on_cpu`); of a checkpointed block that is what goes in.",
+        "and comes back in backward (`torch.autograd.graph.save_on_cpu`); of a checkpointed block its input.",
         draws=(False,),
         needs=(
             *known_with(("sharding", ("none", "zero1")), ("tensor_parallel", (1,)), ("pipeline_parallel", (1,))),
-            *known_with(("base_precision", ("none",)), ("expert_parallel", (1,))),
+            *known_with(("base_precision", ("none",)), ("expert_parallel", (1,)), ("context_parallel", (1,))),
             Needs("implementation", ("bundled",), "it is not known with implementation = {implementation!r}"),
         ),
     )
@@ -385,6 +385,15 @@ class Plan:
         most=10**6,
         draws=(1,),
         needs=tensor.NEEDS,
+    )
+    context_parallel: int = integer(
+        1,
+        "Accelerators that share each sequence: each has as many of its tokens in a row, and gathers keys and values "
+        "of all of them in attention. They are beside those of data_parallel, and share gradients and what is sharded "
+        "with these.",
+        most=10**6,
+        draws=(1,),
+        needs=context.NEEDS,
     )
     expert_parallel: int = integer(
         1,
@@ -424,6 +433,12 @@ class Plan:
         "al. 2022).",
         draws=(False,),
         needs=tensor.SEQUENCE,
+    )
+    vocabulary_parallel: bool = flag(
+        "The accelerators of tensor_parallel share embedding and head too, by rows of the vocabulary, and take the "
+        "cross entropy of the parts of the logits that each has (`loss_parallel`).",
+        draws=(False,),
+        needs=tensor.VOCABULARY,
     )
     implementation: str = choice(
         "bundled",
@@ -474,7 +489,8 @@ class Plan:
     imbalance: float = number(
         1.0,
         "Of a model with experts, the rows of the most loaded expert over the mean of all. It moves the time of their "
-        "products; where an accelerator holds all experts, no byte and no FLOP depends on which are chosen.",
+        "products; where an accelerator holds all experts, no byte and no FLOP depends on which are chosen. With "
+        "expert_parallel the figures are those of the accelerator with that expert, to which more rows come.",
         least=1,
         most=10**6,
         draws=(1.0,),
@@ -528,9 +544,9 @@ class Plan:
             raise ConfigError(
                 f"optimizer_impl = {self.optimizer_impl!r}: {self.optimizer} has {', '.join(own)}; or leave it at auto"
             )
-        for name, whole in (("shard_group", self.data_parallel), ("reshard_after_forward", self.shards)):
+        for name, whole in (("shard_group", self.copies), ("reshard_after_forward", self.shards)):
             size = getattr(self, name)
-            if size is not None and (size < 2 or (self.data_parallel > 1 and whole % size)):
+            if size is not None and (size < 2 or (self.copies > 1 and whole % size)):
                 raise ConfigError(
                     f"{name} = {size}: must be at least 2 and divide the {whole} accelerators that share; "
                     "None is all of them"
@@ -587,6 +603,7 @@ class Plan:
         self.selection.check(model)
         tensor.check_model(self, model)
         pipeline.check_model(self, model)
+        context.check_model(self, model)
         expert.check_model(self, model)
         megatron.check_model(self, model)
         parts = model.made_of
@@ -664,19 +681,24 @@ class Plan:
     @property
     def shared_by(self) -> str:
         """What several accelerators share their work by, `sharding`; or "one accelerator"."""
-        return self.sharding if self.data_parallel > 1 else "one accelerator"
+        return self.sharding if self.copies > 1 else "one accelerator"
 
     @property
     def shards(self) -> int:
         """D, how many accelerators share what is sharded; 1 where nothing is."""
-        if self.data_parallel == 1 or self.sharding == "none":
+        if self.copies == 1 or self.sharding == "none":
             return 1
-        return self.shard_group or self.data_parallel
+        return self.shard_group or self.copies
 
     @property
     def accelerators(self) -> int:
         """How many work together."""
-        return self.data_parallel * self.tensor_parallel * self.pipeline_parallel
+        return self.copies * self.tensor_parallel * self.pipeline_parallel
+
+    @property
+    def copies(self) -> int:
+        """How many have gradients of the same parameters, of other sequences or of other parts of them."""
+        return self.data_parallel * self.context_parallel
 
     @property
     def is_pipeline(self) -> bool:
@@ -701,7 +723,7 @@ class Plan:
     @property
     def replicas(self) -> int:
         """How many groups of `shards` accelerators there are."""
-        return self.data_parallel // self.shards
+        return self.copies // self.shards
 
     def replace(self, **changes: Any) -> Plan:
         """A copy with `changes`."""

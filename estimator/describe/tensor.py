@@ -36,6 +36,12 @@ SEQUENCE = (
     ),
     *known_with(("pipeline_parallel", (1,))),
 )
+VOCABULARY = (
+    SEQUENCE[0],
+    Needs("implementation", ("bundled",), "Megatron's shares it without being asked"),
+    Needs("loss", ("torch", "torch-fp32"), "PyTorch's own cross entropy is known of shared logits"),
+    *known_with(("pipeline_parallel", (1,)), ("precision", ("fp32", "tf32", "bf16", "bf16-mixed", "bf16-fsdp"))),
+)
 
 
 def check_model(p: Plan, m: ModelConfig) -> None:
@@ -63,6 +69,12 @@ def check_model(p: Plan, m: ModelConfig) -> None:
         sizes["seq_len"] = p.tokens(m)  # as parts that `DTensor.from_local` takes to be alike
         if not parts.ends.final_norm:
             raise ConfigError("sequence_parallel = True: is known of models with a final_norm; allowed is False")
+    if p.vocabulary_parallel:
+        sizes["vocab_size"] = m.vocab_size
+        ends = {"embedding_dim": m.embedding_dim is not None, "ends.head_norm": parts.ends.head_norm}
+        for name, has in ends.items():
+            if has:
+                raise ConfigError(f"vocabulary_parallel = True: is not known with {name} of the model")
     for name, size in sizes.items():
         if size % ranks:
             raise ConfigError(f"tensor_parallel = {ranks}: must divide {name}, which is {size}")

@@ -117,6 +117,7 @@ def _edge(t: Tensor | None) -> tuple[Node, int] | None:
     if t.accumulator is None:
         node = Node(t.machine, "AccumulateGrad", (), None)
         node.sequence, node.variable, node.owners = math.inf, t, 1
+        node.wrapped = t.partial or t.whole_gradient
         t.accumulator = node
     return t.accumulator, 0
 
@@ -277,9 +278,15 @@ def _add_to_buffer(slots: Buffer, nr: int, grad: Tensor, *, wrapped: bool) -> No
     if old.owners == 1 and old.storage.owners == 1 and not wrapped:
         old.machine.kernel("add_", (old, grad), (old,))
     else:
+        part = None
+        if wrapped and old.shape != grad.shape:  # of DTensors one is whole: a rank's part of it is taken
+            part = old.machine.empty(old.shape, old.dtype).hold()
+            old.machine.kernel("clone", (part,), (part,))
         total = old.machine.empty(old.shape, old.dtype).hold()
-        old.machine.kernel("add", (old, grad), (total,))
+        old.machine.kernel("add", (old, part or grad), (total,))
         slots[nr] = total
+        if part is not None:
+            part.drop()
         old.drop()
     grad.drop()
 

@@ -275,7 +275,7 @@ def _fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, dr
     def backward(c: Context, grad: Tensor) -> Gradients:
         c.dq, c.dk, c.dv = (_heads_inside(x) for x in c.saved[:3])
         if machine.device == "cpu":  # a tile of scores and one of their gradient for each thread, and one row of sums
-            rows, keys = tile_rows(t), tile_keys(t)
+            rows, keys = tile_rows(t), tile_keys(k.shape[2])
             c.scratch = machine.empty((2 * threads, rows, keys), FLOAT32)
             if grad.dtype.itemsize < FLOAT32.itemsize:  # both tiles in the inputs' dtype
                 c.narrow = machine.empty((2 * threads, rows, keys), grad.dtype)
@@ -298,7 +298,7 @@ def _fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, dr
         out = empty_like(q)
         lse = machine.empty((b, rounded_up(t, 32) if efficient else t, h), FLOAT32)
         if machine.device == "cpu":  # a tile of scores, its rows' maximum and sum, and a tile of the output
-            n, s, w = threads, tile_rows(t), tile_keys(t)
+            n, s, w = threads, tile_rows(t), tile_keys(k.shape[2])
             tile = machine.empty((n * s * w + 2 * n * s + machine.product((n, s, width)),), FLOAT32).hold()
             if q.dtype.itemsize < FLOAT32.itemsize:  # the tile of scores in the inputs' dtype, to multiply with v
                 machine.empty((n, s, w), q.dtype).discard()
@@ -336,8 +336,10 @@ def _attention_kernel(
     name: str, reads: Sequence[Tensor], writes: Sequence[Tensor], products: int, again: int = 0
 ) -> None:
     """A fused kernel of `products` matrix products of T x T x e a head, the masked half counted, `again` anew."""
-    b, h, t, e = reads[1].shape
+    b, h, t, e = reads[1].shape  # of the queries in backward; of the keys in forward, where the queries come first
+    keys = reads[2].shape[2] if again else t
+    t = t if again else reads[0].shape[2]
     machine = reads[1].machine
     heads = machine.product((b, h))
-    repeated = 2 * again * machine.product((heads, t, t, e))
-    machine.kernel(name, reads, writes, gemm=Gemm(heads, t, t, products * e), repeated=repeated)
+    repeated = 2 * again * machine.product((heads, t, keys, e))
+    machine.kernel(name, reads, writes, gemm=Gemm(heads, t, keys, products * e), repeated=repeated)

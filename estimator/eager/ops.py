@@ -421,10 +421,10 @@ def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor
 
 
 @op
-def causal_mask(ids: Tensor, length: Size) -> Tensor:
-    """torch.ones(T, T, dtype=bool).triu(1)."""
+def causal_mask(ids: Tensor, length: Size, keys: Size | None = None) -> Tensor:
+    """torch.ones(T, T, dtype=bool).triu(1), or of other `keys` than queries."""
     machine = ids.machine
-    ones = machine.empty((length, length), BOOL).hold()
+    ones = machine.empty((length, keys or length), BOOL).hold()
     machine.kernel("fill_", (), (ones,))
     mask = elementwise("triu", ones)
     ones.drop()
@@ -432,11 +432,14 @@ def causal_mask(ids: Tensor, length: Size) -> Tensor:
 
 
 @op
-def window_mask(ids: Tensor, length: Size, *, seen: bool) -> Tensor:
-    """torch.ones(T, T, dtype=bool).tril_().triu_(1 - window), and unless it is of what is `seen`, logical_not_()."""
+def window_mask(ids: Tensor, length: Size, keys: Size, *, seen: bool, window: bool = True) -> Tensor:
+    """torch.ones(T, keys, dtype=bool).tril_().triu_(1 - window), and unless it is of what is `seen`, logical_not_().
+
+    Without a window, what is seen is causal.
+    """
     machine = ids.machine
-    mask = machine.empty((length, length), BOOL)
-    for name in ("fill_", "tril_", "triu_", *(() if seen else ("logical_not_",))):
+    mask = machine.empty((length, keys), BOOL)
+    for name in ("fill_", "tril_", *(("triu_",) if window else ()), *(() if seen else ("logical_not_",))):
         machine.kernel(name, () if name == "fill_" else (mask,), (mask,))
     return mask
 

@@ -31,6 +31,8 @@ COUNTS = (
     "A",
     "t",
     "x",
+    "c",
+    "i",
     "M",
     "w",
 )  # letters whose value of 1 says nothing of a shape, or is said by another: they stay

@@ -271,6 +271,7 @@ class Tensor:
         "shape",
         "storage",
         "stride",
+        "whole_gradient",
     )
 
     def __init__(
@@ -292,6 +293,7 @@ class Tensor:
         self.after_accumulation: Callable[[Tensor], None] | None = None  # `register_post_accumulate_grad_hook`
         self.placement: dict[str, int] = {}  # of a parameter, which dimension each axis of the mesh cuts
         self.partial = False  # of a parameter: each rank has its part of the sum that is the gradient
+        self.whole_gradient = False  # of a parameter of which a rank has a part, whose gradient each rank makes whole
         self.accumulator: Node | None = None
         self.is_wrapped_number = False
         storage.owners += 1

@@ -15,6 +15,7 @@ from estimator.eager.views import cast, concatenate, expand, repeat_heads, resha
 from estimator.models.layers import Linear, Module, dropout
 from estimator.models.norms import build_norm
 from estimator.models.positions import rotate_part
+from estimator.parallel.context import gathered
 from estimator.parallel.sequence import over_part
 from estimator.parallel.tensor import share
 
@@ -188,6 +189,9 @@ class Attention(Module):
                 self.normed(v)
         if query_scale is not None:
             v.q = ops.mul(v.q, query_scale)
+        if self.recipe.context_parallel:
+            v.k = gathered(v.k, self.machine.shapes.letters["T"])
+            v.v = transpose(gathered(transpose(v.v, 1, 2), self.machine.shapes.letters["T"]), 1, 2)
         v.q, v.k = transpose(v.q, 1, 2), transpose(v.k, 1, 2)
         v.k = repeat_heads(v.k, self.g)
         v.v = repeat_heads(v.v, self.g)

@@ -16,7 +16,8 @@ from estimator.models.layers import BlockKind, Embedding, Head, Linear, Module, 
 from estimator.models.masks import attention_kinds, build_mask
 from estimator.models.norms import build_norm
 from estimator.models.positions import Positions, Sinusoids, alibi_bias
-from estimator.parallel.sequence import cut, to_whole
+from estimator.parallel.sequence import cut, over_part, to_whole
+from estimator.parallel.tensor import share
 
 if TYPE_CHECKING:
     from estimator.eager.letters import Size
@@ -33,7 +34,9 @@ class Transformer(Module):
         self.parts = parts
         d, width = size["d"], size["d_e"] if recipe.projects else size["d"]
         enters, leaves = recipe.enters, recipe.leaves  # else another stage of a pipeline does
-        self.embedding = self.child(Embedding(machine, "embedding", size["V"], width) if enters else None)
+        shares = recipe.vocabulary_parallel
+        rows = share(machine, size["V"]) if shares else size["V"]
+        self.embedding = self.child(Embedding(machine, "embedding", rows, width) if enters else None)
         projects = recipe.projects
         self.project_in = self.child(
             Linear(machine, "project_in", width, d, bias=False) if projects and enters else None
@@ -58,8 +61,12 @@ class Transformer(Module):
             self.blocks.append(self.child(Block(machine, index, recipe, kind)))
         normed = parts.ends.final_norm and leaves
         self.final_norm = self.child(build_norm(machine, "final_norm", norm, d) if normed else None)
+        self.cuts = recipe.sequence_parallel
         if self.final_norm is not None and recipe.sequence_parallel:
-            to_whole(self.final_norm, size["T"])
+            if shares:
+                over_part(self.final_norm, local=False)
+            else:
+                to_whole(self.final_norm, size["T"])
         self.project_out = self.child(
             Linear(machine, "project_out", d, width, bias=False) if projects and leaves else None
         )
@@ -69,7 +76,12 @@ class Transformer(Module):
         elif parts.positions.kind == "alibi":
             self.tables = [self.buffer(size["h"])]
         self.query_scale = self.buffer(size["C"]) if parts.attention.query_scaling != "none" else None
-        self.head = self.child(Head(machine, width, size["V"], self.embedding, recipe) if leaves else None)
+        self.head = self.child(Head(machine, width, rows, self.embedding, recipe) if leaves else None)
+        if shares:
+            scatters = recipe.sequence_parallel and self.positions is None and self.embedding_norm is None
+            self.cuts = self.cuts and not scatters
+            self.embedding.share(size["V"], scatters=scatters)
+            self.head.share(size["V"], size["T"] if recipe.sequence_parallel else None)
         self.freeze()
 
     def freeze(self) -> None:
@@ -120,7 +132,7 @@ class Transformer(Module):
     def entered(self, ids: Tensor) -> Tensor:
         """What goes into the first block; of a rank's own tokens where it has a part of them."""
         x = self.embedded(ids)
-        if not self.recipe.sequence_parallel:
+        if not self.cuts:
             return dropout(x, self.recipe)
         with arguments((x,)) as results:
             results.append(dropout(cut(x), self.recipe))
@@ -144,13 +156,14 @@ class Transformer(Module):
         """The mask of each kind of attention, held as names of the frame; ALiBi's bias is `v.bias`."""
         machine, naive = self.machine, self.recipe.attention.startswith("naive")
         alibi = self.parts.positions.kind == "alibi"
-        kinds = attention_kinds(machine, [kind.layer for kind in self.kinds], length)
+        keys = machine.shapes.letters["T"] if self.recipe.context_parallel else None
+        kinds = attention_kinds(machine, [kind.layer for kind in self.kinds], keys or length)
         made: dict[str, Tensor | None] = {}
         for kind in dict.fromkeys(kinds.values()):
-            mask = build_mask(v.x, kind, length, naive=naive or alibi)
+            mask = build_mask(v.x, kind, length, keys, naive=naive or alibi)
             setattr(v, f"{kind}_mask", mask)
             made[kind] = mask
-        v.bias = alibi_bias(self.tables[0], length, machine.autocast_dtype or v.x.dtype) if alibi else None
+        v.bias = alibi_bias(self.tables[0], keys or length, machine.autocast_dtype or v.x.dtype) if alibi else None
         if alibi and not naive:
             for kind, mask in made.items():
                 assert mask is not None

@@ -17,8 +17,9 @@ from estimator.eager.linalg import linear
 from estimator.eager.repetition import TURNS, executed_of, layout
 from estimator.eager.tensor import Locals, Machine, Tensor, arguments
 from estimator.parallel.placement import TENSOR, counted_whole
-from estimator.parallel.sequence import scattered
+from estimator.parallel.sequence import gathered, scattered
 from estimator.parallel.tensor import as_partial, entering, leaving
+from estimator.parallel.vocabulary import masked_embedding
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from estimator.describe.schedules import Schedule
     from estimator.eager.letters import Size
     from estimator.eager.repetition import Layout
-    from estimator.parallel.sharded import Unit
+    from estimator.parallel.unit import Unit
 
 
 EVERYTHING = Selection()
@@ -145,12 +146,15 @@ class Recipe:
     bucket_view: bool = False  # DDP's gradients are views of its buckets
     in_backward: bool = False  # each parameter is updated as soon as its gradient is there
     rank: int = 0  # which of those that share the shards
+    context_parallel: bool = False
     expert_parallel: bool = False
+    imbalanced: bool = False  # an expert gets more rows than others
     expert_rank: int = 0  # which of those that share the experts
     tensor_parallel: bool = False
     pipeline: str = ""  # the schedule of a pipeline
     megatron: bool = False
     sequence_parallel: bool = False
+    vocabulary_parallel: bool = False
     virtual_stages: int = 1
     stage: tuple[int, int] = (0, 1)  # which of how many stages: (0, 2) of all first ones, (1, 3) between, (1, 2) last
 
@@ -256,6 +260,8 @@ class Module:
                 args = self.unit.cast_inputs(args)
             if unit is not None:
                 args = unit.before_forward(args)
+            elif self.unit is not None:
+                self.unit.before_recomputation()
             with arguments(args) as inner, Locals() as v:
                 inner.append(self.forward(v, *args))
             if unit is not None:
@@ -266,6 +272,12 @@ class Module:
     def forward(self, v: Locals, *args: Any) -> Any:
         """The module's statements; `v` are the names of its frame."""
         raise NotImplementedError
+
+
+def placed(p: Tensor, dimension: int, whole: Size) -> None:
+    """`p` is a rank's part, along `dimension`, of a parameter that is `whole` wide there: all of it is counted."""
+    p.placement = {TENSOR: dimension}
+    counted_whole(p, [whole if i == dimension else n for i, n in enumerate(p.shape)])
 
 
 class Linear(Module):
@@ -287,9 +299,7 @@ class Linear(Module):
         self.cut, self.sequence = what, sequence
         dimension = 0 if what == "output" else 1
         for p in (self.weight, *(() if self.bias is None or what == "input" else (self.bias,))):
-            p.placement = {TENSOR: dimension}
-            shape = [whole if i == dimension else n for i, n in enumerate(p.shape)]
-            counted_whole(p, shape)
+            placed(p, dimension, whole)
         return self
 
     def forward(self, v: Locals, x: Tensor) -> Tensor:
@@ -302,14 +312,31 @@ class Linear(Module):
 
 
 class Embedding(Module):
-    """Rows of a table by token id."""
+    """Rows of a table by token id.
+
+    Attributes:
+        vocabulary: rows of the whole table, where a rank has a part of them.
+        scatters: the sum over the ranks is scattered by tokens.
+    """
+
+    vocabulary: Size | None = None
+    scatters = False
 
     def __init__(self, machine: Machine, name: str, rows: Size, width: Size) -> None:
         super().__init__(machine, name)
         self.weight = self.parameter(rows, width)
 
+    def share(self, rows: Size, *, scatters: bool) -> None:
+        """This table as a rank has it, of `rows` in all."""
+        self.vocabulary, self.scatters = rows, scatters
+        self.weight.whole_gradient = True
+        placed(self.weight, 0, rows)
+
     def forward(self, v: Locals, ids: Tensor) -> Tensor:
-        return ops.embedding(ids, self.weight)
+        if self.vocabulary is None:
+            return ops.embedding(ids, self.weight)
+        rows = masked_embedding(ids, self.weight, self.vocabulary)
+        return scattered(rows) if self.scatters else leaving(rows)
 
 
 class Head(Linear):
@@ -321,8 +348,18 @@ class Head(Linear):
         self.weight = embedding.weight if ends.tied else self.parameter(vocabulary, width)
         self.bias = self.parameter(vocabulary) if ends.head_bias else None
         self.normed = ends.head_norm
+        self.tokens: Size | None = None
+
+    def share(self, rows: Size, tokens: Size | None) -> None:
+        """This layer as a rank has it, of `rows` in all, with its own gather where what goes in is cut by tokens."""
+        self.cut, self.sequence, self.tokens = "output", tokens is not None, tokens
+        for p in (self.weight, *(() if self.bias is None else (self.bias,))):
+            if not p.placement:
+                placed(p, 0, rows)
 
     def forward(self, v: Locals, x: Tensor) -> Tensor:
+        if self.tokens is not None:
+            return super().forward(v, gathered(x, self.tokens))
         if not self.normed:
             return super().forward(v, x)
         v.weight = normalized_rows(self.weight)

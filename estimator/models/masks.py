@@ -27,22 +27,25 @@ def attention_kinds(machine: Machine, layers: Sequence[Layer], length: Size) -> 
     }
 
 
-def build_mask(ids: Tensor, kind: str, length: Size, *, naive: bool) -> Tensor | None:
-    """(T, T), or None where attention needs none."""
+def build_mask(ids: Tensor, kind: str, length: Size, keys: Size | None, *, naive: bool) -> Tensor | None:
+    """(T, T), or None where attention needs none; of a part of the sequence (T, `keys`)."""
+    if kind == "full" and naive:
+        return ops.causal_mask(ids, length, keys)
     if kind == "full":
-        return ops.causal_mask(ids, length) if naive else None
+        return None if keys is None else ops.window_mask(ids, length, keys, seen=True, window=False)
+    keys = keys or length
     if kind == "window":
-        return ops.window_mask(ids, length, seen=not naive)
+        return ops.window_mask(ids, length, keys, seen=not naive)
     machine = ids.machine
     with Locals() as v:
-        seen = machine.empty((length, length), BOOL)
+        seen = machine.empty((length, keys), BOOL)
         seen.hold()
         machine.kernel("fill_", (), (seen,))
         machine.kernel("tril_", (seen,), (seen,))
-        v.chunk = machine.empty((length,), INT64)
+        v.chunk = machine.empty((keys,), INT64)
         if machine.wraps_scalars:
             machine.empty((), INT64).discard()
-        v.same = machine.empty((length, length), BOOL)
+        v.same = machine.empty((length, keys), BOOL)
         machine.kernel("eq", (v.chunk,), (v.same,))
         machine.kernel("logical_and_", (seen, v.same), (seen,))
         del v.same

@@ -17,7 +17,7 @@ from estimator.optim.clipping import clip_gradients, gradient_norms, number_of
 from estimator.optim.updates import at_parameter, in_place, zero_grad
 from estimator.parallel.expert import average
 from estimator.parallel.placement import DATA, EXPERT, TENSOR, buckets, pieces, rows_on
-from estimator.parallel.tensor import sum_partial_gradients
+from estimator.parallel.tensor import place_gradients
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -97,8 +97,8 @@ class Replica:
         """After the last backward of a stage of a pipeline: `perform_reduce_grad`."""
 
     def after_micro_batches(self) -> None:
-        """After the last backward: the sums over those that share the matrices."""
-        sum_partial_gradients(self.parameters)
+        """After the last backward: among those that share the matrices gradients are laid out as their parameters."""
+        place_gradients(self.parameters)
 
     def before_update(self) -> None:
         """Before the optimizer's step: `Weights.average_experts`."""
@@ -248,7 +248,7 @@ def clip_parts(parameters: Sequence[Tensor], axes: Sequence[str]) -> None:
     their axis; of all else its ranks have the same. Then all are summed over the other `axes`.
     """
     machine = parameters[0].machine
-    cut = TENSOR if TENSOR in axes else EXPERT
+    cut = next((axis for axis in (TENSOR, EXPERT) if axis in axes), "")
     groups = [[p for p in parameters if (cut in p.placement) is has] for has in (True, False)]
     with machine.ledger.at("clipping", None, "Weights.clip"), Locals() as v:
         for has, group in zip((True, False), groups, strict=True):

@@ -8,12 +8,13 @@ sent it and then by expert; `torch.split` and `torch.cat` bring the rows of an e
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from estimator.eager.autograd import attach, record
-from estimator.eager.letters import ONE, Function, letter
+from estimator.eager.letters import ONE, ZERO, Function, letter
 from estimator.eager.ops import python_number
 from estimator.eager.tensor import INT64, Locals, Tensor, empty_like, op
 from estimator.eager.views import contiguous
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from estimator.eager.tensor import Machine
 
 RANKS = letter("x", "accelerators that share each layer's experts (expert parallelism)")
+IMBALANCE_UNIT = 10**6
+IMBALANCE = letter("i", "rows of the most loaded expert over the mean of all, in millionths")
 _ARRIVING = Function(
     lambda pairs, experts, ranks, rank: (
         ranks
@@ -43,14 +46,54 @@ _ARRIVING = Function(
 )
 
 
+class Place(NamedTuple):
+    """Which of those that share the experts a rank is, and whether expert 0, of the first, gets more than others."""
+
+    rank: int
+    imbalanced: bool
+
+
 def experts_on(machine: Machine, experts: Size) -> Size:
     """How many of a layer's experts a rank has."""
     part = part_of(experts, RANKS)
     return ONE if machine.at_most(part, ONE) else part
 
 
-def rows_arriving(machine: Machine, pairs: Size, experts: Size, rank: int) -> Size:
-    """Rows that rank `rank` gets where each rank deals `pairs` of token and choice out evenly."""
+def _most_to_the_first(pairs: Any, picks: Any, experts: Any, ranks: Any, imbalance: Any, rank: Any) -> Any:
+    """The rows of `_LOADED`, of numbers or arrays."""
+    points = np.broadcast_arrays(pairs, picks, experts, ranks, imbalance, rank)
+    found = np.empty(points[0].shape, dtype=np.int64)
+    for at in np.ndindex(found.shape):
+        found[at] = _rows_of_one(*(int(point[at]) for point in points))
+    return found if found.shape else int(found)
+
+
+def _rows_of_one(pairs: int, picks: int, experts: int, ranks: int, imbalance: int, rank: int) -> int:
+    """`trainer.model.router.deal_out`: the first tokens' first choice is expert 0, all else goes round the others."""
+    first = min(round(imbalance / IMBALANCE_UNIT * pairs / experts), pairs // picks)
+    own, others = experts // ranks, experts - 1
+    start, end = max(rank * own - 1, 0), (rank + 1) * own - 1  # the others of this rank, from 0
+    rows = pairs // others * (end - start) + min(max(pairs % others - start, 0), end - start)
+    turns, rest = divmod(first, others // math.gcd(picks, others))  # the choices that expert 0 has taken go round too
+    taken = [start <= turn * picks % others < end for turn in range(others // math.gcd(picks, others))]
+    rows -= turns * sum(taken) + sum(taken[:rest])
+    return ranks * (rows + (first if rank == 0 else 0))
+
+
+_LOADED = Function(
+    _most_to_the_first,
+    "rows({0}, {1}, {2}, {3}, {4}, {5})",
+    "rows that arrive at rank {5} of {3}, each of which sends {4} millionths of an even share of {0} to expert 0 of "
+    "{2}, of which a token chooses {1}",
+)
+
+
+def rows_arriving(machine: Machine, pairs: Size, experts: Size, place: Place) -> Size:
+    """Rows that a rank gets where each rank deals `pairs` of token and choice out, evenly or most to the first."""
+    rank, picks = place.rank, machine.shapes.letters["K"]
+    if place.imbalanced:
+        rows = _LOADED(pairs, picks, experts, RANKS, IMBALANCE, rank)
+        return ZERO if machine.at_most(rows, ZERO) else rows
     return pairs if machine.divides(experts, pairs) else _ARRIVING(pairs, experts, RANKS, rank)
 
 
@@ -63,9 +106,9 @@ class Exchange:
         expert: the expert of each row, where they have biases.
     """
 
-    def __init__(self, v: Locals, counts: Tensor, here: Size, rank: int, rows: Size, *, biases: bool) -> None:
+    def __init__(self, v: Locals, counts: Tensor, here: Size, place: Place, rows: Size, *, biases: bool) -> None:
         machine = counts.machine
-        self.sent, self.arriving = rows, rows_arriving(machine, rows, counts.shape[0], rank)
+        self.sent, self.arriving = rows, rows_arriving(machine, rows, counts.shape[0], place)
         with Locals() as inner:
             inner.theirs = empty_like(counts)
             machine.collective("all-to-all", EXPERT, inner.theirs, waits="step")

@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 DATA = "data"  # the axis of ranks that see different sequences and share what is sharded
 REPLICATE = "replicate"  # under HSDP the axis of groups that each hold all shards
 TENSOR = "tensor"  # the axis of ranks that each have a part of a block's matrices
+CONTEXT = "context"  # the axis of ranks that each have a part of every sequence
 EXPERT = "expert"  # the axis of ranks that each have a part of every layer's experts
 PIPELINE = "pipeline"  # the axis of ranks that each have some blocks in a row
-AXES = (DATA, REPLICATE, TENSOR, EXPERT, PIPELINE)
+AXES = (DATA, REPLICATE, TENSOR, CONTEXT, EXPERT, PIPELINE)
 
 FIRST_BUCKET = 2**20  # torch.distributed._DEFAULT_FIRST_BUCKET_BYTES
 BUCKET = 25 * 2**20  # DistributedDataParallel's bucket_cap_mb

@@ -64,15 +64,26 @@ def as_partial(bias: Tensor) -> Tensor:
     return with_number("div", bias)
 
 
-def sum_partial_gradients(parameters: Sequence[Tensor]) -> None:
-    """`redistribute` of gradients that are `Partial`, one after the other, to what their parameters are: whole.
+def place_gradients(parameters: Sequence[Tensor]) -> None:
+    """`redistribute` of gradients, one after the other, to how their parameters are laid out.
 
-    That of a weight which works on each rank on other heads or other tokens.
+    Those of weights that work on each rank on other heads or other tokens are summed, and of a table of which a rank
+    has some rows it takes these from the whole gradient. They are no more gradients than they were.
     """
     for p in parameters:
-        if p.partial and p.grad is not None:
-            before, where = p.grad, p.storage.where
-            with p.machine.ledger.at(where.module, where.block, "redistribute"):
-                p.grad = all_reduced(before).hold()
-                p.grad.storage.category = before.storage.category
-                before.drop()
+        before, where = p.grad, p.storage.where
+        takes = p.whole_gradient and before is not None and before.shape != p.shape
+        if before is None or not (p.partial or takes):
+            continue
+        with p.machine.ledger.at(where.module, where.block, "redistribute"):
+            p.grad = (_own_rows(before, p) if takes else all_reduced(before)).hold()
+            p.grad.storage.category = before.storage.category
+            p.machine.ledger.gradients[p.grad.storage] = []
+            before.drop()
+
+
+def _own_rows(gradient: Tensor, p: Tensor) -> Tensor:
+    """`Shard._replicate_to_shard`: a copy."""
+    out = p.machine.empty(p.shape, gradient.dtype)
+    p.machine.kernel("clone", (out,), (out,))
+    return out

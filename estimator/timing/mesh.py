@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from estimator.describe.checks import ConfigError
 from estimator.hardware.networks import network
-from estimator.parallel.placement import DATA, EXPERT, REPLICATE, TENSOR
+from estimator.parallel.placement import CONTEXT, DATA, EXPERT, REPLICATE, TENSOR
 
 if TYPE_CHECKING:
     from estimator.describe.plan import Plan
@@ -24,7 +24,7 @@ def axes(group: Cluster, p: Plan) -> dict[str, Cluster]:
     if p.tensor_parallel > 1 or p.runs_stages:
         return _beside_tensors(group, p)
     if p.replicas == 1 or p.sharding == "none":
-        return {DATA: group, EXPERT: group}
+        return {DATA: group, EXPERT: group} | _of_context(group, p)
     inner = min(p.shards, group.per_node)
     if group.per_node % inner or p.shards % inner:
         raise ConfigError(
@@ -33,10 +33,21 @@ def axes(group: Cluster, p: Plan) -> dict[str, Cluster]:
         )
     here = group.per_node // inner  # groups inside one node
     nodes = p.replicas // here
-    return {
+    return _of_context(group, p) | {
         DATA: replace(group, nodes=p.shards // inner, per_node=inner),
         REPLICATE: replace(group, nodes=nodes, per_node=here),
     }
+
+
+def _of_context(group: Cluster, p: Plan) -> dict[str, Cluster]:
+    """Those that share a sequence, side by side."""
+    inner = min(p.context_parallel, group.per_node)
+    if group.per_node % inner or p.context_parallel % inner:
+        raise ConfigError(
+            f"context_parallel = {p.context_parallel}: must divide the {group.per_node} accelerators of a node, or be "
+            "a multiple of them"
+        )
+    return {CONTEXT: replace(group, nodes=p.context_parallel // inner, per_node=inner)}
 
 
 def _beside_tensors(group: Cluster, p: Plan) -> dict[str, Cluster]:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from estimator.describe.plan import Plan
     from estimator.hardware.accelerators import Accelerator
     from estimator.timing.kernels import Table
 
@@ -207,6 +208,17 @@ def kernel_seconds(
         backward, masked = (of[table.flash][:, None] for of in (table.backward, table.masked))
         seconds[table.flash] = flash_seconds(part, backward, peak[table.flash], streaming[table.flash], flash, masked)
     return seconds
+
+
+def in_a_rank(p: Plan, sizes: Mapping[str, Any]) -> Any:
+    """Rows of the most loaded expert over the mean of those of its accelerator: all experts, or as many as it has.
+
+    The other experts get the same each, so that its accelerator's mean is above that of all.
+    """
+    if p.expert_parallel == 1:
+        return p.imbalance
+    own, others = sizes["E"] // p.expert_parallel, sizes["E"] - 1
+    return p.imbalance * own / (p.imbalance + (own - 1) * (sizes["E"] - p.imbalance) / others)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from estimator.timing.communication import copied, messages
 from estimator.timing.intervals import spread
 from estimator.timing.kernels import EAGER, FUSED, Variant, table
 from estimator.timing.mesh import axes, between
-from estimator.timing.roofline import busy, efficiency, parts
+from estimator.timing.roofline import busy, efficiency, in_a_rank, parts
 from estimator.timing.stages import pipeline_times
 from estimator.timing.waiting import exposed
 
@@ -254,7 +254,7 @@ def times(
         half=setup.dtype or (p.product_dtype if p.product_dtype == "fp16" else "bf16"),
         single="tf32" if p.product_dtype == "tf32" else "fp32",
         kernel=setup.kernel(fused, e),
-        imbalance=p.imbalance,
+        imbalance=in_a_rank(p, sizes),
     )  # fmt: skip
     group = cluster(a, p.accelerators, between=between(a, setup.network))
     widths = setup.parameter_width, setup.gradient_width
@@ -303,7 +303,7 @@ def predicted(
             "give an MFU"
         )
     setup = (setup or Setup()).of(p)
-    replicas = count // (p.tensor_parallel * p.pipeline_parallel)
+    replicas = count // (p.tensor_parallel * p.pipeline_parallel * p.context_parallel)
     micro_batches = -(-flops.sequences // (p.batch_size * replicas))
     run = p.replace(grad_accumulation=micro_batches, data_parallel=replicas)
     plain = replace(setup, stack_factor=None)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from random_parts import draw
+from recorder_symbolic import against_symbolic
 from torch import nn
 from torch.nn import functional as F
 
@@ -218,8 +219,9 @@ def chosen(y):
     return y[y > 0]
 
 
-@pytest.mark.parametrize("seed", range(int(os.environ.get("RECORDER_SEEDS", "2"))))
-def test_random_decoders_and_recipes_peak_where_the_symbolic_step_does(seed):
+@pytest.mark.parametrize("seed", range(int(os.environ.get("RECORDER_SEEDS", "10"))))
+def test_random_decoders_and_recipes_are_what_the_symbolic_step_says(seed):
     m, p = draw(Random(seed))
-    recording = trainer.record(lambda: build_step(m, p))
-    assert recording.peak_bytes == est.account(m, p, device="cpu").evaluate(m, p).peak_bytes
+    found = against_symbolic(m, p, trainer.record(lambda: build_step(m, p)))
+    found.pop("events")  # of what never makes a peak the symbolic step leaves some out: a loss of one class, the norm
+    assert {name: ours for name, (ours, _) in found.items()} == {name: theirs for name, (_, theirs) in found.items()}

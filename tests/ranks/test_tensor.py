@@ -23,7 +23,10 @@ LLAMA = ModelConfig("llama", 4, 24, 4, 37, 9, 2, 6, 32, tie_embeddings=False)
 RUNS = int(os.environ.get("TENSOR_RUNS", "0"))  # random recipes to try, in place of a few
 GATED = LLAMA.replace(parts=replace(LLAMA.made_of, attention=replace(LLAMA.made_of.attention, out_gate=True)))
 NORMED = LLAMA.replace(parts=replace(LLAMA.made_of, attention=replace(LLAMA.made_of.attention, qk_norm="head")))
+NORMED = NORMED.replace(vocab_size=40)  # which the ranks can share
+TIED = GPT2.replace(vocab_size=200)  # the peak is in the loss
 SEQUENCE = {"sequence_parallel": True, "seq_len": 8}
+VOCABULARY = {"vocabulary_parallel": True, "loss": "torch"}
 CASES = [
     (GPT2, {}),
     (LLAMA, {"optimizer": "sgd", "grad_accumulation": 2, "max_grad_norm": 1.0}),
@@ -33,6 +36,8 @@ CASES = [
     (NORMED, {"optimizer": "sgd", "grad_accumulation": 2}),
     (NORMED, {"optimizer": "sgd", **SEQUENCE}),
     (GPT2, {"checkpointing": "block", "dropout": 0.1, **SEQUENCE}),
+    (NORMED, {"optimizer": "sgd", **SEQUENCE, **VOCABULARY}),
+    (TIED, {"optimizer": "sgd", "grad_accumulation": 2, **VOCABULARY}),
 ]
 
 
@@ -42,9 +47,10 @@ def drawn(random, ranks):
     heads = ranks * each * random.choice([1, 2])
     kv = heads if family == "gpt2" else random.choice([n for n in range(ranks, heads + 1, ranks) if heads % n == 0])
     e = random.choice([2, 6])
-    sequence = random.random() < 0.5
+    sequence, vocabulary = random.random() < 0.5, random.random() < 0.4
+    vocabulary_size = random.randint(5, 60) * (ranks if vocabulary else 1)
     m = ModelConfig(
-        family, random.randint(1, 5), heads * e, heads, random.randint(5, 60), 11, kv, e, ranks * random.randint(1, 9),
+        family, random.randint(1, 5), heads * e, heads, vocabulary_size, 11, kv, e, ranks * random.randint(1, 9),
         tie_embeddings=family == "gpt2" or random.random() < 0.5,
         qkv_bias=random.random() < 0.3 if family == "llama" else None,
     )  # fmt: skip
@@ -53,10 +59,11 @@ def drawn(random, ranks):
         seq_len=random.choice([ranks, 2 * ranks] if sequence else [1, 5, 11]),
         tensor_parallel=ranks,
         sequence_parallel=sequence,
-        precision=random.choice(["fp32", "fp32", "bf16", "bf16-mixed", "fp16-mixed"]),
+        vocabulary_parallel=vocabulary,
+        precision=random.choice(["fp32", "fp32", "bf16", "bf16-mixed", "bf16" if vocabulary else "fp16-mixed"]),
         attention=random.choice(["naive", "naive-fp32", "sdpa"]),
         checkpointing=random.choice(["none", "none", "block", "attention", "selective"]),
-        loss=random.choice(["bundled", "torch", "torch-fp32", "chunked"]),
+        loss=random.choice(["torch", "torch-fp32"] + ["bundled", "chunked"] * (not vocabulary)),
         optimizer=random.choice(["sgd", "sgd", "adamw", "lion"]),
         grad_accumulation=random.choice([1, 1, 2]),
         max_grad_norm=random.choice([None, 1.0]),
@@ -83,6 +90,7 @@ def test_ranks_that_share_matrices_and_shards_too(tmp_path):
         (LLAMA, Plan(sharding="zero2", optimizer="sgd", grad_accumulation=2, max_grad_norm=1.0, **plan)),
         (NORMED, Plan(sharding="zero3", precision="bf16-fsdp", optimizer="sgd", checkpointing="block", **plan)),
         (NORMED, Plan(sharding="zero3", precision="bf16-fsdp", optimizer="sgd", **SEQUENCE, **plan)),
+        (TIED, Plan(sharding="zero3", optimizer="sgd", **SEQUENCE, **VOCABULARY, **plan)),
     ]
     random = Random(0)
     for _ in range(RUNS):
@@ -116,7 +124,7 @@ def test_replicas_of_shards_of_shared_matrices(tmp_path):
 
 
 def test_each_rank_sends_the_messages_of_the_ledger(tmp_path):
-    cases = [(m, Plan(batch_size=2, tensor_parallel=2, **plan)) for m, plan in (*CASES[:3], *CASES[-3:])]
+    cases = [(m, Plan(batch_size=2, tensor_parallel=2, **plan)) for m, plan in (*CASES[:3], *CASES[-5:])]
     for (m, p), processes in zip(cases, measured(2, cases, tmp_path, "messages"), strict=True):
         for real in processes:
             assert accounted(m, p) == totals(real), (m, p)
@@ -146,9 +154,9 @@ def test_gradients_are_those_of_one_process(tmp_path):
     alone = build_step(NORMED, Plan(batch_size=2, seq_len=8))
     alone.backward(alone.forward())
     expected = {name: p.grad.flatten().tolist() for name, p in alone.model.named_parameters()}
-    cases = {2: [Plan(seq_len=8, **plan), Plan(**SEQUENCE, **plan)]}
+    cases = {2: [Plan(seq_len=8, **plan), Plan(**SEQUENCE, **plan), Plan(**SEQUENCE, **VOCABULARY, **plan)]}
     if RUNS:
-        cases[4] = [Plan(data_parallel=2, sharding="zero3", **SEQUENCE, **plan)]
+        cases[4] = [Plan(data_parallel=2, sharding="zero3", **SEQUENCE, **VOCABULARY, **plan)]
     for ranks, plans in cases.items():
         for processes in measured(ranks, [(NORMED, p) for p in plans], tmp_path, "gradients"):
             for found, (name, values) in product(processes, expected.items()):
@@ -179,6 +187,12 @@ def test_an_estimate_of_several_accelerators():
     several = est.estimate("llama-3.1-8b", sharded, "h100-80gb-sxm", count=16, global_batch_size=16)
     assert several.plan.data_parallel == 4
     assert several.flops.model == 16 * alone.flops.model
+    shared = sharded.replace(sequence_parallel=True, vocabulary_parallel=True, loss="torch")
+    parts = est.estimate("llama-3.1-8b", shared, "h100-80gb-sxm", count=16, global_batch_size=16)
+    assert parts.memory.peak < several.memory.peak * 0.7  # the logits and the stream are shared too
+    assert parts.flops.model == several.flops.model
+    found = est.layouts("llama-3.1-8b", shared, "h100-80gb-sxm", count=8, global_batch_size=8)
+    assert found.sequence_parallel.all()
     hybrid = est.estimate(
         "llama-3.1-8b", sharded.replace(shard_group=2), "h100-80gb-sxm", count=16, global_batch_size=16
     )
@@ -197,6 +211,8 @@ def test_an_estimate_of_several_accelerators():
         ("llama-3.1-8b", {"tensor_parallel": 0}, "tensor_parallel"),
         ("llama-3.1-8b", {"tensor_parallel": 4, "sequence_parallel": True, "seq_len": 1022}, "seq_len"),
         ("llama-3.1-8b", {"sequence_parallel": True}, "tensor_parallel is 1"),
+        ("gpt2", {"tensor_parallel": 2, **VOCABULARY}, "vocab_size"),
+        ("gpt2", {"tensor_parallel": 2, "vocabulary_parallel": True}, "loss"),
     ],
 )
 def test_what_is_not_known_is_refused(model, plan, field):

@@ -19,6 +19,7 @@ from trainer.model.positions import rotate_part
 if TYPE_CHECKING:
     from estimator.describe.model import ModelConfig
     from estimator.describe.plan import Plan
+    from trainer.model.gather import Gather
 
 KERNELS = {  # "sdpa" leaves the choice to PyTorch
     "sdpa-math": SDPBackend.MATH,
@@ -118,6 +119,7 @@ class Attention(nn.Module):
         out_norm: an RMSNorm before the output projection, or None.
         out: the output projection.
         sinks: (h), see `attend`.
+        gather: where other processes have other tokens, how their keys and values come here; else None.
     """
 
     def __init__(self, m: ModelConfig, p: Plan) -> None:
@@ -143,6 +145,7 @@ class Attention(nn.Module):
         self.out_norm = build_norm(Norm("rms"), widths[0]) if a.out_norm else None
         self.out = Linear(m.num_heads * m.e, m.d_model, bias=a.out_bias)
         self.sinks = nn.Parameter(torch.zeros(m.num_heads)) if a.sinks else None
+        self.gather: Gather | None = None
         self.dropout = nn.Dropout(p.dropout)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -186,6 +189,9 @@ class Attention(nn.Module):
                 q, k = self.q_norm(q), self.k_norm(k)
         if query_scale is not None:
             q = q * query_scale
+        if self.gather is not None:
+            k = self.gather(k)
+            v = self.gather(v.transpose(1, 2)).transpose(1, 2)
         q, k = q.transpose(1, 2), k.transpose(1, 2)
         if cache is not None:
             k, v = cache.extend(k, v)

@@ -71,6 +71,8 @@ class Transformer(nn.Module):
         final_norm: None in decoders that are normed after each sum.
         project_out: back to embedding_dim, or None.
         head: (V, d), perhaps the embedding's own matrix.
+        part: of each sequence, which of how many parts of equal length comes in (`trainer.parallel.context`); None for
+            all of it.
     """
 
     cos: Tensor
@@ -82,6 +84,7 @@ class Transformer(nn.Module):
         super().__init__()
         p.check_model(m)
         self.config, self.plan = m, p
+        self.part: tuple[int, int] | None = None
         parts, d = m.made_of, m.d_model
         projects = m.embedding_width != d
         self.embedding = Embedding(m.vocab_size, m.embedding_width)
@@ -138,6 +141,8 @@ class Transformer(nn.Module):
         self, ids_BT: Tensor, cache: list[KeysAndValues] | None = None, targets_BT: Tensor | None = None
     ) -> Tensor:
         start, T = cache[0].length if cache else 0, ids_BT.shape[1]
+        if self.part is not None:
+            start = self.part[0] * T
         x = self.dropout(self.embedded(ids_BT, start))
         masks, bias = self.masks(x, T, start)
         rotary = self.config.made_of.positions.kind == "rotary"
@@ -169,14 +174,16 @@ class Transformer(nn.Module):
 
         Masks are (T, start + T) of bools, see `build_mask`; for SDPA with ALiBi (h, T, start + T), added to the scores.
         """
+        whole = None if self.part is None else self.part[1] * T
+        end = whole or start + T
         m, naive = self.config, self.plan.attention.startswith("naive")
         alibi = m.made_of.positions.kind == "alibi"
-        kinds = attention_kinds(m, start + T)
+        kinds = attention_kinds(m, end)
         made = {
-            kind: build_mask(m, kind, T, start, x.device, naive=naive or alibi)
+            kind: build_mask(m, kind, T, start, x.device, naive=naive or alibi, end=whole)
             for kind in dict.fromkeys(kinds.values())
         }
-        bias = alibi_bias(self.slopes, start + T, working_dtype(x)) if alibi else None
+        bias = alibi_bias(self.slopes, end, working_dtype(x)) if alibi else None
         if bias is not None and not naive:
             made = {kind: bias.masked_fill(mask, float("-inf")) for kind, mask in made.items() if mask is not None}
             bias = None

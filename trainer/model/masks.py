@@ -19,15 +19,17 @@ def attention_kinds(m: ModelConfig, end: int) -> dict[str, str]:
 
 
 def build_mask(
-    m: ModelConfig, kind: str, length: int, start: int, device: torch.device, *, naive: bool
+    m: ModelConfig, kind: str, length: int, start: int, device: torch.device, *, naive: bool, end: int | None = None
 ) -> Tensor | None:
     """(T, start + T) for T new tokens after `start` old ones; None where `attend` needs none.
 
+    With `end` the tokens are a part of a sequence of so many, (T, end), and the mask says which come before.
     For separate ops True is where a query must not look, for SDPA where it may: what each of them takes.
     """
-    if not naive and kind == "full" and (start == 0 or length == 1):
+    if not naive and kind == "full" and end is None and (start == 0 or length == 1):
         return None
-    every = torch.ones(length, start + length, dtype=torch.bool, device=device)
+    end = end or start + length
+    every = torch.ones(length, end, dtype=torch.bool, device=device)
     if naive and kind == "full":
         return every.triu(start + 1)
     seen = every.tril_(start)
@@ -36,6 +38,6 @@ def build_mask(
         seen.triu_(start + 1 - m.sliding_window)
     if kind == "chunk":
         assert m.attention_chunk is not None
-        chunk = torch.arange(start + length, device=device).div_(m.attention_chunk, rounding_mode="floor")
-        seen.logical_and_(chunk[start:, None] == chunk)
+        chunk = torch.arange(end, device=device).div_(m.attention_chunk, rounding_mode="floor")
+        seen.logical_and_(chunk[start : start + length, None] == chunk)
     return seen.logical_not_() if naive else seen

@@ -25,11 +25,10 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Shard
 
 from estimator.describe.checks import ConfigError
 from trainer.files.checkpoint import (
-    CheckpointError,
     check_optimizer_class,
     checkpoint_path,
     read_checkpoint,
@@ -39,9 +38,11 @@ from trainer.files.checkpoint import (
     type_name,
     write_atomically,
 )
+from trainer.files.contents import CheckpointError, check_files, check_names, check_parts
 from trainer.optim.clip import gradient_clipping
 from trainer.optim.precision import Masters, float32_copy
-from trainer.parallel.expert import expert_parallel, of_experts
+from trainer.parallel.context import context_parallel
+from trainer.parallel.expert import expert_parallel, of_experts, shard_experts
 from trainer.parallel.tensor import tensor_parallel
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ class World:
         )
         if device == "cuda":
             torch.cuda.set_device(self.device)
+        self.of_experts: DeviceMesh | None = None
         self.joined = self.size > 1 and not dist.is_initialized()  # a group that the caller has made stays the caller's
         if self.joined:
             dist.init_process_group("nccl" if device == "cuda" else "gloo")
@@ -135,6 +137,8 @@ class World:
         inner = root if plan.reshard_after_forward is None else {"reshard_after_forward": plan.reshard_after_forward}
         blocks = "model.blocks" if plan.is_pipeline else "blocks"
         for block in model.get_submodule(blocks).children():  # one block is gathered at a time
+            if plan.expert_parallel > 1:
+                shard_experts(block, self.size, **options | inner | {"mesh": self.experts(plan)["data"]})
             fully_shard(block, **options, **inner)
         fully_shard(model, **options, **root)
         return model
@@ -151,6 +155,13 @@ class World:
         if group is None or group == self.size:
             return init_device_mesh(self.device.type, (self.size,))
         return init_device_mesh(self.device.type, (self.size // group, group), mesh_dim_names=("replicate", "data"))
+
+    def experts(self, plan: Plan) -> DeviceMesh:
+        """Those that share the experts, side by side, and those that have the same ones: so far each has its own."""
+        if self.of_experts is None:
+            shape = self.size // plan.expert_parallel, plan.expert_parallel
+            self.of_experts = init_device_mesh(self.device.type, shape, mesh_dim_names=("data", "expert"))
+        return self.of_experts
 
     def grid(self, plan: Plan) -> DeviceMesh:
         """All processes, those that share a block's matrices side by side, the stages of a pipeline furthest apart."""
@@ -171,11 +182,16 @@ class World:
         weights are one and the same.
         """
         if plan.tensor_parallel > 1:
-            tensor_parallel(model, self.grid(plan)["tensor"], sequence=plan.sequence_parallel)
+            ends = {"sequence": plan.sequence_parallel, "vocabulary": plan.vocabulary_parallel}
+            tensor_parallel(model, self.grid(plan)["tensor"], **ends)
+        if plan.context_parallel > 1:
+            shape = (plan.data_parallel, plan.context_parallel)
+            mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=("data", "context"))
+            context_parallel(model, mesh["context"])
         if plan.expert_parallel > 1:
             if plan.expert_parallel != self.size:
                 raise ConfigError(f"expert_parallel = {plan.expert_parallel}: there are {self.size} processes")
-            expert_parallel(model, init_device_mesh(self.device.type, (self.size,), mesh_dim_names=("expert",)))
+            expert_parallel(model, self.experts(plan)["expert"])
         copied = float32_copy(model) if plan.precision == "bf16-master" else None
         module, held = self.wrap(model, plan, sharding), self.weights(model, sharding)
         if copied is None:
@@ -230,7 +246,7 @@ class Weights:
         """Hand the shards their part of the gradients; nothing to do without shards."""
         if self.sharded:
             for name, p in self.originals.items():
-                self.named[name].grad = None if p.grad is None else self.shard(name, whole_gradient(p.grad))
+                self.named[name].grad = None if p.grad is None else self.shard(name, placed_as(p.grad, p))
                 p.grad = None
             self.average_experts()
 
@@ -264,6 +280,8 @@ class Weights:
         having = {name: p.grad for name, p in self.named.items() if p.grad is not None}
         gradients = list(having.values())
         shared = {name: mesh for name in having if (mesh := part_mesh(self.originals[name])) is not None}
+        if any(self.meshes()):  # whose processes are those that have the other experts
+            shared = {name: mesh for name, mesh in shared.items() if "expert" not in (mesh.mesh_dim_names or ())}
         squares: Tensor | None = None
         if shared:  # summed over those that share the matrices; all of them have the same of what is whole
             squares = squared([having[name] for name in shared])
@@ -331,14 +349,15 @@ def part_mesh(x: Tensor) -> DeviceMesh | None:
     return None
 
 
-def whole_gradient(x: Tensor) -> Tensor:
-    """`x` or, of a DTensor of which each process has a part of the sum (`Partial`), that sum in all of them.
+def placed_as(x: Tensor, like: Tensor) -> Tensor:
+    """`x`, the gradient of `like`, laid out over the processes as that is.
 
-    So are the gradients of weights that each process uses for other heads or other tokens.
+    Those of weights that each process uses for other heads or other tokens are parts of a sum (`Partial`); of a table
+    of which each has some rows every process makes the whole gradient.
     """
-    if not isinstance(x, DTensor) or not any(placed.is_partial() for placed in x.placements):
+    if not isinstance(x, DTensor) or not isinstance(like, DTensor) or x.placements == like.placements:
         return x
-    return x.redistribute(placements=[Replicate() if placed.is_partial() else placed for placed in x.placements])
+    return x.redistribute(placements=like.placements)
 
 
 def squared(gradients: Iterable[Tensor]) -> Tensor:
@@ -419,9 +438,10 @@ def load_run(world: World, path: Path, weights: Weights, optimizer: torch.optim.
         return _load_sharded(world, path, weights, optimizer)
     content = read_checkpoint(path)
     if weights.sharded and optimizer is not None:
+        check_names(content["optimizer"], weights.originals, str(path))
         _cut(content, weights)
     restore(content, weights.model, optimizer, str(path), lambda own, whole: local(own).copy_(piece(whole, own)))
-    run: dict[str, Any] = content["run"]
+    run: dict[str, Any] = content.get("run", {})
     return run
 
 
@@ -456,7 +476,7 @@ def _load_sharded(
     if not (path / RUN_FILE).exists():
         raise CheckpointError(f"{path}: no checkpoint: {RUN_FILE} is missing")
     content = read_checkpoint(path / RUN_FILE)
-    files = sorted(content.get("files", {}).items())
+    files = sorted(check_files(content.get("files"), str(path)).items())
     # Shared out, so that the whole is read once and not once a process.
     damaged = [name for name, crc in files[world.rank :: world.size] if checksum(path / name) != crc]
     if world.any(bool(damaged)):
@@ -476,6 +496,8 @@ def _load_sharded(
     if optimizer is not None:
         check_optimizer_class(content, optimizer, str(path))
         state = content["optimizer"]
+        check_names(state, weights.originals, str(path))
+        check_parts(state, {key for key, x in stored.items() if isinstance(x, TensorStorageMetadata)}, str(path))
         if [g["names"] for g in state["param_groups"]] != [g["names"] for g in optimizer.param_groups]:
             raise CheckpointError(f"{path}: its optimizer state does not fit this run's parameters")
         for group, values in zip(optimizer.param_groups, state["param_groups"], strict=True):
@@ -499,7 +521,7 @@ def _load_sharded(
             load(tensors, storage_reader=reader, no_dist=world.size == 1)
         except CheckpointException as error:
             raise CheckpointError(f"{path}: cannot be read ({error})") from error
-    run: dict[str, Any] = content["run"]
+    run: dict[str, Any] = content.get("run", {})
     return run
 
 

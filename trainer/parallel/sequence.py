@@ -49,8 +49,13 @@ def block_styles(block: Block) -> dict[str, ParallelStyle]:
 
 
 def cut_stream(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Cut by tokens what goes into the first block of `model`, and gather what its final norm hands on, in place."""
+    """Cut by tokens what goes into the first block of `model`, in place."""
     cut = PrepareModuleInput(input_layouts=Replicate(), desired_input_layouts=TOKENS, use_local_output=True)
-    parallelize_module(model, mesh, {"dropout": cut, "final_norm": SequenceParallel()})
+    parallelize_module(model, mesh, {"dropout": cut})
+
+
+def gather_stream(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Gather what the final norm of `model` makes of a process's tokens, in place."""
+    parallelize_module(model, mesh, {"final_norm": SequenceParallel()})
     gather = PrepareModuleOutput(output_layouts=TOKENS, desired_output_layouts=Replicate())
     parallelize_module(model, mesh, {"final_norm": gather})

@@ -7,46 +7,23 @@ in backward (Shoeybi et al. 2019, "Megatron-LM", section 3). Embedding, norms an
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from torch.distributed.tensor import Replicate, Shard, distribute_module
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    RowwiseParallel,
-    SequenceParallel,
-    parallelize_module,
-)
+from torch.distributed.tensor.parallel import SequenceParallel, parallelize_module
 
 from trainer.model.attention import Attention
 from trainer.model.block import Block
+from trainer.model.decoder import Transformer
 from trainer.model.feed_forward import GatedFeedForward
-from trainer.parallel.sequence import TOKENS, block_styles, cut_stream
+from trainer.parallel.columns import Columns, Rows
+from trainer.parallel.sequence import TOKENS, block_styles, cut_stream, gather_stream
+from trainer.parallel.vocabulary import share_vocabulary
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor.parallel import ParallelStyle
-
-
-class Columns(ColwiseParallel):
-    """`ColwiseParallel` of the trainer's own Linear, which is no `nn.Linear`."""
-
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        take = partial(self._prepare_input_fn, self.input_layouts, (Replicate(),))
-        give = partial(self._prepare_output_fn, self.output_layouts, self.use_local_output)
-        return distribute_module(module, device_mesh, self._partition_linear_fn, take, give)
-
-
-class Rows(RowwiseParallel):
-    """`RowwiseParallel` of the trainer's own Linear."""
-
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        take = partial(self._prepare_input_fn, self.input_layouts, (Shard(-1),))
-        give = partial(self._prepare_output_fn, self.output_layouts, self.use_local_output)
-        return distribute_module(module, device_mesh, self._partition_linear_fn, take, give)
-
 
 COLUMNS = (
     *("attention.q", "attention.k", "attention.v", "attention.qkv", "attention.out_gate"),
@@ -57,15 +34,22 @@ HEAD_NORMS = ("attention.q_norm", "attention.k_norm")
 HEADS = 2  # the dimension of theirs in what these take, (B, T, h, e)
 
 
-def tensor_parallel(model: nn.Module, mesh: DeviceMesh, *, sequence: bool = False) -> nn.Module:
+def tensor_parallel(
+    model: nn.Module, mesh: DeviceMesh, *, sequence: bool = False, vocabulary: bool = False
+) -> nn.Module:
     """`model`, of whose blocks' matrices each process of `mesh` has its part, in place.
 
     Projections that hold several matrices (q, k and v; gate and up) are put in an order in which each process's rows
-    are its part of each of them. With `sequence` it has between them its part of the tokens.
+    are its part of each of them. With `sequence` it has between them its part of the tokens; with `vocabulary`
+    embedding and head are shared out as well.
     """
     size = mesh.size()
-    if sequence:
+    assert isinstance(model, Transformer)
+    if vocabulary:
+        share_vocabulary(model, mesh, sequence=sequence)
+    elif sequence:
         cut_stream(model, mesh)
+        gather_stream(model, mesh)
     for block in model.get_submodule("blocks").children():
         attention, ffn = block.get_submodule("attention"), block.get_submodule("ffn")
         assert isinstance(attention, Attention)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves
@@ -156,7 +157,12 @@ def loss_of(module: nn.Module, p: Plan, ids: Tensor, targets: Tensor) -> Tensor:
     with torch.autograd.graph.save_on_cpu(pin_memory=True) if p.saved_on_host else nullcontext():
         if p.loss == "chunked":
             return module(ids, targets_BT=targets)
-        return LOSSES[p.loss](module(ids), targets)
+        return own_tensor(LOSSES[p.loss](module(ids), targets))
+
+
+def own_tensor(x: Tensor) -> Tensor:
+    """A process's own part of a DTensor; other tensors as they are."""
+    return x.to_local() if isinstance(x, DTensor) else x
 
 
 def build_optimizer(named: Mapping[str, nn.Parameter], p: Plan, device: str) -> torch.optim.Optimizer:

@@ -26,10 +26,12 @@ from estimator.describe.checks import ConfigError
 from trainer.model.decoder import Transformer
 from trainer.model.quantised import scales
 from trainer.optim.precision import loss_scaler
+from trainer.parallel.context import own_tokens
 from trainer.parallel.distributed import Weights, World, leave_out, local, part_mesh, policy
 from trainer.parallel.expert import of_experts
 from trainer.parallel.pipeline import Stage, scheduled
 from trainer.parallel.tensor import tensor_parallel
+from trainer.parallel.vocabulary import loss_context
 from trainer.referee.measure import (
     LOSSES,
     Step,
@@ -60,7 +62,10 @@ class SharedStep(Step):
         if world.size != p.accelerators:
             raise ConfigError(f"accelerators = {p.accelerators}: torchrun has started {world.size} processes")
         model, inputs = build_parts(m, p, str(world.device), seed)
-        buckets = p.data_parallel > 1 and p.sharding in ("none", "zero1") and not p.fp32_gradients
+        if p.context_parallel > 1:
+            place = world.rank % p.context_parallel, p.context_parallel
+            inputs = own_tokens(inputs[0], *place), own_tokens(inputs[1], *place)
+        buckets = p.copies > 1 and p.sharding in ("none", "zero1") and not p.fp32_gradients
         others = of_experts(model) if p.expert_parallel > 1 else []
         self.buckets = bucket_bytes(model, others) if buckets else 0
         module, self.held, self.weights, masters = world.prepare(model, p, p.sharding)
@@ -73,6 +78,16 @@ class SharedStep(Step):
         """Run it."""
         self.micro_batches()
         self.update()
+
+    def forward(self) -> Tensor:
+        """As one process has it."""
+        with loss_context(self.plan):
+            return super().forward()
+
+    def backward(self, loss: Tensor) -> None:
+        """As one process has it."""
+        with loss_context(self.plan):
+            super().backward(loss)
 
     def micro_batches(self) -> None:
         """Every forward and backward of the step."""
@@ -176,7 +191,8 @@ def messages(m: ModelConfig, p: Plan, world: World, seed: int = 0) -> list[tuple
     """(kind, bytes, count): the collectives of a steady step of this process, as PyTorch's profiler sees them sent.
 
     gloo reduces and scatters by an all-reduce, which is no message of its own here. Of an all-to-all what comes or what
-    goes, whichever is more, counts.
+    goes, whichever is more, counts. In a selective checkpoint, which is a dispatch mode, an operator is seen within
+    itself again.
     """
     step = SharedStep(m, p, world, seed)
     for _ in range(2):
@@ -186,10 +202,15 @@ def messages(m: ModelConfig, p: Plan, world: World, seed: int = 0) -> list[tuple
     results = prof.profiler.kineto_results
     assert results is not None
     found: Counter[tuple[str, int]] = Counter()
-    for event in results.events():
+    over: dict[str, int] = {}  # when the last operator of a name ended; gloo's own end in another thread
+    for event in sorted(results.events(), key=lambda event: event.start_ns()):
+        if event.start_ns() < over.get(event.name(), 0):
+            continue
+        if event.name() not in SENT:
+            over[event.name()] = event.start_ns() + event.duration_ns()
         at, kind = ASKED.get(event.name(), (0, SENT.get(event.name())))
         if kind is not None:
-            nbytes = _nbytes(event, at) * (p.tensor_parallel if event.name() == PART else 1)
+            nbytes = _nbytes(event, at) * (p.tensor_parallel * p.context_parallel if event.name() == PART else 1)
             found[kind, nbytes] += 1
             if kind == "reduce-scatter":
                 found["all-reduce", nbytes] -= 1
@@ -262,7 +283,7 @@ def measure_shared(m: ModelConfig, p: Plan, world: World, seed: int = 0) -> dict
         list
     )  # by the number of events, of which a step can only miss some
     meshes = filter(None, map(part_mesh, step.model.parameters()))
-    group = next((mesh.get_group() for mesh in meshes), None)
+    group = dist.group.WORLD if p.context_parallel > 1 else next((mesh.get_group() for mesh in meshes), None)
     for turn in range(TRIES):
         moment = MOMENT * 2 ** min(turn // PATIENCE, LONGEST)
         # oneDNN's products in half precision take scratch that depends on the machine.

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
+import torch
 from torch.autograd import graph
+from torch.utils import checkpoint
 
 from trainer.referee.recorder.log import NODE, Kind, Log, Mark
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from torch import Tensor
 
@@ -29,6 +32,24 @@ class Saved:
         self.native.mark(Mark.LET_GO, self.number, 0)
 
 
+@contextmanager
+def selected(native: Any) -> Iterator[None]:
+    """The results that selective checkpoints hold for their recomputation are marked too: no hook is told of them."""
+    holder = checkpoint._VersionWrapper  # noqa: SLF001 - what they hold each in
+    begin = holder.__init__
+
+    def held(self: Any, value: Any) -> None:
+        begin(self, value)
+        self.number = number_of(native, value) if isinstance(value, torch.Tensor) else 0
+        native.mark(Mark.SAVED, self.number, 0)
+
+    def let_go(self: Any) -> None:
+        native.mark(Mark.LET_GO, self.number, 0)
+
+    with patch.object(holder, "__init__", held), patch.object(holder, "__del__", let_go, create=True):
+        yield
+
+
 def saving(native: Any, step: Callable[[], object]) -> None:
     """Run the step with marks of what autograd saves, and of what checkpoints do when they run forward again."""
     hooks = graph.saved_tensors_hooks
@@ -41,7 +62,8 @@ def saving(native: Any, step: Callable[[], object]) -> None:
 
         begin(self, pack, unpack_hook)
 
-    with hooks(lambda t: Saved(native, t), lambda saved: saved.tensor), patch.object(hooks, "__init__", watched):
+    marked = hooks(lambda t: Saved(native, t), lambda saved: saved.tensor)
+    with marked, patch.object(hooks, "__init__", watched), selected(native):
         step()
 
 

@@ -65,12 +65,32 @@ def cross_entropy_of_two(x: Tensor, _: Tensor, __: Tensor | None = None, reducti
     return pointwise_loss(x, x, reduction)
 
 
+def update(*_: Any, **__: Any) -> None:
+    """`_fused_sgd_` and `_fused_adagrad_`: parameters and states are written where they are."""
+
+
+def like(x: Tensor, *_: Any) -> Tensor:
+    """What has the shape of its first argument: `_logcumsumexp`."""
+    return x.new_empty(x.shape)
+
+
+def extremes(x: Tensor, values: Tensor, indices: Tensor, dim: int) -> None:
+    """`_cummax_helper`, `_cummin_helper`: both results are there already."""
+
+
 SHAPES: dict[str, Callable[..., Any]] = {
     "bincount": bincount,
     "binary_cross_entropy": cross_entropy_of_two,
     "mse_loss": pointwise_loss,
     "smooth_l1_loss": pointwise_loss,
     "native_layer_norm": layer_norm,
+    "_cummax_helper": extremes,
+    "_cummin_helper": extremes,
+    "_fused_adagrad_": update,
+    "_fused_adagrad_.tensor_lr": update,
+    "_fused_sgd_": update,
+    "_fused_sgd_.tensor_lr": update,
+    "_logcumsumexp": like,
     "_slow_conv2d_forward": conv2d,
     "_slow_conv2d_backward.output_mask": conv2d_backward,
 }

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from estimator.eager.ledger import Category, Phase
 from trainer.referee.first_difference import Event, real_events
-from trainer.referee.measure import Saved, nbytes, onednn
+from trainer.referee.measure import Saved, kept_by_selective_checkpoints, nbytes, onednn
 from trainer.referee.recorder.recording import record
 from trainer.referee.recorder.steps import as_step, eager
 
@@ -101,11 +101,8 @@ def saved_bytes(step: Any) -> int:
     with onednn(enabled=False), saved_tensors_hooks(pack, lambda saved: saved.tensor):
         loss = step.forward()
         gc.collect()
-        found = nbytes(
-            s.tensor
-            for s in kept
-            if s.tensor.untyped_storage()._cdata not in resident  # noqa: SLF001 - the storage's identity
-        )
+        alive = [*(s.tensor for s in kept), *kept_by_selective_checkpoints()]
+        found = nbytes(t for t in alive if t.untyped_storage()._cdata not in resident)  # noqa: SLF001 - the storage's identity
         del loss
     return found
 

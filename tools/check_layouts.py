@@ -1,0 +1,144 @@
+"""Hold the ledger of layouts against real processes under gloo, to the byte, on this machine's CPU.
+
+    python tools/check_layouts.py 10                       # ten random cases of each layout that it knows
+    python tools/check_layouts.py 10 --only tensor-2 --seed 7
+
+Every rank's parameters, gradients, states and peak are compared, and, where it is no pipeline, its messages by kind,
+count and bytes. One line a case; the exit status is 1 if any differs. Cases are drawn as tests/ranks does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from random import Random
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from estimator.accounting.accounts import account
+from trainer.referee.validate import describe
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from estimator.describe.model import ModelConfig
+    from estimator.describe.plan import Plan
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT / "tests" / "exact"), str(ROOT / "tests" / "ranks")]
+import test_pipeline as of_pipelines  # noqa: E402 - a module of the tests
+import test_sharding as of_shards  # noqa: E402 - likewise
+import test_tensor as of_matrices  # noqa: E402 - likewise
+
+Case = tuple["ModelConfig", "Plan"]
+
+
+def shared(random: Random, ranks: int = 2, **changes: Any) -> Case:
+    """Ranks of tensor parallelism, with sequence and vocabulary parallelism or without."""
+    m, p = of_matrices.drawn(random, ranks)
+    return m, p.replace(**changes)
+
+
+def sharded_matrices(random: Random, **changes: Any) -> Case:
+    """`fully_shard` around them."""
+    m, p = shared(random, data_parallel=2, sharding=random.choice(["zero2", "zero3"]), **changes)
+    return m, p.replace(precision=random.choice(["bf16-fsdp", p.precision]))
+
+
+def staged(random: Random, stages: int = 2, **changes: Any) -> Case:
+    """Stages of a pipeline."""
+    m, p = of_pipelines.drawn(random, stages)
+    if p.grad_accumulation < stages:
+        p = p.replace(grad_accumulation=stages)
+    if changes.get("sharding") == "none":  # DDP fails under PyTorch's GPipe
+        p = p.replace(pipeline_schedule="1f1b", grad_accumulation=max(p.grad_accumulation, stages))
+    if changes.get("sharding") == "zero2":
+        p = p.replace(precision=random.choice(["bf16-fsdp", p.precision]))
+    return m, p.replace(**changes)
+
+
+LAYOUTS: dict[str, tuple[int, Callable[[Random], Case]]] = {  # processes, and a random case
+    "shards-2": (2, lambda random: of_shards.drawn(random, 2)),
+    "shards-4": (4, lambda random: of_shards.drawn(random, 4)),
+    "tensor-2": (2, shared),
+    "tensor-4": (4, lambda random: shared(random, 4)),
+    "tensor-2-shards-2": (4, sharded_matrices),
+    "pipeline-2": (2, staged),
+    "pipeline-4": (4, lambda random: staged(random, 4)),
+    "pipeline-2-tensor-2": (4, lambda random: staged(random, tensor_parallel=2)),
+    "pipeline-2-replicas-2": (4, lambda random: staged(random, data_parallel=2, sharding="none")),
+    "pipeline-2-shards-2": (4, lambda random: staged(random, data_parallel=2, sharding="zero2")),
+}
+
+
+def accounted_rank(p: Plan, process: int) -> int:
+    """Which rank of `account` a process is: stages furthest apart, those that share a block's matrices side by side."""
+    data = process // p.tensor_parallel
+    if not p.is_pipeline:
+        return data
+    stage, replica = divmod(data, p.data_parallel)
+    return stage + p.pipeline_parallel * (replica % p.shards)
+
+
+def differences(m: ModelConfig, p: Plan, processes: list[dict[str, int]]) -> list[str]:
+    """What of the bytes of each process is not the ledger's."""
+    found = []
+    for process, real in enumerate(processes):
+        v = account(m, p, "cpu", accounted_rank(p, process)).evaluate(m, p, threads=1)
+        for name, nbytes in real.items():
+            if getattr(v, name) != nbytes:
+                found.append(f"process {process}: {name}: ledger {getattr(v, name):,}, PyTorch {nbytes:,}")
+    return found
+
+
+def sent_otherwise(m: ModelConfig, p: Plan, processes: list[Any]) -> list[str]:
+    """What of the messages of each process is not the ledger's."""
+    ledger = of_shards.accounted(m, p)
+    return [
+        f"process {process}: messages: ledger {ledger}, PyTorch {of_shards.totals(real)}"
+        for process, real in enumerate(processes)
+        if of_shards.totals(real) != ledger
+    ]
+
+
+def check(name: str, runs: int, seed: int) -> tuple[int, int]:
+    """Print a line a case of this layout; (equal, all)."""
+    size, draw = LAYOUTS[name]
+    random = Random(f"{name} {seed}")  # noqa: S311 - no secret
+    cases = [draw(random) for _ in range(runs)]
+    wrong: list[list[str]] = [[] for _ in cases]
+    with TemporaryDirectory() as folder:
+        for i, found in enumerate(of_shards.measured(size, cases, Path(folder))):
+            wrong[i] += differences(*cases[i], found)
+        flat = [i for i, (_, p) in enumerate(cases) if not p.is_pipeline]
+        if flat:
+            sent = of_shards.measured(size, [cases[i] for i in flat], Path(folder), "messages")
+            for i, found in zip(flat, sent, strict=True):
+                wrong[i] += sent_otherwise(*cases[i], found)
+    for (m, p), lines in zip(cases, wrong, strict=True):
+        print(f"{'DIFFERS' if lines else 'equal  '} {name}: {describe(m, p)}", flush=True)
+        for line in lines:
+            print(f"        {line}")
+        if lines:
+            print(f"        {m!r}\n        {p!r}", flush=True)
+    return sum(not lines for lines in wrong), len(cases)
+
+
+def main() -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=int, help="cases of each layout")
+    parser.add_argument("--only", choices=LAYOUTS, action="append", help="this layout, or several")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    equal = total = 0
+    for name in given.only or LAYOUTS:
+        same, all_ = check(name, given.runs, given.seed)
+        equal, total = equal + same, total + all_
+    print(f"{equal} of {total} cases are equal to PyTorch in every byte of every process, and in their messages")
+    return int(equal != total)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
