@@ -177,8 +177,8 @@ FORMS = {
         TOKENS | {"d": (12, 20, 28)}, {"B": 4, "T": 31, "d": 36}),
     "transformers' ViT": Form(_vit, {"B": (2, 3, 5), **WIDER}, {"B": 7, "d": 36, "L": 6}),
     "transformers' GPT-NeoX": Form(_of("GPTNeoXConfig", "GPTNeoXForCausalLM", **ENCODER, max_position_embeddings=64),
-                                   {"B": (2, 3, 5), "T": (13, 17, 19), "d": (32, 48, 64), "L": (3, 4, 5)},
-                                   {"B": 4, "T": 31, "d": 96, "L": 6}),
+                                   {"B": (2, 3, 5), "T": (13, 17, 19), "d": (64, 96, 128), "L": (3, 4, 5)},
+                                   {"B": 4, "T": 31, "d": 160, "L": 6}),
     "transformers' Phi-3": Form(
         _of("Phi3Config", "Phi3ForCausalLM", **LLAMA, pad_token_id=0), TOKENS | {"d": (24, 40, 56), "L": (3, 4, 5)},
         {"B": 4, "T": 31, "d": 64, "L": 7}),
