@@ -227,13 +227,15 @@ class _Search:
             ConfigError: it cannot be.
         """
         checked(Plan, "checkpointing", checkpointing)
+        megatron = self.plan.implementation == "megatron"
         changes: dict[str, Any] = {
             "data_parallel": count // (ranks * stages),
             "tensor_parallel": ranks,
             "pipeline_parallel": stages,
             "pipeline_schedule": self.plan.pipeline_schedule if stages > 1 else "1f1b",
             "virtual_stages": self.plan.virtual_stages if stages > 1 else 1,
-            "sequence_parallel": self.plan.implementation == "megatron" and ranks > 1,
+            "sequence_parallel": ranks > 1 and (megatron or (self.plan.sequence_parallel and stages == 1)),
+            "vocabulary_parallel": self.plan.vocabulary_parallel and ranks > 1 and stages == 1,
             "sharding": sharding,
             "shard_group": group,
             "checkpointing": checkpointing,
