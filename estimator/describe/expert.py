@@ -16,9 +16,9 @@ NEEDS = (
     Needs("implementation", ("bundled",), "implementation is {implementation!r}"),
     Needs(
         "shared_by",
-        ("one accelerator", "none"),
-        "ZeRO and fully_shard of the other parameters are not known",
-        say="allowed is sharding none (DDP)",
+        ("one accelerator", "none", "zero2", "zero3"),
+        "ZeRO-1 of the other parameters is not known",
+        say="allowed is sharding none (DDP), zero2, zero3",
         where=BUNDLED,
     ),
     *known_with(
@@ -29,7 +29,10 @@ NEEDS = (
         ("trained", ("all",)),
         ("frozen", ("",)),
         ("update", ("after",)),
-        ("precision", ("fp32", "tf32", "bf16", "bf16-mixed")),
+        ("precision", ("fp32", "tf32", "bf16", "bf16-mixed", "bf16-fsdp")),
+        ("shard_group", (None,)),
+        ("reshard_after_forward", (None,)),
+        ("offload", ("none",)),
         ("optimizer", ("adamw", "adam", "sgd", "sgd-momentum", "lion")),
     ),
 )

@@ -194,8 +194,7 @@ class Experts(Module):
         assert part is not None
         self.activation, self.f = part.activation, size["f_e"]
         E, d = size["E"], size["d"]
-        self.place = Place(recipe.expert_rank, recipe.imbalanced) if recipe.expert_parallel else None
-        self.E = E if self.place is None else experts_on(machine, E)
+        self.E = experts_on(machine, E) if recipe.expert_parallel else E
         self.gate_up = self.parameter(self.E, 2 * self.f, d)
         self.down = self.parameter(self.E, d, self.f)
         self.gate_up_bias = self.parameter(self.E, 2 * self.f) if part.bias else None
@@ -206,20 +205,6 @@ class Experts(Module):
             counted_whole(p, (E, *p.shape[1:]))
 
     def forward(self, v: Locals, x: Tensor, count: Tensor, expert: Tensor | None) -> Tensor:
-        if self.place is None:
-            return self.products(x, count, expert)
-        there = Exchange(v, count, self.E, self.place, x.shape[0], biases=expert is not None)
-        v.y = self.products(there.dispatch(x), v.count, v.expert)
-        v.y = regrouped(v.y)
-        return there.combine(v.y)
-
-    def products(self, x: Tensor, count: Tensor, expert: Tensor | None) -> Tensor:
-        """Of the experts that are here."""
-        with arguments((x, count, expert)) as results, Locals() as v:
-            results.append(self.multiplied(v, x, count, expert))
-        return results[0]
-
-    def multiplied(self, v: Locals, x: Tensor, count: Tensor, expert: Tensor | None) -> Tensor:
         v.h = grouped_product(x, self.gate_up, count)
         if self.gate_up_bias is not None and expert is not None:
             v.h = ops.add(v.h, index_select(self.gate_up_bias, expert))
@@ -266,12 +251,25 @@ class SparseFeedForward(Module):
             v.rows = index_select(x, v.token)
             v.weight = unsqueeze(index_select(view(v.weights, pairs), v.order), 1)
             if self.weighs_inputs:
-                v.y = self.experts(ops.mul(v.rows, cast(v.weight, v.rows.dtype)), v.count, v.expert)
+                v.y = self.through(ops.mul(v.rows, cast(v.weight, v.rows.dtype)), v.count, v.expert)
             else:
-                v.y = self.experts(v.rows, v.count, v.expert)
+                v.y = self.through(v.rows, v.count, v.expert)
                 v.y = ops.mul(v.y, cast(v.weight, v.y.dtype))
             v.y = add_rows(v.y, v.token, (x.shape[0], v.y.shape[1]))
             return v.take("y") if self.out_bias is None else ops.add(v.y, self.out_bias)
+
+    def through(self, rows: Tensor, count: Tensor, expert: Tensor | None) -> Tensor:
+        """The rows' results, in their order, wherever their experts are."""
+        if not self.recipe.expert_parallel:
+            made: Tensor = self.experts(rows, count, expert)
+            return made
+        place = Place(self.recipe.expert_rank, self.recipe.imbalanced)
+        with arguments((rows, count, expert)) as results, Locals() as v:
+            there = Exchange(v, count, self.experts.E, place, rows.shape[0], biases=expert is not None)
+            v.y = self.experts(there.dispatch(rows), v.count, v.expert)
+            v.y = regrouped(v.y)
+            results.append(there.combine(v.y))
+        return results[0]
 
     def forward(self, v: Locals, x: Tensor) -> Tensor:
         v.flat = reshape(x, (x.machine.product(x.shape[:-1]), x.shape[-1]))

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from estimator.describe.schedules import Schedule
     from estimator.eager.letters import Size
     from estimator.eager.repetition import Layout
-    from estimator.parallel.sharded import Unit
+    from estimator.parallel.unit import Unit
 
 
 EVERYTHING = Selection()
@@ -142,6 +142,7 @@ class Recipe:
     replicated: bool = False  # HSDP
     reshard: int | None = None
     offload: bool = False  # parameters, gradients and the update are the host's
+    saved_on_host: bool = False
     bucket_view: bool = False  # DDP's gradients are views of its buckets
     in_backward: bool = False  # each parameter is updated as soon as its gradient is there
     rank: int = 0  # which of those that share the shards
@@ -259,6 +260,8 @@ class Module:
                 args = self.unit.cast_inputs(args)
             if unit is not None:
                 args = unit.before_forward(args)
+            elif self.unit is not None:
+                self.unit.before_recomputation()
             with arguments(args) as inner, Locals() as v:
                 inner.append(self.forward(v, *args))
             if unit is not None:

@@ -248,7 +248,7 @@ def clip_parts(parameters: Sequence[Tensor], axes: Sequence[str]) -> None:
     their axis; of all else its ranks have the same. Then all are summed over the other `axes`.
     """
     machine = parameters[0].machine
-    cut = TENSOR if TENSOR in axes else EXPERT
+    cut = next((axis for axis in (TENSOR, EXPERT) if axis in axes), "")
     groups = [[p for p in parameters if (cut in p.placement) is has] for has in (True, False)]
     with machine.ledger.at("clipping", None, "Weights.clip"), Locals() as v:
         for has, group in zip((True, False), groups, strict=True):

@@ -36,7 +36,12 @@ CASES = [
     (MIXTRAL, {"optimizer": "sgd", "checkpointing": "block", "attention": "sdpa"}),
     (GPT_OSS, {"optimizer": "lion", "seq_len": 7}),
     (QWEN, {"optimizer": "sgd", "precision": "bf16-mixed", "loss": "torch", "imbalance": 1.3}),
+    (MIXTRAL, {"sharding": "zero3", "precision": "bf16-fsdp", "checkpointing": "block", "max_grad_norm": 1.0}),
+    (GPT_OSS, {"sharding": "zero2", "optimizer": "sgd", "grad_accumulation": 2, "imbalance": 1.5}),
 ]
+
+
+FSDP = {"sharding": "zero3"}
 
 
 def drawn(random, ranks):
@@ -51,7 +56,8 @@ def drawn(random, ranks):
                 batch_size=random.randint(1, 3),
                 data_parallel=ranks,
                 expert_parallel=ranks,
-                precision=random.choice(["fp32", "fp32", "bf16", "bf16-mixed"]),
+                sharding=(sharding := random.choice(["none", "zero2", "zero3"])),
+                precision=random.choice(["fp32", "bf16", "bf16-mixed", "fp32" if sharding == "none" else "bf16-fsdp"]),
                 attention=random.choice(["naive", "naive-fp32", "sdpa"]),
                 checkpointing=random.choice(["none", "none", "block", "attention", "selective"]),
                 loss=random.choice(["bundled", "torch", "torch-fp32"]),
@@ -100,9 +106,9 @@ def test_losses_are_those_of_one_process(ranks, tmp_path):
     """Of other tokens in each rank, with routers that choose: equal to 1e-5, as sums are in another order."""
     clips = {"optimizer": "sgd", "max_grad_norm": 0.1}  # to less than half of the norm
     shared = {"batch_size": 2, "data_parallel": ranks, "expert_parallel": ranks}
-    cases = [(QWEN, Plan(**shared)), (GPT_OSS, Plan(**shared, **clips))]
+    cases = [(QWEN, Plan(**shared)), (GPT_OSS, Plan(**shared, **clips)), (QWEN, Plan(**shared, **clips, **FSDP))]
     for (m, p), processes in zip(cases, measured(ranks, cases, tmp_path, "losses"), strict=True):
-        step = build_step(m, p.replace(data_parallel=1, expert_parallel=1))
+        step = build_step(m, p.replace(data_parallel=1, expert_parallel=1, sharding="none"))
         inputs, alone = step.inputs, [[] for _ in range(ranks)]
         for _ in range(3):
             for rank in range(ranks):

@@ -28,8 +28,6 @@ class Experts(nn.Module):
         gate_up: (E, 2 f, d), of each expert the gate's rows, then those of up.
         down: (E, d, f).
         gate_up_bias, down_bias: (E, 2 f) and (E, d), or None.
-        exchange: where other processes have a part of the experts, how rows get there
-            (`trainer.model.exchange.Exchanges`); else None.
     """
 
     def __init__(self, m: ModelConfig) -> None:
@@ -45,19 +43,9 @@ class Experts(nn.Module):
         self.down_bias = nn.Parameter(torch.zeros(E, m.d_model)) if part.bias else None
         for weight in (self.gate_up, self.down):
             nn.init.normal_(weight, std=INIT_STD)
-        self.exchange: Exchanges | None = None
 
     def forward(self, x: Tensor, count_E: Tensor, expert_S: Tensor | None) -> Tensor:
         """`count_E`: how many rows each expert has; `expert_S`: the expert of each row, where they have biases."""
-        if self.exchange is None:
-            return self.products(x, count_E, expert_S)
-        there = self.exchange(count_E, biases=expert_S is not None)
-        y = self.products(there.dispatch(x), there.count, there.expert)
-        y = there.by_sender(y)
-        return there.combine(y)
-
-    def products(self, x: Tensor, count_E: Tensor, expert_S: Tensor | None) -> Tensor:
-        """The same of the experts that are here."""
         h = grouped_product(x, here(self.gate_up), count_E)
         if self.gate_up_bias is not None and expert_S is not None:
             h = h + here(self.gate_up_bias).index_select(0, expert_S)
@@ -84,6 +72,7 @@ class SparseFeedForward(nn.Module):
         shared_gate: a score a token whose sigmoid the shared expert's result is multiplied with, or None.
         out_norm: an RMSNorm over what all experts have made of a token, or None.
         out_bias: (d), added to the sum of a token's experts, or None.
+        exchange: where other processes have a part of the experts, how rows get there and back; else None.
     """
 
     def __init__(self, m: ModelConfig, p: Plan) -> None:
@@ -93,6 +82,7 @@ class SparseFeedForward(nn.Module):
         self.weighs_inputs, self.averages = part.score == "sigmoid-all", part.averaged
         self.router = Router(m, p.balance / p.grad_accumulation)
         self.experts = Experts(m)
+        self.exchange: Exchanges | None = None
         self.shared = self.shared_gate = None
         if part.shared != "none":
             assert m.d_shared is not None
@@ -112,12 +102,22 @@ class SparseFeedForward(nn.Module):
         rows = x.index_select(0, token_S)
         weight_S1 = weights_NK.view(-1).index_select(0, order_S)[:, None]
         if self.weighs_inputs:
-            y = self.experts(rows * weight_S1.to(rows.dtype), count_E, expert_S)
+            y = self.through(rows * weight_S1.to(rows.dtype), count_E, expert_S)
         else:
-            y = self.experts(rows, count_E, expert_S)
+            y = self.through(rows, count_E, expert_S)
             y = y * weight_S1.to(y.dtype)
         y = y.new_zeros(len(x), y.shape[1]).index_add_(0, token_S, y)
         return y if self.out_bias is None else y + self.out_bias
+
+    def through(self, rows: Tensor, count_E: Tensor, expert_S: Tensor | None) -> Tensor:
+        """The rows' results, in their order, wherever their experts are."""
+        if self.exchange is None:
+            made: Tensor = self.experts(rows, count_E, expert_S)
+            return made
+        there = self.exchange(count_E, biases=expert_S is not None)
+        y = self.experts(there.dispatch(rows), there.count, there.expert)
+        y = there.by_sender(y)
+        return there.combine(y)
 
     def forward(self, x: Tensor) -> Tensor:
         x_Nd = x.reshape(-1, x.shape[-1])

@@ -42,7 +42,7 @@ from trainer.files.contents import CheckpointError, check_files, check_names, ch
 from trainer.optim.clip import gradient_clipping
 from trainer.optim.precision import Masters, float32_copy
 from trainer.parallel.context import context_parallel
-from trainer.parallel.expert import expert_parallel, of_experts
+from trainer.parallel.expert import expert_parallel, of_experts, shard_experts
 from trainer.parallel.tensor import tensor_parallel
 
 if TYPE_CHECKING:
@@ -76,6 +76,7 @@ class World:
         )
         if device == "cuda":
             torch.cuda.set_device(self.device)
+        self.of_experts: DeviceMesh | None = None
         self.joined = self.size > 1 and not dist.is_initialized()  # a group that the caller has made stays the caller's
         if self.joined:
             dist.init_process_group("nccl" if device == "cuda" else "gloo")
@@ -136,6 +137,8 @@ class World:
         inner = root if plan.reshard_after_forward is None else {"reshard_after_forward": plan.reshard_after_forward}
         blocks = "model.blocks" if plan.is_pipeline else "blocks"
         for block in model.get_submodule(blocks).children():  # one block is gathered at a time
+            if plan.expert_parallel > 1:
+                shard_experts(block, self.size, **options | inner | {"mesh": self.experts(plan)["data"]})
             fully_shard(block, **options, **inner)
         fully_shard(model, **options, **root)
         return model
@@ -152,6 +155,13 @@ class World:
         if group is None or group == self.size:
             return init_device_mesh(self.device.type, (self.size,))
         return init_device_mesh(self.device.type, (self.size // group, group), mesh_dim_names=("replicate", "data"))
+
+    def experts(self, plan: Plan) -> DeviceMesh:
+        """Those that share the experts, side by side, and those that have the same ones: so far each has its own."""
+        if self.of_experts is None:
+            shape = self.size // plan.expert_parallel, plan.expert_parallel
+            self.of_experts = init_device_mesh(self.device.type, shape, mesh_dim_names=("data", "expert"))
+        return self.of_experts
 
     def grid(self, plan: Plan) -> DeviceMesh:
         """All processes, those that share a block's matrices side by side, the stages of a pipeline furthest apart."""
@@ -181,7 +191,7 @@ class World:
         if plan.expert_parallel > 1:
             if plan.expert_parallel != self.size:
                 raise ConfigError(f"expert_parallel = {plan.expert_parallel}: there are {self.size} processes")
-            expert_parallel(model, init_device_mesh(self.device.type, (self.size,), mesh_dim_names=("expert",)))
+            expert_parallel(model, self.experts(plan)["expert"])
         copied = float32_copy(model) if plan.precision == "bf16-master" else None
         module, held = self.wrap(model, plan, sharding), self.weights(model, sharding)
         if copied is None:
@@ -270,6 +280,8 @@ class Weights:
         having = {name: p.grad for name, p in self.named.items() if p.grad is not None}
         gradients = list(having.values())
         shared = {name: mesh for name in having if (mesh := part_mesh(self.originals[name])) is not None}
+        if any(self.meshes()):  # whose processes are those that have the other experts
+            shared = {name: mesh for name, mesh in shared.items() if "expert" not in (mesh.mesh_dim_names or ())}
         squares: Tensor | None = None
         if shared:  # summed over those that share the matrices; all of them have the same of what is whole
             squares = squared([having[name] for name in shared])

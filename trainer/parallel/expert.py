@@ -6,13 +6,14 @@ The experts are DTensors whose rows are cut, so that checkpoints hold them whole
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from trainer.model.exchange import Exchanges
-from trainer.model.experts import Experts
+from trainer.model.experts import Experts, SparseFeedForward
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,8 +29,19 @@ def expert_parallel(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
                 mine = p.detach().chunk(mesh.size())[mesh.get_local_rank()].clone()
                 shared = DTensor.from_local(mine, mesh, [Shard(0)], run_check=False)
                 setattr(module, name, nn.Parameter(shared, requires_grad=p.requires_grad))
+        elif isinstance(module, SparseFeedForward):
             module.exchange = Exchanges(mesh.get_group())
     return model
+
+
+def shard_experts(block: nn.Module, ranks: int, **options: Any) -> None:
+    """`fully_shard` of a block's experts with `options`, as torchtitan has it, by which bf16-fsdp casts them too.
+
+    Their gradients have the tokens of `ranks` processes in them.
+    """
+    for module in block.modules():
+        if isinstance(module, Experts):
+            fully_shard(module, **options).set_gradient_divide_factor(float(ranks))
 
 
 def of_experts(model: nn.Module) -> list[str]:
