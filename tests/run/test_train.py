@@ -818,6 +818,7 @@ def test_output_that_cannot_be_written_is_one_line_or_none(whole, monkeypatch, c
     """To a full device, and to a closed descriptor, which Python makes None."""
     monkeypatch.setattr(sys, "stdout", stdout)
     assert main(["curve", str(whole)]) == status
+    sys.stdout.close()  # of a closed one that of nobody
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == bool(said)
