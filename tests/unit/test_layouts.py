@@ -64,7 +64,14 @@ def brute(count):
 
 def key(o):
     p = o.plan
-    return (p.tensor_parallel, p.context_parallel), p.sharding, p.shards, p.batch_size, p.grad_accumulation, p.checkpointing
+    return (
+        (p.tensor_parallel, p.context_parallel),
+        p.sharding,
+        p.shards,
+        p.batch_size,
+        p.grad_accumulation,
+        p.checkpointing,
+    )
 
 
 def test_it_finds_what_a_loop_over_all_layouts_finds(found):

@@ -185,7 +185,7 @@ class World:
             ends = {"sequence": plan.sequence_parallel, "vocabulary": plan.vocabulary_parallel}
             tensor_parallel(model, self.grid(plan)["tensor"], **ends)
         if plan.context_parallel > 1:
-            shape = (plan.data_parallel, plan.context_parallel)
+            shape = (self.size // plan.context_parallel, plan.context_parallel)
             mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=("data", "context"))
             context_parallel(model, mesh["context"])
         if plan.expert_parallel > 1:
