@@ -117,7 +117,7 @@ def runs(tmp_path_factory):
         add("ddp_chunked", *TWO, *CHUNKED)
         add("fsdp_chunked", *TWO, *CHUNKED, "--sharding", "fsdp")
         add("context", *TWO, *CONTEXT)
-        add("context_of_ddp", *TWO, *CONTEXT, "--sharding", "fsdp", source="ddp")
+        add("context_of_ddp", *TWO, *CONTEXT, "--sharding", "fsdp", "--changed", source="ddp")
         add("zero1_of_one", *TWO, *LOOP, "--sharding", "zero1", source="one_loop")
         add("zero1_of_fsdp", *TWO, *LOOP, "--sharding", "zero1", source="fsdp_loop")
         add("ddp_of_one", *TWO, source="one")
