@@ -8,7 +8,7 @@ NEEDED = ("torch", "tokenizers", "safetensors", "tyro")
 if __name__ == "__main__":
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
-        sys.stderr.write(f"error: {missing[0]} is missing: pip install transformer-estimator[trainer]\n")
+        sys.stderr.write(f"error: {missing[0]} is missing: pip install 'transformer-estimator[trainer]'\n")
         sys.exit(2)
     from trainer.run.commands import main
 

@@ -260,6 +260,7 @@ def recipe_of(m: ModelConfig, p: Plan, device: str, rank: int = 0) -> Recipe:
         replicated=p.replicas > 1 and p.sharding in FULLY_SHARDED,
         reshard=None if p.reshard_after_forward in (None, p.shards) else int(p.reshard_after_forward),
         offload=p.offload != "none",
+        saved_on_host=p.saved_on_host,
         bucket_view=_has_bucket_views(p),
         in_backward=p.update == "in-backward",
         rank=(rank // p.pipeline_parallel if p.is_pipeline else rank) % p.shards,

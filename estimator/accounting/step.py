@@ -86,6 +86,7 @@ def run_step(recipe: Recipe, shapes: ShapeClass, device: str, stack: Stack, size
     def forward(turn: int) -> None:
         ledger.phase, ledger.micro_batch = Phase.FORWARD, turn
         replica.before_forward()
+        machine.saves_on_host = recipe.saved_on_host
         with machine.autocast(BFLOAT16 if recipe.autocast else LOWER.get(recipe.precision)):
             if recipe.loss == "chunked":
                 loss = model(ids, targets).hold()
@@ -97,6 +98,7 @@ def run_step(recipe: Recipe, shapes: ShapeClass, device: str, stack: Stack, size
             if recipe.micro_batches > 1:
                 mean, loss = loss, div_number(loss).hold()
                 mean.drop()
+        machine.saves_on_host = False
         losses[turn] = loss
         if turn == 0:  # what a checkpoint saved of arguments that want no gradient is gone
             ledger.saved = [storage for storage in ledger.saved if storage.owners]

@@ -277,7 +277,7 @@ def _alone(m: ModelConfig, p: Plan, device: str, threads: int | None) -> Values:
     """The figures of one accelerator with the whole model, which those compute together that share it."""
     alone = p.replace(
         tensor_parallel=1, pipeline_parallel=1, pipeline_schedule="1f1b", virtual_stages=1, sequence_parallel=False,
-        context_parallel=1, expert_parallel=1, data_parallel=p.copies,
+        vocabulary_parallel=False, context_parallel=1, expert_parallel=1, data_parallel=p.copies,
     )  # fmt: skip
     return account(m, alone, device).values(sizes_for(m, alone, threads))
 

@@ -269,15 +269,17 @@ class _Search:
         """
         checked(Plan, "checkpointing", checkpointing)
         own = self.plan.expert_parallel if "expert_parallel" in self.fixed else count // share.together
+        matrices, stages, megatron = share.tensor > 1, share.pipeline, self.plan.implementation == "megatron"
         changes: dict[str, Any] = {
             "data_parallel": count // share.together,
             "tensor_parallel": share.tensor,
-            "pipeline_parallel": share.pipeline,
+            "pipeline_parallel": stages,
             "context_parallel": share.context,
             "expert_parallel": own if share.experts else 1,
-            "pipeline_schedule": self.plan.pipeline_schedule if share.pipeline > 1 else "1f1b",
-            "virtual_stages": self.plan.virtual_stages if share.pipeline > 1 else 1,
-            "sequence_parallel": self.plan.implementation == "megatron" and share.tensor > 1,
+            "pipeline_schedule": self.plan.pipeline_schedule if stages > 1 else "1f1b",
+            "virtual_stages": self.plan.virtual_stages if stages > 1 else 1,
+            "sequence_parallel": matrices and (megatron or (self.plan.sequence_parallel and stages == 1)),
+            "vocabulary_parallel": self.plan.vocabulary_parallel and matrices and stages == 1,
             "sharding": sharding,
             "shard_group": group,
             "checkpointing": checkpointing,

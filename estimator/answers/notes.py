@@ -58,6 +58,11 @@ def notes(m: ModelConfig, p: Plan, global_batch_size: int | None) -> Iterator[st
 
 def notes_of_host(p: Plan, nbytes: int, device: str) -> Iterator[str]:
     """What the host keeps for an accelerator, of so many bytes."""
+    if p.saved_on_host and device == "cuda":
+        yield (
+            f"The host keeps {nbytes / GIB:,.2f} GiB of what is saved for backward, for each accelerator; pinned, each "
+            "tensor takes up to the next power of two. Copies take the link's datasheet rate; kernels wait for them."
+        )
     if p.offload != "none" and device == "cuda":
         yield (
             f"The host keeps {nbytes / GIB:,.2f} GiB for each accelerator ({p.offload}, gradients, and what the update "

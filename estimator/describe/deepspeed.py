@@ -23,6 +23,7 @@ NEEDS = tuple(
         ("offload", ("none", "states")),
         ("tensor_parallel", (1,)),
         ("expert_parallel", (1,)),
+        ("context_parallel", (1,)),
         ("pipeline_parallel", (1,)),
     )
 )

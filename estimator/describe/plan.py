@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from estimator.describe import context, deepspeed, expert, megatron, pipeline, tensor
 from estimator.describe.adapters import ALL, saved_listed, targets_listed
+from estimator.describe.bundled import known_with
 from estimator.describe.checks import ConfigError, known_fields
 from estimator.describe.selection import Selection, parts_listed
 from estimator.describe.settings import (
@@ -357,6 +358,16 @@ class Plan:
                 values=("parameters",),
             ),
             Needs("tensor_parallel", (1,), "tensor_parallel is {tensor_parallel}"),
+        ),
+    )
+    saved_on_host: bool = flag(
+        "What autograd saves in forward is copied to the host's pinned memory, weights included and each time anew, "
+        "and comes back in backward (`torch.autograd.graph.save_on_cpu`); of a checkpointed block its input.",
+        draws=(False,),
+        needs=(
+            *known_with(("sharding", ("none", "zero1")), ("tensor_parallel", (1,)), ("pipeline_parallel", (1,))),
+            *known_with(("base_precision", ("none",)), ("expert_parallel", (1,)), ("context_parallel", (1,))),
+            Needs("implementation", ("bundled",), "it is not known with implementation = {implementation!r}"),
         ),
     )
     shard_group: int | None = integer(

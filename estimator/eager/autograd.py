@@ -6,7 +6,7 @@ import heapq
 import math
 from typing import TYPE_CHECKING
 
-from estimator.eager.checkpointing import Holder, as_activation, pack
+from estimator.eager.checkpointing import Holder, OnHost, as_activation, pack
 from estimator.eager.ledger import Category
 from estimator.eager.letters import ONE
 from estimator.eager.tensor import FLOAT32, Locals, Machine, Tensor, converted
@@ -55,7 +55,7 @@ class Node:
         self.owners = 0
         self.wrapped = machine.makes_dtensors
         self.expected = False  # the engine holds it, until it has run it
-        self.saved: list[Tensor | Holder] = []
+        self.saved: list[Tensor | Holder | OnHost] = []
         self.held: list[tuple[Node, Tensor]] = []  # attributes of Python functions' contexts
         self.variable: Tensor | None = None
         self.hook: Callable[[], None] | None = None  # of its output (`Tensor.register_hook`), called before it
@@ -227,7 +227,7 @@ def _evaluate(node: Node, buffer: Buffer) -> list[tuple[tuple[Node, int], Tensor
     assert node.backward is not None, "backward through a graph that has been released"
     context = Context()
     object.__setattr__(context, "needs", tuple(edge is not None for edge in node.edges))
-    unpacked = [s.unpack() if isinstance(s, Holder) else s for s in node.saved]
+    unpacked = [s if isinstance(s, Tensor) else s.unpack() for s in node.saved]
     object.__setattr__(context, "saved", tuple(unpacked))
     results = list(node.backward(context, *buffer))
     for r in results:
@@ -235,7 +235,7 @@ def _evaluate(node: Node, buffer: Buffer) -> list[tuple[tuple[Node, int], Tensor
             r.hold()
     context.__exit__()
     for s, t in zip(node.saved, unpacked, strict=True):
-        if isinstance(s, Holder):  # what a checkpoint recomputed is a local of this call
+        if not isinstance(s, Tensor):  # what a checkpoint recomputed or the host had is a local of this call
             t.drop()
     for i, (r, edge) in enumerate(zip(results, node.edges, strict=True)):
         if r is not None and edge is None:

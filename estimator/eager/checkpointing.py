@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from estimator.eager.ledger import Category, Phase
 from estimator.eager.letters import ONE
-from estimator.eager.tensor import UINT8, Tensor, arguments
+from estimator.eager.tensor import UINT8, Tensor, arguments, transposing_copy
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -48,12 +48,57 @@ class Holder:
             self.frame.release()
 
 
+class OnHost:
+    """What `torch.autograd.graph.save_on_cpu(pin_memory=True)` keeps of a saved tensor: a copy in the host's memory.
+
+    It is contiguous, one for each time that a tensor is saved, weights included. A CPU is its own host: what is
+    unpacked is the copy itself.
+    """
+
+    __slots__ = ("grad_fn", "packed", "requires_grad")
+
+    def __init__(self, t: Tensor) -> None:
+        machine, self.requires_grad, self.grad_fn = t.machine, t.requires_grad, t.grad_fn
+        if self.grad_fn is not None:  # `SavedVariable::grad_fn_`
+            self.grad_fn.owners += 1
+        with machine.on_host():
+            self.packed = machine.empty(t.shape, t.dtype, category=Category.ACTIVATION).hold()
+        self._copied(t)
+
+    def _copied(self, t: Tensor) -> None:
+        """From the accelerator or back to it."""
+        machine, ledger = t.machine, t.machine.ledger
+        if machine.device == "cpu":
+            if len(t.shape) == 2 and t.stride[0] == ONE and t.stride[1] == t.shape[0]:
+                transposing_copy(machine, t.numel, t.dtype)
+            machine.kernel("copy_", (t,), (self.packed,))
+        else:
+            ledger.copies.append((ledger.here, ledger.micro_batch, t.dtype.itemsize * t.numel))
+
+    def unpack(self) -> Tensor:
+        """The tensor as backward takes it; the caller drops it."""
+        machine, packed = self.packed.machine, self.packed
+        out = packed.alias() if machine.device == "cpu" else machine.empty(packed.shape, packed.dtype)
+        if out.storage is not packed.storage:
+            self._copied(out)
+        out.requires_grad, out.grad_fn = self.requires_grad, self.grad_fn
+        if self.grad_fn is not None:
+            self.grad_fn.owners += 1
+        return out.hold()
+
+    def drop(self) -> None:
+        """The node is done with it."""
+        self.packed.drop()
+        if self.grad_fn is not None:
+            self.grad_fn.drop()
+
+
 class Frame:
     """One checkpointed call: its function, the arguments that it saved and, in backward, what it recomputed."""
 
     def __init__(self, function: Callable[..., Tensor], args: tuple[Tensor | None, ...], *, selective: bool) -> None:
         self.machine = next(a for a in args if a is not None).machine
-        self.function, self.args = function, args
+        self.function = function
         self.module, self.block = self.machine.ledger.module, self.machine.ledger.block
         self.holders = 0
         self.wanted: list[bool] = []  # of each saved tensor, whether a node still holds its holder
@@ -62,9 +107,7 @@ class Frame:
         self.kept: deque[tuple[Tensor, ...]] = deque()  # results of the operators that a selective one does not repeat
         self.rng_state = self._save_rng_state()
         self.autocast_dtype = self.machine.autocast_dtype
-        for a in args:
-            if a is not None:
-                save_for_backward(a.hold())
+        self.args: tuple[Tensor | OnHost | None, ...] = tuple(None if a is None else kept(a) for a in args)
 
     def _save_rng_state(self) -> Tensor | None:
         if self.machine.device != "cpu":
@@ -101,8 +144,15 @@ class Frame:
         forked = self._save_rng_state()
         try:
             place = ledger.at(self.module, self.block, "recompute")
-            with place, machine.autocast(self.autocast_dtype), arguments(self.args):
-                self.function(*self.args).discard()
+            with place, machine.autocast(self.autocast_dtype):
+                args = [a.unpack() if isinstance(a, OnHost) else a for a in self.args]
+                try:
+                    with arguments(args):
+                        self.function(*args).discard()
+                finally:
+                    for a, given in zip(self.args, args, strict=True):
+                        if isinstance(a, OnHost) and given is not None:
+                            given.drop()
         except StopRecomputationError:
             pass
         if forked is not None:
@@ -151,11 +201,18 @@ def not_repeated(machine: Machine, compute: Callable[[], tuple[Tensor, ...]]) ->
     return results
 
 
-def pack(t: Tensor) -> Tensor | Holder:
-    """What a node keeps of a tensor: itself, or what the innermost checkpoint makes of it. Wrapped numbers pass by."""
+def pack(t: Tensor) -> Tensor | Holder | OnHost:
+    """What a node keeps of a tensor: itself, or what the innermost hooks make of it. Wrapped numbers pass by."""
     frames = t.machine.frames
     if frames and not t.is_wrapped_number:
         return frames[-1].pack(t)
+    return kept(t)
+
+
+def kept(t: Tensor) -> Tensor | OnHost:
+    """What is kept of a tensor outside of checkpoints."""
+    if t.machine.saves_on_host and not t.is_wrapped_number:
+        return OnHost(t)
     return save_for_backward(t.hold())
 
 

@@ -156,6 +156,7 @@ class Ledger:
     host_events: list[Event] = field(default_factory=list)  # of the host's memory, where that is another
     host_kernels: list[Kernel] = field(default_factory=list)
     messages: list[Message] = field(default_factory=list)
+    copies: list[tuple[Where, int, Size]] = field(default_factory=list)  # to and from the host: micro-batch, bytes
     saved: list[Storage] = field(default_factory=list)
     facts: dict[Fact, bool] = field(default_factory=dict)  # what the step asked of its sizes, and the answers
     parameters: list[tuple[Where, Size]] = field(default_factory=list)  # each one's place and number of elements

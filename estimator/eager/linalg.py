@@ -40,10 +40,16 @@ def product(name: str, a: Tensor, b: Tensor, *more: Tensor) -> Tensor:
     return compute()[0] if name == "bmm" else not_repeated(a.machine, compute)[0]
 
 
-def _factors(c: Context) -> tuple[Tensor | None, Tensor | None]:
-    """The saved factors of a product: each is there if the other wants a gradient."""
+def _factors(c: Context, *, second_first: bool = True) -> tuple[Tensor | None, Tensor | None]:
+    """The saved factors of a product: each is there if the other wants a gradient.
+
+    Inputs are saved in the order of their names in derivatives.yaml: mat2 before self, but mat1 before mat2.
+    """
     saved = iter(c.saved)
     needs_a, needs_b = c.needs[-2:]
+    if second_first:
+        b = next(saved) if needs_a else None
+        return next(saved) if needs_b else None, b
     a = next(saved) if needs_b else None
     return a, next(saved) if needs_a else None
 
@@ -73,20 +79,21 @@ def _is_column_major(x: Tensor) -> bool:
 
 
 def _saved_factors(a: Tensor, b: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Of a and b, in this order, those that the other's gradient needs."""
     return a if b.requires_grad else None, b if a.requires_grad else None
 
 
 @op
 def mm(a: Tensor, b: Tensor) -> Tensor:
     """(m, k) x (k, n)."""
-    node = record("MmBackward0", (a, b), _product_backward("mm", b), _saved_factors(a, b))
+    node = record("MmBackward0", (a, b), _product_backward("mm", b), _saved_factors(b, a))
     return attach(node, product("mm", a, b))
 
 
 @op
 def bmm(a: Tensor, b: Tensor) -> Tensor:
     """(b, m, k) x (b, k, n)."""
-    node = record("BmmBackward0", (a, b), _product_backward("bmm", b), _saved_factors(a, b))
+    node = record("BmmBackward0", (a, b), _product_backward("bmm", b), _saved_factors(b, a))
     return attach(node, product("bmm", a, b))
 
 
@@ -99,7 +106,7 @@ def addmm(bias: Tensor, a: Tensor, b: Tensor, read: Callable[[Tensor], Tensor] |
     column_major = _is_column_major(b)
 
     def backward(c: Context, grad: Tensor) -> Gradients:
-        a, b = _factors(c)
+        a, b = _factors(c, second_first=False)
         c.grad_a = product("mm", grad, transpose(b, -2, -1)) if b is not None else None
         grad_b = _second_gradient(grad, a, "mm", column_major=column_major) if a is not None else None
         return [grad, c.take("grad_a") if b is not None else None, grad_b]

@@ -13,6 +13,9 @@ from estimator.eager.tensor import FLOAT32, INT64, Locals, Tensor, converted, op
 from estimator.eager.views import cast, view
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from estimator.eager.autograd import Node
     from estimator.eager.letters import Size
     from estimator.eager.ops import Gradients
 
@@ -64,9 +67,19 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
             v.half_max = machine.empty(rows, dtype)
         machine.kernel("amax", (logits,), (v.max,))
         machine.kernel("logsumexp", (logits,), (v.sum,))
-        node = record("CrossEntropyBackward", (logits,), backward, (logits, targets, v.max, v.sum))
+        node = record("CrossEntropyBackward", (logits,), backward)
         v.at_target = at_target()
-        return attach(node, mean(v.piece, ()))
+        out, saved = attach(node, mean(v.piece, ())), [t.hold() for t in (logits, targets, v.max, v.sum)]
+    saved_at_last(node, saved)
+    return out
+
+
+def saved_at_last(node: Node | None, tensors: Sequence[Tensor]) -> None:
+    """What `ctx.save_for_backward` was given, held: a Python function's node saves it when forward has returned."""
+    if node is not None:
+        node.save(tensors)
+    for t in tensors:
+        t.drop()
 
 
 def _move_elements(name: str, out: Tensor) -> None:
@@ -117,8 +130,10 @@ def _chunked_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor
                 machine.kernel("copy_", (v.scratch,), (v.logits,))
             machine.kernel("mm", (v.logits, v.head), (v.grad_x,), gemm=Gemm(ONE, rows, d, V))
             _add_product(v.grad_weight, v.logits, x, rows)
-        node = record("ChunkedCrossEntropyBackward", (x, weight), backward, (v.grad_x, v.grad_weight))
-        return attach(node, mean(v.losses, ()))
+        node = record("ChunkedCrossEntropyBackward", (x, weight), backward)
+        out, saved = attach(node, mean(v.losses, ())), [v.grad_x.hold(), v.grad_weight.hold()]
+    saved_at_last(node, saved)
+    return out
 
 
 def _add_product(total: Tensor, logits: Tensor, x: Tensor, rows: Size) -> None:
@@ -181,8 +196,8 @@ def _nll_loss(x: Tensor, targets: Tensor) -> Tensor:
 
     node = record("NllLossBackward0", (x,), backward, (x, targets))
     machine = x.machine
-    out, total_weight = machine.empty((), x.dtype), machine.empty((), x.dtype)
+    out, total_weight = machine.empty((), x.dtype), machine.empty((), x.dtype).hold()
     machine.kernel("nll_loss_forward", (targets,), (out, total_weight))
     attach(node, out, save=(total_weight,))
-    total_weight.discard()
+    total_weight.drop()
     return out

@@ -173,14 +173,14 @@ def mul(a: Tensor, b: Tensor) -> Tensor:
     """a * b; saves an operand only if the other wants a gradient. The second operand's gradient comes first."""
 
     def backward(c: Context, grad: Tensor) -> Gradients:
-        saved = iter(c.saved)
-        x = next(saved) if c.needs[1] else None
+        saved = iter(c.saved)  # other before self, by their names
         y = next(saved) if c.needs[0] else None
+        x = next(saved) if c.needs[1] else None
         c.grad_b = elementwise("mul", grad, x) if x is not None else None
         grad_a = elementwise("mul", grad, y) if y is not None else None
         return [grad_a, c.take("grad_b") if x is not None else None]
 
-    save = (a if b.requires_grad else None, b if a.requires_grad else None)
+    save = (b if a.requires_grad else None, a if b.requires_grad else None)
     node = record("MulBackward0", (a, b), backward, save)
     return attach(node, elementwise("mul", a, b))
 
@@ -390,7 +390,7 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
 @op
 def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     def backward(c: Context, grad: Tensor) -> Gradients:
-        x = c.x = contiguous(c.saved[0])
+        x = c.x = contiguous(c.saved[0 if bias is None else 1])
         machine = grad.machine
         made = []
         for wanted, name, like in zip(c.needs, ("dx", "dw", "db"), (x, weight, bias), strict=True):  # grad_input_mask
@@ -404,7 +404,7 @@ def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor
         machine.kernel("native_layer_norm_backward", reads, [getattr(c, name) for name in made])
         return [c.take(name) if name in made else None for name in ("dx", "dw", "db")]
 
-    node = record("NativeLayerNormBackward0", (x, weight, bias), backward, (x, weight))
+    node = record("NativeLayerNormBackward0", (x, weight, bias), backward, (bias, x, weight))
     machine = x.machine
     rows = (*x.shape[:-1], ONE)
     x = contiguous(x).hold()

@@ -67,6 +67,7 @@ class Machine:
         self.grad_enabled = True
         self.sequence = 0
         self.frames: list[Frame] = []
+        self.saves_on_host = False  # what is saved for backward is copied there
         self.makes_dtensors = False
         self.below_dispatch = False  # an operator's own kernel runs, of whose products no dispatch mode is told
         self.on_gradient: Callable[[Tensor], None] | None = None  # after each AccumulateGrad

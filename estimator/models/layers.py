@@ -142,6 +142,7 @@ class Recipe:
     replicated: bool = False  # HSDP
     reshard: int | None = None
     offload: bool = False  # parameters, gradients and the update are the host's
+    saved_on_host: bool = False
     bucket_view: bool = False  # DDP's gradients are views of its buckets
     in_backward: bool = False  # each parameter is updated as soon as its gradient is there
     rank: int = 0  # which of those that share the shards

@@ -171,7 +171,7 @@ def _dispatched(argv: list[str]) -> int:
         if error.name is None or error.name.split(".")[0] not in EXTRAS:
             raise
         extra = EXTRAS[error.name.split(".")[0]]
-        sys.stderr.write(f"{called}: error: {error.name} is missing: pip install transformer-estimator[{extra}]\n")
+        sys.stderr.write(f"{called}: error: {error.name} is missing: pip install 'transformer-estimator[{extra}]'\n")
         return 2
 
 

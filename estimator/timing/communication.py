@@ -69,6 +69,20 @@ def _units(form: Account) -> Size:
     return form.traced.total([(None, ONE), *((block, ONE) for block in blocks)])
 
 
+@lru_cache(maxsize=1024)
+def _copies(form: Account) -> tuple[Size, Size]:
+    """Bytes that go to the host and come back, in the first micro-batch and in each after it."""
+    copies = form.traced.ledger.copies
+    first, later = (form.traced.total([(where.block, n) for where, at, n in copies if at == turn]) for turn in (0, 1))
+    return first, later
+
+
+def copied(form: Account, sizes: Mapping[str, Any], micro_batches: Any) -> Any:
+    """Bytes that go to the host and come back in an optimizer step at `sizes`."""
+    known, (first, later) = as_sizes(sizes), _copies(form)
+    return known.value(first) + (micro_batches - 1) * known.value(later)
+
+
 def messages(
     form: Account,
     sizes: Mapping[str, Any],

@@ -13,7 +13,7 @@ from estimator.describe.units import SECONDS_PER_DAY, SECONDS_PER_HOUR
 from estimator.hardware.accelerators import Accelerator, accelerator, cluster
 from estimator.hardware.networks import slowest
 from estimator.pricing.conventions import model_flops_utilisation
-from estimator.timing.communication import messages
+from estimator.timing.communication import copied, messages
 from estimator.timing.intervals import spread
 from estimator.timing.kernels import EAGER, FUSED, Variant, table
 from estimator.timing.mesh import axes, between
@@ -268,6 +268,10 @@ def times(
     waited = exposed(sent, meshes, e, compute, turns, overlap=setup.overlap, latency=setup.latency)
     if group.count > 1:  # the slowest is waited for
         waited = waited + slowest(group.count, setup.deviation) * sum(compute.values())
+    if form.traced.ledger.copies:  # on the stream of the kernels, which wait for them
+        if a.pcie_bandwidth is None:
+            raise ConfigError(f"pcie_bandwidth = None: {a.id} has no figure for its link to the host; give one")
+        waited = waited + copied(form, sizes, turns) / a.pcie_bandwidth
     found = parts(work, waited)
     return found if setup.stack_factor is None else setup.stack_factor.calibrated(found)
 

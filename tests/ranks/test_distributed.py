@@ -16,7 +16,8 @@ from distributed_worker import half
 import trainer
 from estimator.describe.model import ModelConfig
 from estimator.describe.plan import Plan
-from trainer.files.checkpoint import CheckpointError, checkpoints
+from trainer.files.checkpoint import checkpoints
+from trainer.files.contents import CheckpointError
 from trainer.files.prepare import PrepareConfig, prepare
 from trainer.model.decoder import build_model
 from trainer.parallel.distributed import RUN_FILE, Weights, World, checksum, load_run

@@ -187,6 +187,12 @@ def test_an_estimate_of_several_accelerators():
     several = est.estimate("llama-3.1-8b", sharded, "h100-80gb-sxm", count=16, global_batch_size=16)
     assert several.plan.data_parallel == 4
     assert several.flops.model == 16 * alone.flops.model
+    shared = sharded.replace(sequence_parallel=True, vocabulary_parallel=True, loss="torch")
+    parts = est.estimate("llama-3.1-8b", shared, "h100-80gb-sxm", count=16, global_batch_size=16)
+    assert parts.memory.peak < several.memory.peak * 0.7  # the logits and the stream are shared too
+    assert parts.flops.model == several.flops.model
+    found = est.layouts("llama-3.1-8b", shared, "h100-80gb-sxm", count=8, global_batch_size=8)
+    assert found.sequence_parallel.all()
     hybrid = est.estimate(
         "llama-3.1-8b", sharded.replace(shard_group=2), "h100-80gb-sxm", count=16, global_batch_size=16
     )

@@ -3,6 +3,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -444,6 +445,60 @@ def test_a_checkpoint_s_own_part_of_the_run_is_checked(corpus, tmp_path, field, 
         train(dataclasses.replace(config, resume=True))
 
 
+def spoiled(content, *at, value):
+    """`content` with another value at a place; none: without it."""
+    *way, last = at
+    for key in way:
+        content = content[key]
+    if value is None:
+        del content[last]
+    else:
+        content[last] = value
+
+
+@pytest.mark.parametrize(
+    ("at", "value", "said"),
+    [
+        # Of a shape that the kernel does not expect: it would read beyond the tensor's end.
+        (("optimizer", "state", 0, "exp_avg"), torch.zeros(3), "exp_avg of parameter 0 has the shape .3,."),
+        (("optimizer", "state", 0, "exp_avg"), None, "of parameter 1 it keeps exp_avg"),
+        (("optimizer", "state", 0, "exp_avg"), [], "exp_avg of parameter 0 is a list"),
+        (("optimizer", "state", 0, "step"), -1, "step of parameter 0 is -1"),
+        (("optimizer", "state", 0, "step"), 1e308, "step of parameter 0 is 1e.308"),
+        (("optimizer", "state", 0), torch.zeros(3), "that of parameter 0 is a Tensor"),
+        (("optimizer", "state", 99), {}, "of more parameters"),
+        (("optimizer", "param_groups", 0, "betas"), "x", "betas of group 0 is 'x'"),
+        (("optimizer", "param_groups", 0, "params", 0), 7, "group 0 is not of the same parameters"),
+        (("optimizer", "param_groups"), [], "it has 0 groups"),
+        (("run", "model", "d_model"), torch.zeros(3), "run.model holds more than plain values"),
+        (("run", "model", "depth"), 3, "run.model has a field 'depth'"),
+        (("run",), 0, "run.step is a NoneType"),
+        (("run", "random", "cuda"), True, "run.random must hold"),
+        (("model", "final_norm.weight"), torch.full((16,), math.nan), "final_norm.weight is not finite"),
+        (("model", "final_norm.weight"), torch.zeros(16, dtype=torch.int64), "final_norm.weight is int64"),
+    ],
+    ids=str,
+)
+def test_what_a_checkpoint_holds_is_looked_through_before_it_is_used(whole, corpus, tmp_path, at, value, said):
+    """With the checksums of an honest file: each change is one sentence."""
+    content = read_checkpoint(checkpoints(whole)[-1])
+    spoiled(content, *at, value=value)
+    torch.save(content, tmp_path / "step_00000008.pt")
+    with pytest.raises(ConfigError, match=said) as refused:
+        train(configure(corpus, tmp_path, steps=9, resume=True, changed=True))
+    assert "\n" not in str(refused.value)
+
+
+def test_changed_settings_of_the_optimizer_are_used(whole, corpus, tmp_path, monkeypatch):
+    shutil.copy(checkpoints(whole)[-1], tmp_path)
+    seen = []
+    before = AdamW.step
+    monkeypatch.setattr(AdamW, "step", lambda self: (seen.append(self.param_groups[0]["betas"]), before(self))[1])
+    optim = OptimSection(lr=1e-2, warmup_steps=2, betas=(0.5, 0.6))
+    assert train(configure(corpus, tmp_path, steps=9, optim=optim, resume=True, changed=True)) == 0
+    assert seen == [(0.5, 0.6)]
+
+
 def test_leftovers_of_a_killed_save_are_removed(corpus, tmp_path):
     (tmp_path / "step_00000001.pt.part").touch()
     (tmp_path / "step_00000001.part").mkdir()
@@ -626,6 +681,45 @@ def test_the_curve_shows_every_validation_and_the_unigram_loss(whole, corpus, tm
     (tmp_path / "metrics.jsonl").write_text("")
     assert main(["curve", str(tmp_path)]) == 2
     assert "no validation in it yet" in one_sentence(capsys)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("metrics.jsonl", "x\n", "metrics.jsonl, line 1: not JSON"),
+        ("metrics.jsonl", '{"step": 1, "valid_loss": "x"}\n', "must be an object of numbers"),
+        ("metrics.jsonl", '{"valid_loss": 1}\n', "a validation without its step"),
+        ("config.json", "{", "config.json: not JSON"),
+        ("config.json", '{"data": 3}', "data = 3: must be a folder"),
+    ],
+)
+def test_a_curve_of_altered_files_is_one_sentence(whole, tmp_path, capsys, file, content, said):
+    for name in ("metrics.jsonl", "config.json"):
+        shutil.copy(whole / name, tmp_path)
+    (tmp_path / file).write_text(content)
+    assert main(["curve", str(tmp_path)]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--samples", "0"], "samples = 0"),
+        (["--seed", str(2**70)], f"seed = {2**70}"),
+        (["--prompt", "\udcff"], "must be text in UTF-8"),
+    ],
+)
+def test_what_cannot_be_generated_is_one_sentence(whole, capsys, options, said):
+    with pytest.raises(SystemExit):
+        main(["generate", str(whole), *options])
+    assert said in capsys.readouterr().err
+
+
+def test_a_broken_tokenizer_is_one_sentence(whole, tmp_path, capsys):
+    shutil.copy(checkpoints(whole)[-1], tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert main(["generate", str(tmp_path)]) == 2
+    assert "tokenizer.json: no tokenizer" in capsys.readouterr().err
 
 
 def test_tensorboard_is_an_extra(corpus, tmp_path, monkeypatch):

@@ -14,7 +14,8 @@ from estimator.describe.hf import from_hf
 from estimator.describe.model import ModelConfig
 from estimator.describe.plan import Plan
 from trainer.files.adapters import load_adapters, load_base, save_adapters
-from trainer.files.checkpoint import CheckpointError, export_safetensors
+from trainer.files.checkpoint import export_safetensors
+from trainer.files.contents import CheckpointError
 from trainer.model.adapters import KINDS, adapter_parameters
 from trainer.model.decoder import build_model
 from trainer.model.layers import Linear

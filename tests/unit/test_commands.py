@@ -64,4 +64,4 @@ def test_what_is_not_installed_is_one_sentence(capsys, monkeypatch):
     monkeypatch.setattr(commands, "_function", lambda _: missing)
     status, _, error = run(capsys, "calibrate")
     assert status == 2
-    assert error == "estimate calibrate: error: torch is missing: pip install transformer-estimator[trainer]\n"
+    assert error == "estimate calibrate: error: torch is missing: pip install 'transformer-estimator[trainer]'\n"

@@ -157,7 +157,7 @@ def test_the_command_needs_no_torch_and_writes_what_it_prints_only_where_it_is_t
     assert sorted(x.name for x in tmp_path.iterdir()) == ["published.md", "published.svg", "rows.json"]
     without = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert without.returncode == 2
-    assert "need PyTorch" in without.stderr
+    assert "torch is missing" in without.stderr
 
 
 def test_the_kept_report_and_the_pages_are_those_of_today():

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from trainer.files.checkpoint import CheckpointError, write_atomically
+from trainer.files.checkpoint import write_atomically
+from trainer.files.contents import CheckpointError
 from trainer.model.adapters import adapter_parameters, take_originals
 
 if TYPE_CHECKING:

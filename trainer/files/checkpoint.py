@@ -16,17 +16,12 @@ from typing import IO, TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from estimator.describe.checks import ConfigError
-from trainer.optim.eight_bit import BLOCK
+from trainer.files.contents import CheckpointError, check_state
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 type_name = "{0.__module__}.{0.__qualname__}".format
-
-
-class CheckpointError(ConfigError):
-    """A file is no complete checkpoint, or not one of this model; the message names the file and what is wrong."""
 
 
 def save_checkpoint(
@@ -142,7 +137,7 @@ def restore(
         place: copies a whole tensor of the file into the model's, which may hold a part of it only.
     """
     weights, iteration = content["model"], content["iteration"]
-    if not isinstance(iteration, int) or not isinstance(weights, dict):
+    if type(iteration) is not int or not isinstance(weights, dict):
         raise CheckpointError(f"{name}: no checkpoint: iteration or model has the wrong type")
     own = model.state_dict()
     for key in [*own, *weights]:
@@ -151,9 +146,12 @@ def restore(
         if not isinstance(weights[key], Tensor) or weights[key].shape != own[key].shape:
             theirs, ours = tuple(getattr(weights[key], "shape", ())), tuple(own[key].shape)
             raise CheckpointError(f"{name}: of another model: {key} is {theirs}, the model's is {ours}")
+        if weights[key].layout != torch.strided or weights[key].is_floating_point() != own[key].is_floating_point():
+            kinds = f"{weights[key].dtype}, the model's is {own[key].dtype}".replace("torch.", "")
+            raise CheckpointError(f"{name}: of another model: {key} is {kinds}")
     if optimizer is not None:
         check_optimizer_class(content, optimizer, name)
-        _check_optimizer(content["optimizer"], optimizer, name)
+        check_state(content["optimizer"], optimizer, name)
         optimizer.load_state_dict(content["optimizer"])
     with torch.no_grad():
         for key, tensor in own.items():
@@ -172,36 +170,18 @@ def _holder(in_model: bool) -> str:
     return "model" if in_model else "file"
 
 
-def _check_optimizer(state: Any, optimizer: torch.optim.Optimizer, name: str) -> None:
-    """Raise CheckpointError unless `state` is that of an optimizer with the same groups of tensors of these shapes."""
-    try:
-        theirs = [group["params"] for group in state["param_groups"]]
-        ours = [group["params"] for group in optimizer.param_groups]
-        assert [len(group) for group in theirs] == [len(group) for group in ours]
-        for indices, parameters in zip(theirs, ours, strict=True):
-            for index, parameter in zip(indices, parameters, strict=True):
-                for value in state["state"].get(index, {}).values():
-                    assert not isinstance(value, Tensor) or _is_state_of(value, parameter)
-    except (AssertionError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{name}: its optimizer state does not fit this run's parameters") from error
-
-
-def _is_state_of(value: Tensor, parameter: Tensor) -> bool:
-    """A scalar, a tensor of the parameter's shape, one with a dimension summed up (Adafactor's), or blocks' scales."""
-    if value.numel() <= 1 or value.shape == (-(-parameter.numel() // BLOCK),):
-        return True
-    return value.ndim == parameter.ndim and all(
-        n in (1, whole) for n, whole in zip(value.shape, parameter.shape, strict=True)
-    )
-
-
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` make a new file beside `path`, flush it to the disk and rename it to `path`.
 
     POSIX's rename replaces in one step, so `path` is at every moment the old file or the new one, whole. Without the
     fsync before it, a power cut could leave the new name on data that never reached the disk; without the one after
     it, the old name.
+
+    Raises:
+        OSError: it cannot be written, or something stands there that is no file, such as a device.
     """
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path}: cannot be written: it is no file")
     part = path.with_name(path.name + ".part")
     try:
         write(part)

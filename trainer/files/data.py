@@ -173,7 +173,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         return {}
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{file}: not JSON ({error})") from error
     if not isinstance(manifest, dict):
         raise ConfigError(f"{file}: must hold a JSON object, holds a {type(manifest).__name__}")

@@ -29,7 +29,6 @@ from torch.distributed.tensor import DTensor, Shard
 
 from estimator.describe.checks import ConfigError
 from trainer.files.checkpoint import (
-    CheckpointError,
     check_optimizer_class,
     checkpoint_path,
     read_checkpoint,
@@ -39,6 +38,7 @@ from trainer.files.checkpoint import (
     type_name,
     write_atomically,
 )
+from trainer.files.contents import CheckpointError, check_files, check_names, check_parts
 from trainer.optim.clip import gradient_clipping
 from trainer.optim.precision import Masters, float32_copy
 from trainer.parallel.context import context_parallel
@@ -441,9 +441,10 @@ def load_run(world: World, path: Path, weights: Weights, optimizer: torch.optim.
         return _load_sharded(world, path, weights, optimizer)
     content = read_checkpoint(path)
     if weights.sharded and optimizer is not None:
+        check_names(content["optimizer"], weights.originals, str(path))
         _cut(content, weights)
     restore(content, weights.model, optimizer, str(path), lambda own, whole: local(own).copy_(piece(whole, own)))
-    run: dict[str, Any] = content["run"]
+    run: dict[str, Any] = content.get("run", {})
     return run
 
 
@@ -478,7 +479,7 @@ def _load_sharded(
     if not (path / RUN_FILE).exists():
         raise CheckpointError(f"{path}: no checkpoint: {RUN_FILE} is missing")
     content = read_checkpoint(path / RUN_FILE)
-    files = sorted(content.get("files", {}).items())
+    files = sorted(check_files(content.get("files"), str(path)).items())
     # Shared out, so that the whole is read once and not once a process.
     damaged = [name for name, crc in files[world.rank :: world.size] if checksum(path / name) != crc]
     if world.any(bool(damaged)):
@@ -498,6 +499,8 @@ def _load_sharded(
     if optimizer is not None:
         check_optimizer_class(content, optimizer, str(path))
         state = content["optimizer"]
+        check_names(state, weights.originals, str(path))
+        check_parts(state, {key for key, x in stored.items() if isinstance(x, TensorStorageMetadata)}, str(path))
         if [g["names"] for g in state["param_groups"]] != [g["names"] for g in optimizer.param_groups]:
             raise CheckpointError(f"{path}: its optimizer state does not fit this run's parameters")
         for group, values in zip(optimizer.param_groups, state["param_groups"], strict=True):
@@ -521,7 +524,7 @@ def _load_sharded(
             load(tensors, storage_reader=reader, no_dist=world.size == 1)
         except CheckpointException as error:
             raise CheckpointError(f"{path}: cannot be read ({error})") from error
-    run: dict[str, Any] = content["run"]
+    run: dict[str, Any] = content.get("run", {})
     return run
 
 

@@ -14,8 +14,12 @@ import ast
 import sys
 from bisect import bisect_right
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+if __name__ == "__main__" and find_spec("torch") is None:
+    sys.exit("first_difference: error: torch is missing: pip install 'transformer-estimator[trainer]'")
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function

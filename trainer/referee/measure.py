@@ -12,7 +12,7 @@ import math
 import statistics
 import time
 import weakref
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -154,9 +154,10 @@ LOSSES = {"bundled": cross_entropy, "torch": torch_cross_entropy, "torch-fp32": 
 
 def loss_of(module: nn.Module, p: Plan, ids: Tensor, targets: Tensor) -> Tensor:
     """The loss of `module` that `p` names."""
-    if p.loss == "chunked":
-        return module(ids, targets_BT=targets)
-    return own_tensor(LOSSES[p.loss](module(ids), targets))
+    with torch.autograd.graph.save_on_cpu(pin_memory=True) if p.saved_on_host else nullcontext():
+        if p.loss == "chunked":
+            return module(ids, targets_BT=targets)
+        return own_tensor(LOSSES[p.loss](module(ids), targets))
 
 
 def own_tensor(x: Tensor) -> Tensor:

@@ -191,7 +191,8 @@ def messages(m: ModelConfig, p: Plan, world: World, seed: int = 0) -> list[tuple
     """(kind, bytes, count): the collectives of a steady step of this process, as PyTorch's profiler sees them sent.
 
     gloo reduces and scatters by an all-reduce, which is no message of its own here. Of an all-to-all what comes or what
-    goes, whichever is more, counts.
+    goes, whichever is more, counts. In a selective checkpoint, which is a dispatch mode, an operator is seen within
+    itself again.
     """
     step = SharedStep(m, p, world, seed)
     for _ in range(2):
@@ -201,7 +202,12 @@ def messages(m: ModelConfig, p: Plan, world: World, seed: int = 0) -> list[tuple
     results = prof.profiler.kineto_results
     assert results is not None
     found: Counter[tuple[str, int]] = Counter()
-    for event in results.events():
+    over: dict[str, int] = {}  # when the last operator of a name ended; gloo's own end in another thread
+    for event in sorted(results.events(), key=lambda event: event.start_ns()):
+        if event.start_ns() < over.get(event.name(), 0):
+            continue
+        if event.name() not in SENT:
+            over[event.name()] = event.start_ns() + event.duration_ns()
         at, kind = ASKED.get(event.name(), (0, SENT.get(event.name())))
         if kind is not None:
             nbytes = _nbytes(event, at) * (p.tensor_parallel * p.context_parallel if event.name() == PART else 1)

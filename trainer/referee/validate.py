@@ -249,7 +249,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.cases < 1:
         parser.error(f"--cases = {args.cases}: must be at least 1")
     if find_spec("torch") is None:
-        parser.error('real training steps need PyTorch: pip install "transformer-estimator[trainer]"')
+        parser.error("torch is missing: pip install 'transformer-estimator[trainer]'")
     import torch  # noqa: PLC0415 - which --published does without
 
     if args.device == "cuda" and not torch.cuda.is_available():

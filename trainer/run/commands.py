@@ -12,17 +12,19 @@ from typing import TYPE_CHECKING, Annotated
 import torch
 import tyro
 
-from estimator.describe.checks import ConfigError
+from estimator.describe.checks import ConfigError, positive_int, shown
 from estimator.describe.model import ModelConfig
 from estimator.describe.plan import Plan
 from trainer.files.checkpoint import checkpoints, export_safetensors, read_checkpoint
+from trainer.files.contents import check_finite, check_model
 from trainer.files.prepare import END_OF_TEXT, PrepareConfig, prepare
 from trainer.model.decoder import build_model
 from trainer.model.generate import generate
 from trainer.parallel.distributed import RUN_FILE, Weights, World, load_run
 from trainer.run.curve import curve
+from trainer.run.help import describe
 from trainer.run.lr_experiment import main as lr_experiment
-from trainer.run.settings import TrainConfig, load_config
+from trainer.run.settings import ModelSection, OptimSection, TrainConfig, load_config
 from trainer.run.train import TrainingError, train
 from trainer.system.heap import keep_freed_memory
 
@@ -78,6 +80,13 @@ class GenerateConfig:
     samples: int = 1
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        positive_int("samples", self.samples)
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed = {shown(self.seed)}: must be from 0 to 2^63 - 1")
+        if not self.prompt.isprintable() and any(0xD800 <= ord(x) < 0xE000 for x in self.prompt):
+            raise ConfigError(f"prompt = {shown(self.prompt)}: must be text in UTF-8")
+
 
 @dataclass(frozen=True, slots=True)
 class ExportConfig:
@@ -104,11 +113,13 @@ def load_model(checkpoint: Path) -> tuple[Transformer, Path]:
             raise ConfigError(f"{path}: no checkpoint in it")
         path = found[-1]
     run = read_checkpoint(path / RUN_FILE if path.is_dir() else path).get("run", {})
-    if "model" not in run:
+    if not isinstance(run, dict) or "model" not in run:
         raise ConfigError(f"{path}: not written by `python -m trainer train`: it does not say which model it holds")
+    check_model(run["model"], str(path))
     m = ModelConfig(**run["model"])
     model = build_model(m, Plan(attention="sdpa" if m.unfused is None else "naive"))
     load_run(World("cpu"), path, Weights(model), None)
+    check_finite(model, str(path))
     return model.eval(), path.parent
 
 
@@ -120,7 +131,10 @@ def generate_text(config: GenerateConfig) -> None:
     file = folder / "tokenizer.json"
     if not file.exists():
         raise ConfigError(f"{file}: no such file; a run keeps its tokenizer there")
-    tokenizer = Tokenizer.from_file(str(file))
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises nothing more particular
+        raise ConfigError(f"{file}: no tokenizer ({error})") from error
     end = tokenizer.token_to_id(END_OF_TEXT)
     if end is None:
         raise ConfigError(f"{file}: has no {END_OF_TEXT}; not made by `python -m trainer prepare`")
@@ -180,6 +194,7 @@ def run(command: str, arguments: Sequence[str]) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line: 0, or 2 and one sentence on standard error."""
     command, *rest = (sys.argv[1:] if arguments is None else arguments) or [""]
+    describe(PrepareConfig, TrainConfig, ModelSection, Plan, OptimSection, CurveConfig, GenerateConfig, ExportConfig)
     try:
         return run(command, rest)
     except (ConfigError, TrainingError, OSError) as error:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
+from estimator.describe.catalogue import number
 from estimator.describe.checks import ConfigError, choose, positive_int
 from estimator.describe.hf import from_hf
 from estimator.describe.model import ModelConfig
@@ -113,6 +114,11 @@ class OptimSection:
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        number("optim.min_lr", self.min_lr)
+        if self.warmup_steps < 0:
+            raise ConfigError(f"optim.warmup_steps = {self.warmup_steps}: must be at least 0")
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from estimator.describe.checks import ConfigError
 from trainer.files.adapters import load_base, save_adapters
-from trainer.files.checkpoint import CheckpointError, export_safetensors, random_states, set_random_states
+from trainer.files.checkpoint import export_safetensors, random_states, set_random_states
+from trainer.files.contents import CheckpointError, check_finite, check_run
 from trainer.files.data import Dataset
 from trainer.model.adapters import to_precision
 from trainer.model.decoder import build_model
@@ -346,35 +347,21 @@ def load(
         CheckpointError: see `load_run`; or the model has the same shapes and other settings.
         ConfigError: the run's settings are others than the checkpoint's, and that was not said to be meant.
     """
+    own = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     run = load_run(world, source, weights, optimizer)
-    check_run(run, source)
+    check_run(run, str(source))
+    check_finite(weights.model, str(source))
     for name, value in run["model"].items():
         if model.get(name) != value:
             raise CheckpointError(f"{source}: of another model: {name} is {value!r}, this run's is {model.get(name)!r}")
     if not config.changed:
         check_settings(run["config"], config, source)
+    for group, given in zip(optimizer.param_groups, own, strict=True):
+        group.update(given)  # where settings are changed, they are this run's
     set_random_states(run["random"])
     if run.get("scaler"):
         scaler.load_state_dict(run["scaler"])
     return int(run["step"])
-
-
-def check_run(run: Any, source: Path) -> None:
-    """Raise CheckpointError unless what a checkpoint holds beside weights and optimizer is what a run puts there."""
-    kinds = {"step": int, "config": dict, "model": dict, "random": dict, "scaler": dict}
-    for name, kind in kinds.items():
-        found = run.get(name) if isinstance(run, dict) else None
-        if type(found) is not kind:
-            raise CheckpointError(f"{source}: its run.{name} is a {type(found).__name__}, must be a {kind.__name__}")
-    if run["step"] < 0:
-        raise CheckpointError(f"{source}: its run.step is {run['step']}, must be at least 0")
-    states = run["random"].get("cpu"), *(run["random"].get("cuda") or ())
-    if not all(isinstance(x, Tensor) and x.dtype == torch.uint8 and x.ndim == 1 for x in states):
-        raise CheckpointError(f"{source}: its run.random must hold the generators' states, rows of bytes")
-    if states[0].shape != torch.get_rng_state().shape:
-        raise CheckpointError(
-            f"{source}: its run.random.cpu has {states[0].numel()} bytes, a generator's state has 5056"
-        )
 
 
 def left_out(config: TrainConfig) -> list[str]:
