@@ -472,6 +472,7 @@ def spoiled(content, *at, value):
         (("optimizer", "param_groups"), [], "it has 0 groups"),
         (("run", "model", "d_model"), torch.zeros(3), "run.model holds more than plain values"),
         (("run", "model", "depth"), 3, "run.model has a field 'depth'"),
+        (("run", "model", "num_heads"), None, "run.model has no num_heads"),
         (("run",), 0, "run.step is a NoneType"),
         (("run", "random", "cuda"), True, "run.random must hold"),
         (("model", "final_norm.weight"), torch.full((16,), math.nan), "final_norm.weight is not finite"),
@@ -803,3 +804,16 @@ def test_what_is_frozen_stays(corpus, tmp_path, parts):
     for name, x in weights(tmp_path / "a").items():
         held = "norm" not in name if "trained" in parts else name.startswith(("embedding", "positions", "head"))
         assert torch.equal(x, start[name]) == held, name
+
+
+@pytest.mark.parametrize(
+    "argv", [["trainer", "train", "--help"], ["trainer.referee.validate", "--published"]], ids=" ".join
+)
+def test_output_that_cannot_be_written_is_one_line_or_none(argv):
+    """To a full device one line, to a closed one none; the estimate's own commands are in tests/unit/test_limits.py."""
+    line = f"{sys.executable} -m {' '.join(argv)}"
+    full = subprocess.run(f"{line} > /dev/full", shell=True, capture_output=True, text=True, check=False)  # noqa: S602 - our own words
+    assert full.returncode != 0
+    assert full.stderr.count("\n") == 1, full.stderr
+    closed = subprocess.run(f"{line} >&-", shell=True, capture_output=True, text=True, check=False)  # noqa: S602
+    assert (closed.returncode, closed.stderr) == (0, "")
