@@ -202,9 +202,9 @@ def _answer(command: str, rest: Sequence[str]) -> int:
     describe(PrepareConfig, TrainConfig, ModelSection, Plan, OptimSection, CurveConfig, GenerateConfig, ExportConfig)
     try:
         return run(command, rest)
-    except BrokenPipeError:  # who read the output has gone
-        raise
     except (ConfigError, TrainingError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            raise  # the output's, not a file's
         print(f"error: {error}", file=sys.stderr)  # noqa: T201  (the output)
         return 2
     except KeyboardInterrupt:
