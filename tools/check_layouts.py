@@ -49,10 +49,13 @@ def sharded_matrices(random: Random, **changes: Any) -> Case:
 def staged(random: Random, stages: int = 2, **changes: Any) -> Case:
     """Stages of a pipeline."""
     m, p = of_pipelines.drawn(random, stages)
+    if "tensor_parallel" in changes and random.random() < 0.5:
+        p = p.replace(seq_len=random.choice([2, 4, 8]))
+        changes |= {"sequence_parallel": True}
     if p.grad_accumulation < stages:
         p = p.replace(grad_accumulation=stages)
-    if changes.get("sharding") == "none":  # DDP fails under PyTorch's GPipe
-        p = p.replace(pipeline_schedule="1f1b", grad_accumulation=max(p.grad_accumulation, stages))
+    if changes.get("sharding") == "none":  # DDP fails where all forwards come first
+        p = p.replace(pipeline_schedule="1f1b", grad_accumulation=max(p.grad_accumulation, stages + 1))
     if changes.get("sharding") == "zero2":
         changes |= {"precision": random.choice(["bf16-fsdp", p.precision])}
     return m, p.replace(**changes)

@@ -79,8 +79,9 @@ def test_stages_of_shared_matrices_and_of_replicas_are_exact_too(tmp_path):
     for _ in range(RUNS or 2):
         m, p = drawn(random, 2)
         axis = random.choice(["tensor_parallel", "data_parallel"])
-        kind = "1f1b" if axis == "data_parallel" else p.pipeline_schedule  # DDP fails under PyTorch's GPipe
-        cases.append((m, p.replace(pipeline_schedule=kind, **{axis: 2})))
+        if axis == "data_parallel":  # DDP fails where all forwards come first
+            p = p.replace(pipeline_schedule="1f1b", grad_accumulation=max(p.grad_accumulation, 3))
+        cases.append((m, p.replace(**{axis: 2})))
     for (m, p), processes in zip(cases, measured(4, cases, tmp_path), strict=True):
         for rank, real in enumerate(processes):
             v = account(m, p, "cpu", rank // 2).evaluate(m, p, threads=1)
