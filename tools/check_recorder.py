@@ -5,6 +5,7 @@
     python tools/check_recorder.py table --only bert t5  # some of the modules
     python tools/check_recorder.py report                # docs/recorder.md, from what is on file
     python tools/check_recorder.py recipes 200           # our own models: random decoders and recipes, so many seeds
+    python tools/check_recorder.py forms                 # closed forms of 14 modules, each at sizes not used
 
 `table` keeps each result in validation/recorder.jsonl as soon as there is one, and leaves out what is there already.
 Compared are the peak, what autograd saves, the parameters and the optimizer's state, in bytes, and every event.
@@ -19,6 +20,7 @@ import sys
 import time
 import warnings
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -34,10 +36,12 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests" / "exact"), str(ROOT / "tools")]
 from random_parts import draw  # noqa: E402 - a module of the tests
 from recorder_cases import prepared, table  # noqa: E402 - lies beside this
+from recorder_forms import FORMS  # noqa: E402 - likewise
 from recorder_report import key, on_file, report  # noqa: E402 - likewise
 from recorder_symbolic import FIGURES, against_symbolic  # noqa: E402 - likewise
 
 FILE = ROOT / "validation" / "recorder.jsonl"
+FORMED = ROOT / "validation" / "recorder_forms.jsonl"
 SYMBOLIC = ROOT / "validation" / "recorder_symbolic.json"
 Case = tuple[str, tuple[int, int], str]
 
@@ -108,6 +112,31 @@ def recipes(count: int, *, keep: bool) -> bool:
     return all(alike[name] == total for name in FIGURES if name != "events")
 
 
+def forms(only: list[str]) -> bool:
+    """The closed forms of others' modules, each against a real step at sizes not used; whether all peaks are equal."""
+    equal = True
+    for name, (build, sizes, unseen) in FORMS.items():
+        if only and name not in only:
+            continue
+        began = time.perf_counter()
+        found = trainer.closed_forms(build, sizes)
+        real = judged(partial(build, **unseen)).peak[1]
+        row = {
+            "module": name,
+            "sizes": sizes,
+            "unseen": unseen,
+            "recordings": found.points,
+            "pieces": len(found.pieces),
+        }
+        row |= {"torch": torch.__version__, "form": found.evaluate(**unseen), "real": real}
+        row["seconds"] = round(time.perf_counter() - began, 1)
+        equal &= row["form"] == real
+        with FORMED.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        print(name, row["form"], real, f"{row['seconds']} s", flush=True)
+    return equal
+
+
 def main() -> int:
     """The command; 0 if all are equal."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -120,12 +149,16 @@ def main() -> int:
     drawn = what.add_parser("recipes", help="against the symbolic step")
     drawn.add_argument("count", type=int)
     drawn.add_argument("--keep", action="store_true", help=f"in validation/{SYMBOLIC.name}")
+    formed = what.add_parser("forms", help="closed forms against real steps at sizes not used")
+    formed.add_argument("--only", nargs="*", default=[], metavar="MODULE")
     args = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     if args.what == "report":
-        (ROOT / "docs" / "recorder.md").write_text(report(FILE), encoding="utf-8")
+        (ROOT / "docs" / "recorder.md").write_text(report(FILE, FORMED, SYMBOLIC), encoding="utf-8")
         return 0
+    if args.what == "forms":
+        return 0 if forms(args.only) else 1
     if args.what == "table":
         return 0 if compare(args.seconds, args.only, again=args.again) else 1
     return 0 if recipes(args.count, keep=args.keep) else 1

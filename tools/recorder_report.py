@@ -25,8 +25,8 @@ def on_file(file: Path) -> dict[str, Row]:
     return {key(r["module"], (r["batch_size"], r["seq_len"]), r["recipe"]): r for r in rows}
 
 
-def report(file: Path) -> str:
-    """The page."""
+def report(file: Path, formed: Path, symbolic: Path) -> str:
+    """The page: the comparisons with real steps, of our own with the symbolic step, and of closed forms."""
     rows = list(on_file(file).values())
     modules: dict[str, list[Row]] = {}
     for row in rows:
@@ -58,7 +58,37 @@ def report(file: Path) -> str:
         "|---|---:|---:|---|---:|---|",
     ]
     lines += [_line(name, own) for name, own in modules.items()]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *_symbolic(symbolic), *_forms(formed)]) + "\n"
+
+
+def _symbolic(file: Path) -> list[str]:
+    row = json.loads(file.read_text(encoding="utf-8"))
+    seeds, refused = row["seeds"], row["refused"]
+    equal = ", ".join(f"{what} {count}" for what, count in row["equal"].items() if what != "events")
+    said = (
+        f"`python tools/check_recorder.py recipes {seeds} --keep` draws decoders and recipes of ours, by seed: every "
+        "part with every other, in every precision, optimizer, loss and checkpointing. Each is recorded, and executed "
+        f"symbolically, which share no code. Of {seeds - refused} draws ({refused} refused) are equal, to the byte: "
+        f"{equal}; in {row['equal']['events']} of them each allocation and each free is, too (what never makes a peak "
+        "the symbolic step leaves out in places: the scalars of a norm, a loss over one class)."
+    )
+    return ["", "# The recorder against the symbolic step", "", said]
+
+
+def _forms(file: Path) -> list[str]:
+    rows = {r["module"]: r for r in map(json.loads, file.read_text(encoding="utf-8").splitlines())}
+    said = (
+        "`python tools/check_recorder.py forms` fits `trainer.closed_forms` to recordings at small sizes and holds "
+        "each form against a real step, under the profiler, at sizes that nothing was fitted to."
+    )
+    lines = ["", "# Closed forms against real steps", "", said, ""]
+    lines += ["| module | letters | recordings | sizes not used | closed form, bytes | real step, bytes |"]
+    lines += ["|---|---|---:|---|---:|---:|"]
+    for name, row in rows.items():
+        unseen = ", ".join(f"{x} = {v}" for x, v in row["unseen"].items())
+        own = f"{', '.join(row['sizes'])} | {row['recordings']} | {unseen}"
+        lines.append(f"| {name} | {own} | {row['form']:,} | {row['real']:,} |")
+    return lines
 
 
 def _line(name: str, rows: Sequence[Row]) -> str:

@@ -27,10 +27,12 @@ class RecordedAccount:
     Attributes:
         ledger: what happened.
         device: whose rules.
+        checkpoints: how often backward runs modules again.
     """
 
     ledger: Ledger
     device: str
+    checkpoints: int = 0
 
     @cached_property
     def traced(self) -> Trace:

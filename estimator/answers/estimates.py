@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from estimator.accounting.accounts import Account, Values, account, sizes_for, stage_account
 from estimator.answers.assumptions import Assumption, assumptions
 from estimator.answers.notes import notes, notes_of_card, notes_of_device, notes_of_host, notes_of_stages
+from estimator.answers.recorded import Recorded, RecordedEstimate, estimate_recorded
 from estimator.describe.catalogue import number
 from estimator.describe.checks import ConfigError, TooLargeError, choose
+from estimator.describe.model import ModelConfig
 from estimator.describe.pipeline import least_micro_batches, telling_stages
 from estimator.describe.plan import Plan
 from estimator.describe.presets import preset
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
 
     import pandas as pd
 
-    from estimator.describe.model import ModelConfig
     from estimator.timing.stack import StackFactor
 
 WITHOUT_FLASH = ("volta", "turing")  # flash_api.cpp, mha_fwd: "FlashAttention only supports Ampere GPUs or newer."
@@ -153,8 +154,33 @@ class Estimate:
         return frame.rename_axis("module")
 
 
+@overload
+def estimate(
+    model: Recorded, plan: Plan | None = None, on: Accelerator | str | Path = "a100-80gb-sxm"
+) -> RecordedEstimate: ...
+@overload
 def estimate(
     model: ModelConfig | str,
+    plan: Plan | None = ...,
+    on: Accelerator | str | Path = "a100-80gb-sxm",
+    *,
+    mfu: float | None = ...,
+    steps: int | None = ...,
+    global_batch_size: int | None = ...,
+    count: int | None = ...,
+    threads: int | None = ...,
+    network: str | float | None = ...,
+    network_latency: float | None = ...,
+    attention_kernel: str | None = ...,
+    torch_version: str | None = ...,
+    clock: float | None = ...,
+    overlap: bool = ...,
+    wide: Collection[str] = ...,
+    padding: float = ...,
+    stack_factor: StackFactor | None = ...,
+) -> Estimate: ...
+def estimate(
+    model: ModelConfig | str | Recorded,
     plan: Plan | None = None,
     on: Accelerator | str | Path = "a100-80gb-sxm",
     *,
@@ -172,11 +198,12 @@ def estimate(
     wide: Collection[str] = (),
     padding: float = 0.0,
     stack_factor: StackFactor | None = None,
-) -> Estimate:
+) -> Estimate | RecordedEstimate:
     """Everything about training `model` as `plan` says on an accelerator.
 
     Args:
-        model: a configuration or the name of a preset.
+        model: a configuration or the name of a preset; or a step of any module (`trainer.record`), which is answered
+            with its memory and time, and goes with `plan` and `on` alone.
         plan: how a step is run; a bare `Plan()` by default.
         on: the accelerator, its name, or the path of a profile.
         mfu: model FLOPs utilisation to reckon time with, above 0 and at most 1; None to predict the time from the
@@ -202,6 +229,8 @@ def estimate(
     Raises:
         ConfigError: a name is unknown, a figure out of its range, the accelerator has no peak for the precision.
     """
+    if not isinstance(model, ModelConfig | str):
+        return estimate_recorded(model, plan or Plan(), on)
     run = Run(
         count=count,
         global_batch_size=global_batch_size,

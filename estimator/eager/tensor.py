@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self, TypeVar, cast
 
 from estimator.eager.ledger import Category, Gemm, Kernel, Ledger, Message, Operand, Phase, Storage
 from estimator.eager.letters import ONE, ZERO, Size, as_sizes, constant
@@ -50,6 +50,22 @@ UINT8 = Dtype("uint8", 1)
 INT8 = Dtype("int8", 1)
 
 
+class Walked(Protocol):
+    """What a kernel goes over: a `Tensor`, or what was recorded of one."""
+
+    @property
+    def shape(self) -> Shape:
+        """The number of elements in each dimension."""
+
+    @property
+    def stride(self) -> Shape:
+        """Elements from one to the next in each dimension."""
+
+    @property
+    def dtype(self) -> Dtype:
+        """Of its elements."""
+
+
 class Machine:
     """What executes a step: a device's rules, a shape class, the autograd mode and the ledger.
 
@@ -69,6 +85,7 @@ class Machine:
         self.frames: list[Frame] = []
         self.saves_on_host = False  # what is saved for backward is copied there
         self.makes_dtensors = False
+        self.unwaited: dict[Storage, Callable[[], object]] = {}  # what ends with the wait for an asynchronous message
         self.below_dispatch = False  # an operator's own kernel runs, of whose products no dispatch mode is told
         self.on_gradient: Callable[[Tensor], None] | None = None  # after each AccumulateGrad
         self.on_backward_end: Callable[[], None] | None = None
@@ -177,8 +194,8 @@ class Machine:
         (ledger.host_kernels if ledger.host else ledger.kernels).append(
             Kernel(
                 name, here, flops, arithmetic, nbytes, gemm, recompute, turn, repeated, tuple(operands),
-                "plain" if gemm is not None else _access(reads, writes),
-                _leading(reads[:2], writes[:1]) if gemm is not None else (),
+                "plain" if gemm is not None else access_of(reads, writes),
+                leading_of(reads[:2], writes[:1]) if gemm is not None else (),
             )
         )  # fmt: skip
 
@@ -351,13 +368,13 @@ class Tensor:
             self.base.drop()
 
 
-def _leading(reads: Sequence[Tensor], writes: Sequence[Tensor]) -> tuple[Size, ...]:
+def leading_of(reads: Sequence[Walked], writes: Sequence[Walked]) -> tuple[Size, ...]:
     """The steps from row to row of a product's matrices: of its two inner strides the one that is not 1."""
     inner = {t.stride[-2] if t.stride[-1] == ONE else t.stride[-1] for t in (*reads, *writes) if len(t.shape) > 1}
     return tuple(sorted(inner, key=hash))
 
 
-def _access(reads: Sequence[Tensor], writes: Sequence[Tensor]) -> str:
+def access_of(reads: Sequence[Walked], writes: Sequence[Walked]) -> str:
     """How an elementwise kernel walks its operands (`ACCESSES`).
 
     aten/src/ATen/native/cuda/CUDALoops.cuh, `gpu_kernel_impl_nocast` and `gpu_kernel_impl`: several elements at a time

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from estimator.accounting.accounts import Account
+    from estimator.accounting.recorded import RecordedAccount
     from estimator.accounting.trace import Trace
     from estimator.eager.ledger import Kernel
     from estimator.eager.letters import Size
@@ -82,17 +83,29 @@ TOTALS = ("parameters", "parameter_bytes", "gradient_bytes")
 @lru_cache(maxsize=64)
 def table(account: Account, variant: Variant = EAGER) -> Table:
     """The kernels of a step of `account`, run as `variant` says."""
-    stack = account.traced.stack
-    counts: dict[Row, list[int]] = {}  # launches once, and for each repetition of each group of blocks
     recipe = account.recipe
     listed = account.device == "cuda" and recipe.optimizer_impl in ("foreach", "fused")
-    for each, block in _rows(account.traced, variant):
+    totals = {name: getattr(account.executed, name) for name in TOTALS}
+    every = recipe.checkpoint_every if recipe.checkpointing != "none" else None
+    return _table(account.traced, variant, listed, totals, every)
+
+
+@lru_cache(maxsize=8)
+def recorded_table(account: RecordedAccount, *, listed: bool, variant: Variant = EAGER) -> Table:
+    """The kernels of a recorded step, on whatever device; `listed`: its optimizer goes over lists of tensors."""
+    found = _table(account.traced, variant, listed, {}, None)
+    found.checkpoints = account.checkpoints
+    return found
+
+
+def _table(traced: Trace, variant: Variant, listed: bool, totals: Mapping[str, Size], every: int | None) -> Table:
+    stack = traced.stack
+    counts: dict[Row, list[int]] = {}  # launches once, and for each repetition of each group of blocks
+    for each, block in _rows(traced, variant):
         row = each if listed else each._replace(listed=ZERO)
         at = stack.repeats(block)
         launches = counts.setdefault(row, [0] * (1 + len(stack.repeated)))
         launches[0 if at is None else 1 + at] += 1
-    totals = {name: getattr(account.executed, name) for name in TOTALS}
-    every = recipe.checkpoint_every if recipe.checkpointing != "none" else None
     return Table(list(counts), list(counts.values()), totals, stack.repetitions, every)
 
 
@@ -246,6 +259,7 @@ class Table:
         masked: of each row, whether it is a fused attention that reads a mask, and so computes every score.
         grouped: "m" and "k": of each row, whether that dimension of its product is an expert's rows.
         checkpoint_every: of the blocks every so many-th is recomputed; None where none is.
+        checkpoints: what is recomputed in a step besides, in a recorded one.
     """
 
     def __init__(
@@ -258,6 +272,7 @@ class Table:
     ) -> None:
         self.rows = tuple(rows)
         self.checkpoint_every = checkpoint_every
+        self.checkpoints = 0
         self._repetitions = repetitions
         self.kind = np.array([row.kind for row in rows])
         self.phase = np.array([row.phase for row in rows])
@@ -301,7 +316,7 @@ class Table:
         """
         known = as_sizes(sizes)
         arrays = [np.atleast_1d(np.asarray(known.of(i), dtype=np.float64)) for i in self._letters]
-        logs = np.log(np.stack(np.broadcast_arrays(*arrays)))
+        logs = np.log(np.stack(np.broadcast_arrays(*arrays))) if arrays else np.zeros((0, 1))  # numbers have no letters
         values = self._coefficients @ np.exp(self._exponents @ logs)
         count = len(self.rows)
         of_rows = {name: values[i * count : (i + 1) * count] for i, name in enumerate(COLUMNS)}

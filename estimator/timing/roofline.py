@@ -276,7 +276,7 @@ def busy(
     kinds = {kind: spent[table.kind == kind].sum(0) for kind in KINDS}
     lists = shape["listed"]
     count = later * np.where(lists > 0, lists / LISTED, 1)
-    checkpointed: Any = 0.0
+    checkpointed: Any = table.checkpoints
     if table.checkpoint_every is not None:
         checkpointed = (np.asarray(sizes["L"]) // table.checkpoint_every) * np.asarray(micro_batches)
     phases, launch = {}, np.zeros(1)

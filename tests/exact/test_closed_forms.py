@@ -1,11 +1,19 @@
 """Closed forms of code that was recorded at small sizes, at sizes that were not used."""
 
+import sys
+from functools import partial
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 import trainer
 from estimator.describe.checks import ConfigError
+from trainer.referee.recorder.truth import judged
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+from recorder_forms import FORMS
 
 SIZES = {"B": (2, 3, 5), "d": (6, 10, 14), "L": (3, 4, 5)}
 
@@ -54,3 +62,9 @@ def test_code_that_does_something_else_at_another_size_is_refused_with_the_event
 
     with pytest.raises(ConfigError, match=r"event \d+ at B = 3.* is .*tanh.*; at the first sizes it is .*sigmoid"):
         trainer.closed_forms(jumps, {"B": (2, 3, 5), "d": (6, 10, 14)})
+
+
+@pytest.mark.parametrize("name", ["transformers' ViT", "a ResNet of basic blocks"])
+def test_those_of_other_peoples_modules_are_a_real_steps_at_sizes_not_used(name):
+    build, sizes, unseen = FORMS[name]
+    assert trainer.closed_forms(build, sizes).evaluate(**unseen) == judged(partial(build, **unseen)).peak[1]

@@ -225,3 +225,32 @@ def test_random_decoders_and_recipes_are_what_the_symbolic_step_says(seed):
     found = against_symbolic(m, p, trainer.record(lambda: build_step(m, p)))
     found.pop("events")  # of what never makes a peak the symbolic step leaves some out: a loss of one class, the norm
     assert {name: ours for name, (ours, _) in found.items()} == {name: theirs for name, (_, theirs) in found.items()}
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        {"precision": "fp32"},
+        {"precision": "bf16-mixed", "attention": "sdpa", "checkpointing": "block", "max_grad_norm": 1.0},
+        {"precision": "bf16", "attention": "sdpa", "grad_accumulation": 3},
+    ],
+)
+def test_kernels_and_time_are_those_of_the_symbolic_step(plan):
+    """FLOPs to the FLOP, in each micro-batch; the device's time within 10 %: here and there a kernel is two."""
+    m = est.ModelConfig(
+        family="llama", num_layers=3, d_model=256, num_heads=4, num_kv_heads=2, d_ff=512, vocab_size=512,
+        context_length=256,
+    )  # fmt: skip
+    p = est.Plan(batch_size=2, loss="torch", optimizer_impl="foreach", **plan)
+    recording = trainer.record(lambda: build_step(m, p))
+    values = est.account(m, p, device="cpu").evaluate(m, p)
+    for turn in range(p.grad_accumulation):
+        own = [k for k in recording.ledger.kernels if k.micro_batch == turn and k.gemm is not None]
+        flops = {x: sum(int(k.flops.number) for k in own if k.where.phase == x) for x in ("forward", "backward")}
+        assert flops == {"forward": values.forward_flops, "backward": values.backward_flops}
+    answer, symbolic = est.estimate(recording, p, "a100-80gb-sxm"), est.estimate(m, p, "a100-80gb-sxm")
+    assert answer.fits
+    assert answer.time.parts["matmul"] == pytest.approx(symbolic.time.parts["matmul"], rel=0.02)
+    device, theirs = (sum(t.parts.values()) - t.parts["launch"] for t in (answer.time, symbolic.time))
+    assert device == pytest.approx(theirs, rel=0.1)
+    assert answer.time.seconds == pytest.approx(symbolic.time.seconds_per_step, rel=0.2)  # with the host's

@@ -59,6 +59,7 @@ def test_it_says_whose_statement_the_peak_is(code, capsys):
     out = capsys.readouterr().out
     assert "as no other command" in out.splitlines()[0]
     assert "Fits on A100" in out
+    assert "A step takes " in out
     assert f"{code}:" in out
     assert "events are equal, and so is the peak" in out
 

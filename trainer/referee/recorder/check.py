@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
+from estimator.answers.recorded import estimate_recorded
 from estimator.answers.snapshots import read_snapshot
 from estimator.describe.checks import ConfigError, shown
 from estimator.describe.plan import Plan
 from estimator.describe.settings import choices
 from estimator.eager.ledger import Phase
 from estimator.hardware.accelerators import accelerator
-from estimator.memory.device import recorded_memory
 from estimator.show.formatting import count, duration, size
 from trainer.referee.recorder.builds import of_config, of_file
 from trainer.referee.recorder.recording import DEVICES, record
@@ -33,8 +33,10 @@ from trainer.referee.recorder.truth import compare
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from estimator.answers.recorded import RecordedEstimate
     from estimator.answers.snapshots import Snapshot
     from estimator.memory.device import Memory
+    from estimator.timing.recorded import RecordedTime
     from trainer.referee.recorder.recording import Recording
 
 RUNS = "This runs {} on this machine, as no other command of `estimate` does: check only code that you trust."
@@ -92,12 +94,14 @@ def run(argv: Sequence[str]) -> int:
     if not args.json:
         sys.stdout.write(RUNS.format(name) + "\n\n")
     recording = record(build, plan, args.device)
-    memory = recorded_memory(recording.account, gpu)
+    answer = estimate_recorded(recording, plan, gpu)
+    memory = answer.memory
     tried = [] if memory.fits else remedies(build, plan, args.device, gpu)
     if args.json:
-        sys.stdout.write(json.dumps(_plain(recording, memory), indent=1) + "\n")
+        sys.stdout.write(json.dumps(_plain(recording, answer), indent=1) + "\n")
     else:
         sys.stdout.write(report(recording, memory, name, gpu.name))
+        sys.stdout.write(timed(answer.time, gpu.name, plan, alone=args.fake_world is None))
         for said in tried:
             sys.stdout.write(f"  {said}\n")
     if args.snapshot:
@@ -179,6 +183,18 @@ def report(recording: Recording, memory: Memory, name: str, gpu: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def timed(time: RecordedTime, gpu: str, plan: Plan, *, alone: bool) -> str:
+    """The step's time in words, by what takes it."""
+    low, high = (duration(time.seconds * factor) for factor in time.spread)
+    lines = [
+        f"A step takes {duration(time.seconds)} on {gpu} by its kernels (a model: {low} to {high} in nine runs of "
+        f"ten), an MFU of {time.mfu:.1%} of its {plan.product_dtype} peak."
+        + ("" if alone else " Messages to other ranks are left out.")
+    ]
+    lines += [f"  {part:14} {duration(seconds):>10}" for part, seconds in time.parts.items() if seconds]
+    return "\n".join(lines) + "\n"
+
+
 def _place(recording: Recording, at: int) -> str:
     where, line = recording.ledger.events[at].where, recording.lines[at]
     said = f"in {where.phase} of {where.module or 'the step itself'} ({where.op})"
@@ -192,9 +208,10 @@ def _source(recording: Recording, at: int) -> list[str]:
     return [f"    {text}"] if text else []
 
 
-def _plain(recording: Recording, memory: Memory) -> dict[str, Any]:
+def _plain(recording: Recording, answer: RecordedEstimate) -> dict[str, Any]:
     line = recording.peak_line
-    return memory.to_dict() | {
+    return answer.memory.to_dict() | {
+        "time": answer.to_dict()["time"],
         "parameters_number": recording.parameters,
         "line": None if line is None else {"file": line.file, "line": line.number},
         "modules": recording.modules,

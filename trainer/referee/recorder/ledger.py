@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from estimator.eager.ledger import Category, Event, Ledger, Phase, Storage, Where
 from estimator.eager.letters import Size, constant
+from trainer.referee.recorder.kernels import Turn, kernel_of
 from trainer.referee.recorder.log import ENGINE, LEFT_OUT, NODE, RUN, Kind, Mark
 from trainer.referee.recorder.scratch import scratch_of
 
@@ -46,11 +47,13 @@ class Reading:
         ledger: the project's.
         lines: of each event, the index of its line in the log, or -1.
         numbers: of each event, the number of its storage in the log; 0 of a kernel's scratch.
+        checkpoints: how often backward has run modules again.
     """
 
     ledger: Ledger = field(default_factory=Ledger)
     lines: list[int] = field(default_factory=list)
     numbers: list[int] = field(default_factory=list)
+    checkpoints: int = 0
 
 
 @dataclass
@@ -60,6 +63,7 @@ class _Running:
     name: str
     kind: int
     scratch: Sequence[Storage] = ()
+    inputs: Sequence[Any] | None = None
 
 
 class Reader:
@@ -86,6 +90,7 @@ class Reader:
         self.nodes: list[tuple[str, int]] = []  # where in forward each node that runs was made
         self.made: dict[int, tuple[str, int]] = {}  # by sequence number, (module, line) of what made the node
         self.pending: list[int] = []  # events between a backward and what tells whether the update has begun
+        self.pending_kernels: list[int] = []  # likewise
         self.allocations = 0
 
     def read(self, first: int) -> Reading:
@@ -165,15 +170,18 @@ class Reader:
             self.made[sequence] = (self.modules[-1] if self.modules else "", self.line)
         running = _Running(named, kind)
         self.running.append(running)
+        if operands >= 0:
+            running.inputs = self.log.values(operands)
         if kind == LEFT_OUT and self.device == "cpu":
-            inputs = self.log.values(operands)
-            held = scratch_of(named, inputs, self.threads)
+            held = scratch_of(named, running.inputs or (), self.threads)
             running.scratch = [Storage(size(n), 1, Category.TEMPORARY, self._here) for n in held]
             for storage in running.scratch:
                 self._event(1, storage, storage.where, 0)
 
-    def _ended(self, _: tuple[int, ...]) -> None:
+    def _ended(self, row: tuple[int, ...]) -> None:
         running = self.running[-1]
+        if running.inputs is not None and row[4] >= 0:
+            self._kernel(running, self.log.values(row[4]))
         for storage in reversed(running.scratch):
             self._event(-1, storage, storage.where, 0)
         self.running.pop()
@@ -182,10 +190,21 @@ class Reader:
             if not self.nodes:
                 self.phase, self.updating = Phase.OPTIMIZER, False
 
+    def _kernel(self, running: _Running, results: Sequence[Any]) -> None:
+        again = bool(self.nodes and self.modules)  # a checkpoint runs forward within backward
+        turn = Turn(self._here, self.ledger.micro_batch, again)
+        kernel = kernel_of(running.name, running.inputs or (), results, turn, self.live)
+        if kernel is None:
+            return
+        if self.phase is Phase.OPTIMIZER and not self.updating:
+            self.pending_kernels.append(len(self.ledger.kernels))
+        self.ledger.kernels.append(kernel)
+
     def _marked(self, row: tuple[int, ...]) -> None:
         _, what, value, more, *_ = row
         match Mark(what):
             case Mark.MODULE:
+                self.reading.checkpoints += bool(self.nodes and not self.modules)
                 self.modules.append(self.known.modules[value] if value >= 0 else "loss")
                 if not self.nodes and self.phase is not Phase.FORWARD:
                     self._settle(Phase.FORWARD)
@@ -194,6 +213,7 @@ class Reader:
             case Mark.UPDATE:
                 self.phase, self.updating = Phase.OPTIMIZER, True
                 self.pending.clear()
+                self.pending_kernels.clear()
             case Mark.SAVED | Mark.LET_GO | Mark.REMADE | Mark.UPDATE_END:
                 pass
             case Mark.GRADIENT:
@@ -213,4 +233,9 @@ class Reader:
             event = self.ledger.events[i]
             place = event.where._replace(phase=phase)
             self.ledger.events[i] = event._replace(where=place, micro_batch=self.ledger.micro_batch)
+        for i in () if self.updating else self.pending_kernels:
+            kernel = self.ledger.kernels[i]
+            place = kernel.where._replace(phase=phase)
+            self.ledger.kernels[i] = kernel._replace(where=place, micro_batch=self.ledger.micro_batch)
         self.pending.clear()
+        self.pending_kernels.clear()

@@ -153,7 +153,7 @@ def record(build: Callable[[], Any], plan: Plan | None = None, device: str = "cp
     reading = Reader(log, known, device, torch.get_num_threads(), saved).read(first)
     places = [Line(*place) for place in log.lines]
     return Recording(
-        RecordedAccount(reading.ledger, device),
+        RecordedAccount(reading.ledger, device, reading.checkpoints),
         [places[i] if i >= 0 else None for i in reading.lines],
         assumptions.fixed,
         time.perf_counter() - began,
