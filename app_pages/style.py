@@ -11,7 +11,7 @@ CSS = """
   opacity: 0.25 !important; visibility: hidden; transition: visibility 0s linear 0.25s !important;
 }
 [class*="st-key-unfit-"] [data-testid="stMetricValue"] { opacity: 0.6; }
-[data-testid="stMetricDelta"] > div { white-space: normal; }
+[data-testid="stMetricDelta"], [data-testid="stMetricDelta"] * { white-space: normal; overflow: visible; }
 [data-testid="stMainBlockContainer"] { padding-top: 4rem; padding-bottom: 3rem; }
 [data-testid="stCaptionContainer"] { opacity: 1; color: inherit; }
 [data-testid="stCaptionContainer"] p, [data-testid="stCaptionContainer"] li { opacity: 0.8; }
@@ -25,13 +25,14 @@ CSS = """
 # Inputs keep what they hold, and the link, for the pages that have them.
 WITHOUT_SIDEBAR = """
 <style>
-[data-testid="stSidebar"], [data-testid="stExpandSidebarButton"] { display: none; }
+[data-testid="stSidebarUserContent"] { display: none; }
+@media (min-width: 769px) { [data-testid="stSidebar"], [data-testid="stExpandSidebarButton"] { display: none; } }
 </style>
 """
 
 
 def without_sidebar() -> None:
-    """Hide the sidebar, of a page that it changes nothing on."""
+    """Hide the sidebar, of a page that it changes nothing on; on a phone the pages' names are in it, and stay."""
     st.html(WITHOUT_SIDEBAR)
 
 
