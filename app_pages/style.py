@@ -11,7 +11,7 @@ CSS = """
   opacity: 0.25 !important; visibility: hidden; transition: visibility 0s linear 0.25s !important;
 }
 [class*="st-key-unfit-"] [data-testid="stMetricValue"] { opacity: 0.6; }
-[data-testid="stMetricDelta"] > div { white-space: normal; }
+[data-testid="stMetricDelta"], [data-testid="stMetricDelta"] * { white-space: normal; overflow: visible; }
 [data-testid="stMainBlockContainer"] { padding-top: 4rem; padding-bottom: 3rem; }
 [data-testid="stCaptionContainer"] { opacity: 1; color: inherit; }
 [data-testid="stCaptionContainer"] p, [data-testid="stCaptionContainer"] li { opacity: 0.8; }

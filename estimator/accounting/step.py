@@ -27,6 +27,7 @@ from estimator.parallel.megatron import ApexAdam, MainParameters, MegatronStage
 from estimator.parallel.pipeline import MICRO_BATCHES, SCHEDULES, Stage
 from estimator.parallel.placement import EXPERT, PIPELINE, TENSOR
 from estimator.parallel.sharded import REPLICAS
+from estimator.parallel.tensor import share
 from estimator.parallel.vocabulary import parallel_cross_entropy, parallel_cross_entropy_fp32
 
 if TYPE_CHECKING:
@@ -180,7 +181,8 @@ def _stage(machine: Machine, model: Transformer, recipe: Recipe, size: Mapping[s
 
     ahead = next(i for i, move in enumerate(recipe.schedule) if move.kind == BACKWARD)
     counts = recipe.micro_batches, ahead
-    passed = (*shape, size["d"]), replica.sharing.param_dtype or machine.dtype
+    tokens = share(machine, size["T"]) if recipe.sequence_parallel else size["T"]
+    passed = (size["B"], tokens, size["d"]), replica.sharing.param_dtype or machine.dtype
     return Stage(machine, recipe.stage, *counts, *passed, run, pieces.get("ids"), loss, replica.after_schedule)
 
 

@@ -85,6 +85,8 @@ class Layouts:
                 "data_parallel": o.plan.data_parallel,
                 "tensor_parallel": o.plan.tensor_parallel,
                 "pipeline_parallel": o.plan.pipeline_parallel,
+                "context_parallel": o.plan.context_parallel,
+                "expert_parallel": o.plan.expert_parallel,
                 "sharding": o.plan.sharding,
                 "shard_group": o.plan.shards,
                 "precision": o.plan.precision,

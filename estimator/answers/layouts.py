@@ -11,7 +11,7 @@ import itertools
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -49,6 +49,8 @@ if TYPE_CHECKING:
 AXES = (
     "tensor_parallel",
     "pipeline_parallel",
+    "context_parallel",
+    "expert_parallel",
     "sharding",
     "shard_group",
     "batch_size",
@@ -106,7 +108,7 @@ def search(
         choose("fixed", name, AXES)
     asked = _Search(m, plan or LAID_OUT, a, Setup(network=network), frozenset(fixed), checked(Run, "count", count))
     sequences = checked(Run, "global_batch_size", global_batch_size)
-    least = asked.count // max(ranks * stages for ranks, stages in asked.shares(asked.count))
+    least = asked.count // max(share.together for share in asked.shares(asked.count))
     if sequences < least:
         raise ConfigError(
             f"global_batch_size = {sequences}: on {asked.count} accelerators each replica of it takes a sequence at "
@@ -132,6 +134,23 @@ def search(
     return Layouts(tuple(options), dict(refused), smallest, f"between nodes {rate_of} ({default.source})")
 
 
+class Share(NamedTuple):
+    """How many accelerators share a block's matrices, the blocks, a sequence; whether replicas share the experts."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    context: int = 1
+    experts: bool = False
+
+    @property
+    def together(self) -> int:
+        """How many work on the same sequences."""
+        return self.tensor * self.pipeline * self.context
+
+
+ALONE = Share()
+
+
 @dataclass(frozen=True)
 class _Search:
     """A question, and the layouts that answer it."""
@@ -145,36 +164,57 @@ class _Search:
 
     def ways(self, refused: Counter[str]) -> Iterator[Plan]:
         """Each sharding, group of shards and checkpointing, in micro-batches of one; why others cannot be."""
-        for ranks, stages in self.shares(self.count):
-            replicas = self.count // (ranks * stages)
-            for sharding in self._shardings(replicas, ranks, stages):
-                for group in self._groups(sharding, replicas if ranks == 1 else 1):
+        for share in self.shares(self.count):
+            for sharding in self._shardings(self.count, share):
+                whole = share.tensor == share.context == 1 and not share.experts
+                for group in self._groups(sharding, self.count // share.together if whole else 1):
                     for kind in self._checkpointings():
                         try:
-                            yield self._way(self.count, sharding, group, kind, ranks, stages)
+                            yield self._way(self.count, sharding, group, kind, share)
                         except ConfigError as why:
                             refused[str(why)] += 1
 
-    def shares(self, count: int) -> list[tuple[int, int]]:
-        """(tensor-parallel ranks, stages of a pipeline) that are tried: those that fill the accelerators evenly.
+    def shares(self, count: int) -> list[Share]:
+        """What is tried: shares that fill the accelerators evenly, sequences and experts by themselves.
 
         Stages have blocks in equal numbers; only 1 where the plan or the model has what is not known together with it.
         """
         found = []
+        contexts, experts = self._several("context_parallel", count), self._several("expert_parallel", count)
         for ranks in self.tensors(count):
             if "pipeline_parallel" in self.fixed:
                 several = [self.plan.pipeline_parallel]
             else:
                 divisors = [n for n in range(2, self.model.num_layers + 1) if self.model.num_layers % n == 0]
                 several = [1, *(n for n in divisors if count % (ranks * n) == 0)]
-            found += [(ranks, stages) for stages in several if stages == 1 or self._known(count, ranks, stages)]
+            found += [
+                share
+                for stages in several
+                if stages == 1 or self._known(count, Share(ranks, stages), "pipeline_parallel")
+                for context in (contexts if (ranks, stages) == (1, 1) or "context_parallel" in self.fixed else [1])
+                for own in (
+                    experts if (ranks, stages, context) == (1, 1, 1) or "expert_parallel" in self.fixed else [1]
+                )
+                if (share := Share(ranks, stages, context, own > 1)) and count % share.together == 0
+            ]
         return found
 
-    def _known(self, count: int, ranks: int, stages: int) -> bool:
+    def _several(self, axis: str, count: int) -> list[int]:
+        """The accelerators of `axis` that are tried: all divisors of a node, or as many as there are for experts."""
+        if axis in self.fixed:
+            return [getattr(self.plan, axis)]
+        if axis == "expert_parallel":
+            several = {count: Share(experts=True)}
+        else:
+            node = min(count, self.accelerator.per_node)
+            several = {n: Share(context=n) for n in range(2, node + 1) if count % n == 0 and node % n == 0}
+        return [1, *(n for n, share in several.items() if n > 1 and self._known(count, share, axis))]
+
+    def _known(self, count: int, share: Share, axis: str) -> bool:
         try:
-            self._way(count, "none", None, "none", ranks, stages).check_model(self.model)
+            self._way(count, self._shardings(count, share)[-1], None, "none", share).check_model(self.model)
         except ConfigError:
-            return "pipeline_parallel" in self.fixed  # and says why
+            return axis in self.fixed  # and says why
         return True
 
     def tensors(self, count: int) -> list[int]:
@@ -190,21 +230,24 @@ class _Search:
             if count % ranks or node % ranks:
                 continue
             try:
-                sharding = self._shardings(count // ranks, ranks)[-1]
-                self._way(count, sharding, None, "none", ranks).check_model(self.model)
+                share = Share(ranks)
+                self._way(count, self._shardings(count, share)[-1], None, "none", share).check_model(self.model)
             except ConfigError:
                 continue
             found.append(ranks)
         return found
 
-    def _shardings(self, replicas: int, ranks: int, stages: int = 1) -> tuple[str, ...]:
+    def _shardings(self, count: int, share: Share) -> tuple[str, ...]:
+        replicas, alone = count // (share.tensor * share.pipeline), share.tensor == share.context == 1
         if "sharding" in self.fixed:
             return (self.plan.sharding,)
         if replicas > 1 and self.plan.implementation == "megatron":
             return ("zero1",)
-        if replicas == 1 or stages > 1:
+        if replicas == 1 or share.pipeline > 1:
             return ("none",)
-        return tuple(choices(Plan)["sharding"]) if ranks == 1 else FULLY_SHARDED
+        if share.experts:
+            return ("none", *FULLY_SHARDED)
+        return tuple(choices(Plan)["sharding"]) if alone else FULLY_SHARDED
 
     def _groups(self, sharding: str, replicas: int) -> tuple[int | None, ...]:
         if "shard_group" in self.fixed:
@@ -218,24 +261,25 @@ class _Search:
             return (self.plan.checkpointing,)
         return (*KINDS, self.plan.checkpointing) if self.plan.checkpointing not in KINDS else KINDS
 
-    def _way(
-        self, count: int, sharding: str, group: int | None, checkpointing: str, ranks: int = 1, stages: int = 1
-    ) -> Plan:
+    def _way(self, count: int, sharding: str, group: int | None, checkpointing: str, share: Share = ALONE) -> Plan:
         """The plan so laid out.
 
         Raises:
             ConfigError: it cannot be.
         """
         checked(Plan, "checkpointing", checkpointing)
-        megatron = self.plan.implementation == "megatron"
+        own = self.plan.expert_parallel if "expert_parallel" in self.fixed else count // share.together
+        matrices, stages, megatron = share.tensor > 1, share.pipeline, self.plan.implementation == "megatron"
         changes: dict[str, Any] = {
-            "data_parallel": count // (ranks * stages),
-            "tensor_parallel": ranks,
+            "data_parallel": count // share.together,
+            "tensor_parallel": share.tensor,
             "pipeline_parallel": stages,
+            "context_parallel": share.context,
+            "expert_parallel": own if share.experts else 1,
             "pipeline_schedule": self.plan.pipeline_schedule if stages > 1 else "1f1b",
             "virtual_stages": self.plan.virtual_stages if stages > 1 else 1,
-            "sequence_parallel": ranks > 1 and (megatron or (self.plan.sequence_parallel and stages == 1)),
-            "vocabulary_parallel": self.plan.vocabulary_parallel and ranks > 1 and stages == 1,
+            "sequence_parallel": matrices and (megatron or (self.plan.sequence_parallel and stages == 1)),
+            "vocabulary_parallel": self.plan.vocabulary_parallel and matrices and stages == 1,
             "sharding": sharding,
             "shard_group": group,
             "checkpointing": checkpointing,
@@ -243,7 +287,7 @@ class _Search:
             "grad_accumulation": 1,
         }
         if self.plan.precision in ("bf16-mixed", "bf16-fsdp"):
-            whole = sharding not in FULLY_SHARDED or count == ranks * stages
+            whole = sharding not in FULLY_SHARDED or count == share.tensor * share.pipeline
             changes["precision"] = "bf16-mixed" if whole else "bf16-fsdp"
             if whole:
                 changes |= {"reduce_dtype": "fp32", "autocast": False}
@@ -280,7 +324,12 @@ class _Search:
         return found
 
     def _too_much(self, way: Plan) -> str:
-        axes = {"tensor parallel": way.tensor_parallel, "pipeline of": way.pipeline_parallel}
+        axes = {
+            "tensor parallel": way.tensor_parallel,
+            "pipeline of": way.pipeline_parallel,
+            "context parallel": way.context_parallel,
+            "expert parallel": way.expert_parallel,
+        }
         several = "".join(f"{name} {n}, " for name, n in axes.items() if n > 1)
         most = f"more than {self.accelerator.memory_bytes / GIB:.1f} GiB"
         return f"{most}: {several}{way.sharding}, checkpointing {way.checkpointing}"
@@ -364,15 +413,15 @@ class _Search:
     def _fits(self, count: int, batch: int, sequences: int) -> bool:
         group = self.plan.shard_group if "shard_group" in self.fixed else None
         device = self.accelerator.device
-        for ranks, stages in self.shares(count):
-            replicas = count // (ranks * stages)
-            if count % (ranks * stages) or batch * replicas > sequences:
+        for share in self.shares(count):
+            replicas = count // share.together
+            if count % share.together or batch * replicas > sequences:
                 continue
             turns = np.array([-(-sequences // (batch * replicas))])
             kinds = reversed(self._checkpointings())
-            for kind, sharding in itertools.product(kinds, reversed(self._shardings(replicas, ranks, stages))):
+            for kind, sharding in itertools.product(kinds, reversed(self._shardings(count, share))):
                 try:
-                    way = self._way(count, sharding, group, kind, ranks, stages)
+                    way = self._way(count, sharding, group, kind, share)
                     if way.runs_stages and self._crowded(way, sequences):
                         continue
                     if way.runs_stages:

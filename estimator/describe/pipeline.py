@@ -57,9 +57,10 @@ def check_plan(p: Plan) -> None:
             f"reducer.cpp), and data_parallel is {p.data_parallel}; allowed is 1f1b"
         )
     if p.grad_accumulation < least:
+        why = " around which DDP's reducer fails where all forwards come first" if least > p.pipeline_parallel else ""
         raise ConfigError(
-            f"grad_accumulation = {p.grad_accumulation}: {p.pipeline_parallel} stages under {p.pipeline_schedule} take "
-            f"at least {least} micro-batches; allowed is at least that"
+            f"grad_accumulation = {p.grad_accumulation}: {p.pipeline_parallel} stages under {p.pipeline_schedule}{why} "
+            f"take at least {least} micro-batches; allowed is at least that"
         )
 
 
@@ -73,10 +74,15 @@ def telling_stages(p: Plan) -> tuple[int, ...]:
 
 
 def least_micro_batches(p: Plan) -> int:
-    """The fewest that the schedule takes: 1F1B one for each stage."""
+    """The fewest that the schedule takes: 1F1B one for each stage, and one more where DDP is around a stage.
+
+    With as many as stages the first stage runs all forwards first, under which DDP's reducer fails (an assertion in
+    torch/csrc/distributed/c10d/reducer.cpp), as it does under GPipe.
+    """
     if not p.is_pipeline:
         return 1
-    return p.pipeline_parallel if p.pipeline_schedule == "1f1b" else 2
+    replicated = p.shared_by == "none" and p.implementation == "bundled"
+    return p.pipeline_parallel + replicated if p.pipeline_schedule == "1f1b" else 2
 
 
 def check_model(p: Plan, m: ModelConfig) -> None:

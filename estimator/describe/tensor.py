@@ -34,7 +34,6 @@ SEQUENCE = (
     Needs(
         "shares_matrices", (True,), "tensor_parallel is {tensor_parallel}", say="allowed with tensor_parallel above 1"
     ),
-    *known_with(("pipeline_parallel", (1,))),
 )
 VOCABULARY = (
     SEQUENCE[0],

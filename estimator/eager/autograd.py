@@ -160,6 +160,7 @@ def attach(node: Node | None, *outputs: Tensor, save: Sequence[Tensor] = ()) -> 
 
 
 Buffer = list[Tensor | None]
+VIEWS = frozenset({"ViewBackward0", "UnsafeViewBackward0", "TransposeBackward0"})  # nodes whose backward is a view
 
 
 def backward(loss: Tensor, gradient: Tensor | None = None) -> None:
@@ -229,6 +230,7 @@ def _evaluate(node: Node, buffer: Buffer) -> list[tuple[tuple[Node, int], Tensor
     object.__setattr__(context, "needs", tuple(edge is not None for edge in node.edges))
     unpacked = [s if isinstance(s, Tensor) else s.unpack() for s in node.saved]
     object.__setattr__(context, "saved", tuple(unpacked))
+    _wait_for(node, buffer)
     results = list(node.backward(context, *buffer))
     for r in results:
         if r is not None:
@@ -264,6 +266,15 @@ def _evaluate(node: Node, buffer: Buffer) -> list[tuple[tuple[Node, int], Tensor
             edge[0].owners -= 1
             edge[0].expected = True
     return out
+
+
+def _wait_for(node: Node, buffer: Buffer) -> None:
+    """`AsyncCollectiveTensor`: waited for by the first operator that is no view, after what was saved is unpacked."""
+    for grad in buffer:
+        if grad is not None and node.name not in VIEWS:
+            wait = grad.machine.unwaited.pop(grad.storage, None)
+            if wait is not None:
+                wait()
 
 
 def _add_to_buffer(slots: Buffer, nr: int, grad: Tensor, *, wrapped: bool) -> None:

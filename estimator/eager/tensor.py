@@ -85,6 +85,7 @@ class Machine:
         self.frames: list[Frame] = []
         self.saves_on_host = False  # what is saved for backward is copied there
         self.makes_dtensors = False
+        self.unwaited: dict[Storage, Callable[[], object]] = {}  # what ends with the wait for an asynchronous message
         self.below_dispatch = False  # an operator's own kernel runs, of whose products no dispatch mode is told
         self.on_gradient: Callable[[Tensor], None] | None = None  # after each AccumulateGrad
         self.on_backward_end: Callable[[], None] | None = None

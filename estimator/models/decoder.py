@@ -111,7 +111,7 @@ class Transformer(Module):
         return found + [r.buffer for r in routers if r is not None and r.buffer is not None]
 
     def forward(self, v: Locals, ids: Tensor, targets: Tensor | None = None) -> Tensor:
-        length = ids.shape[1]
+        length = ids.shape[1] if self.recipe.enters else self.machine.shapes.letters["T"]
         v.x = self.entered(ids) if self.recipe.enters else ids
         masks = self.masks(v, length)
         v.cos = v.sin = None

@@ -163,7 +163,7 @@ class Buckets(Replica):
 
     def gradient_ready(self, p: Tensor) -> None:
         """`mark_variable_ready_dense`: the gradient, divided by D, goes into its bucket."""
-        if self.exchanges and EXPERT not in p.placement:
+        if self.exchanges and p in self.bucket_of:  # not what a stage of a pipeline has received, nor experts
             assert p.grad is not None
             self.ready.append(p)
             with python_number(self.machine, p.dtype):

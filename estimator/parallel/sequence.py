@@ -91,9 +91,9 @@ def gathered(x: Tensor, whole: Size, *, partial_gradient: bool = True) -> Tensor
 
 @op
 def scattered(x: Tensor) -> Tensor:
-    """`redistribute` of a `Partial` to `Shard(1)`; its gradient is gathered."""
+    """`redistribute` of a `Partial` to `Shard(1)`, asynchronously; its gradient is gathered, and so too."""
     whole = x.shape[1]
-    node = record("RedistributeBackward", (x,), lambda _, grad: [_all_gathered(grad, whole)])
+    node = record("RedistributeBackward", (x,), lambda _, grad: [_all_gathered(grad, whole, waits=False)])
     return attach(node, _reduce_scattered(x))
 
 
@@ -113,10 +113,10 @@ def _own_tokens(x: Tensor) -> Tensor:
     return out
 
 
-def _all_gathered(x: Tensor, whole: Size) -> Tensor:
+def _all_gathered(x: Tensor, whole: Size, *, waits: bool = True) -> Tensor:
     """`all_gather_single` over the tokens: into a buffer in the order of ranks, which a cat brings into theirs.
 
-    With one sequence a view does.
+    With one sequence a view does, and what need not be waited for at once has its input until it is.
     """
     machine = x.machine
     b, _, d = x.shape
@@ -126,6 +126,8 @@ def _all_gathered(x: Tensor, whole: Size) -> Tensor:
     if machine.device == "cpu":  # gloo receives into one more
         machine.empty(shape, x.dtype).discard()
     if b is ONE:
+        if not waits:
+            machine.unwaited[ranks.storage] = x.hold().drop
         ranks.owners -= 1
         return ranks
     out = machine.empty(shape, x.dtype)

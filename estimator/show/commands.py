@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
 import re
 import sys
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import estimator
 from estimator.describe.checks import SHOWN, ConfigError, shown
+from estimator.show.output import guarded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -131,22 +129,7 @@ class TopicHelp(argparse.Action):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; 0 if all is well, 2 for bad input, 1 where the output cannot be written."""
-    if sys.stdout is None:  # `estimate ... >&-`: nobody listens
-        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - it is open until the end
-    try:
-        try:
-            return _dispatched(sys.argv[1:] if argv is None else list(argv))
-        finally:
-            sys.stdout.flush()  # here, where what goes wrong can still be said
-    except BrokenPipeError:  # `estimate ... | head` has read enough
-        _abandon_output()
-        return 0
-    except OSError as error:
-        if error.filename is not None:  # of a file that was to be read
-            raise
-        _abandon_output()
-        sys.stderr.write(f"estimate: error: the output cannot be written ({error.strerror})\n")
-        return 1
+    return guarded("estimate", lambda: _dispatched(sys.argv[1:] if argv is None else list(argv)))
 
 
 def _dispatched(argv: list[str]) -> int:
@@ -195,9 +178,3 @@ def overview() -> str:
         f"commands (`estimate COMMAND --help` says more):\n{rows}\n"
         f"{EXAMPLES}"
     )
-
-
-def _abandon_output() -> None:
-    """What is left to be written goes nowhere: Python would try again at its end, and complain."""
-    with suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -70,8 +70,9 @@ def _parser() -> argparse.ArgumentParser:
     p = parser()
     p.prog = "estimate layouts"
     p.description = (
-        "Every tensor parallelism within a node, pipeline, sharding, group of shards, micro-batch and checkpointing on "
-        "so many accelerators that fits, the fastest first. Those that are given as options stay as they are. Defaults "
+        "Every tensor and context parallelism within a node, pipeline, sharing of experts, sharding, group of shards, "
+        "micro-batch and checkpointing on so many accelerators that fits, the fastest first. Those that are given as "
+        "options stay as they are. Defaults "
         "are bf16, fused attention and optimizer, no clipping; with --implementation megatron those of Megatron-LM."
     )
     p.add_argument("--rows", type=int, default=ROWS, help="rows to print (default: %(default)s)")
@@ -129,7 +130,9 @@ def layout(o: Option) -> str:
     p = o.plan
     tensor = [f"tensor parallel {p.tensor_parallel}"] if p.tensor_parallel > 1 else []
     tensor += [f"pipeline of {p.pipeline_parallel}"] if p.pipeline_parallel > 1 else []
-    if p.data_parallel == 1:
+    tensor += [f"context parallel {p.context_parallel}"] if p.context_parallel > 1 else []
+    tensor += [f"expert parallel {p.expert_parallel}"] if p.expert_parallel > 1 else []
+    if p.copies == 1:
         return " x ".join(tensor) or "alone"
     groups = f" in {p.replicas} groups of {p.shards}" if p.shard_group and p.replicas > 1 else ""
     return " x ".join([*tensor, f"{STRATEGIES[p.sharding]}{groups}"])

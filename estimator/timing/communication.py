@@ -48,10 +48,12 @@ def _totals(form: Account) -> dict[Key, list[tuple[Size, Size]]]:
     """Of each kind of message, (bytes, count) in the first micro-batch and in those after it."""
     terms: dict[tuple[Key, int], list[Sent]] = {}
     for sent in form.traced.ledger.messages:
-        if sent.kind == "send" or (form.recipe.pipeline and sent.axis != DATA and sent.micro_batch > 1):
+        updates = sent.where.phase.value == "optimizer"
+        again = form.recipe.pipeline and sent.axis != DATA and sent.micro_batch > 1 and not updates
+        if sent.kind == "send" or again:
             continue  # what a stage sends on is its schedule's; a third micro-batch sends what the second does
         key = (sent.kind, sent.axis, sent.where.phase.value, sent.waits, sent.itemsize)
-        turn = 0 if sent.where.phase.value == "optimizer" else min(sent.micro_batch, 1)
+        turn = 0 if updates else min(sent.micro_batch, 1)
         terms.setdefault((key, turn), []).append(sent)
     total = form.traced.total
     found: dict[Key, list[tuple[Size, Size]]] = {}

@@ -29,11 +29,7 @@ def losses(m, p, world):
     if p.is_pipeline:
         step = PipelineStep(m, p, world)
         return [step.losses() for _ in range(3)]
-    step = SharedStep(m, p, world)
-    if p.expert_parallel > 1:  # each sees others, and routers choose
-        step.inputs = tuple(x.roll(world.rank, 1) for x in step.inputs)
-        for router in (x for x in step.model.modules() if isinstance(x, Router)):
-            router.routing = "learned"
+    step = of_own_tokens(m, p, world)
     found = []
     for _ in range(3):
         loss = step.forward()
@@ -43,9 +39,19 @@ def losses(m, p, world):
     return found
 
 
+def of_own_tokens(m, p, world):
+    """A step; where ranks share experts each sees other tokens, and routers choose."""
+    step = SharedStep(m, p, world)
+    if p.expert_parallel > 1:
+        step.inputs = tuple(x.roll(world.rank, 1) for x in step.inputs)
+        for router in (x for x in step.model.modules() if isinstance(x, Router)):
+            router.routing = "learned"
+    return step
+
+
 def gradients(m, p, world):
     """name -> the whole gradient of each parameter after a step's micro-batches, flat."""
-    step = SharedStep(m, p, world)
+    step = of_own_tokens(m, p, world)
     step.micro_batches()
     step.held.gather_gradients()
     whole = {name: step.held.whole(name, x.grad) for name, x in step.held.named.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from random import Random
 
@@ -104,6 +105,17 @@ def test_losses_are_those_of_one_process(tmp_path):
             step.optimizer.step()
             step.optimizer.zero_grad()
         assert [sum(losses) / 2 for losses in zip(*processes, strict=True)] == pytest.approx(alone, rel=1e-5)
+
+
+def test_gradients_are_those_of_one_process(tmp_path):
+    """Equal to 1e-5 of a parameter's greatest."""
+    alone = build_step(ALIBI, Plan(batch_size=2))
+    alone.backward(alone.forward())
+    expected = {name: p.grad.flatten().tolist() for name, p in alone.model.named_parameters()}
+    plans = [Plan(batch_size=2, context_parallel=2, sharding=sharding) for sharding in ("none", "zero3")]
+    for processes in measured(2, [(ALIBI, p) for p in plans], tmp_path, "gradients"):
+        for found, (name, values) in product(processes, expected.items()):
+            assert found[name] == pytest.approx(values, rel=0, abs=1e-5 * max(map(abs, values))), name
 
 
 def test_activations_are_shared_out():

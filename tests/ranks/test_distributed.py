@@ -43,6 +43,7 @@ warmup_steps = 1
 """
 TWO = ["--plan.grad-accumulation", "2"]  # the processes take a micro-batch each; otherwise half the rows of each
 CHUNKED = ["--plan.loss", "chunked"]  # which reads the head's weight where the model's forward has it whole
+CONTEXT = ["--plan.context-parallel", "2"]  # they take half the tokens of each sequence
 LOOP = ["--plan.optimizer-impl", "loop"]  # whose state has a scalar tensor
 
 
@@ -116,6 +117,8 @@ def runs(tmp_path_factory):
             add(f"zero1_of_fsdp_{name}", *half_precision, "--sharding", "zero1", source=f"fsdp_{name}")
         add("ddp_chunked", *TWO, *CHUNKED)
         add("fsdp_chunked", *TWO, *CHUNKED, "--sharding", "fsdp")
+        add("context", *TWO, *CONTEXT)
+        add("context_of_ddp", *TWO, *CONTEXT, "--sharding", "fsdp", "--changed", source="ddp")
         add("zero1_of_one", *TWO, *LOOP, "--sharding", "zero1", source="one_loop")
         add("zero1_of_fsdp", *TWO, *LOOP, "--sharding", "zero1", source="fsdp_loop")
         add("ddp_of_one", *TWO, source="one")
@@ -159,6 +162,8 @@ ALL += [
     "one_of_ddp",
     "one_of_fsdp",
     "one_of_fsdp_loop",
+    "context",
+    "context_of_ddp",
 ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from itertools import product
 from pathlib import Path
 from random import Random
 
@@ -122,6 +123,21 @@ def test_losses_are_those_of_one_process(ranks, tmp_path):
             step.optimizer.zero_grad()
         for losses, own in zip(processes, alone, strict=True):
             assert losses == pytest.approx(own, rel=1e-5)
+
+
+def test_gradients_are_those_of_one_process(tmp_path):
+    """Equal to 1e-5 of a parameter's greatest, on other tokens in each rank."""
+    shared = {"batch_size": 2, "data_parallel": 2, "expert_parallel": 2}
+    alone = build_step(GPT_OSS, Plan(batch_size=2))
+    inputs = alone.inputs
+    for rank in range(2):
+        alone.inputs = tuple(x.roll(rank, 1) for x in inputs)
+        alone.backward(alone.forward() / 2)
+    expected = {name: p.grad.flatten().tolist() for name, p in alone.model.named_parameters()}
+    cases = [(GPT_OSS, Plan(**shared)), (GPT_OSS, Plan(**shared, **FSDP))]
+    for processes in measured(2, cases, tmp_path, "gradients"):
+        for found, (name, values) in product(processes, expected.items()):
+            assert found[name] == pytest.approx(values, rel=0, abs=1e-5 * max(map(abs, values))), name
 
 
 def test_experts_add_up_to_the_whole():

@@ -8,7 +8,7 @@ from random import Random
 import numpy as np
 import pytest
 import torch
-from test_sharding import measured
+from test_sharding import accounted, measured, totals
 
 import estimator as est
 from estimator.accounting.accounts import account
@@ -20,6 +20,7 @@ from estimator.timing.pipeline import StageTime, finished, simulated
 from trainer.referee.measure import build_step
 
 RUNS = int(os.environ.get("PIPELINE_RUNS", "0"))  # random recipes to try, in place of a few
+THREE = {"grad_accumulation": 3}
 
 
 def model(family, layers):
@@ -69,13 +70,18 @@ def test_stages_of_shared_matrices_and_of_replicas_are_exact_too(tmp_path):
             model("llama", 4),
             Plan(batch_size=2, grad_accumulation=5, pipeline_parallel=2, optimizer="sgd", max_grad_norm=1.0, **axis),
         )
-        for axis in ({"tensor_parallel": 2}, {"data_parallel": 2})
+        for axis in (
+            {"tensor_parallel": 2},
+            {"tensor_parallel": 2, "sequence_parallel": True, "seq_len": 8},
+            {"data_parallel": 2},
+        )
     ]
     for _ in range(RUNS or 2):
         m, p = drawn(random, 2)
         axis = random.choice(["tensor_parallel", "data_parallel"])
-        kind = "1f1b" if axis == "data_parallel" else p.pipeline_schedule  # DDP fails under PyTorch's GPipe
-        cases.append((m, p.replace(pipeline_schedule=kind, **{axis: 2})))
+        if axis == "data_parallel":  # DDP fails where all forwards come first
+            p = p.replace(pipeline_schedule="1f1b", grad_accumulation=max(p.grad_accumulation, 3))
+        cases.append((m, p.replace(**{axis: 2})))
     for (m, p), processes in zip(cases, measured(4, cases, tmp_path), strict=True):
         for rank, real in enumerate(processes):
             v = account(m, p, "cpu", rank // 2).evaluate(m, p, threads=1)
@@ -115,6 +121,21 @@ def test_stages_that_are_sharded_are_exact_too(stages, tmp_path):
         for rank, real in enumerate(processes):  # two by two they share a stage
             v = account(m, p, "cpu", rank // 2 + stages * (rank % 2)).evaluate(m, p, threads=1)
             assert {name: getattr(v, name) for name in real} == real, (m, p, rank)
+
+
+def test_each_stage_sends_the_messages_of_the_ledger(tmp_path):
+    """By kind, count and bytes: to the other stages, and to those that share the matrices or replicate the stage."""
+    plan = {"batch_size": 2, "pipeline_parallel": 2, "optimizer": "sgd"}
+    sequence = {"tensor_parallel": 2, "sequence_parallel": True, "seq_len": 8}
+    cases = {
+        2: [Plan(grad_accumulation=8, max_grad_norm=1.0, **plan), Plan(pipeline_schedule="gpipe", **THREE, **plan)],
+        4: [Plan(**THREE, **sequence, **plan), Plan(data_parallel=2, **THREE, **plan)] if RUNS else [],
+    }
+    for size, plans in cases.items():
+        those = [(model("llama", 4), p) for p in plans]
+        for (m, p), processes in zip(those, measured(size, those, tmp_path, "messages") if those else [], strict=True):
+            for rank, real in enumerate(processes):
+                assert accounted(m, p, 2 * rank // size) == totals(real), (m, p, rank)
 
 
 def test_losses_are_those_of_one_process(tmp_path):

@@ -269,13 +269,17 @@ def totals(real):
     return found
 
 
-def accounted(m, p):
+def accounted(m, p, rank=0):
     """The same, of the ledger."""
     found = {}
-    a, sizes = account(m, p, "cpu"), sizes_for(m, p, threads=1)
+    a, sizes = account(m, p, "cpu", rank), sizes_for(m, p, threads=1, stage=rank)
     for message in communication.messages(a, sizes, p.grad_accumulation):
         messages, total = found.get(message.collective, (0, 0))
         found[message.collective] = messages + message.count, total + message.nbytes
+    sends = [x for x in a.traced.ledger.messages if x.kind == "send" and x.micro_batch == 0]
+    if sends:  # which are the schedule's: the same of every micro-batch
+        turns = p.grad_accumulation
+        found["send"] = turns * len(sends), turns * sum(int(evaluate(x.nbytes, sizes)) for x in sends)
     return found
 
 

@@ -36,6 +36,7 @@ CASES = [
     (NORMED, {"optimizer": "sgd", "grad_accumulation": 2}),
     (NORMED, {"optimizer": "sgd", **SEQUENCE}),
     (GPT2, {"checkpointing": "block", "dropout": 0.1, **SEQUENCE}),
+    (LLAMA, {"batch_size": 1, "checkpointing": "block", "precision": "bf16-mixed", "optimizer": "sgd", **SEQUENCE}),
     (NORMED, {"optimizer": "sgd", **SEQUENCE, **VOCABULARY}),
     (TIED, {"optimizer": "sgd", "grad_accumulation": 2, **VOCABULARY}),
 ]
@@ -74,7 +75,7 @@ def drawn(random, ranks):
 def test_each_rank_holds_what_the_account_says_to_the_byte(ranks, tmp_path):
     random = Random(ranks)
     fixed = [(m.replace(num_kv_heads=4) if m is not GPT2 and ranks == 4 else m, plan) for m, plan in CASES]
-    cases = [(m, Plan(batch_size=2, tensor_parallel=ranks, **plan)) for m, plan in fixed]
+    cases = [(m, Plan(**{"batch_size": 2, "tensor_parallel": ranks} | plan)) for m, plan in fixed]
     cases += [drawn(random, ranks) for _ in range(RUNS or 2)]
     for (m, p), processes in zip(cases, measured(ranks, cases, tmp_path), strict=True):
         v = account(m, p, "cpu").evaluate(m, p, threads=1)
@@ -124,7 +125,7 @@ def test_replicas_of_shards_of_shared_matrices(tmp_path):
 
 
 def test_each_rank_sends_the_messages_of_the_ledger(tmp_path):
-    cases = [(m, Plan(batch_size=2, tensor_parallel=2, **plan)) for m, plan in (*CASES[:3], *CASES[-5:])]
+    cases = [(m, Plan(**{"batch_size": 2, "tensor_parallel": 2} | plan)) for m, plan in (*CASES[:3], *CASES[-6:])]
     for (m, p), processes in zip(cases, measured(2, cases, tmp_path, "messages"), strict=True):
         for real in processes:
             assert accounted(m, p) == totals(real), (m, p)
@@ -212,6 +213,7 @@ def test_an_estimate_of_several_accelerators():
         ("llama-3.1-8b", {"tensor_parallel": 4, "sequence_parallel": True, "seq_len": 1022}, "seq_len"),
         ("llama-3.1-8b", {"sequence_parallel": True}, "tensor_parallel is 1"),
         ("gpt2", {"tensor_parallel": 2, **VOCABULARY}, "vocab_size"),
+        ("gpt2", {"tensor_parallel": 2, "pipeline_parallel": 2, **VOCABULARY}, "pipeline_parallel"),
         ("gpt2", {"tensor_parallel": 2, "vocabulary_parallel": True}, "loss"),
     ],
 )

@@ -1,4 +1,6 @@
 import dataclasses
+import errno
+import io
 import json
 import math
 import os
@@ -472,6 +474,7 @@ def spoiled(content, *at, value):
         (("optimizer", "param_groups"), [], "it has 0 groups"),
         (("run", "model", "d_model"), torch.zeros(3), "run.model holds more than plain values"),
         (("run", "model", "depth"), 3, "run.model has a field 'depth'"),
+        (("run", "model", "num_heads"), None, "run.model has no num_heads"),
         (("run",), 0, "run.step is a NoneType"),
         (("run", "random", "cuda"), True, "run.random must hold"),
         (("model", "final_norm.weight"), torch.full((16,), math.nan), "final_norm.weight is not finite"),
@@ -803,3 +806,19 @@ def test_what_is_frozen_stays(corpus, tmp_path, parts):
     for name, x in weights(tmp_path / "a").items():
         held = "norm" not in name if "trained" in parts else name.startswith(("embedding", "positions", "head"))
         assert torch.equal(x, start[name]) == held, name
+
+
+class Full(io.StringIO):
+    def write(self, _):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(("stdout", "status", "said"), [(Full(), 1, "No space left on device"), (None, 0, "")])
+def test_output_that_cannot_be_written_is_one_line_or_none(whole, monkeypatch, capsys, stdout, status, said):
+    """To a full device, and to a closed descriptor, which Python makes None."""
+    monkeypatch.setattr(sys, "stdout", stdout)
+    assert main(["curve", str(whole)]) == status
+    sys.stdout.close()  # of a closed one that of nobody
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == bool(said)

@@ -19,6 +19,7 @@ FIELDS = (
     "data_parallel",
     "tensor_parallel",
     "pipeline_parallel",
+    "context_parallel",
     "sharding",
     "shard_group",
     "batch_size",
@@ -34,7 +35,8 @@ def found():
 
 def estimated(**changes):
     """The estimate of one layout, or None where it cannot be."""
-    sharded = changes["sharding"] in ("zero2", "zero3") and changes["data_parallel"] > 1
+    several = changes["data_parallel"] * changes.get("context_parallel", 1) > 1
+    sharded = changes["sharding"] in ("zero2", "zero3") and several
     try:
         p = PLAN.replace(precision="bf16-fsdp" if sharded else "bf16-mixed", **changes)
         return est.estimate(MODEL, p, CARD, global_batch_size=SEQUENCES)
@@ -45,15 +47,16 @@ def estimated(**changes):
 def brute(count):
     """Every layout of so many accelerators that fits, by its fields."""
     groups = [(s, g) for s in ("zero2", "zero3") for g in (None, *range(2, count)) if g is None or count % g == 0]
-    ways = [(1, "none", None), (1, "zero1", None), *((1, *group) for group in groups)]
-    ways += [
-        (ranks, s, None) for ranks in range(2, CARD.per_node + 1) for s in ("zero2", "zero3") if count % ranks == 0
-    ]
-    for (ranks, sharding, group), kind in itertools.product(ways, KINDS):
-        for batch in range(1, SEQUENCES * ranks // count + 1):
+    ways = [(1, 1, "none", None), (1, 1, "zero1", None), *((1, 1, *group) for group in groups)]
+    shares = [n for n in range(2, CARD.per_node + 1) if count % n == 0]
+    ways += [(n, 1, s, None) for n in shares for s in ("zero2", "zero3")]
+    ways += [(1, n, s, None) for n in shares for s in ("zero2", "zero3")]
+    for (ranks, context, sharding, group), kind in itertools.product(ways, KINDS):
+        replicas = count // (ranks * context)
+        for batch in range(1, SEQUENCES // replicas + 1):
             r = estimated(
-                data_parallel=count // ranks, tensor_parallel=ranks, sharding=sharding, shard_group=group,
-                checkpointing=kind, batch_size=batch,
+                data_parallel=replicas, tensor_parallel=ranks, context_parallel=context, sharding=sharding,
+                shard_group=group, checkpointing=kind, batch_size=batch,
             )  # fmt: skip
             if r is not None and r.fits:
                 yield key(r), r
@@ -61,7 +64,14 @@ def brute(count):
 
 def key(o):
     p = o.plan
-    return p.tensor_parallel, p.sharding, p.shards, p.batch_size, p.grad_accumulation, p.checkpointing
+    return (
+        (p.tensor_parallel, p.context_parallel),
+        p.sharding,
+        p.shards,
+        p.batch_size,
+        p.grad_accumulation,
+        p.checkpointing,
+    )
 
 
 def test_it_finds_what_a_loop_over_all_layouts_finds(found):
@@ -72,7 +82,7 @@ def test_it_finds_what_a_loop_over_all_layouts_finds(found):
     for ranks, sharding, shards, batch, steps, kind in expected:
         turns.setdefault((ranks, sharding, shards, steps, kind), []).append(batch)
     assert set(listed) == {(*k[:3], min(found), *k[3:]) for k, found in turns.items()}
-    assert {k[0] for k in listed} == {1, 2, 4}
+    assert {k[0] for k in listed} == {(1, 1), (2, 1), (4, 1), (1, 2), (1, 4)}
     assert sum(found.refused.values()) > 0
     best = min(expected.values(), key=lambda r: r.time.seconds_per_step)
     assert found.options[0].seconds == pytest.approx(best.time.seconds_per_step)
@@ -90,15 +100,15 @@ def test_pipelines_are_searched_too_and_each_row_estimated_alone_is_the_same():
     card = replace(CARD, memory_bytes=int(3.4 * 2**30), per_node=2)
     found = search(model, plan, card, count=4, global_batch_size=12, fixed=("checkpointing",)).options
     expected = {}
-    for ranks, stages in itertools.product((1, 2), (1, 2, 4)):
-        replicas = 4 // (ranks * stages)
-        shardings = ("none", "zero1", "zero2", "zero3") if stages == 1 else ("none",)
+    for ranks, stages, context in [*itertools.product((1, 2), (1, 2, 4), (1,)), (1, 1, 2)]:
+        replicas = 4 // (ranks * stages * context)
+        shardings = ("none", "zero1", "zero2", "zero3")[2 * (context > 1) :] if stages == 1 else ("none",)
         batches = [n for n in range(1, 13) if replicas and 12 // replicas % n == 0]
         for sharding, batch in itertools.product(shardings, batches):
             try:
                 p = plan.replace(
                     tensor_parallel=ranks, pipeline_parallel=stages, data_parallel=replicas, batch_size=batch,
-                    sharding=sharding,
+                    sharding=sharding, context_parallel=context,
                 )  # fmt: skip
                 r = est.estimate(model, p, card, global_batch_size=12)
             except ConfigError:
@@ -107,7 +117,7 @@ def test_pipelines_are_searched_too_and_each_row_estimated_alone_is_the_same():
                 expected[stages, *key(r)] = r
     listed = {(o.plan.pipeline_parallel, *key(o)): o for o in found}
     assert {stages for stages, *_ in listed} == {1, 2, 4}
-    assert {ranks for stages, ranks, *_ in listed if stages == 2} == {1, 2}
+    assert {ranks for stages, ranks, *_ in listed if stages == 2} == {(1, 1), (2, 1)}
     best = min(expected.values(), key=lambda r: r.time.seconds_per_step)
     assert found[0].seconds == pytest.approx(best.time.seconds_per_step)
     for at, r in expected.items():
@@ -116,6 +126,20 @@ def test_pipelines_are_searched_too_and_each_row_estimated_alone_is_the_same():
             assert listed[at].seconds == pytest.approx(r.time.seconds_per_step)
             assert listed[at].parts == pytest.approx(dict(r.time.parts))
     assert {at for at in listed if at[0] > 1} == {at for at in expected if at[0] > 1}
+
+
+def test_experts_are_shared_out_and_each_row_estimated_alone_is_the_same():
+    model = est.preset("mixtral-8x7b").replace(num_layers=2, d_model=512, d_expert=256, vocab_size=1024)
+    plan = PLAN.replace(precision="bf16", seq_len=128)
+    found = search(model, plan, CARD, count=4, global_batch_size=8, fixed=("checkpointing",)).options
+    shared = [o for o in found if o.plan.expert_parallel > 1]
+    assert {o.plan.sharding for o in shared} == {"none", "zero2", "zero3"}
+    assert {o.plan.expert_parallel for o in shared} == {4}
+    for o in shared:
+        r = est.estimate(model, o.plan, CARD, global_batch_size=8)
+        assert (r.memory.needed, r.plan) == (o.needed, o.plan)
+        assert r.time.seconds_per_step == pytest.approx(o.seconds)
+        assert r.time.mfu == pytest.approx(o.mfu)
 
 
 def test_megatrons_layouts_have_all_axes_together_and_are_those_of_an_estimate():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -198,6 +198,9 @@ def check_model(model: Any, name: str) -> None:
     known = {f.name for f in fields(ModelConfig)}
     if type(model) is not dict or not _plain(model):
         raise CheckpointError(f"{name}: its run.model holds more than plain values")
+    needed = [f.name for f in fields(ModelConfig) if f.default is MISSING and f.default_factory is MISSING and f.init]
+    if missing := next((field for field in needed if field not in model), None):
+        raise CheckpointError(f"{name}: its run.model has no {missing}")
     if strange := next((field for field in model if field not in known), None):
         raise CheckpointError(f"{name}: its run.model has a field {shown(strange)} that no model has")
 

@@ -33,4 +33,6 @@ def context_parallel(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
 
 def own_tokens(x_BT: Tensor, rank: int, ranks: int) -> Tensor:
     """The tokens of each sequence that the `rank`-th of so many processes has, in memory of their own."""
+    if ranks == 1:
+        return x_BT
     return x_BT.chunk(ranks, 1)[rank].clone(memory_format=torch.contiguous_format)

@@ -185,7 +185,7 @@ class World:
             ends = {"sequence": plan.sequence_parallel, "vocabulary": plan.vocabulary_parallel}
             tensor_parallel(model, self.grid(plan)["tensor"], **ends)
         if plan.context_parallel > 1:
-            shape = (plan.data_parallel, plan.context_parallel)
+            shape = (self.size // plan.context_parallel, plan.context_parallel)
             mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=("data", "context"))
             context_parallel(model, mesh["context"])
         if plan.expert_parallel > 1:
@@ -251,9 +251,12 @@ class Weights:
             self.average_experts()
 
     def average_experts(self) -> None:
-        """Experts that one process has for all have seen all their tokens: a sum, to be the mean that DDP makes."""
+        """Experts beside DDP have all processes' tokens in their gradients: a sum, to be the mean that DDP makes.
+
+        `fully_shard` has divided it (`trainer.parallel.expert.shard_experts`), on a mesh of two dimensions.
+        """
         for name, p in self.originals.items():
-            mesh, grad = part_mesh(p), self.named[name].grad
+            mesh, grad = p.device_mesh if isinstance(p, DTensor) else None, self.named[name].grad
             if mesh is not None and mesh.mesh_dim_names == ("expert",) and grad is not None:
                 grad.div_(mesh.size())
 

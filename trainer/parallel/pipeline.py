@@ -33,11 +33,14 @@ class Stage(nn.Module):
         model: the whole decoder, without the parts that other stages have.
         index, stages: which of how many.
         layers: its blocks' indices in the whole model.
+        tokens: of a sequence, of which a process of sequence parallelism sees a part here; None for all that it sees.
     """
 
     def __init__(self, model: Transformer, index: int, stages: int) -> None:
         super().__init__()
         self.index, self.stages = index, stages
+        plan = model.plan
+        self.tokens = plan.tokens(model.config) if plan.sequence_parallel else None
         self.first, self.last = first, last = index == 0, index == stages - 1
         each = len(model.blocks) // stages
         self.layers = range(index * each, (index + 1) * each)
@@ -60,7 +63,7 @@ class Stage(nn.Module):
         model = self.model
         if self.index == 0:
             x = model.dropout(model.embedded(x, 0))
-        T = x.shape[1]
+        T = self.tokens or x.shape[1]
         masks, bias = model.masks(x, T, 0)
         rotary = model.config.made_of.positions.kind == "rotary"
         cos, sin = (table[:T, None] for table in (model.cos, model.sin)) if rotary else (None, None)

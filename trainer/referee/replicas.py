@@ -121,7 +121,7 @@ class PipelineStep(Step):
         assert isinstance(model, Transformer)
         grid = world.grid(p)
         if p.tensor_parallel > 1:
-            tensor_parallel(model, grid["tensor"])
+            tensor_parallel(model, grid["tensor"], sequence=p.sequence_parallel)
         stage = Stage(model, grid["pipeline"].get_local_rank(), p.pipeline_parallel)
         needed = ((ids,) if stage.first else ()) + ((targets,) if stage.last else ())
         sharded = p.shards > 1
@@ -182,7 +182,7 @@ ASKED = {
     "_c10d_functional::reduce_scatter_tensor": (0, "reduce-scatter"),
 }
 PART = "_c10d_functional::all_gather_into_tensor"
-SENT = {"gloo:all_reduce": "all-reduce", "gloo:broadcast": "broadcast"}
+SENT = {"gloo:all_reduce": "all-reduce", "gloo:broadcast": "broadcast", "gloo:send": "send"}
 ALL_TO_ALL = "c10d::alltoall_base_"  # whose first tensor is what comes, and whose second is what goes
 ITEMSIZES = {"float": 4, "c10::BFloat16": 2, "c10::Half": 2, "long": 8, "long int": 8}
 
@@ -194,7 +194,7 @@ def messages(m: ModelConfig, p: Plan, world: World, seed: int = 0) -> list[tuple
     goes, whichever is more, counts. In a selective checkpoint, which is a dispatch mode, an operator is seen within
     itself again.
     """
-    step = SharedStep(m, p, world, seed)
+    step = PipelineStep(m, p, world, seed) if p.is_pipeline else SharedStep(m, p, world, seed)
     for _ in range(2):
         step()
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as prof:
@@ -230,8 +230,10 @@ def longer_waits(moment: float, group: dist.ProcessGroup | None) -> Iterator[Non
 
     What PyTorch keeps the work of, it frees some time after it has waited. The buffers of a functional collective go
     with the wait itself, so that gloo must be done before: a barrier of its `group` waits for all that was asked of it.
+    What it gathers it takes a buffer for in a thread of its own, whenever all have sent: here at once, so that a gather
+    that is not waited for (of one sequence, which needs no copy) has it at the same moment in every step.
     """
-    wait, wait_tensor = dist.Work.wait, functional.wait_tensor
+    wait, wait_tensor, gather = dist.Work.wait, functional.wait_tensor, functional.all_gather_single
     gloo = None if group is None else group._get_backend(torch.device("cpu"))  # noqa: SLF001 - `dist.barrier` allocates
 
     def longer(work: dist.Work, *timeout: Any) -> bool:
@@ -245,13 +247,20 @@ def longer_waits(moment: float, group: dist.ProcessGroup | None) -> Iterator[Non
         found: Tensor = wait_tensor(x)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         return found
 
+    def gathered(*args: Any, **kwargs: Any) -> Tensor:
+        found: Tensor = gather(*args, **kwargs)
+        if gloo is not None:
+            gloo.barrier().wait()  # type: ignore[attr-defined]
+        return found
+
+    functional.all_gather_single = gathered
     dist.Work.wait = longer  # type: ignore[assignment, method-assign]  # which is what FSDP calls
     functional.wait_tensor = longer_for  # and this DTensor
     try:
         yield
     finally:
         dist.Work.wait = wait  # type: ignore[method-assign]
-        functional.wait_tensor = wait_tensor
+        functional.wait_tensor, functional.all_gather_single = wait_tensor, gather
 
 
 def measure_shared(m: ModelConfig, p: Plan, world: World, seed: int = 0) -> dict[str, int]:

@@ -30,6 +30,7 @@ from estimator.describe.plan import Plan
 from estimator.describe.settings import choices
 from estimator.hardware.accelerators import accelerator
 from estimator.memory.device import memory
+from estimator.show.output import guarded
 from estimator.studies import device, published_report
 
 if TYPE_CHECKING:
@@ -221,12 +222,15 @@ def to_json(chosen: Sequence[tuple[ModelConfig, Plan]], rows: Sequence[Sequence[
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; 0 if every exact figure is equal, 1 if one is not, 2 for bad arguments."""
-    argv = sys.argv[1:] if argv is None else list(argv)
+    return guarded("validate-estimates", lambda: _answer(sys.argv[1:] if argv is None else list(argv)))
+
+
+def _answer(argv: list[str]) -> int:
     if "--published" in argv:
         return published_report.main([word for word in argv if word != "--published"])
     if "--import" in argv:
         return device.main([word for word in argv if word != "--import"])
-    if "--time" in argv:
+    if "--time" in argv and find_spec("torch") is not None:
         from trainer.referee import validate_time  # noqa: PLC0415 - which needs torch
 
         return validate_time.main([word for word in argv if word != "--time"])

@@ -15,6 +15,7 @@ import tyro
 from estimator.describe.checks import ConfigError, positive_int, shown
 from estimator.describe.model import ModelConfig
 from estimator.describe.plan import Plan
+from estimator.show.output import guarded
 from trainer.files.checkpoint import checkpoints, export_safetensors, read_checkpoint
 from trainer.files.contents import check_finite, check_model
 from trainer.files.prepare import END_OF_TEXT, PrepareConfig, prepare
@@ -194,10 +195,16 @@ def run(command: str, arguments: Sequence[str]) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line: 0, or 2 and one sentence on standard error."""
     command, *rest = (sys.argv[1:] if arguments is None else arguments) or [""]
+    return guarded("python -m trainer", lambda: _answer(command, rest))
+
+
+def _answer(command: str, rest: Sequence[str]) -> int:
     describe(PrepareConfig, TrainConfig, ModelSection, Plan, OptimSection, CurveConfig, GenerateConfig, ExportConfig)
     try:
         return run(command, rest)
     except (ConfigError, TrainingError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            raise  # the output's, not a file's
         print(f"error: {error}", file=sys.stderr)  # noqa: T201  (the output)
         return 2
     except KeyboardInterrupt:

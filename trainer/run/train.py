@@ -21,6 +21,7 @@ from trainer.model.adapters import to_precision
 from trainer.model.decoder import build_model
 from trainer.optim.precision import autocast, loss_scaler, products_in
 from trainer.optim.schedule import lr_cosine_schedule
+from trainer.parallel.context import own_tokens
 from trainer.parallel.distributed import Weights, World, load_run, local, save_run
 from trainer.referee.measure import loss_of
 from trainer.run.announce import announce, matmul_peak
@@ -165,7 +166,7 @@ class Training:
         config, world, plan = self.config, self.world, self.share.plan
         if self.source is not None:
             reporter.say(f"resumed  {self.source}")
-        shared = plan.replace(data_parallel=world.size, sharding=config.sharding)
+        shared = plan.replace(data_parallel=world.size // plan.context_parallel, sharding=config.sharding)
         sharing = world.size if world.device.type == "cpu" else 1  # CPU processes share the machine's memory
         estimate = announce(
             self.m,
@@ -190,7 +191,8 @@ class Training:
         """The loss of this process's rows of batch `index`."""
         inputs, targets = self.data.get_batch(split, index)
         with autocast(self.share.plan, self.world.device.type):
-            return loss_of(self.module, self.share.plan, inputs[self.share.rows], targets[self.share.rows])
+            mine = (own_tokens(x[self.share.rows], *self.share.tokens) for x in (inputs, targets))
+            return loss_of(self.module, self.share.plan, *mine)
 
     def step(self, number: int) -> tuple[float, float, float]:
         """Move the weights once; (learning rate, loss, norm of the gradients) of the whole run's step `number`.
@@ -279,6 +281,7 @@ class Share:
     Attributes:
         plan: one process's plan.
         rows: of each batch.
+        tokens: which of how many parts of each sequence (`trainer.parallel.context`).
         micro_batches: in a step of the whole run.
         first: the first batch of a step, or of a validation, that is this process's.
         stride: from one of its batches to the next.
@@ -289,6 +292,7 @@ class Share:
     micro_batches: int
     first: int
     stride: int
+    tokens: tuple[int, int] = (0, 1)
 
     @classmethod
     def of(cls, config: TrainConfig, world: World) -> Share:
@@ -297,12 +301,15 @@ class Share:
         Raises:
             ConfigError: neither micro-batches nor their rows can be divided evenly.
         """
-        B, n, size = config.plan.batch_size, config.plan.grad_accumulation, world.size
+        B, n, parts = config.plan.batch_size, config.plan.grad_accumulation, config.plan.context_parallel
+        if world.size % parts:
+            raise ConfigError(f"plan.context_parallel = {parts}: must divide the {world.size} processes")
+        size, rank, tokens = world.size // parts, world.rank // parts, (world.rank % parts, parts)
         if n % size == 0 and config.eval_batches % size == 0:
-            return cls(config.plan.replace(grad_accumulation=n // size), slice(None), n, world.rank, size)
+            return cls(config.plan.replace(grad_accumulation=n // size), slice(None), n, rank, size, tokens)
         if B % size == 0:
-            rows = slice(world.rank * B // size, (world.rank + 1) * B // size)
-            return cls(config.plan.replace(batch_size=B // size), rows, n, 0, 1)
+            rows = slice(rank * B // size, (rank + 1) * B // size)
+            return cls(config.plan.replace(batch_size=B // size), rows, n, 0, 1, tokens)
         raise ConfigError(
             f"plan.batch_size = {B}: must be divisible by the {size} processes, or else both of "
             f"plan.grad_accumulation ({n}) and eval_batches ({config.eval_batches})"
