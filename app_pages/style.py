@@ -25,13 +25,14 @@ CSS = """
 # Inputs keep what they hold, and the link, for the pages that have them.
 WITHOUT_SIDEBAR = """
 <style>
-[data-testid="stSidebar"], [data-testid="stExpandSidebarButton"] { display: none; }
+[data-testid="stSidebarUserContent"] { display: none; }
+@media (min-width: 769px) { [data-testid="stSidebar"], [data-testid="stExpandSidebarButton"] { display: none; } }
 </style>
 """
 
 
 def without_sidebar() -> None:
-    """Hide the sidebar, of a page that it changes nothing on."""
+    """Hide the sidebar, of a page that it changes nothing on; on a phone the pages' names are in it, and stay."""
     st.html(WITHOUT_SIDEBAR)
 
 

@@ -45,8 +45,8 @@ class Transformer(Module):
         if not enters:
             pass
         elif parts.positions.kind == "learned":
-            rows = size["C"] + parts.positions.extra_rows
-            self.positions = self.child(Positions(machine, "positions", rows, d))
+            length = size["C"] + parts.positions.extra_rows
+            self.positions = self.child(Positions(machine, "positions", length, d))
         elif parts.positions.kind == "sinusoidal":
             self.positions = self.child(Sinusoids(machine, "positions", size["C"], d))
         norm = parts.norm

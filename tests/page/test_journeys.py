@@ -158,3 +158,16 @@ def test_a_refused_upload_leaves_nothing_of_the_model_before_it(address, browser
         drawn(page)
         assert metric(page, "Memory needed") == before
     assert clicks.number == 2
+
+
+def test_a_page_without_inputs_in_the_sidebar_is_left_as_any_other(address, browser):
+    """On a phone the names of the pages are in the sidebar, on a wide screen on top."""
+    with visitor(browser, f"{address}/course", width=390, height=844) as page:
+        page.get_by_test_id("stExpandSidebarButton").click()
+        assert not page.get_by_test_id("stSidebar").get_by_text("Micro-batch").is_visible()
+        page.get_by_test_id("stSidebar").get_by_text("Estimate", exact=True).click()
+        page.get_by_text("Memory needed").first.wait_for()
+        page.goto(f"{address}/course")
+        page.set_viewport_size({"width": 1440, "height": 1000})
+        drawn(page)
+        assert not page.get_by_test_id("stSidebar").is_visible()

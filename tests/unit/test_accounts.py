@@ -226,3 +226,11 @@ def test_the_json_has_a_parts_gradients_under_zero3():
     assert all(part["gradient_bytes"] == part["parameter_bytes"] for part in parts.values())
     assert parts["attention"]["gradient_bytes"] > 0
     assert parts["residual"]["gradient_bytes"] == parts["loss"]["gradient_bytes"] == 0
+
+
+def test_an_untied_head_has_a_row_for_each_word_whatever_the_positions_are():
+    m = est.preset("gpt2").replace(tie_embeddings=False)  # learned positions have a row for each position
+    p = est.Plan(seq_len=64)
+    head = account(m, p).evaluate(m, p).modules["head"]
+    assert head.parameters == m.vocab_size * m.d_model
+    assert head.parameter_bytes == 4 * head.parameters
