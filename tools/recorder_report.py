@@ -62,6 +62,8 @@ def report(file: Path, formed: Path, symbolic: Path) -> str:
 
 
 def _symbolic(file: Path) -> list[str]:
+    if not file.exists():
+        return []
     row = json.loads(file.read_text(encoding="utf-8"))
     seeds, refused = row["seeds"], row["refused"]
     equal = ", ".join(f"{what} {count}" for what, count in row["equal"].items() if what != "events")

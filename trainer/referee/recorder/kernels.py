@@ -83,7 +83,7 @@ def kernel_of(
     operands += [ledger.Operand(_storage(x, live), size(x.nbytes), written=True) for x in writes]
     gemm, again = PRODUCTS[base](inputs) if base in PRODUCTS else (None, 0)
     flops = ZERO if gemm is None else size(2 * prod(int(n.number or 0) for n in (gemm.b, gemm.m, gemm.n, gemm.k)))
-    walked, written = [[_walked(x) for x in side] for side in (reads, writes)]
+    access, leading = _ways(tuple(map(_form, reads)), tuple(map(_form, writes)), gemm is not None)
     return Kernel(
         _name(base, inputs, reads, writes),
         turn.where,
@@ -95,8 +95,8 @@ def kernel_of(
         turn.micro_batch,
         flops if turn.recompute else size(again),
         tuple(operands),
-        "plain" if gemm is not None else access_of(walked, written),
-        leading_of(walked[:2], written[:1]) if gemm is not None else (),
+        access,
+        leading,
     )
 
 
@@ -163,8 +163,22 @@ def _dtype(dtype: Any) -> Dtype:
     return Dtype(str(dtype).removeprefix("torch."), dtype.itemsize)
 
 
-def _walked(x: Operand) -> _Walked:
-    return _Walked(tuple(map(size, x.shape)), tuple(map(size, x.stride)), _dtype(x.dtype))
+def _form(x: Operand) -> tuple[Any, ...]:
+    return x.shape, x.stride, x.dtype
+
+
+@cache
+def _walked(shape: tuple[int, ...], stride: tuple[int, ...], dtype: Any) -> _Walked:
+    return _Walked(tuple(map(size, shape)), tuple(map(size, stride)), _dtype(dtype))
+
+
+@cache
+def _ways(reads: tuple[Any, ...], writes: tuple[Any, ...], product: bool) -> tuple[str, tuple[Size, ...]]:
+    """How a kernel walks what has these shapes, strides and dtypes; of a product the steps from row to row."""
+    walked, written = ([_walked(*x) for x in side] for side in (reads, writes))
+    if product:
+        return "plain", leading_of(walked[:2], written[:1])
+    return access_of(walked, written), ()
 
 
 def _gemm(b: int, m: int, n: int, k: int) -> Gemm:

@@ -14,7 +14,7 @@ operators = torch._C._dispatch_get_all_op_names  # noqa: SLF001 - likewise
 # Kernels that make a tensor or change its form without computing anything, and those that are written in terms of
 # other operators and run as they are.
 FORMS = ("empty", "empty_strided", "resize_", "set_", "resize_as_", "_resize_output_", "record_stream", "pin_memory")
-WRITTEN = ("mean",)
+WRITTEN = ("mean", "roll")
 # Kernels that answer with values, or whose results have a shape that depends on values.
 DEPENDENT = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_consecutive", "bincount", "equal")
 COMPUTING = ("aten::copy_",)  # composites of all devices that compute nevertheless

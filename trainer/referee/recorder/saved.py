@@ -79,6 +79,7 @@ def saved_allocations(log: Log, first: int) -> tuple[set[int], int]:
     An allocation is its position among all. What a checkpoint makes again and keeps is among the first alone.
     """
     kept: dict[int, int] = {}
+    fresh: list[int] = []  # saved since a node last began: all others are found already
     found: set[int] = set()
     position: dict[int, int] = {}
     size: dict[int, int] = {}
@@ -90,6 +91,7 @@ def saved_allocations(log: Log, first: int) -> tuple[set[int], int]:
             allocations += 1
         elif kind == Kind.MARKED and a == Mark.SAVED:
             kept[b] = kept.get(b, 0) + 1
+            fresh.append(b)
         elif kind == Kind.MARKED and a == Mark.LET_GO:
             kept[b] = kept.get(b, 0) - 1
         elif kind == Kind.MARKED and a == Mark.REMADE and nodes and b in position:
@@ -98,9 +100,10 @@ def saved_allocations(log: Log, first: int) -> tuple[set[int], int]:
             depth += 1
             if not nodes and (c == NODE or log.is_engine(a)):
                 nodes = depth
-                numbers = [number for number, count in kept.items() if count > 0 and number in position]
-                found.update(position[number] for number in numbers)
-                held = sum(size[number] for number in numbers) if held is None else held
+                found.update(position[number] for number in fresh if kept[number] > 0 and number in position)
+                fresh.clear()
+                if held is None:
+                    held = sum(size[number] for number, count in kept.items() if count > 0 and number in position)
         elif kind == Kind.ENDED:
             if depth == nodes:
                 nodes = 0

@@ -224,10 +224,29 @@ def _conv2d(inputs: Sequence[Any], _: int) -> Sequence[int]:
 
 
 def _conv2d_backward(inputs: Sequence[Any], _: int) -> Sequence[int]:
-    """The gradient, made contiguous, and the columns (aten/src/ATen/native/ConvolutionMM2d.cpp)."""
+    """The gradient, made contiguous in the convolution's format, and the columns (.../native/ConvolutionMM2d.cpp)."""
     grad, x, weight, kernel, stride, pad, wanted = inputs
-    held = _copies([grad])
+    last = is_channels_last(x.shape, x.stride) or is_channels_last(weight.shape, weight.stride)
+    held = _copies([_permuted(grad) if last else grad])
     return [*held, *_columns(x, weight, kernel, stride, pad)] if wanted[1] else held
+
+
+def is_channels_last(shape: Sequence[int], stride: Sequence[int]) -> bool:
+    """`is_channels_last_strides_2d_s4` of c10/core/MemoryFormat.h."""
+    if len(shape) != 4 or stride[1] == 0:
+        return False
+    least = 0
+    for d in (1, 3, 2, 0):
+        if shape[d] == 0 or stride[d] < least or (d == 0 and least == stride[1]):
+            return False
+        least = stride[d] * max(shape[d], 1)
+    return True
+
+
+def _permuted(x: Operand) -> Operand:
+    """(N, C, H, W) as (N, H, W, C)."""
+    order = (0, 2, 3, 1)
+    return x._replace(shape=tuple(x.shape[i] for i in order), stride=tuple(x.stride[i] for i in order))
 
 
 def _conv_transpose2d(inputs: Sequence[Any], _: int) -> Sequence[int]:

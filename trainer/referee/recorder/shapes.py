@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.library import Library
 
+from trainer.referee.recorder.scratch import is_channels_last
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
@@ -20,7 +22,13 @@ def conv2d(
 ) -> Tensor:
     """`_slow_conv2d_forward`: (B, C, H, W) and (O, C, h, w) -> (B, O, H', W')."""
     sides = [(n + 2 * p - k) // s + 1 for n, p, k, s in zip(x.shape[2:], pad, kernel, stride, strict=True)]
-    return x.new_empty((x.shape[0], weight.shape[0], *sides))
+    return x.new_empty((x.shape[0], weight.shape[0], *sides)).to(memory_format=_format(x, weight))
+
+
+def _format(x: Tensor, weight: Tensor) -> torch.memory_format:
+    """Channels last where input or weight is (`thnn_conv_use_channels_last` of aten/src/ATen/native/ConvUtils.h)."""
+    last = any(is_channels_last(t.shape, t.stride()) for t in (x, weight))
+    return torch.channels_last if last else torch.contiguous_format
 
 
 def conv2d_backward(
@@ -28,7 +36,8 @@ def conv2d_backward(
 ) -> tuple[Tensor | None, ...]:
     """`_slow_conv2d_backward`: the gradients of input, weight and bias, those that are wanted."""
     shapes = (x.shape, weight.shape, weight.shape[:1])
-    return tuple(grad.new_empty(shape) if want else None for shape, want in zip(shapes, wanted, strict=True))
+    made = [grad.new_empty(shape) if want else None for shape, want in zip(shapes, wanted, strict=True)]
+    return tuple(t.to(memory_format=_format(x, weight)) if t is not None and t.dim() == 4 else t for t in made)
 
 
 def bincount(x: Tensor, _: Tensor | None = None, minlength: int = 0) -> Tensor:
@@ -49,6 +58,31 @@ def layer_norm(
     rows = (*x.shape[: x.dim() - len(shape)], *(1 for _ in shape))
     dtype = x.dtype if weight is None else weight.dtype
     return x.new_empty(x.shape), x.new_empty(rows, dtype=dtype), x.new_empty(rows, dtype=dtype)
+
+
+def layer_norm_backward(
+    _: Tensor, x: Tensor, __: Any, ___: Tensor, ____: Tensor, weight: Tensor | None, bias: Tensor | None, wanted: Any
+) -> tuple[Tensor | None, ...]:
+    """`native_layer_norm_backward`: row-major whatever its input is (`layer_norm_backward_cpu` of layer_norm.cpp)."""
+    made = zip((x, weight, bias), wanted, strict=True)
+    return tuple(None if t is None or not want else t.new_empty(t.shape) for t, want in made)
+
+
+def group_norm(
+    x: Tensor, weight: Tensor | None, _: Any, images: int, __: int, ___: int, groups: int, ____: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`native_group_norm`: mean and 1 / std of each image's groups, in the weight's dtype (`param_scalar_type`)."""
+    dtype = x.dtype if weight is None else weight.dtype
+    stats = [x.new_empty((images, groups), dtype=dtype) for _ in range(2)]
+    return x.new_empty(x.shape), stats[0], stats[1]
+
+
+def group_norm_backward(
+    _: Tensor, x: Tensor, __: Tensor, ___: Tensor, weight: Tensor | None, *more: Any
+) -> tuple[Tensor | None, ...]:
+    """`native_group_norm_backward`: gradients in the dtypes of input and weight (aten/.../native/group_norm.cpp)."""
+    made = zip((x, weight, weight), more[-1], strict=True)
+    return tuple(None if t is None or not wanted else t.new_empty(t.shape) for t, wanted in made)
 
 
 def pointwise_loss(x: Tensor, _: Tensor, reduction: int = 1, *__: float) -> Tensor:
@@ -83,6 +117,8 @@ SHAPES: dict[str, Callable[..., Any]] = {
     "binary_cross_entropy": cross_entropy_of_two,
     "mse_loss": pointwise_loss,
     "smooth_l1_loss": pointwise_loss,
+    "native_group_norm": group_norm,
+    "native_group_norm_backward": group_norm_backward,
     "native_layer_norm": layer_norm,
     "_cummax_helper": extremes,
     "_cummin_helper": extremes,
@@ -91,6 +127,7 @@ SHAPES: dict[str, Callable[..., Any]] = {
     "_fused_sgd_": update,
     "_fused_sgd_.tensor_lr": update,
     "_logcumsumexp": like,
+    "native_layer_norm_backward": layer_norm_backward,
     "_slow_conv2d_forward": conv2d,
     "_slow_conv2d_backward.output_mask": conv2d_backward,
 }
