@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from functools import wraps
+from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import WeakKeyDictionary
 
 from estimator.eager.letters import ONE, ZERO, as_sizes
 from estimator.parallel.placement import DATA
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from estimator.accounting.accounts import Account
     from estimator.eager.ledger import Message as Sent
     from estimator.eager.letters import Size
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +43,23 @@ class Message:
     pieces: Any
 
 
+def _remembered(function: Callable[[Account], T]) -> Callable[[Account], T]:
+    """`function` of an account, remembered as long as the account is: it has megabytes that nothing else may need."""
+    known: WeakKeyDictionary[Account, T] = WeakKeyDictionary()
+
+    @wraps(function)
+    def of(form: Account) -> T:
+        if form not in known:
+            known[form] = function(form)
+        return known[form]
+
+    return of
+
+
 Key = tuple[str, str, str, str, int]  # collective, axis, phase, waits, bytes of an element
 
 
-@lru_cache(maxsize=1024)
+@_remembered
 def _totals(form: Account) -> dict[Key, list[tuple[Size, Size]]]:
     """Of each kind of message, (bytes, count) in the first micro-batch and in those after it."""
     terms: dict[tuple[Key, int], list[Sent]] = {}
@@ -64,14 +80,14 @@ def _totals(form: Account) -> dict[Key, list[tuple[Size, Size]]]:
     return found
 
 
-@lru_cache(maxsize=1024)
+@_remembered
 def _units(form: Account) -> Size:
     """Parts of the model whose parameters are sent as one: its blocks, and one for all else."""
     blocks = range(len(form.traced.stack.places))
     return form.traced.total([(None, ONE), *((block, ONE) for block in blocks)])
 
 
-@lru_cache(maxsize=1024)
+@_remembered
 def _copies(form: Account) -> tuple[Size, Size]:
     """Bytes that go to the host and come back, in the first micro-batch and in each after it."""
     copies = form.traced.ledger.copies
