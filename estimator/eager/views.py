@@ -34,7 +34,7 @@ def view_stride(x: Tensor, shape: Shape) -> Shape | None:
         while old and old[-1][1] == machine.product((step, size)):
             size = machine.product((size, old.pop()[0]))
         covered = ONE
-        while new >= 0 and covered != size:
+        while new >= 0 and (covered != size or shape[new] == ONE):
             stride[new] = machine.product((inner, covered))
             covered = machine.product((covered, shape[new]))
             new -= 1
