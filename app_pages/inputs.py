@@ -24,7 +24,7 @@ from estimator.show.formatting import prefixed
 from estimator.timing.roofline import efficiency
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from estimator.describe.model import ModelConfig
 
@@ -124,11 +124,17 @@ def _plan(model: ModelConfig, problems: list[str]) -> Plan:
     def model_takes(plan: Plan) -> None:
         plan.tokens(model)
 
-    plan, refused = gathered(Plan, {name: drawn[name] for name in settings(Plan) if name in drawn}, accepts=model_takes)
+    in_order = {name: drawn[name] for name in settings(Plan) if name in drawn}
+    plan, refused = gathered(Plan, in_order, accepts=model_takes)
+    _refuse(refused, slots, problems)
+    return plan
+
+
+def _refuse(refused: Mapping[str, ConfigError], slots: Mapping[str, Any], problems: list[str]) -> None:
+    """Say at each input that cannot be why it cannot."""
     for name, error in refused.items():
         slots[name].error(plain(str(error)), icon=":material/error:")
         problems.append(str(error))
-    return plan
 
 
 def _plan_input(name: str, model: ModelConfig) -> Any:
@@ -170,9 +176,7 @@ def _rest(gpu: str, problems: list[str]) -> dict[str, Any]:
             choose("attention_kernel", run.attention_kernel, OFFERED["attention_kernel"](gpu))
 
     run, refused = gathered(Run, drawn, accepts=known)
-    for name, error in refused.items():
-        slots[name].error(plain(str(error)), icon=":material/error:")
-        problems.append(str(error))
+    _refuse(refused, slots, problems)
     return {name: getattr(run, name) for name in REST}
 
 

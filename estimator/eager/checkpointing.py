@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from estimator.eager.ledger import Category, Phase
 from estimator.eager.letters import ONE
-from estimator.eager.tensor import UINT8, Tensor, arguments, transposing_copy
+from estimator.eager.tensor import UINT8, Tensor, arguments, is_transposed, transposing_copy
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -69,7 +69,7 @@ class OnHost:
         """From the accelerator or back to it."""
         machine, ledger = t.machine, t.machine.ledger
         if machine.device == "cpu":
-            if len(t.shape) == 2 and t.stride[0] == ONE and t.stride[1] == t.shape[0]:
+            if is_transposed(t):
                 transposing_copy(machine, t.numel, t.dtype)
             machine.kernel("copy_", (t,), (self.packed,))
         else:

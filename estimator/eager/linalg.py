@@ -14,7 +14,7 @@ from estimator.eager.ledger import Gemm
 from estimator.eager.letters import ONE, Function, rounded_up, smaller
 from estimator.eager.letters import n as threads
 from estimator.eager.ops import added, additive_mask
-from estimator.eager.tensor import FLOAT32, UINT64, Locals, Tensor, empty_like, op
+from estimator.eager.tensor import FLOAT32, UINT64, Locals, Tensor, empty_like, is_transposed, op
 from estimator.eager.views import expand, reshape, transpose, unsafe_view, unsqueeze, view
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def _second_gradient(grad: Tensor, a: Tensor, name: str, *, column_major: bool) 
 
 def _product_backward(name: str, b: Tensor) -> Backward:
     """Backward of mm and bmm: the second factor's gradient first. A node knows b's strides, saved or not."""
-    column_major = name == "mm" and _is_column_major(b)
+    column_major = name == "mm" and is_transposed(b)
 
     def backward(c: Context, grad: Tensor) -> Gradients:
         a, b = _factors(c)
@@ -72,10 +72,6 @@ def _product_backward(name: str, b: Tensor) -> Backward:
         return [grad_a, c.take("grad_b") if a is not None else None]
 
     return backward
-
-
-def _is_column_major(x: Tensor) -> bool:
-    return bool(x.stride[0] == ONE and x.stride[1] == x.shape[0])
 
 
 def _saved_factors(a: Tensor, b: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -103,7 +99,7 @@ def addmm(bias: Tensor, a: Tensor, b: Tensor, read: Callable[[Tensor], Tensor] |
 
     Backward goes first factor, second factor, the bias's is the incoming one, which the engine sums.
     """
-    column_major = _is_column_major(b)
+    column_major = is_transposed(b)
 
     def backward(c: Context, grad: Tensor) -> Gradients:
         a, b = _factors(c, second_first=False)

@@ -398,6 +398,11 @@ def empty_like(x: Tensor, dtype: Dtype | None = None) -> Tensor:
 TRANSPOSED_BLOCK = 60  # BLOCK_SZ of copy_same_type_transpose_ in aten/src/ATen/native/Copy.cpp
 
 
+def is_transposed(x: Tensor) -> bool:
+    """Whether x is a matrix whose columns lie one after the other."""
+    return len(x.shape) == 2 and x.stride[0] == ONE and x.stride[1] == x.shape[0]
+
+
 def transposing_copy(machine: Machine, elements: Size, dtype: Dtype) -> None:
     """What the CPU needs to copy a transposed matrix to a contiguous one of its dtype: a block, from one's size on."""
     block = constant(TRANSPOSED_BLOCK)

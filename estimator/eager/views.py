@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from estimator.eager.autograd import Context, attach, record, summed
 from estimator.eager.letters import ONE, ZERO, constant
-from estimator.eager.tensor import INT64, Locals, Tensor, converted, op, transposing_copy
+from estimator.eager.tensor import INT64, Locals, Tensor, converted, is_transposed, op, transposing_copy
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -66,7 +66,7 @@ def clone(x: Tensor) -> Tensor:
     """x.clone(memory_format=contiguous)."""
     node = record("CloneBackward0", (x,), lambda _, grad: [grad])
     out = x.machine.empty(x.shape, x.dtype)
-    if len(x.shape) == 2 and x.stride[0] is ONE and x.stride[1] is x.shape[0]:
+    if is_transposed(x):
         transposing_copy(x.machine, x.numel, x.dtype)
     x.machine.kernel("clone", (x,), (out,))
     return attach(node, out)

@@ -89,17 +89,10 @@ class ZeroStage1(Replica):
         self.buffers = []
 
     def reduce(self, p: Tensor) -> None:
-        """`reduce_ipg_grads`: the gradient goes into the bucket, is summed, and the owner's part stays."""
-        assert p.grad is not None
-        grad, before = p.grad, self.parts.get(p)
+        """`reduce_ipg_grads`: the owner's part of the sum stays."""
+        before = self.parts.get(p)
         with at_parameter(p, "reduce_ipg_grads"):
-            self.machine.kernel("copy_", (grad,), (grad,))  # into the bucket
-            with python_number(self.machine, p.dtype):
-                self.machine.kernel("div_", (grad,), (grad,))
-            waits = "update" if self.last_micro_batch else "step"
-            self.machine.collective("reduce-scatter", DATA, grad, waits=waits)
-            p.grad = None
-            grad.drop()
+            self.scatter(p, divides=True)
             part = self._part(p, p.dtype, Category.GRADIENT if self.shares_gradients else HELD)
             self.machine.kernel("copy_", (part,), (part,))
             if before is not None:
@@ -107,6 +100,18 @@ class ZeroStage1(Replica):
                 part.drop()
             else:
                 self.parts[p] = part
+
+    def scatter(self, p: Tensor, *, divides: bool = False) -> None:
+        """The gradient goes into the bucket, is divided there if this implementation does, is summed, and is gone."""
+        assert p.grad is not None
+        grad, p.grad = p.grad, None
+        self.machine.kernel("copy_", (grad,), (grad,))
+        if divides:
+            with python_number(self.machine, p.dtype):
+                self.machine.kernel("div_", (grad,), (grad,))
+        waits = "update" if self.last_micro_batch else "step"
+        self.machine.collective("reduce-scatter", DATA, grad, waits=waits)
+        grad.drop()
 
     def before_update(self) -> None:
         """`reduce_gradients`, then `step`: the parts as one flat tensor, then in fp32; those of 16 bits go."""
@@ -165,13 +170,8 @@ class OffloadedStates(ZeroStage2):
 
     def reduce(self, p: Tensor) -> None:
         """`async_inplace_copy_grad_to_fp32_buffer_from_gpu`."""
-        assert p.grad is not None
-        grad, p.grad = p.grad, None
         with at_parameter(p, "reduce_ipg_grads"):
-            self.machine.kernel("copy_", (grad,), (grad,))
-            waits = "update" if self.last_micro_batch else "step"
-            self.machine.collective("reduce-scatter", DATA, grad, waits=waits)
-            grad.drop()
+            self.scatter(p)
             with self.machine.on_host():
                 in_place("add_", self.parts[p], arithmetic=1)
 
@@ -231,13 +231,8 @@ class ZeroStage3(ZeroStage2):
 
     def reduce(self, p: Tensor) -> None:
         """`partition_grads`: the part is added to what is there."""
-        assert p.grad is not None
-        grad, p.grad = p.grad, None
         with at_parameter(p, "partition_grads"):
-            self.machine.kernel("copy_", (grad,), (grad,))
-            waits = "update" if self.last_micro_batch else "step"
-            self.machine.collective("reduce-scatter", DATA, grad, waits=waits)
-            grad.drop()
+            self.scatter(p)
             in_place("add_", self.parts[p], arithmetic=1)
 
     def before_update(self) -> None:

@@ -286,16 +286,20 @@ class Unit:
             if self.fsdp.gloo:
                 self._divide(dtype)
             self.summed = rows.hold()  # `_all_reduce_state`, until backward is over
+        self._hand_out(having, rows)
+        last.drop()
+        self.fsdp.reduced(source)
+        source.drop()
+
+    def _hand_out(self, having: Sequence[Tensor], rows: Tensor) -> None:
+        """The summed rows, in the dtype in which shards are kept, become the shards' gradients."""
         kept = next(shard.dtype for p, shard in zip(self.parameters, self.shards, strict=True) if p is having[0])
-        if dtype != kept:
+        if rows.dtype != kept:
             wide = converted(rows, kept).hold()
             rows.drop()
             rows = wide
         self._take(having, rows)
         rows.drop()
-        last.drop()
-        self.fsdp.reduced(source)
-        source.drop()
 
     def accumulate(self) -> None:
         """`accumulate_unsharded_grad_if_needed`, and for a later backward `to_accumulated_grad_if_needed`."""
@@ -453,13 +457,7 @@ class OwnUnit(Unit):
             self.machine.kernel("div", (source,), (divided,))
         self.machine.kernel("copy_", (divided,), (rows,))
         divided.drop()
-        kept = next(shard.dtype for p, shard in zip(self.parameters, self.shards, strict=True) if p is having[0])
-        if dtype != kept:
-            wide = converted(rows, kept).hold()
-            rows.drop()
-            rows = wide
-        self._take(having, rows)
-        rows.drop()
+        self._hand_out(having, rows)
         self.fsdp.reduced(source)
         source.drop()
 

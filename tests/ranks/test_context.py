@@ -10,8 +10,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
-import torch
-from test_sharding import accounted, measured, totals
+from test_sharding import accounted, differing, losses_alone, measured, totals
 
 import estimator as est
 from estimator.accounting.accounts import account
@@ -73,12 +72,7 @@ def test_each_rank_holds_what_the_account_says_to_the_byte(replicas, ranks, tmp_
     random, shared = Random(replicas), {"data_parallel": replicas, "context_parallel": ranks}
     cases = [(m, Plan(**{"batch_size": 2} | shared | plan)) for m, plan in CASES[replicas > 1 :: replicas]]
     cases += [drawn(random, replicas, ranks) for _ in range(RUNS or 1)]
-    wrong = []
-    for (m, p), processes in zip(cases, measured(replicas * ranks, cases, tmp_path), strict=True):
-        for rank, real in enumerate(processes):
-            v = account(m, p, "cpu", rank).evaluate(m, p, threads=1)
-            if {name: getattr(v, name) for name in real} != real:
-                wrong.append((m, p, rank, real, v.peak_bytes))
+    wrong = differing(cases, measured(replicas * ranks, cases, tmp_path))
     assert not wrong, (len(wrong), wrong[0])
 
 
@@ -95,15 +89,7 @@ def test_losses_are_those_of_one_process(tmp_path):
     models = LLAMA.replace(sliding_window=5), ALIBI
     cases = [(m, Plan(batch_size=2, context_parallel=2, **plan)) for m, plan in zip(models, plans, strict=True)]
     for (m, p), processes in zip(cases, measured(2, cases, tmp_path, "losses"), strict=True):
-        step, alone = build_step(m, p.replace(context_parallel=1, sharding="none")), []
-        for _ in range(3):
-            loss = step.forward()
-            alone.append(loss.item())
-            step.backward(loss)
-            if p.max_grad_norm is not None:
-                assert torch.nn.utils.clip_grad_norm_(step.model.parameters(), p.max_grad_norm) > 2 * p.max_grad_norm
-            step.optimizer.step()
-            step.optimizer.zero_grad()
+        alone = losses_alone(build_step(m, p.replace(context_parallel=1, sharding="none")), p.max_grad_norm)
         assert [sum(losses) / 2 for losses in zip(*processes, strict=True)] == pytest.approx(alone, rel=1e-5)
 
 

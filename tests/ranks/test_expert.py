@@ -10,13 +10,12 @@ from random import Random
 
 import pytest
 import torch
-from test_sharding import measured, totals
+from test_sharding import accounted, differing, measured, totals
 
 import estimator as est
-from estimator.accounting.accounts import account, sizes_for
+from estimator.accounting.accounts import account
 from estimator.describe.checks import ConfigError
 from estimator.describe.plan import Plan
-from estimator.timing import communication
 from trainer.referee.measure import build_step
 
 sys.path.append(str(Path(__file__).parents[1] / "exact"))
@@ -82,12 +81,7 @@ def test_each_rank_holds_what_the_account_says_to_the_byte(ranks, tmp_path):
         for m, plan in CASES[ranks == 4 :: ranks // 2]
     ]
     cases += [drawn(random, ranks) for _ in range(RUNS or 1)]
-    wrong = []
-    for (m, p), processes in zip(cases, measured(ranks, cases, tmp_path), strict=True):
-        for rank, real in enumerate(processes):
-            v = account(m, p, "cpu", rank).evaluate(m, p, threads=1)
-            if {name: getattr(v, name) for name in real} != real:
-                wrong.append((m, p, rank, real, v.peak_bytes))
+    wrong = differing(cases, measured(ranks, cases, tmp_path))
     assert not wrong, (len(wrong), wrong[0])
 
 
@@ -95,11 +89,7 @@ def test_each_rank_sends_the_messages_of_the_ledger(tmp_path):
     cases = [(m, Plan(batch_size=2, data_parallel=2, expert_parallel=2, **plan)) for m, plan in CASES]
     for (m, p), processes in zip(cases[1::2], measured(2, cases[1::2], tmp_path, "messages"), strict=True):
         for rank, real in enumerate(processes):
-            a, sizes, found = account(m, p, "cpu", rank), sizes_for(m, p, threads=1), {}
-            for message in communication.messages(a, sizes, p.grad_accumulation):
-                count, total = found.get(message.collective, (0, 0))
-                found[message.collective] = count + message.count, total + message.nbytes
-            assert found == totals(real), (m, p)
+            assert accounted(m, p, rank) == totals(real), (m, p)
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.skipif(not RUNS, reason="EXPERT_RUNS"))])

@@ -7,8 +7,7 @@ from random import Random
 
 import numpy as np
 import pytest
-import torch
-from test_sharding import accounted, measured, totals
+from test_sharding import accounted, losses_alone, measured, totals
 
 import estimator as est
 from estimator.accounting.accounts import account
@@ -147,15 +146,7 @@ def test_losses_are_those_of_one_process(tmp_path):
         (model("llama", 4), Plan(pipeline_schedule="gpipe", **plan)),
     ]
     for (m, p), (_, losses) in zip(cases, measured(2, cases, tmp_path, "losses"), strict=True):
-        step, alone = build_step(m, Plan(batch_size=4, optimizer=p.optimizer)), []
-        for _ in range(3):
-            loss = step.forward()
-            alone.append(loss.item())
-            step.backward(loss)
-            if p.max_grad_norm is not None:
-                assert torch.nn.utils.clip_grad_norm_(step.model.parameters(), p.max_grad_norm) > 2 * p.max_grad_norm
-            step.optimizer.step()
-            step.optimizer.zero_grad()
+        alone = losses_alone(build_step(m, Plan(batch_size=4, optimizer=p.optimizer)), p.max_grad_norm)
         assert losses == pytest.approx(alone, rel=1e-5)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -76,6 +77,31 @@ REAL = [
 def measured(processes, cases, folder, what="bytes"):
     """What each of so many real processes says of each model and plan."""
     return asked(what, processes, [(m.to_dict(), p.to_dict()) for m, p in cases], folder)
+
+
+def differing(cases, found):
+    """Those of the cases' processes whose figures are not their account's, each with what is real."""
+    wrong = []
+    for (m, p), processes in zip(cases, found, strict=True):
+        for rank, real in enumerate(processes):
+            v = account(m, p, "cpu", rank).evaluate(m, p, threads=1)
+            if {name: getattr(v, name) for name in real} != real:
+                wrong.append((m, p, rank, real, v.peak_bytes))
+    return wrong
+
+
+def losses_alone(step, max_grad_norm):
+    """The losses of three steps of one process, with gradients clipped to less than half of their norm, if to any."""
+    losses = []
+    for _ in range(3):
+        loss = step.forward()
+        losses.append(loss.item())
+        step.backward(loss)
+        if max_grad_norm is not None:
+            assert torch.nn.utils.clip_grad_norm_(step.model.parameters(), max_grad_norm) > 2 * max_grad_norm
+        step.optimizer.step()
+        step.optimizer.zero_grad()
+    return losses
 
 
 def asked(what, processes, cases, folder):

@@ -8,8 +8,7 @@ from itertools import product
 from random import Random
 
 import pytest
-import torch
-from test_sharding import accounted, measured, totals
+from test_sharding import accounted, losses_alone, measured, totals
 
 import estimator as est
 from estimator.accounting.accounts import account, sizes_for
@@ -136,15 +135,7 @@ def test_losses_are_those_of_one_process(tmp_path):
     clips = {"optimizer": "sgd", "max_grad_norm": 0.1}  # to less than half of the norm
     cases = [(GPT2, Plan(batch_size=2, tensor_parallel=2)), (LLAMA, Plan(batch_size=2, tensor_parallel=2, **clips))]
     for (m, p), processes in zip(cases, measured(2, cases, tmp_path, "losses"), strict=True):
-        step, alone = build_step(m, p.replace(tensor_parallel=1)), []
-        for _ in range(3):
-            loss = step.forward()
-            alone.append(loss.item())
-            step.backward(loss)
-            if p.max_grad_norm is not None:
-                assert torch.nn.utils.clip_grad_norm_(step.model.parameters(), p.max_grad_norm) > 2 * p.max_grad_norm
-            step.optimizer.step()
-            step.optimizer.zero_grad()
+        alone = losses_alone(build_step(m, p.replace(tensor_parallel=1)), p.max_grad_norm)
         for losses in processes:
             assert losses == pytest.approx(alone, rel=1e-5)
 
