@@ -10,6 +10,7 @@ if __name__ == "__main__":
     if missing:
         sys.stderr.write(f"error: {missing[0]} is missing: pip install 'transformer-estimator[trainer]'\n")
         sys.exit(2)
+    from trainer.parallel.distributed import end_process
     from trainer.run.commands import main
 
-    sys.exit(main())
+    end_process(main())

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 import trainer.run.train
 from trainer.files.checkpoint import checkpoints
+from trainer.parallel.distributed import end_process
 from trainer.run.commands import main
 
 
@@ -52,4 +53,5 @@ if __name__ == "__main__":
     dist.init_process_group("gloo")
     for job in json.loads(Path(sys.argv[1]).read_text()):
         run(job)
-    dist.destroy_process_group()
+    dist.barrier()
+    end_process(0)

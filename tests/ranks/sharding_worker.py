@@ -1,7 +1,6 @@
 """Started by torchrun: measures each case of a JSON file and writes what each process holds, or sends."""
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from estimator.describe.model import ModelConfig
 from estimator.describe.plan import Plan
 from trainer.model.router import Router
-from trainer.parallel.distributed import World
+from trainer.parallel.distributed import World, end_process
 from trainer.referee.replicas import PipelineStep, SharedStep, measure_shared, messages
 
 
@@ -81,5 +80,4 @@ if __name__ == "__main__":
     if world.rank == 0:
         target.write_text(json.dumps(list(zip(*everyones, strict=True))))
     world.barrier()
-    sys.stdout.flush()
-    os._exit(0)  # now and then a thread of gloo's or the profiler's outlives the interpreter, which then aborts
+    end_process(0)

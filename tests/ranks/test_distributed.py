@@ -268,10 +268,10 @@ def test_another_models_sharded_checkpoint_is_refused(sharded, layers, width, me
 
 
 OVERFLOW = """
-import os
 import torch
 import torch.distributed as dist
 from trainer.optim.precision import loss_scaler
+from trainer.parallel.distributed import end_process
 
 dist.init_process_group("gloo")
 for overflowing in ([1], [0, 1]):
@@ -286,7 +286,7 @@ for overflowing in ([1], [0, 1]):
     scaler.update()
     assert p.tolist() == [1, 1] and scaler.get_scale() == 2.0**15, (dist.get_rank(), overflowing, p, scaler.get_scale())
 dist.barrier()
-os._exit(0)  # as in sharding_worker.py
+end_process(0)
 """
 
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
+import sys
 import warnings
 import zlib
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -326,6 +327,20 @@ def policy(plan: Plan) -> MixedPrecisionPolicy | None:
         return None
     summed = torch.float32 if plan.reduce_dtype == "fp32" else torch.bfloat16
     return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=summed)
+
+
+def end_process(status: int) -> NoReturn:
+    """End this process; one of several without Python's own tidying up.
+
+    DTensor's caches keep a mesh, and so gloo's threads, to the end; one of these that lets go of a collective's tensor
+    while the interpreter is taken down is ended by it inside C++ code, which aborts the process after all its work is
+    done ("terminate called without an active exception"), and torchrun then reports a failed run.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        sys.exit(status)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def shard_mesh(x: Tensor) -> DeviceMesh | None:
