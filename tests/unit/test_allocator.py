@@ -85,3 +85,19 @@ def test_a_step_reserves_what_it_allocates_and_some_more():
     assert m.nvidia_smi == (m.reserved + m.context[0], m.reserved + m.context[1])
     assert m.allocated <= m.reserved_expandable <= m.reserved
     assert m.to_dict()["reserved"] == m.reserved
+
+
+def test_the_notes_say_what_is_whole_and_why_the_driver_shows_more():
+    """ZeRO-3 over 64: at the peak the root's parameters, a block's and those of the block that is gathered ahead."""
+    m = est.preset("llama-3-70b")
+    p = est.Plan(precision="bf16-fsdp", sharding="zero3", data_parallel=64, attention="sdpa", checkpointing="block")
+    r = est.estimate(m, p, "h100-80gb-sxm")
+    root = 2 * m.vocab_size * m.d_model + m.d_model
+    block = (r.values.parameters - root) // m.num_layers
+    whole, rest = r.memory.messages
+    assert whole == 2 * (root + 2 * block)  # bf16; 64 divides every dimension
+    assert whole + rest == r.memory.parts["communication"]
+    of_messages, of_driver = r.memory_notes
+    assert f"{whole / 2**30:.2f} GiB are parameters" in of_messages
+    assert f"{(r.memory.reserved - r.memory.reserved_expandable) / 2**30:.2f} GiB less" in of_driver
+    assert est.estimate("gpt2", est.Plan(), "cpu").memory_notes == ()
