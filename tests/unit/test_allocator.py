@@ -100,4 +100,3 @@ def test_the_notes_say_what_is_whole_and_why_the_driver_shows_more():
     of_messages, of_driver = r.memory_notes
     assert f"{whole / 2**30:.2f} GiB are parameters" in of_messages
     assert f"{(r.memory.reserved - r.memory.reserved_expandable) / 2**30:.2f} GiB less" in of_driver
-    assert est.estimate("gpt2", est.Plan(), "cpu").memory_notes == ()
