@@ -139,8 +139,8 @@ class Plan:
     )
     logits_to_keep: int | None = integer(
         None,
-        "Of how many positions at the end of each sequence logits are computed and the loss is taken, as in fine-tuning "
-        "on completions alone (transformers' `logits_to_keep`); the targets are those of these positions.",
+        "Of how many positions at the end of each sequence logits are computed and the loss is taken, as in "
+        "fine-tuning on completions alone (transformers' `logits_to_keep`); the targets are those of these positions.",
         optional="all positions",
         draws=(None, None, 1, 2),
         needs=(
