@@ -43,8 +43,8 @@ class Quantised4bit(Linear):
     """`bitsandbytes.nn.Linear4bit`: two elements a byte, a float32 scale for 64 of them, a table for the layer.
 
     With `nested` a scale is a byte too, and 256 of them have a float32; a mean and a second table come beside. Under
-    `fully_shard` the packed codes are a parameter of a floating dtype (`quant_storage`), which it shares out and gathers
-    with the others; scales and tables are no parameters, and whole on each accelerator.
+    `fully_shard` the packed codes are a parameter of a floating dtype (`quant_storage`), which it shares out and
+    gathers with the others; scales and tables are no parameters, and whole on each accelerator.
     """
 
     def __init__(self, base: Linear, recipe: Recipe) -> None:

@@ -52,8 +52,8 @@ def _quantised(bnb: Any, base: Linear, base_precision: str, dtype: torch.dtype, 
     weight = base.weight.detach().to(dtype)
     if storage.is_floating_point and weight.numel() % (2 * storage.itemsize):
         raise ConfigError(
-            f"base_precision = {base_precision!r}: {weight.numel()} codes of 4 bits are no whole number of {storage}, which "
-            f"fully_shard takes them for; allowed are multiples of {2 * storage.itemsize}"
+            f"base_precision = {base_precision!r}: {weight.numel()} codes of 4 bits are no whole number of {storage}, "
+            f"which fully_shard takes them for; allowed are multiples of {2 * storage.itemsize}"
         )
     with torch.device("meta"):
         if base_precision == "int8":
