@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 from random_plans import random_model, random_plan
-from test_lora import random_adapter
+from test_lora import SEED, random_adapter
 
 from estimator.accounting.accounts import account
 from estimator.answers.estimates import estimate
@@ -36,7 +36,7 @@ def even(m):
 
 
 def test_random_models_and_recipes():
-    rng, done = random.Random(DRAWS), 0
+    rng, done = random.Random(SEED + DRAWS), 0
     while done < DRAWS:
         m = random_model(rng)
         adapter = random_adapter(rng, m) | {"adapter": "lora", "base_precision": rng.choice(QUANTISED)}

@@ -18,6 +18,7 @@ from estimator.describe.checks import ConfigError
 from trainer.referee.first_difference import Event, real_events
 from trainer.referee.measure import build_step
 from trainer.referee.recorder.steps import as_step
+from trainer.referee.recorder.truth import judged
 
 transformers.logging.set_verbosity_error()
 B, T, V = 2, 40, 200
@@ -107,6 +108,21 @@ class Mixture(nn.Module):
         return self.head(y)
 
 
+class Hears(nn.Module):
+    """Features over time, convolved and added up, to classes."""
+
+    def __init__(self):
+        super().__init__()
+        self.ear, self.norm, self.out = nn.Conv1d(8, 16, 3, padding=1), nn.LayerNorm(16), nn.Linear(16, V)
+
+    def forward(self, x):
+        return self.out(self.norm(F.gelu(self.ear(x)).transpose(1, 2)).mean(1))
+
+
+def ids():
+    return torch.randint(V, (B,))
+
+
 def tagger():
     torch.manual_seed(0)
     ids = torch.randint(V, (B, T))
@@ -158,6 +174,13 @@ def test_every_event_is_that_of_a_real_step(name):
     assert sum(recording.categories.values()) == sum(recording.modules.values()) == recording.peak_bytes
     assert recording.peak_line is not None
     assert not recording.assumptions
+
+
+def test_a_module_in_half_precision_has_its_real_inputs_cast_too():
+    """Speech in, tokens out: features of real numbers beside whole ones (Whisper)."""
+    plan = est.Plan(precision="bf16")
+    truth = judged(lambda: (Hears(), lambda m, x, y: F.cross_entropy(m(x), y), (torch.rand(B, 8, T), ids())), plan)
+    assert not any(truth.differences.values())
 
 
 def test_the_symbolic_step_says_the_same():

@@ -33,6 +33,7 @@ sys.path.append(str(Path(__file__).parents[1] / "exact"))
 
 SHARDINGS = choices(Plan)["sharding"]
 RUNS = int(os.environ.get("RANKS_DRAWS", "0"))  # random recipes for each number of processes
+SEED = int(os.environ.get("RANKS_SEED", "0"))  # added to the seeds, for other draws
 OFFLOADED = float(os.environ.get("RANKS_OFFLOADED", "0.2"))  # how many of them are offloaded
 quick = settings(derandomize=True, deadline=None, max_examples=12)
 
@@ -162,7 +163,7 @@ def drawn(random, processes):
 
 @pytest.mark.parametrize(("processes", "runs"), [(2, RUNS or 10), (3, RUNS or 6), (4, RUNS or 10)])
 def test_random_recipes_of_fully_shard_are_exact_in_each_process(processes, runs, tmp_path):
-    random = Random(processes)
+    random = Random(SEED + processes)
     cases = [drawn(random, processes) for _ in range(runs)]
     for (m, p), ranks in zip(cases, measured(processes, cases, tmp_path), strict=True):
         for rank, real in enumerate(ranks):
@@ -212,9 +213,13 @@ def partly_trained(random, processes):
     return m, Plan(**plan)
 
 
+# Blocks without a backward, whose parts of the smaller mesh stay from step to step.
+UNREACHED = Plan(data_parallel=4, sharding="zero3", reshard_after_forward=2, adapter="lora", adapter_targets="head")
+
+
 @pytest.mark.parametrize(("processes", "runs"), [(2, RUNS or 6), (3, RUNS or 4), (4, RUNS or 4)])
 def test_parts_and_adapters_are_exact_in_each_process(processes, runs, tmp_path):
-    random, cases = Random(processes), []
+    random, cases = Random(SEED + processes), [(GPT2, UNREACHED)] if processes == 4 else []
     while len(cases) < runs:
         m, p = partly_trained(random, processes)
         try:

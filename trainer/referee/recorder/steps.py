@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from estimator.describe.checks import ConfigError
 from estimator.describe.plan import Plan
@@ -76,8 +76,14 @@ def as_step(built: Any, plan: Plan | None = None) -> Any:
         raise ConfigError("the module has no parameter that is trained: nothing of it wants a gradient")
     if p.precision not in PRECISIONS:
         raise ConfigError(f"precision = {p.precision!r}: allowed for a module of your own are {', '.join(PRECISIONS)}")
-    module = module.to(PARAMETERS[p.precision]) if p.precision in PARAMETERS else module
+    if p.precision in PARAMETERS:
+        module, inputs = module.to(PARAMETERS[p.precision]), in_dtype(inputs, PARAMETERS[p.precision])
     return ModuleStep(module, loss, inputs if isinstance(inputs, tuple) else (inputs,), p)
+
+
+def in_dtype(inputs: Any, dtype: torch.dtype) -> Any:
+    """The inputs with those of real numbers in `dtype`, as a module whose parameters are in it takes them."""
+    return tree_map_only(torch.Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, inputs)
 
 
 def check(step: Any) -> None:
