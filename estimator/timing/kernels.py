@@ -300,9 +300,7 @@ class Table:
         self._places = [places.setdefault(size, len(places)) for size in (*columns, *moved, *totals.values())]
         index: dict[tuple[int, ...], int] = {}
         terms = [
-            (at, index.setdefault(x, len(index)), float(c))
-            for at, size in enumerate(places)
-            for x, c in size.terms
+            (at, index.setdefault(x, len(index)), float(c)) for at, size in enumerate(places) for x, c in size.terms
         ]
         self._letters = sorted({i for x in index for i in x})
         self._exponents = np.array([[x.count(i) for i in self._letters] for x in index], dtype=np.float64)
