@@ -314,7 +314,7 @@ class Plan:
             "int8": "8 bits and a scale for each row (LLM.int8())",
         },
         needs=(
-            Needs("adapter", ("lora",), "quantised weights cannot be trained, and adapter is {adapter!r}"),
+            Needs("adapter", ("lora", "dora"), "quantised weights cannot be trained, and adapter is {adapter!r}"),
             Needs("precision", ("fp32", "tf32", "bf16", "bf16-mixed"), "precision is {precision!r}"),
             Needs(
                 "shared_by",

@@ -198,7 +198,7 @@ def partly_trained(random, processes):
         plan |= {"adapter_dropout": random.choice([0.0, 0.1])}
         if "head" not in plan["adapter_targets"] and plan["precision"] in ("fp32", "bf16-mixed", "bf16-fsdp"):
             plan |= {"modules_to_save": random.choice(["", "embedding", "head"])}
-        if kind == "lora" and sharding not in FULLY_SHARDED and m.d_ff % 2 == 0:
+        if sharding not in FULLY_SHARDED and m.d_ff % 2 == 0:
             plan |= {"base_precision": random.choice(["none", "nf4", "nf4-double", "int8"])}
     else:
         last = m.num_layers - 1
