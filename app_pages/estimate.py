@@ -242,7 +242,8 @@ def _memory(s: Setup, r: Estimate) -> None:
         least, most = (size(x, s.unit) for x in r.memory.nvidia_smi)
         st.caption(
             f"PyTorch's allocator reserves {size(r.memory.reserved, s.unit)} of the device after two steps; nvidia-smi "
-            f"shows {between(least, most)}. It gives back what it does not use before it gives up."
+            f"shows {between(least, most)}. It gives back what it does not use before it gives up. "
+            + " ".join(r.memory_notes)
         )
 
 

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any, overload
 
 from estimator.accounting.accounts import Account, Values, account, sizes_for, stage_account
 from estimator.answers.assumptions import Assumption, assumptions
-from estimator.answers.notes import notes, notes_of_card, notes_of_device, notes_of_host, notes_of_stages
+from estimator.answers.notes import (
+    notes,
+    notes_of_card,
+    notes_of_device,
+    notes_of_host,
+    notes_of_memory,
+    notes_of_stages,
+)
 from estimator.answers.recorded import Recorded, RecordedEstimate, estimate_recorded
 from estimator.describe.catalogue import number
 from estimator.describe.checks import ConfigError, TooLargeError, choose
@@ -110,6 +117,11 @@ class Estimate:
         micro_batches = -(-self.flops.sequences // (self.plan.batch_size * self.plan.data_parallel))
         return assumptions(self.model, self.plan.replace(grad_accumulation=micro_batches), self.accelerator, self.setup)
 
+    @cached_property
+    def memory_notes(self) -> tuple[str, ...]:
+        """What the messages' bytes at the peak are of, and why the driver shows more than is needed."""
+        return tuple(notes_of_memory(self.plan, self.memory))
+
     @property
     def flops_per_token(self) -> dict[str, float]:
         """Model FLOPs of a token in training by each of `estimator.pricing.conventions.CONVENTIONS`."""
@@ -141,7 +153,7 @@ class Estimate:
             "time": self.time.to_dict() if self.time is not None else None,
             "assumptions": [x.to_dict() for x in self.assumptions],
             "modules": modules,
-            "notes": list(self.notes),
+            "notes": [*self.notes, *self.memory_notes],
         }
 
     def to_frame(self) -> pd.DataFrame:

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from estimator.describe.model import ModelConfig
     from estimator.describe.plan import Plan
     from estimator.hardware.accelerators import Accelerator
+    from estimator.memory.device import Memory
 
+SEEN = 0.05  # of what is reserved: what of it is kept free and is less is not spoken of
 FULLY_SHARD = "PyTorch's fully_shard on each block and on the model, gradients scattered in every micro-batch"
 SHARDING_NOTES = {
     "zero1": "ZeRO-1 is DDP with an optimizer that works on its own rows of every parameter and then gathers the rest.",
@@ -53,6 +55,26 @@ def notes(m: ModelConfig, p: Plan, global_batch_size: int | None) -> Iterator[st
         yield (
             f"{p.grad_accumulation:,} micro-batches of {p.batch_size} on {p.accelerators} make {sequences:,} sequences:"
             f" of the last ones only those that {global_batch_size:,} leave are computed, in the time of full ones."
+        )
+
+
+def notes_of_memory(p: Plan, held: Memory) -> Iterator[str]:
+    """What the messages' bytes at the peak are of, and why the driver shows more than is needed."""
+    if p.shards > 1 and p.sharding in FULLY_SHARDED and p.implementation == "bundled" and held.communication:
+        whole, rest = held.messages
+        yield (
+            f"Of communication at the peak, {whole / GIB:,.2f} GiB are parameters that are whole at that moment (those "
+            f"of embedding, last norm and head among them, which no block has) and {rest / GIB:,.2f} GiB gradients on "
+            "their way to their shards."
+        )
+    kept = held.reserved - held.allocated
+    if held.account.device == "cuda" and kept > SEEN * held.reserved:
+        less = held.reserved - held.reserved_expandable
+        how = f"{less / GIB:,.2f} GiB less" if less > SEEN * kept else "no less"
+        yield (
+            f"nvidia-smi shows more than is needed: PyTorch's allocator keeps {kept / GIB:,.2f} GiB that tensors have "
+            "given back, in pieces that it cannot join, and returns what is empty before it gives up. With "
+            f"PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True it would reserve {how}."
         )
 
 

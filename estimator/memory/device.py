@@ -138,6 +138,7 @@ class Memory:
         context: (least, most) bytes that the CUDA context takes outside the allocator.
         nccl: (least, most) bytes that NCCL's communicators take outside of it, one for each axis of the mesh.
         reserved: on CUDA, what the allocator has asked of the device after two steps (`allocator`, a model).
+        reserved_expandable: the same with expandable segments.
         nvidia_smi: (least, most) bytes that the driver shows for the process: reserved, the context and NCCL's.
         capacity: bytes that a framework sees on the accelerator; None if only bytes were asked about.
     """
@@ -221,12 +222,15 @@ class Memory:
 
     @cached_property
     def logits(self) -> int:
-        """Bytes at the peak of the logits and of what a loss makes of them whole: of tensors of (B, T, V)."""
+        """Bytes at the peak of the logits and of what a loss makes of them whole: of tensors of (B, T, V).
+
+        T is `Plan.logits_to_keep` where that is less than all.
+        """
         a = self.account
         if isinstance(a, RecordedAccount):  # which of its tensors are logits, nobody knows
             return 0
         letters = a.shapes.letters
-        alike = a.shapes.product(letters[name] for name in "BTV")
+        alike = a.shapes.product(letters[name] for name in ("B", "T_l" if a.recipe.keeps_last else "T", "V"))
         if alike == ONE:
             return 0
         return int(a.pieces[a.ruling(self.sizes)].live.coefficient(alike)) * evaluate(alike, self.sizes)
@@ -237,6 +241,30 @@ class Memory:
         if self.account.device != "cuda":
             return self.allocated
         return max(reserved_bytes(self.account, self.sizes, self.workspace), self.allocated)
+
+    @cached_property
+    def reserved_expandable(self) -> int:
+        """The same under `PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True`."""
+        if self.account.device != "cuda":
+            return self.allocated
+        return max(reserved_bytes(self.account, self.sizes, self.workspace, expandable=True), self.allocated)
+
+    @cached_property
+    def messages(self) -> tuple[int, int]:
+        """(whole parameters, all else) of `communication`: what `fully_shard` gathers, and gradients on their way."""
+        traced = self.account.traced
+        made = {id(e.storage): e.where.op for e in traced.ledger.events if e.sign > 0}
+        gathered = np.array(
+            [
+                e.storage.category is Category.COMMUNICATION and made[id(e.storage)].startswith("FSDP all_gather")
+                for e in traced.ledger.events
+            ]
+        )
+        index, _ = traced.repeated(self.sizes)
+        until = index[: len(index) - len(self.timeline) + self.timeline.peak + 1]
+        delta = traced.class_bytes(self.sizes, 1)[traced.klass] * traced.sign * gathered
+        whole = int(delta[until].sum())
+        return whole, self.communication - whole
 
     @property
     def nvidia_smi(self) -> tuple[int, int]:
@@ -261,7 +289,8 @@ class Memory:
         plain |= {"nccl": list(self.nccl), "can_tip": self.can_tip}
         plain |= {"verdict": None if self.capacity is None else self.verdict}
         plain |= {"host": self.host}
-        return plain | {"logits": self.logits, "reserved": self.reserved, "nvidia_smi": list(self.nvidia_smi)}
+        plain |= {"logits": self.logits, "reserved": self.reserved, "reserved_expandable": self.reserved_expandable}
+        return plain | {"nvidia_smi": list(self.nvidia_smi)}
 
 
 def recorded_memory(account: RecordedAccount, accelerator: Accelerator | None) -> Memory:

@@ -407,7 +407,7 @@ def _tables(name: str, r: Estimate, largest: int, price: float | None = None) ->
         _time(r.time, console)
         for assumption in r.assumptions:
             console.print(f"  {assumption}", highlight=False)
-    for note in r.notes:
+    for note in (*r.notes, *r.memory_notes):
         console.print(note, highlight=False)
 
 

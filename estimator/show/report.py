@@ -88,6 +88,7 @@ def to_markdown(request: Request, cost: Cost | None = None, unit: str = "GiB") -
     behind = (r.time.origin, r.time.rows) if r.time is not None and r.time.predicted else ()
     for said in (
         *r.notes,
+        *r.memory_notes,
         *behind,
         *(cost.assumptions if cost is not None else ()),
         *(cost.missing if cost is not None else ()),

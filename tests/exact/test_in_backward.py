@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 from random_plans import random_model, random_plan
-from test_lora import random_adapter
+from test_lora import SEED, random_adapter
 
 from estimator.describe.checks import ConfigError
 from estimator.describe.model import ModelConfig
@@ -22,7 +22,7 @@ IN_BACKWARD = {"update": "in-backward", "grad_accumulation": 1, "max_grad_norm":
 
 
 def test_random_models_and_recipes():
-    rng, done = random.Random(DRAWS), 0
+    rng, done = random.Random(SEED + DRAWS), 0
     while done < DRAWS:
         m = random_model(rng)
         adapter = random_adapter(rng, m) if rng.random() < 0.25 else {}
