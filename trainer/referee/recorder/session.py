@@ -124,6 +124,24 @@ def marks(step: Any, native: Any) -> Iterator[None]:
 
 def recorded(native: Any, step: Any, assumptions: Assumptions) -> tuple[Log, int, Known, set[int], int]:
     """(the log, the row at which a steady step begins, what is alive then, and what `saved_allocations` has of it)."""
+    with settled():
+        return _recorded(native, step, assumptions)
+
+
+@contextmanager
+def settled() -> Iterator[None]:
+    """What is there already is no garbage, and is not looked through each time that garbage is collected."""
+    if gc.get_freeze_count():
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def _recorded(native: Any, step: Any, assumptions: Assumptions) -> tuple[Log, int, Known, set[int], int]:
     step()  # the first step makes the optimizer's state; the steady ones are alike
     with marks(step, native):
         assumptions.counts.clear()
