@@ -20,7 +20,8 @@ from trainer.files.checkpoint import checkpoints
 from trainer.files.contents import CheckpointError
 from trainer.files.prepare import PrepareConfig, prepare
 from trainer.model.decoder import build_model
-from trainer.parallel.distributed import RUN_FILE, Weights, World, checksum, load_run
+from trainer.parallel.distributed import Weights, World
+from trainer.parallel.saved import RUN_FILE, checksum, load_run
 from trainer.run.commands import main
 
 CONFIG = """
