@@ -48,10 +48,10 @@ CONTEXT = ["--plan.context-parallel", "2"]  # they take half the tokens of each 
 LOOP = ["--plan.optimizer-impl", "loop"]  # whose state has a scalar tensor
 
 
-def torchrun(*arguments):
+def torchrun(*arguments, processes=2):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(trainer.__file__).parents[1])}
     process = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *arguments],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -56,6 +56,7 @@ class World:
         if device == "cuda":
             torch.cuda.set_device(self.device)
         self.of_experts: DeviceMesh | None = None
+        self.grids: dict[tuple[tuple[str, int], ...], DeviceMesh] = {}
         self.joined = self.size > 1 and not dist.is_initialized()  # a group that the caller has made stays the caller's
         if self.joined:
             dist.init_process_group("nccl" if device == "cuda" else "gloo")
@@ -144,13 +145,15 @@ class World:
 
     def grid(self, plan: Plan) -> DeviceMesh:
         """All processes, those that share a block's matrices side by side, the stages of a pipeline furthest apart."""
+        sizes = {"pipeline": plan.pipeline_parallel, "data": plan.data_parallel, "tensor": plan.tensor_parallel}
         if plan.shards > 1 and plan.replicas > 1:
-            groups = (plan.pipeline_parallel, plan.replicas, plan.shards, plan.tensor_parallel)
-            return init_device_mesh(
-                self.device.type, groups, mesh_dim_names=("pipeline", "replicate", "data", "tensor")
-            )
-        shape = (plan.pipeline_parallel, plan.data_parallel, plan.tensor_parallel)
-        return init_device_mesh(self.device.type, shape, mesh_dim_names=("pipeline", "data", "tensor"))
+            sizes = {"pipeline": plan.pipeline_parallel, "replicate": plan.replicas, "data": plan.shards}
+            sizes["tensor"] = plan.tensor_parallel
+        axes = tuple(sizes.items())
+        if axes not in self.grids:  # each makes process groups of its own
+            shape, names = tuple(sizes.values()), tuple(sizes)
+            self.grids[axes] = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
+        return self.grids[axes]
 
     def prepare(
         self, model: nn.Module, plan: Plan, sharding: str

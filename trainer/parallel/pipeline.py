@@ -119,3 +119,29 @@ def scheduled(
         run.step(*inputs, target=targets if stage.last else None, losses=losses, return_outputs=False)
 
     return place, step
+
+
+def evaluation(
+    stage: Stage, grid: DeviceMesh, device: torch.device, loss: Callable[[Tensor, Tensor], Tensor]
+) -> Callable[[Tensor, Tensor], list[Tensor]]:
+    """What takes the loss of one batch of ids and targets, of forwards alone; a list, empty but in the last stage.
+
+    One batch at a time: a schedule of several would keep the logits of each to its end.
+    """
+    place = PipelineStage(stage, stage.index, stage.stages, device, group=grid["pipeline"].get_group())
+
+    def of_batch(logits: Tensor, targets: Tensor) -> Tensor:
+        with autocast(stage.model.plan, device.type):
+            return loss(logits, targets)
+
+    run = ScheduleGPipe(place, 1, of_batch, scale_grads=False)
+
+    def evaluate(ids: Tensor, targets: Tensor) -> list[Tensor]:
+        losses: list[Tensor] = []
+        inputs = (ids,) if stage.first else ()
+        with torch.no_grad():
+            run.eval(*inputs, target=targets if stage.last else None, losses=losses, return_outputs=False)
+        place.clear_runtime_states()
+        return losses
+
+    return evaluate
