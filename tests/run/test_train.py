@@ -25,6 +25,7 @@ from estimator.describe.plan import OPTIMIZERS, Plan
 from trainer.files.checkpoint import checkpoints, read_checkpoint
 from trainer.files.prepare import PrepareConfig, prepare
 from trainer.optim.optimizers import AdamW
+from trainer.parallel.distributed import Weights
 from trainer.run.announce import matmul_peak
 from trainer.run.commands import main, parse_train
 from trainer.run.curve import WIDTH
@@ -269,7 +270,7 @@ def test_accumulated_micro_batches_have_the_gradient_of_one_large_batch(corpus, 
 def test_weight_decay_is_for_matrices_and_every_parameter_is_in_one_group(corpus, tmp_path):
     config = configure(corpus, tmp_path)
     model = trainer.run.train.build_model(config.model.config(257), config.plan)
-    optimizer = build_optimizer(trainer.run.train.Weights(model), config.plan, config.optim, "cpu")
+    optimizer = build_optimizer(Weights(model), config.plan, config.optim, "cpu")
     names = [name for group in optimizer.param_groups for name in group["names"]]
     assert sorted(names) == sorted(name for name, _ in model.named_parameters())
     for group in optimizer.param_groups:
