@@ -191,6 +191,8 @@ def _sizes(m: ModelConfig, p: Plan, threads: int | None, stage: int = 0) -> Size
     """Those of the model and the plan, without the turns of its groups of blocks."""
     sizes = sizes_of(m, p.batch_size, p.tokens(m), threads, p.shards)
     sizes = sizes if p.adapter == "none" else Sizes(sizes | {"r": p.adapter_rank})
+    kept = p.kept_logits(m)
+    sizes = sizes if kept is None else Sizes(sizes | {"T_l": kept})
     sizes = Sizes(sizes | {"L": m.num_layers // p.pipeline_parallel})  # of a stage
     if p.is_pipeline:
         sizes = Sizes(sizes | {"M": p.grad_accumulation, "w": pipeline.in_flight(p, stage)})
@@ -234,6 +236,7 @@ def recipe_of(m: ModelConfig, p: Plan, device: str, rank: int = 0) -> Recipe:
         fp32_gradients=p.fp32_gradients,
         attention=p.attention_kernel(device, m),
         dropout=p.dropout > 0,
+        keeps_last=p.kept_logits(m) is not None,
         loss=p.loss,
         checkpointing=p.checkpointing,
         checkpoint_every=p.checkpoint_every,
@@ -560,4 +563,4 @@ def vectorised_peak(recipe: Recipe, device: str) -> VectorisedPeak:
     return VectorisedPeak(recipe, device, account_at)
 
 
-_known = _Known(128)  # of some 2.5 MB each: a page of many visitors is to stay below 600 MB
+_known = _Known(64)  # of some 1 to 2 MB each: a page of many visitors is to stay below 600 MB

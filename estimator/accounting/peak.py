@@ -86,8 +86,9 @@ def _size(monomials: list[Monomial], coefficients: list[int], denominator: int) 
 
 def _polynomials(trace: Trace) -> tuple[list[Monomial], NDArray[np.int64], int, list[Moment]]:
     """(monomials, whole coefficients of each distinct moment, the denominator of all, those moments)."""
-    _, first = np.unique(trace.moment_counts.reshape(len(trace.moments), -1), axis=0, return_index=True)
-    moments = [trace.moments[i] for i in np.sort(first)]
+    every = trace.moments()
+    _, first = np.unique(trace.moment_counts.reshape(len(every), -1), axis=0, return_index=True)
+    moments = [every[i] for i in np.sort(first)]
     index: dict[Monomial, int] = {}
     columns = [
         [(index.setdefault(x, len(index)), c) for x, c in (size * times).terms]

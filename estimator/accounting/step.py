@@ -76,7 +76,8 @@ def run_step(recipe: Recipe, shapes: ShapeClass, device: str, stack: Stack, size
     else:
         with ledger.inside("inputs"):
             tokens = tokens_on(machine, size["T"]) if recipe.context_parallel else size["T"]
-            ids, targets = (_input(machine, size["B"], tokens) for _ in range(2))
+            ids = _input(machine, size["B"], tokens)
+            targets = _input(machine, size["B"], size["T_l"] if recipe.keeps_last else tokens)
     kind = ApexAdam if deepspeed else OPTIMIZERS[recipe.optimizer, recipe.optimizer_impl]
     with machine.on_host() if recipe.offload else nullcontext():
         optimizer = InBackward(kind, updated) if recipe.in_backward else kind(updated)

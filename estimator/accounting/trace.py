@@ -40,7 +40,7 @@ class Moment:
     """
 
     where: Where
-    counts: NDArray[np.int32]
+    counts: NDArray[np.signedinteger]
 
 
 def rounded_up(nbytes: Any, granule: int) -> Any:
@@ -121,18 +121,17 @@ class Trace:
         edges = [0, *(np.flatnonzero(np.diff(self.group)) + 1).tolist(), len(self.group)]
         return [(a, b, int(self.group[a])) for a, b in pairwise(edges) if self.group[a] >= 0]
 
-    @cached_property
     def moments(self) -> list[Moment]:
         """The rows of `moment_counts`, each with its place."""
         return [Moment(*row) for row in zip(*self._moments, strict=True)]
 
     @property
-    def moment_counts(self) -> NDArray[np.int32]:
+    def moment_counts(self) -> NDArray[np.signedinteger]:
         """(moments, 1 + groups that repeat, classes): the counts of all moments."""
         return self._moments[1]
 
     @cached_property
-    def _moments(self) -> tuple[list[Where], NDArray[np.int32]]:
+    def _moments(self) -> tuple[list[Where], NDArray[np.signedinteger]]:
         """Every allocation of the step that is followed by a free, with the counts alive after it.
 
         Live bytes change by the same amount from each middle turn to the next, so of a middle turn's event only the
@@ -171,7 +170,8 @@ class Trace:
             last[1 + group] += net[i]
             places += [where, where]
             counts += [first, last]
-        return places, np.array(counts)
+        found = np.array(counts)
+        return places, found.astype(np.min_scalar_type(-1 - int(np.abs(found).max())))  # they are small: kept in a byte
 
     def _positions(self) -> dict[_Place, int]:
         """(phase, block, n): the n-th event of a block in a phase."""

@@ -129,6 +129,11 @@ class VectorisedPeak:
         for name in needed:
             if name not in given:
                 raise ConfigError(f"{name} is missing: give each of {', '.join(needed)} that the others do not imply")
+        if "T_l" in given and np.any(given["T_l"] >= given["T"]):
+            raise ConfigError(
+                f"logits_to_keep = {int(np.max(given['T_l']))}: the shortest of these sequences has "
+                f"{int(np.min(given['T']))} tokens; allowed are less"
+            )
         given.setdefault("g", given["h"] // given["k"])
         given.setdefault("W", given["C"])
         given.setdefault("A", given["C"])

@@ -137,6 +137,19 @@ class Plan:
             ),
         },
     )
+    logits_to_keep: int | None = integer(
+        None,
+        "Of how many positions at the end of each sequence logits are computed and the loss is taken, as in "
+        "fine-tuning on completions alone (transformers' `logits_to_keep`); the targets are those of these positions.",
+        optional="all positions",
+        draws=(None, None, 1, 2),
+        needs=(
+            *known_with(("tensor_parallel", (1,)), ("pipeline_parallel", (1,)), ("context_parallel", (1,))),
+            Needs(
+                "implementation", ("bundled", "deepspeed"), "it is not known with implementation = {implementation!r}"
+            ),
+        ),
+    )
     checkpointing: str = choice(
         "none",
         "What is computed again in backward rather than kept.",
@@ -301,7 +314,7 @@ class Plan:
             "int8": "8 bits and a scale for each row (LLM.int8())",
         },
         needs=(
-            Needs("adapter", ("lora",), "quantised weights cannot be trained, and adapter is {adapter!r}"),
+            Needs("adapter", ("lora", "dora"), "quantised weights cannot be trained, and adapter is {adapter!r}"),
             Needs("precision", ("fp32", "tf32", "bf16", "bf16-mixed"), "precision is {precision!r}"),
             Needs(
                 "shared_by",
@@ -583,6 +596,19 @@ class Plan:
             )
         return self.seq_len
 
+    def kept_logits(self, model: ModelConfig) -> int | None:
+        """Of how many positions of a sequence logits are computed, where that is not all of them.
+
+        Raises:
+            ConfigError: more than a sequence has.
+        """
+        tokens = self.tokens(model)
+        if self.logits_to_keep is not None and self.logits_to_keep > tokens:
+            raise ConfigError(
+                f"logits_to_keep = {self.logits_to_keep}: a sequence has {tokens} tokens; allowed is at most as many"
+            )
+        return None if self.logits_to_keep == tokens else self.logits_to_keep
+
     @property
     def product_dtype(self) -> str:
         """The dtype that matrix products are in, whose peak an MFU is of: "bf16" of "bf16-mixed"."""
@@ -601,6 +627,7 @@ class Plan:
     def check_model(self, model: ModelConfig) -> None:
         """Raise ConfigError if the model's parts have something that the plan's attention or loss has not."""
         self.selection.check(model)
+        self.kept_logits(model)
         tensor.check_model(self, model)
         pipeline.check_model(self, model)
         context.check_model(self, model)

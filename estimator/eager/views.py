@@ -192,8 +192,8 @@ def slice_last(x: Tensor, length: Size, step: int = 1) -> Tensor:
 
 
 @op
-def narrow(x: Tensor, length: Size) -> Tensor:
-    """x[start : start + length]: a view; backward is the gradient in a tensor of zeros."""
+def narrow(x: Tensor, length: Size, dim: int = 0) -> Tensor:
+    """x.narrow(dim, start, length): a view; backward is the gradient in a tensor of zeros."""
     before = x.shape
 
     def backward(_: Context, grad: Tensor) -> Gradients:
@@ -202,7 +202,7 @@ def narrow(x: Tensor, length: Size) -> Tensor:
         return [out]
 
     node = record("SliceBackward0", (x,), backward)
-    return attach(node, x.view((length, *x.shape[1:]), x.stride))
+    return attach(node, x.view((*x.shape[:dim], length, *x.shape[dim + 1 :]), x.stride))
 
 
 @op

@@ -222,12 +222,15 @@ class Memory:
 
     @cached_property
     def logits(self) -> int:
-        """Bytes at the peak of the logits and of what a loss makes of them whole: of tensors of (B, T, V)."""
+        """Bytes at the peak of the logits and of what a loss makes of them whole: of tensors of (B, T, V).
+
+        T is `Plan.logits_to_keep` where that is less than all.
+        """
         a = self.account
         if isinstance(a, RecordedAccount):  # which of its tensors are logits, nobody knows
             return 0
         letters = a.shapes.letters
-        alike = a.shapes.product(letters[name] for name in "BTV")
+        alike = a.shapes.product(letters[name] for name in ("B", "T_l" if a.recipe.keeps_last else "T", "V"))
         if alike == ONE:
             return 0
         return int(a.pieces[a.ruling(self.sizes)].live.coefficient(alike)) * evaluate(alike, self.sizes)

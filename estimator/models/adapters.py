@@ -75,7 +75,8 @@ class DoRA(LoRA):
             v.lora_weight = transpose(self.b(self.a(v.x_eye)), 0, 1)
             del v.x_eye
             v.lora_weight = cast(v.take("lora_weight"), x.dtype)
-            v.weight = cast(self.base.weight, x.dtype)
+            v.weight = self._whole_weight()
+            v.weight = cast(v.take("weight"), x.dtype)
             v.norms = self._norms(v.weight, v.lora_weight.alias())
             v.scale = view(div(self.magnitude, v.norms), (ONE, v.norms.shape[0]))
             v.lora_result = self.b(self.a(x))
@@ -87,6 +88,9 @@ class DoRA(LoRA):
                 v.base_result = base_result
             v.left = ops.mul(ops.add_number(v.scale), v.base_result)  # an expression's first term waits for the second
             return ops.add(v.left, ops.mul_number(ops.mul(v.scale, v.lora_result)))
+
+    def _whole_weight(self) -> Tensor:
+        return self.base.weight
 
     @op
     def _norms(self, weight: Tensor, lora_weight: Tensor) -> Tensor:
@@ -121,6 +125,37 @@ class QuantisedLoRA(LoRA):
         return v.take("result")
 
 
+class QuantisedDoRA(DoRA):
+    """DoRA on a quantised layer, whose weight is made whole once more for the norms and, with dropout, the product."""
+
+    def __init__(self, base: Linear, recipe: Recipe) -> None:
+        super().__init__(base, recipe)
+        quantised = QUANTISED[recipe.base_precision](base, recipe)
+        self.clones = recipe.base_precision != "int8"
+        self.base, self.owned = quantised, [quantised if x is base else x for x in self.owned]
+
+    def forward(self, v: Locals, x: Tensor) -> Tensor:
+        v.result = self.base(x)
+        if self.clones:
+            v.result = clone(v.result)
+        converts = self.machine.device == "cpu" or self.machine.autocast_dtype is None
+        expected = v.result.dtype
+        v.x = cast(x, self.a.weight.dtype) if converts else x
+        if self.drops:
+            v.x = ops.dropout(v.x)
+        else:
+            v.base_result = v.result
+        v.result = ops.add(v.result, self._scaled(v.x, None if self.drops else v.base_result))
+        if converts:
+            v.result = cast(v.result, expected)
+        return v.take("result")
+
+    def _whole_weight(self) -> Tensor:
+        base = self.base
+        assert isinstance(base, Quantised4bit | Quantised8bit)
+        return base.dequantised()
+
+
 class Saved(Module):
     """A module that is frozen and a copy of it that is trained and run: peft's `ModulesToSaveWrapper`."""
 
@@ -145,6 +180,7 @@ QUANTISED: dict[str, type[Quantised4bit | Quantised8bit]] = {
     "int8": Quantised8bit,
 }
 KINDS = {"lora": LoRA, "dora": DoRA}
+ON_QUANTISED = {"lora": QuantisedLoRA, "dora": QuantisedDoRA}
 
 
 def linear_layers(module: Module) -> Iterator[tuple[Module, str, Linear]]:
@@ -170,7 +206,7 @@ def adapt(model: Module, recipe: Recipe) -> None:
             if not is_target(recipe.adapter_targets, name):
                 adapted = QUANTISED[recipe.base_precision](base, recipe)
             else:
-                adapted = (QuantisedLoRA if quantises else KINDS[recipe.adapter])(base, recipe)
+                adapted = (ON_QUANTISED if quantises else KINDS)[recipe.adapter](base, recipe)
             setattr(owner, name, adapted)
             owner.owned = [adapted if x is base else x for x in owner.owned]
     for name in filter(None, recipe.modules_to_save.split(",")):

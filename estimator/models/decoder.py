@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 
 from estimator.eager import ops
 from estimator.eager.ledger import Category
-from estimator.eager.letters import ONE
+from estimator.eager.letters import ONE, letter
 from estimator.eager.losses import chunked_cross_entropy
 from estimator.eager.pointwise import soft_cap
 from estimator.eager.tensor import Locals, arguments
+from estimator.eager.views import narrow
 from estimator.models.adapters import adapt
 from estimator.models.block import Block
 from estimator.models.layers import BlockKind, Embedding, Head, Linear, Module, dropout
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from estimator.eager.letters import Size
     from estimator.eager.tensor import Machine, Tensor
     from estimator.models.layers import Recipe
+
+
+letter("T_l", "positions at the end of a sequence whose logits are computed")
 
 
 class Transformer(Module):
@@ -185,6 +189,9 @@ class Transformer(Module):
         ends = self.parts.ends
         with Locals() as v:
             v.x = x  # this frame's alone
+            if self.recipe.keeps_last:
+                with self.machine.ledger.inside("head"):
+                    v.x = narrow(v.x, self.machine.shapes.letters["T_l"], 1)
             if targets is not None:
                 if ends.logits_scale is not None:
                     v.x = ops.mul_number(v.x)

@@ -122,6 +122,7 @@ class Recipe:
     fp32_gradients: bool
     attention: str  # the kernel: Plan.attention_kernel
     dropout: bool
+    keeps_last: bool  # logits of the last positions alone
     loss: str
     checkpointing: str
     checkpoint_every: int

@@ -105,6 +105,14 @@ class Quantised4bit(Linear):
         absmax.drop()
         return total
 
+    def dequantised(self) -> Tensor:
+        """`bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)`."""
+        absmax = self.scales(in_place=True)
+        weight = self.dequantize_4bit(absmax, self.dtype).hold()
+        absmax.drop()
+        weight.owners -= 1
+        return weight
+
     def dequantize_4bit(self, absmax: Tensor, dtype: Dtype) -> Tensor:
         """The whole weight."""
         weight = self.machine.empty(self.shape, dtype)
@@ -155,6 +163,21 @@ class Quantised8bit(Linear):
             else:
                 out = self._in_int8(x)
         return attach(node, out)
+
+    def dequantised(self) -> Tensor:
+        """`int8_vectorwise_dequant`: `A * stats.view(-1, 1) * 7.874e-3`, in float32; the CPU's product reads a copy."""
+        machine = self.machine
+        copy = converted(self.codes, FLOAT32).hold() if machine.casts_operands else None
+        scaled = machine.empty(self.shape).hold()
+        machine.kernel("mul", (self.codes, self.scale), (scaled,), arithmetic=scaled.numel)
+        if copy is not None:
+            copy.drop()
+        with python_number(machine, FLOAT32):
+            weight = machine.empty(self.shape).hold()
+            machine.kernel("mul", (scaled,), (weight,), arithmetic=weight.numel)
+        scaled.drop()
+        weight.owners -= 1
+        return weight
 
     def _whole(self, dtype: Dtype) -> Tensor:
         """`CB.to(dtype).mul_(SCB.unsqueeze(1).mul(1.0 / 127.0))`."""

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from estimator.parallel.data import Model, Sharing
 
 
+BEFORE = ("embedding", "positions", "project_in", "embedding_norm")  # what the first block's input comes through
+
+
 class FullySharded(Replica):
     """FSDP2, `fully_shard` on each block and on the model.
 
@@ -46,10 +49,14 @@ class FullySharded(Replica):
         groups = by_block(list(model.parameters()))
         rest = groups.pop(None, [])
         self.units: list[Unit] = []
+        reached = any(p.requires_grad and p.storage.where.module.partition(".")[0] in BEFORE for p in rest)
         for block, parameters in zip(model.blocks, groups.values(), strict=True):
             own = units_of(self, parameters)
             self.units += own
             block.unit = own[-1]
+            reached = reached or any(p.requires_grad for p in parameters)
+            if sharing.reshard is not None and not reached:
+                block.unit.leave(sharing.reshard)
             if len(own) > 1:
                 block.ffn.experts.unit = own[0]
         model.unit = Unit(self, rest, root=True)

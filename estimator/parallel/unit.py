@@ -60,6 +60,7 @@ class Unit:
         padded: the shapes of full shards, which is what every accelerator's storages hold.
         gathered: the buffer of an all-gather that has not been copied out yet.
         kept: what is held of each parameter from forward to backward where that is more than the shard.
+        left: the same of the step before, where no backward has let it go.
         accumulated: the gradients of whole parameters in the dtype in which they will be summed, if not their own.
         whole: whether the parameters are there.
         done: whether backward is over for it.
@@ -75,6 +76,7 @@ class Unit:
         self.shards = [self._shard(p, shape) for p, shape in zip(parameters, self.padded, strict=True)]
         self.gathered: Tensor | None = None
         self.kept: list[Tensor] = []
+        self.left: list[Tensor] = []
         self.summed: Tensor | None = None
         self.accumulated: dict[Tensor, Tensor] = {}
         self.whole = self.done = False
@@ -185,17 +187,33 @@ class Unit:
             with self._doing("reshard"):
                 for p in self.parameters:
                     self.machine.ledger.free(p.storage)
-        self._drop_kept()
+        self.left += self.kept
+        self.kept = []
         self.whole = False
 
     def reshard_to(self, size: int) -> None:
-        """`to_sharded_post_forward`: each of `size` accelerators keeps its part of every parameter until backward."""
+        """`to_sharded_post_forward`: each of `size` accelerators keeps its part of every parameter until backward.
+
+        Only `to_unsharded` lets go of it: without a backward it is there until the next step's takes its name.
+        """
         with self._doing("reshard"):
             for p, shape in zip(self.parameters, self.padded, strict=True):
-                self.kept.append(self._buffer(D * self.machine.product(shape) / size, p.dtype).hold())
+                self.kept.append(self._part(p, shape, size))
                 self.machine.kernel("clone", (p,), (self.kept[-1],))
+                if self.left:
+                    self.left.pop(0).drop()
                 self.machine.ledger.free(p.storage)
         self.whole = False
+
+    def leave(self, size: int) -> None:
+        """What a step before has left, of a unit without a backward."""
+        for p, shape in zip(self.parameters, self.padded, strict=True):
+            where = p.storage.where
+            with self.machine.ledger.at(where.module, where.block, "FSDP reshard"):
+                self.left.append(self._part(p, shape, size))
+
+    def _part(self, p: Tensor, padded: Shape, size: int) -> Tensor:
+        return self._buffer(D * self.machine.product(padded) / size, p.dtype).hold()
 
     def cast_inputs(self, args: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
         """`cast_forward_inputs`: floating arguments come in the dtype of the whole parameters."""

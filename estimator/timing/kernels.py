@@ -80,7 +80,7 @@ LISTED = 320 * 65_536
 TOTALS = ("parameters", "parameter_bytes", "gradient_bytes")
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=32)  # each keeps its account alive
 def table(account: Account, variant: Variant = EAGER) -> Table:
     """The kernels of a step of `account`, run as `variant` says."""
     recipe = account.recipe
@@ -296,16 +296,15 @@ class Table:
         shapes = [row.gemm or Gemm(ZERO, ZERO, ZERO, ZERO) for row in rows]
         columns = [getattr(shape, name) for name in COLUMNS[:4] for shape in shapes]
         moved = [getattr(row, name) for name in COLUMNS[4:] for row in rows]
-        polynomials = [*columns, *moved, *totals.values()]
+        places: dict[Size, int] = {}  # of one of each: a tenth of all
+        self._places = [places.setdefault(size, len(places)) for size in (*columns, *moved, *totals.values())]
         index: dict[tuple[int, ...], int] = {}
         terms = [
-            (at, index.setdefault(x, len(index)), float(c))
-            for at, size in enumerate(polynomials)
-            for x, c in size.terms
+            (at, index.setdefault(x, len(index)), float(c)) for at, size in enumerate(places) for x, c in size.terms
         ]
         self._letters = sorted({i for x in index for i in x})
         self._exponents = np.array([[x.count(i) for i in self._letters] for x in index], dtype=np.float64)
-        self._coefficients = np.zeros((len(polynomials), len(index)))
+        self._coefficients = np.zeros((len(places), len(index)))
         for at, monomial, coefficient in terms:
             self._coefficients[at, monomial] = coefficient
 
@@ -317,7 +316,7 @@ class Table:
         known = as_sizes(sizes)
         arrays = [np.atleast_1d(np.asarray(known.of(i), dtype=np.float64)) for i in self._letters]
         logs = np.log(np.stack(np.broadcast_arrays(*arrays))) if arrays else np.zeros((0, 1))  # numbers have no letters
-        values = self._coefficients @ np.exp(self._exponents @ logs)
+        values = (self._coefficients @ np.exp(self._exponents @ logs))[self._places]
         count = len(self.rows)
         of_rows = {name: values[i * count : (i + 1) * count] for i, name in enumerate(COLUMNS)}
         return of_rows | dict(zip(self._totals, values[len(COLUMNS) * count :], strict=True))

@@ -15,7 +15,7 @@ from estimator.describe.checks import ConfigError
 from estimator.describe.model import ModelConfig
 from estimator.describe.plan import Plan
 from estimator.describe.presets import preset
-from trainer.model.adapters import QuantisedLoRA
+from trainer.model.adapters import ON_QUANTISED
 from trainer.model.layers import Linear
 from trainer.model.quantised import quantise
 from trainer.referee.measure import build_step
@@ -39,7 +39,7 @@ def test_random_models_and_recipes():
     rng, done = random.Random(SEED + DRAWS), 0
     while done < DRAWS:
         m = random_model(rng)
-        adapter = random_adapter(rng, m) | {"adapter": "lora", "base_precision": rng.choice(QUANTISED)}
+        adapter = random_adapter(rng, m) | {"base_precision": rng.choice(QUANTISED)}
         in_backward = {"update": "in-backward", "grad_accumulation": 1, "max_grad_norm": None}
         try:
             p = random_plan(rng, m, **adapter, **(in_backward if rng.random() < 0.2 else {}))
@@ -52,28 +52,35 @@ def test_random_models_and_recipes():
 
 @pytest.mark.filterwarnings("ignore")  # of the libraries that peft imports
 @pytest.mark.parametrize("base_precision", QUANTISED)
-def test_outputs_and_gradients_are_pefts_to_the_bit(base_precision):
+@pytest.mark.parametrize(("adapter", "dropout"), [("lora", 0.0), ("dora", 0.0), ("dora", 0.5)])
+def test_outputs_and_gradients_are_pefts_to_the_bit(adapter, dropout, base_precision):
     library = pytest.importorskip("peft")
     torch.manual_seed(0)
     base = Linear(64, 48, bias=True).requires_grad_(requires_grad=False)
-    ours = torch.nn.ModuleDict({"layer": QuantisedLoRA(copy.deepcopy(base), 3, 7, 0.0)})
+    ours = torch.nn.ModuleDict({"layer": ON_QUANTISED[adapter](copy.deepcopy(base), 3, 7, dropout)})
     quantise(ours, base_precision, torch.float32)
-    config = library.LoraConfig(r=3, lora_alpha=7, target_modules=["layer"])
+    use = {"lora_dropout": dropout, "use_dora": adapter == "dora"}
+    config = library.LoraConfig(r=3, lora_alpha=7, target_modules=["layer"], **use)
     plain = torch.nn.ModuleDict({"layer": base})
     quantise(plain, base_precision, torch.float32)
     plain.is_loaded_in_4bit, plain.is_loaded_in_8bit = base_precision != "int8", base_precision == "int8"
     theirs = library.inject_adapter_in_model(config, plain)
     assert type(theirs["layer"]).__module__ == "peft.tuners.lora.bnb"
+    if adapter == "dora":
+        ours["layer"].take_norms()
+        assert torch.equal(ours["layer"].magnitude, theirs["layer"].lora_magnitude_vector["default"].weight)
     torch.nn.init.normal_(theirs["layer"].lora_B["default"].weight)
     ours["layer"].a.weight.data = theirs["layer"].lora_A["default"].weight.detach().clone()
     ours["layer"].b.weight.data = theirs["layer"].lora_B["default"].weight.detach().clone()
     found = []
     for module in (ours, theirs):
         x = torch.linspace(-1, 1, 2 * 3 * 64).view(2, 3, 64).requires_grad_()
+        torch.manual_seed(1)
         y = module["layer"](x)
         y.square().mean().backward()
-        found.append([y, x.grad, *(p.grad for p in module.parameters() if p.requires_grad)])
-    assert len(found[0]) == len(found[1]) == 4
+        grads = sorted((p.grad for p in module.parameters() if p.requires_grad), key=lambda grad: grad.shape)
+        found.append([y, x.grad, *grads])
+    assert len(found[0]) == len(found[1]) == {"lora": 4, "dora": 5}[adapter]
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
@@ -92,7 +99,6 @@ def test_the_model_of_the_paper_takes_a_quarter_of_its_bytes():
     ("fields", "said"),
     [
         ({"adapter": "none"}, "quantised weights cannot be trained"),
-        ({"adapter": "dora"}, "quantised weights cannot be trained, and adapter is 'dora'"),
         ({"precision": "fp16-mixed"}, "allowed with precision fp32, tf32, bf16, bf16-mixed"),
         ({"data_parallel": 2, "sharding": "zero3"}, "fully_shard cannot cut packed weights"),
         ({"base_precision": "nf5"}, "base_precision = 'nf5': did you mean nf4"),

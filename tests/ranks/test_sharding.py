@@ -198,7 +198,7 @@ def partly_trained(random, processes):
         plan |= {"adapter_dropout": random.choice([0.0, 0.1])}
         if "head" not in plan["adapter_targets"] and plan["precision"] in ("fp32", "bf16-mixed", "bf16-fsdp"):
             plan |= {"modules_to_save": random.choice(["", "embedding", "head"])}
-        if kind == "lora" and sharding not in FULLY_SHARDED and m.d_ff % 2 == 0:
+        if sharding not in FULLY_SHARDED and m.d_ff % 2 == 0:
             plan |= {"base_precision": random.choice(["none", "nf4", "nf4-double", "int8"])}
     else:
         last = m.num_layers - 1
@@ -213,9 +213,13 @@ def partly_trained(random, processes):
     return m, Plan(**plan)
 
 
+# Blocks without a backward, whose parts of the smaller mesh stay from step to step.
+UNREACHED = Plan(data_parallel=4, sharding="zero3", reshard_after_forward=2, adapter="lora", adapter_targets="head")
+
+
 @pytest.mark.parametrize(("processes", "runs"), [(2, RUNS or 6), (3, RUNS or 4), (4, RUNS or 4)])
 def test_parts_and_adapters_are_exact_in_each_process(processes, runs, tmp_path):
-    random, cases = Random(SEED + processes), []
+    random, cases = Random(SEED + processes), [(GPT2, UNREACHED)] if processes == 4 else []
     while len(cases) < runs:
         m, p = partly_trained(random, processes)
         try:

@@ -5,8 +5,11 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 import trainer.model.loss
+from estimator.describe.checks import ConfigError
+from estimator.describe.model import ModelConfig
+from estimator.describe.plan import Plan
 from trainer.model.loss import CPU_TILE, chunked_cross_entropy, cross_entropy
-from trainer.referee.measure import allocator_events
+from trainer.referee.measure import allocator_events, build_step, loss_of
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}
 
@@ -261,3 +264,18 @@ def test_the_gradient_of_a_weight_in_float32_is_better_than_its_dtype():
     torch.nn.functional.cross_entropy(x.double() @ exact.T, targets).backward()
     wide, narrow = ((gradient(dtype) - exact.grad).norm() for dtype in (torch.float32, torch.bfloat16))
     assert wide < 0.8 * narrow
+
+
+@pytest.mark.parametrize("loss", ["bundled", "torch", "chunked"])
+def test_the_loss_of_the_last_positions_is_that_of_their_rows_of_all_logits(loss):
+    m = ModelConfig("llama", 2, 24, 4, 31, 13, 2, 6, 40)
+    kept, whole = (build_step(m, Plan(batch_size=2, loss=loss, logits_to_keep=n)) for n in (4, None))
+    kept.model.load_state_dict(whole.model.state_dict())
+    ids, targets = whole.inputs
+    mine = loss_of(kept.model, kept.plan, ids, targets[:, -4:].contiguous())
+    theirs = torch.nn.functional.cross_entropy(whole.model(ids)[:, -4:].flatten(0, 1), targets[:, -4:].flatten())
+    torch.testing.assert_close(mine, theirs)
+    for value, said in ((14, "a sequence has 13 tokens"), (0, "must be an integer of at least 1")):
+        with pytest.raises(ConfigError, match=said):
+            Plan(logits_to_keep=value).kept_logits(m)
+    assert Plan(logits_to_keep=13).kept_logits(m) is None

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from estimator.describe.adapters import check_targets, is_target
 from trainer.model.layers import Linear
-from trainer.model.quantised import quantise
+from trainer.model.quantised import dequantised, quantise
 from trainer.optim.precision import PARAMETERS
 
 if TYPE_CHECKING:
@@ -80,7 +80,8 @@ class DoRA(LoRA):
         lora_weight = self.b(self.a(x_eye)).T
         del x_eye
         lora_weight = lora_weight.to(x.dtype)
-        weight = self.base.weight.to(x.dtype)
+        weight = dequantised(self.base)
+        weight = weight.to(x.dtype)
         norms = self._norms(weight, lora_weight.detach()).detach()
         scale = (self.magnitude / norms).view(1, -1)
         lora_result = self.b(self.a(x))
@@ -113,6 +114,32 @@ class QuantisedLoRA(LoRA):
         return result  # noqa: RET504 - peft has the name
 
 
+class QuantisedDoRA(DoRA):
+    """DoRA on a quantised layer, likewise; its weight is made whole once more for the norms."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        result = self.base(x)
+        if type(self.base).__name__ == "Linear4bit":
+            result = result.clone()
+        converts = not torch.is_autocast_enabled()
+        if converts:
+            expected = result.dtype
+            x = x.to(self.a.weight.dtype)
+        if isinstance(self.dropout, nn.Identity) or not self.training:
+            base_result = result
+        else:
+            x = self.dropout(x)
+            base_result = None
+        result = result + self._scaled(x, base_result)
+        if converts:
+            result = result.to(expected)
+        return result
+
+    def take_norms(self) -> None:
+        """Begin with the norms of the quantised weight's rows."""
+        self.magnitude.data = torch.linalg.norm(dequantised(self.base).float(), dim=1)
+
+
 class Saved(nn.Module):
     """A module that is frozen and a copy of it that is trained and run: peft's `ModulesToSaveWrapper`.
 
@@ -138,6 +165,7 @@ class Saved(nn.Module):
 
 
 KINDS = {"lora": LoRA, "dora": DoRA}
+ON_QUANTISED = {"lora": QuantisedLoRA, "dora": QuantisedDoRA}
 
 
 def adapt(model: nn.Module, p: Plan) -> None:
@@ -153,7 +181,7 @@ def adapt(model: nn.Module, p: Plan) -> None:
         owner, _, name = path.rpartition(".")
         if is_target(p.adapter_targets, name):
             quantises = p.base_precision != "none" and name != "head"
-            kind = QuantisedLoRA if quantises else KINDS[p.adapter]
+            kind = (ON_QUANTISED if quantises else KINDS)[p.adapter]
             adapter = kind(base, p.adapter_rank, p.adapter_alpha, p.adapter_dropout)
             setattr(model.get_submodule(owner), name, adapter)
     for name in filter(None, p.modules_to_save.split(",")):
@@ -195,4 +223,7 @@ def to_precision(model: nn.Module, p: Plan) -> nn.Module:
     for x in _narrow_parameters(model).values():
         x.data = x.detach().float()
     quantise(model, p.base_precision, torch.float32 if p.precision in ("fp32", "tf32") else torch.bfloat16)
+    for module in model.modules():
+        if isinstance(module, QuantisedDoRA):
+            module.take_norms()
     return model

@@ -155,7 +155,7 @@ class Transformer(nn.Module):
             turn = (cos, sin) if layer.rotates else (None, None)
             stretch = scale if scaled == "all" or not layer.rotates else None
             x = self.run_block(i, x, masks[layer.attention], bias, *turn, stretch, cache[i] if cache else None)
-        return self.logits_or_loss(self.leave(x), targets_BT)
+        return self.logits_or_loss(self.leave(x), targets_BT, cached=cache is not None)
 
     def embedded(self, ids_BT: Tensor, start: int) -> Tensor:
         """What goes into the first block, (B, T, d), before dropout."""
@@ -199,9 +199,15 @@ class Transformer(nn.Module):
             x = self.project_out(x)
         return x
 
-    def logits_or_loss(self, x: Tensor, targets_BT: Tensor | None) -> Tensor:
-        """The head's logits (B, T, V); with targets the chunked cross entropy, for which they never exist at once."""
+    def logits_or_loss(self, x: Tensor, targets_BT: Tensor | None, *, cached: bool = False) -> Tensor:
+        """The head's logits (B, T, V); with targets the chunked cross entropy, for which they never exist at once.
+
+        In training they are those of the last positions where the plan keeps no others, as are the targets.
+        """
         ends = self.config.made_of.ends
+        kept = self.plan.logits_to_keep
+        if kept is not None and kept < x.shape[1] and not cached:
+            x = x[:, -kept:, :]
         if targets_BT is not None:
             if ends.logits_scale is not None:
                 x = x * ends.logits_scale

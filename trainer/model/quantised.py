@@ -74,6 +74,20 @@ def is_quantised(module: nn.Module) -> bool:
     return type(module).__name__ in NAMES
 
 
+def dequantised(layer: Any) -> Tensor:
+    """A linear layer's weight as numbers: peft's `dequantize_module_weight`."""
+    if not is_quantised(layer):
+        weight: Tensor = layer.weight
+        return weight
+    import bitsandbytes as bnb  # noqa: PLC0415  (a development extra, wanted only here)
+
+    if type(layer).__name__ == "Linear4bit":
+        return bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    if layer.state.SCB is None:
+        layer.state.SCB = layer.weight.SCB
+    return bnb.functional.int8_vectorwise_dequant(layer.weight.data, layer.state.SCB)
+
+
 def scales(model: nn.Module) -> Iterator[Tensor]:
     """What quantised layers keep beside their codes: scales, tables, and the scales of scales."""
     layers: list[Any] = [module for module in model.modules() if is_quantised(module)]

@@ -55,7 +55,8 @@ class Step:
     Attributes:
         model: the module.
         optimizer: the optimizer.
-        inputs: (ids, targets), each (B, T) int64; every micro-batch of the step is the same one.
+        inputs: (ids, targets), each (B, T) int64, the targets of the last positions only where no other logits are
+            computed; every micro-batch of the step is the same one.
         masters: what the optimizer moves in place of the model's parameters; None if it moves these.
         scaler: of the loss; does nothing but in float16.
         schedule: in which order the micro-batches go forward and backward.
@@ -245,7 +246,7 @@ def build_parts(
     torch.manual_seed(seed)
     with torch.device(device):
         model = to_precision(build_model(m, p), p)
-        ids, targets = (torch.randint(m.vocab_size, (sequences or p.batch_size, T)) for _ in range(2))
+        ids, targets = (torch.randint(m.vocab_size, (sequences or p.batch_size, n)) for n in (T, p.logits_to_keep or T))
     for router in (x for x in model.modules() if isinstance(x, Router)):
         if p.imbalance > 1 or p.expert_parallel > 1:
             router.routing = p.imbalance if p.imbalance > 1 else "even"

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import _functional_collectives as functional
+from torch.distributed.fsdp import FSDPModule
 from torch.profiler import ProfilerActivity, profile
 
 from estimator.describe.checks import ConfigError
@@ -255,6 +256,17 @@ def longer_waits(moment: float, group: dist.ProcessGroup | None) -> Iterator[Non
         functional.wait_tensor, functional.all_gather_single = wait_tensor, gather
 
 
+def left_behind(model: nn.Module) -> Iterator[Tensor]:
+    """What `fully_shard` keeps of units that are resharded to a smaller mesh and have had no backward to let it go."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            state: Any = module._get_fsdp_state()  # noqa: SLF001 - it has no other name
+            groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]  # noqa: SLF001 - before 2.11
+            parameters = [x for group in filter(None, groups) for x in group.fsdp_params]
+            held = (getattr(x, "_sharded_post_forward_param_data", None) for x in parameters)
+            yield from (x for x in held if x is not None)
+
+
 def measure_shared(m: ModelConfig, p: Plan, world: World, seed: int = 0) -> dict[str, int]:
     """Bytes of a steady step in this process: parameters, gradients, states and the peak.
 
@@ -271,7 +283,7 @@ def measure_shared(m: ModelConfig, p: Plan, world: World, seed: int = 0) -> dict
     scale = [x for x in vars(step.scaler).values() if isinstance(x, Tensor)]
     resident = nbytes([*parameters, *step.model.buffers(), *step.needed, *step.state(), *scale]) + step.buckets
     resident += nbytes(step.buffers()) if isinstance(step, PipelineStep) else 0
-    resident += nbytes(x.grad for x in step.updated if x.grad is not None)
+    resident += nbytes(x.grad for x in step.updated if x.grad is not None) + nbytes(left_behind(step.model))
     step.micro_batches()
     gradients = nbytes(local(x) for x in step.gradients())
     step.update()

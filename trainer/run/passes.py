@@ -105,6 +105,8 @@ class Passes:
     def forward(self, split: str, index: int) -> Tensor:
         """The loss of this process's rows of batch `index`."""
         inputs, targets = self.data.get_batch(split, index)
+        kept = self.share.plan.logits_to_keep
+        targets = targets if kept is None else targets[:, -kept:].contiguous()
         with autocast(self.share.plan, self.world.device.type), loss_context(self.share.plan):
             mine = (own_tokens(x[self.share.rows], *self.share.tokens) for x in (inputs, targets))
             return loss_of(self.module, self.share.plan, *mine)
