@@ -315,11 +315,12 @@ class Plan:
         },
         needs=(
             Needs("adapter", ("lora", "dora"), "quantised weights cannot be trained, and adapter is {adapter!r}"),
-            Needs("precision", ("fp32", "tf32", "bf16", "bf16-mixed"), "precision is {precision!r}"),
+            Needs("precision", ("fp32", "tf32", "bf16", "bf16-mixed", "bf16-fsdp"), "precision is {precision!r}"),
             Needs(
                 "shared_by",
                 ("one accelerator", "none", "zero1"),
-                "fully_shard cannot cut packed weights, and sharding is {sharding!r}",
+                "fully_shard shares out no integers, and sharding is {sharding!r}",
+                values=("int8",),
                 say="allowed with sharding none, zero1",
             ),
         ),
