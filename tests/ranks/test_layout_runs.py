@@ -144,7 +144,7 @@ def test_weights_are_exported_as_one_process_has_them(runs, name, tmp_path):
     [
         (TENSOR, "plan.tensor_parallel = 2: must divide the 1 processes"),
         (PIPELINE, "plan.pipeline_parallel = 2: must divide the 1 processes"),
-        ([*PIPELINE, "--plan.compile"], "plan.pipeline_parallel are not compiled"),
+        ([*PIPELINE, "--plan.compile"], "plan.compile = True: stages of a pipeline are not compiled"),
     ],
 )
 def test_what_cannot_be_is_said_in_a_sentence(runs, tmp_path, capsys, more, said):

@@ -53,10 +53,12 @@ class Share:
         """The share of `world`'s process.
 
         Raises:
-            ConfigError: neither micro-batches nor their rows can be divided evenly, or what shares the model does not
-                divide the processes.
+            ConfigError: neither micro-batches nor their rows can be divided evenly, what shares the model does not
+                divide the processes, or stages are to be compiled.
         """
         plan = config.plan
+        if plan.compile and plan.is_pipeline:
+            raise ConfigError("plan.compile = True: stages of a pipeline are not compiled; allowed is False")
         B, n, parts = plan.batch_size, plan.grad_accumulation, plan.context_parallel
         for name in ("context_parallel", "tensor_parallel", "pipeline_parallel"):
             if world.size % getattr(plan, name):

@@ -178,10 +178,6 @@ class TrainConfig:
         if self.plan.data_parallel != 1 or self.plan.sharding != "none":
             given = f"plan.data_parallel = {self.plan.data_parallel}, plan.sharding = {self.plan.sharding!r}"
             raise ConfigError(f"{given}: torchrun says how many processes there are, and --sharding what they share")
-        if self.plan.compile and self.plan.is_pipeline:
-            raise ConfigError(
-                "plan.compile = True: stages of plan.pipeline_parallel are not compiled; allowed is False"
-            )
         if self.optim.warmup_steps > self.steps:
             raise ConfigError(
                 f"optim.warmup_steps = {self.optim.warmup_steps}: longer than the run (steps = {self.steps})"
