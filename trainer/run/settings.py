@@ -184,6 +184,10 @@ class TrainConfig:
                     f"plan.{name} = {ranks}: runs share data, sequences and experts (plan.context_parallel, "
                     "plan.expert_parallel); allowed is 1"
                 )
+        if self.plan.float8 != "none":
+            raise ConfigError(
+                f"plan.float8 = {self.plan.float8!r}: the trainer multiplies in no 8 bits; allowed is none"
+            )
         if self.optim.warmup_steps > self.steps:
             raise ConfigError(
                 f"optim.warmup_steps = {self.optim.warmup_steps}: longer than the run (steps = {self.steps})"
