@@ -44,6 +44,16 @@ LISTS_IF_ASKED = ("adafactor",)
 WHOLE_MATRICES = ("muon", "adafactor")
 
 
+def fused_on_cuda(*, half: bool, masked: bool) -> str:
+    """Which fused kernel of attention CUDA picks: "flash" for 16-bit dtypes without a mask, else "efficient".
+
+    `check_for_attn_mask`, `check_dtypes_low_precision` and `priority_order` in
+    aten/src/ATen/native/transformers/cuda/sdp_utils.cpp, where cuDNN does not come first (on Hopper and later, from
+    cuDNN 9.15.1 on, unless TORCH_CUDNN_SDPA_DEPRIORITIZED is set).
+    """
+    return "flash" if half and not masked else "efficient"
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """How one optimizer step is run. The defaults are what a bare PyTorch script does.
@@ -339,11 +349,12 @@ class Plan:
         },
         needs=(
             Needs("adapter", ("lora", "dora"), "quantised weights cannot be trained, and adapter is {adapter!r}"),
-            Needs("precision", ("fp32", "tf32", "bf16", "bf16-mixed"), "precision is {precision!r}"),
+            Needs("precision", ("fp32", "tf32", "bf16", "bf16-mixed", "bf16-fsdp"), "precision is {precision!r}"),
             Needs(
                 "shared_by",
                 ("one accelerator", "none", "zero1"),
-                "fully_shard cannot cut packed weights, and sharding is {sharding!r}",
+                "fully_shard shares out no integers, and sharding is {sharding!r}",
+                values=("int8",),
                 say="allowed with sharding none, zero1",
             ),
         ),
@@ -716,7 +727,7 @@ class Plan:
         if self.attention == "sdpa" and device == "cpu":
             return "math" if self.dropout else "flash"
         if self.attention == "sdpa":
-            return "flash" if half else "efficient"
+            return fused_on_cuda(half=half, masked=False)
         kernel, why = self.attention.removeprefix("sdpa-"), ""
         if (kernel, device) == ("efficient", "cpu"):
             why = "CUDA's kernel; allowed on the CPU are naive, naive-fp32, sdpa, sdpa-math, sdpa-flash"

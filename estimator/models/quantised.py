@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from estimator.describe.plan import FULLY_SHARDED
 from estimator.eager.autograd import Context, attach, record
 from estimator.eager.ledger import Category, Gemm
 from estimator.eager.letters import ONE, ceiling, constant
@@ -41,7 +42,9 @@ CODE, NESTED_CODE = 16, 256  # numbers of a layer's table of 4-bit values, and o
 class Quantised4bit(Linear):
     """`bitsandbytes.nn.Linear4bit`: two elements a byte, a float32 scale for 64 of them, a table for the layer.
 
-    With `nested` a scale is a byte too, and 256 of them have a float32; a mean and a second table come beside.
+    With `nested` a scale is a byte too, and 256 of them have a float32; a mean and a second table come beside. Under
+    `fully_shard` the packed codes are a parameter of a floating dtype (`quant_storage`), which it shares out and
+    gathers with the others; scales and tables are no parameters, and whole on each accelerator.
     """
 
     def __init__(self, base: Linear, recipe: Recipe) -> None:
@@ -59,7 +62,13 @@ class Quantised4bit(Linear):
             def held(count: Size, dtype: Dtype) -> Tensor:
                 return machine.empty((count,), dtype, category=Category.PARAMETER).hold()
 
-            self.packed = held(ceiling(elements, 2), UINT8)
+            if recipe.parallel in FULLY_SHARDED:
+                count = ceiling(elements, 2 * self.dtype.itemsize)
+                self.packed = machine.empty((count, ONE), self.dtype, category=Category.PARAMETER).hold()
+                self.packed.requires_grad = False
+                self.owned.insert(0, self.packed)
+            else:
+                self.packed = held(ceiling(elements, 2), UINT8)
             self.absmax, self.code = held(blocks, UINT8 if self.nested else FLOAT32), held(constant(CODE), FLOAT32)
             if self.nested:
                 self.offset, self.state2 = held(ONE, FLOAT32), held(ceiling(blocks, NESTED_BLOCK), FLOAT32)

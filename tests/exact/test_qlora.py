@@ -100,7 +100,7 @@ def test_the_model_of_the_paper_takes_a_quarter_of_its_bytes():
     [
         ({"adapter": "none"}, "quantised weights cannot be trained"),
         ({"precision": "fp16-mixed"}, "allowed with precision fp32, tf32, bf16, bf16-mixed"),
-        ({"data_parallel": 2, "sharding": "zero3"}, "fully_shard cannot cut packed weights"),
+        ({"data_parallel": 2, "sharding": "zero3", "base_precision": "int8"}, "fully_shard shares out no integers"),
         ({"base_precision": "nf5"}, "base_precision = 'nf5': did you mean nf4"),
     ],
     ids=str,
@@ -111,5 +111,8 @@ def test_what_cannot_be_is_said(fields, said):
 
 
 def test_odd_widths_are_refused_on_the_cpu():
+    layer = Linear(6, 13, bias=False).requires_grad_(requires_grad=False)
+    with pytest.raises(ConfigError, match="78 codes of 4 bits are no whole number of torch"):
+        quantise(torch.nn.ModuleDict({"layer": layer}), "nf4", torch.float32, torch.float32)
     with pytest.raises(ConfigError, match="a layer reads 27 numbers"):
         build_step(LLAMA.replace(d_ff=27), PLAN)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from estimator.describe.adapters import check_targets, is_target
+from estimator.describe.plan import FULLY_SHARDED
 from trainer.model.layers import Linear
 from trainer.model.quantised import dequantised, quantise
 from trainer.optim.precision import PARAMETERS
@@ -222,7 +223,8 @@ def to_precision(model: nn.Module, p: Plan) -> nn.Module:
     model.to(PARAMETERS.get(p.precision))
     for x in _narrow_parameters(model).values():
         x.data = x.detach().float()
-    quantise(model, p.base_precision, torch.float32 if p.precision in ("fp32", "tf32") else torch.bfloat16)
+    dtype = torch.float32 if p.precision in ("fp32", "tf32") else torch.bfloat16
+    quantise(model, p.base_precision, dtype, dtype if p.shards > 1 and p.sharding in FULLY_SHARDED else torch.uint8)
     for module in model.modules():
         if isinstance(module, QuantisedDoRA):
             module.take_norms()

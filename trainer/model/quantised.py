@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 NAMES = ("Linear4bit", "Linear8bitLt")  # bitsandbytes' layers
 
 
-def quantise(model: nn.Module, base_precision: str, dtype: torch.dtype) -> None:
+def quantise(model: nn.Module, base_precision: str, dtype: torch.dtype, storage: torch.dtype = torch.uint8) -> None:
     """Put bitsandbytes' layers in the place of a model's frozen linear layers but the head, as transformers does.
 
-    `dtype` is what the weights come in, and what they are made of again.
+    `dtype` is what the weights come in, and what they are made of again. `storage` is what the packed codes of 4 bits
+    pass for: `fully_shard` shares out parameters of a floating dtype only (bitsandbytes' `quant_storage`).
 
     Raises:
         ConfigError: bitsandbytes is not installed, or its kernel on the CPU has not the width of a layer.
@@ -38,10 +39,10 @@ def quantise(model: nn.Module, base_precision: str, dtype: torch.dtype) -> None:
     for path, base in list(model.named_modules()):
         owner, _, name = path.rpartition(".")
         if isinstance(base, Linear) and not base.weight.requires_grad and "head" not in path.split("."):
-            setattr(model.get_submodule(owner), name, _quantised(bnb, base, base_precision, dtype))
+            setattr(model.get_submodule(owner), name, _quantised(bnb, base, base_precision, dtype, storage))
 
 
-def _quantised(bnb: Any, base: Linear, base_precision: str, dtype: torch.dtype) -> nn.Module:
+def _quantised(bnb: Any, base: Linear, base_precision: str, dtype: torch.dtype, storage: torch.dtype) -> nn.Module:
     d_out, d_in = base.weight.shape
     device = base.weight.device
     if device.type == "cpu" and base_precision != "int8" and d_in % 2:
@@ -49,11 +50,16 @@ def _quantised(bnb: Any, base: Linear, base_precision: str, dtype: torch.dtype) 
             f"base_precision = {base_precision!r}: a layer reads {d_in} numbers; the CPU's kernel takes even widths"
         )
     weight = base.weight.detach().to(dtype)
+    if storage.is_floating_point and weight.numel() % (2 * storage.itemsize):
+        raise ConfigError(
+            f"base_precision = {base_precision!r}: {weight.numel()} codes of 4 bits are no whole number of {storage}, "
+            f"which fully_shard takes them for; allowed are multiples of {2 * storage.itemsize}"
+        )
     with torch.device("meta"):
         if base_precision == "int8":
             layer = bnb.nn.Linear8bitLt(d_in, d_out, bias=False, has_fp16_weights=False, threshold=6.0)
         else:
-            layer = bnb.nn.Linear4bit(d_in, d_out, bias=False)
+            layer = bnb.nn.Linear4bit(d_in, d_out, bias=False, quant_storage=storage)
     if base_precision == "int8":
         layer.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
     else:
@@ -62,6 +68,7 @@ def _quantised(bnb: Any, base: Linear, base_precision: str, dtype: torch.dtype) 
             requires_grad=False,
             compress_statistics=base_precision == "nf4-double",
             quant_type="nf4",
+            quant_storage=storage,
             module=layer,
         )
     layer.bias = base.bias
@@ -93,7 +100,7 @@ def scales(model: nn.Module) -> Iterator[Tensor]:
     layers: list[Any] = [module for module in model.modules() if is_quantised(module)]
     for layer in layers:
         if type(layer).__name__ == "Linear4bit":
-            state = layer.weight.quant_state
+            state = layer.quant_state
             yield from (state.absmax, state.code)
             if state.nested:
                 yield from (state.offset, state.state2.absmax, state.state2.code)

@@ -34,11 +34,13 @@ class Stage(nn.Module):
         index, stages: which of how many.
         layers: its blocks' indices in the whole model.
         tokens: of a sequence, of which a process of sequence parallelism sees a part here; None for all that it sees.
+        shapes: of all tensors of the whole model's state, by name.
     """
 
     def __init__(self, model: Transformer, index: int, stages: int) -> None:
         super().__init__()
         self.index, self.stages = index, stages
+        self.shapes = {name: x.shape for name, x in model.state_dict().items()}
         plan = model.plan
         self.tokens = plan.tokens(model.config) if plan.sequence_parallel else None
         self.first, self.last = first, last = index == 0, index == stages - 1
@@ -52,6 +54,17 @@ class Stage(nn.Module):
             model.final_norm = None
             del model.head
         self.model = model
+
+    def whole_names(self) -> dict[str, str]:
+        """Name in this stage's state -> name in the whole model."""
+        names = {}
+        for name in self.state_dict():
+            own = name.removeprefix("model.")
+            if own.startswith("blocks."):
+                _, number, rest = own.split(".", 2)
+                own = f"blocks.{self.layers[int(number)]}.{rest}"
+            names[name] = own
+        return names
 
     def forward(self, x: Tensor) -> Tensor:
         """What goes on to the next stage, or the logits."""
@@ -106,3 +119,29 @@ def scheduled(
         run.step(*inputs, target=targets if stage.last else None, losses=losses, return_outputs=False)
 
     return place, step
+
+
+def evaluation(
+    stage: Stage, grid: DeviceMesh, device: torch.device, loss: Callable[[Tensor, Tensor], Tensor]
+) -> Callable[[Tensor, Tensor], list[Tensor]]:
+    """What takes the loss of one batch of ids and targets, of forwards alone; a list, empty but in the last stage.
+
+    One batch at a time: a schedule of several would keep the logits of each to its end.
+    """
+    place = PipelineStage(stage, stage.index, stage.stages, device, group=grid["pipeline"].get_group())
+
+    def of_batch(logits: Tensor, targets: Tensor) -> Tensor:
+        with autocast(stage.model.plan, device.type):
+            return loss(logits, targets)
+
+    run = ScheduleGPipe(place, 1, of_batch, scale_grads=False)
+
+    def evaluate(ids: Tensor, targets: Tensor) -> list[Tensor]:
+        losses: list[Tensor] = []
+        inputs = (ids,) if stage.first else ()
+        with torch.no_grad():
+            run.eval(*inputs, target=targets if stage.last else None, losses=losses, return_outputs=False)
+        place.clear_runtime_states()
+        return losses
+
+    return evaluate

@@ -40,7 +40,18 @@ if TYPE_CHECKING:
     from trainer.referee.recorder.recording import Recording
 
 RUNS = "This runs {} on this machine, as no other command of `estimate` does: check only code that you trust."
-BY = {"cpu": " by the CPU's rules (on CUDA kernels have other scratch, and half precision fewer copies)"}
+BY = {
+    "cpu": " by the CPU's rules (on CUDA kernels have other scratch, and half precision fewer copies)",
+    "cuda": " by CUDA's rules, with the allocator's rounding, cuBLAS's workspace and the context",
+}
+# What of CUDA's is not known, by the operators that it is about.
+UNKNOWN = {
+    "conv": "Convolutions are counted as without cuDNN, whose workspaces are not known.",
+    "lstm": "The LSTM is counted as without cuDNN, which keeps a reserve of its own for backward.",
+    "gru": "The GRU is counted as without cuDNN, which keeps a reserve of its own for backward.",
+    "sort": "What a sort has for itself is left out.",
+    "embedding_dense_backward": "What the gradient of an embedding sorts indices in is left out.",
+}
 MODULES = 12  # lines of the table of modules
 
 
@@ -57,7 +68,9 @@ def parser() -> argparse.ArgumentParser:
         "--hf", metavar="CONFIG", help="in its place, a config.json, of which transformers builds its own class"
     )
     p.add_argument("--gpu", default="a100-80gb-sxm", help="the accelerator (estimate list)")
-    p.add_argument("--device", choices=DEVICES, default="cpu", help="whose rules")
+    p.add_argument(
+        "--device", choices=DEVICES, help="whose rules: by default the accelerator's; with --fake-world, cpu"
+    )
     p.add_argument(
         "--batch-size", type=int, default=1, metavar="B", help="given to FUNCTION as batch_size, if it takes it"
     )
@@ -93,10 +106,11 @@ def run(argv: Sequence[str]) -> int:
     gpu = accelerator(args.gpu)
     if not args.json:
         sys.stdout.write(RUNS.format(name) + "\n\n")
-    recording = record(build, plan, args.device)
+    device = args.device or (gpu.device if gpu.device in DEVICES and args.fake_world is None else "cpu")
+    recording = record(build, plan, device)
     answer = estimate_recorded(recording, plan, gpu)
     memory = answer.memory
-    tried = [] if memory.fits else remedies(build, plan, args.device, gpu)
+    tried = [] if memory.fits else remedies(build, plan, device, gpu)
     if args.json:
         sys.stdout.write(json.dumps(_plain(recording, answer), indent=1) + "\n")
     else:
@@ -178,9 +192,18 @@ def report(recording: Recording, memory: Memory, name: str, gpu: str) -> str:
             lines.append(f"  {phase.value:10} {size(recording.live_at(at)):>10} at most, {_place(recording, at)}")
     lines += ["", *(f"Assumed {times} times: {said}." for said, times in recording.assumptions.items())]
     lines += [f"{note[0].upper()}{note[1:]}." for note in recording.notes]
+    lines += unknown(recording)
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     lines.append(f"Recorded in {duration(recording.seconds)}; this process has taken {size(most)} of memory at most.")
     return "\n".join(lines) + "\n"
+
+
+def unknown(recording: Recording) -> list[str]:
+    """A sentence on each part of CUDA's kernels that the recording does not know, where it has such kernels."""
+    if recording.account.device != "cuda":
+        return []
+    names = {kernel.name for kernel in recording.ledger.kernels}
+    return [said for part, said in UNKNOWN.items() if any(part in name for name in names)]
 
 
 def timed(time: RecordedTime, gpu: str, plan: Plan, *, alone: bool) -> str:

@@ -172,8 +172,8 @@ class Reader:
         self.running.append(running)
         if operands >= 0:
             running.inputs = self.log.values(operands)
-        if kind == LEFT_OUT and self.device == "cpu":
-            held = scratch_of(named, running.inputs or (), self.threads)
+        if kind == LEFT_OUT:
+            held = scratch_of(self.device, named, running.inputs or (), self.threads)
             running.scratch = [Storage(size(n), 1, Category.TEMPORARY, self._here) for n in held]
             for storage in running.scratch:
                 self._event(1, storage, storage.where, 0)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from estimator.describe.plan import Plan
     from estimator.eager.ledger import Ledger, Where
 
-DEVICES = ("cpu",)
+DEVICES = ("cpu", "cuda")
 
 
 class Line(NamedTuple):
@@ -142,10 +142,10 @@ def record(build: Callable[[], Any], plan: Plan | None = None, device: str = "cp
     choose("device", device, DEVICES)
     began = time.perf_counter()
     assumptions = Assumptions(LIBRARIES)
-    with recording(assumptions) as native:
+    with recording(assumptions, device) as native:
         with said_by("the step"):
-            step = as_step(build(), plan)
-            check(step)
+            step = as_step(build(), plan, device)
+            check(step, device)
             with eager(step, assumptions):
                 log, first, known, saved, saved_bytes = recorded(native, step, assumptions)
         parameters = sum(p.numel() for p in step.model.parameters())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
@@ -16,10 +16,11 @@ from torch.utils._pytree import tree_leaves
 from estimator.eager.ledger import Category
 from trainer.referee.measure import onednn
 from trainer.referee.recorder.assumptions import Assumptions
+from trainer.referee.recorder.cuda import cuda
 from trainer.referee.recorder.extension import extension
 from trainer.referee.recorder.ledger import Known
 from trainer.referee.recorder.log import Kind, Log, Mark
-from trainer.referee.recorder.rules import dependent_kernels, kernels_of
+from trainer.referee.recorder.rules import composites, dependent_kernels, kernels_of
 from trainer.referee.recorder.saved import number_of, saved_allocations, saving
 from trainer.referee.recorder.shapes import known_shapes
 
@@ -33,15 +34,16 @@ PRINTED = "a tensor is printed: what printing takes is left out"
 
 
 @contextmanager
-def recording(assumptions: Assumptions | None = None) -> Iterator[Any]:
+def recording(assumptions: Assumptions | None = None, device: str = "cpu") -> Iterator[Any]:
     """The extension, all that it puts in place there and its log begun; oneDNN is off, as for the referee of bytes."""
     native = extension()
-    native.set_kernels(kernels_of(), dependent_kernels())
+    native.set_kernels(kernels_of(device), dependent_kernels())
     native.set_libraries(LIBRARIES)
     assumptions = assumptions or Assumptions(LIBRARIES)
     native.set_assume(assumptions.number)
-    with onednn(enabled=False), known_shapes(), lists(native, assumptions):
-        native.install()
+    place = cuda(native) if device == "cuda" else nullcontext()
+    with onednn(enabled=False), known_shapes(device), lists(native, assumptions), place:
+        native.install(device == "cuda", composites())
         try:
             native.start()
             yield native
