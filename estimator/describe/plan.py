@@ -252,7 +252,7 @@ class Plan:
             Needs(
                 "product_dtype",
                 ("bf16", "fp16"),
-                "products are in {product_dtype}",
+                "precision {precision!r} does not multiply in 16 bits",
                 say="allowed are precisions of 16 bits",
             ),
         ),

@@ -82,7 +82,7 @@ def test_memory_is_that_of_16_bits():
     ("changes", "words"),
     [
         ({"compile": False}, "float8 = 'tensorwise': compile is False"),
-        ({"precision": "fp32"}, "float8 = 'tensorwise': products are in fp32"),
+        ({"precision": "fp32"}, "float8 = 'tensorwise': precision 'fp32' does not multiply in 16 bits"),
     ],
 )
 def test_what_float8_needs_is_asked_for(changes, words):
