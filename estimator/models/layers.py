@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from estimator.describe.parts import Layer, Parts, Pattern
-    from estimator.describe.schedules import Schedule
+    from estimator.describe.schedules import Moves
     from estimator.eager.letters import Size
     from estimator.eager.repetition import Layout
     from estimator.parallel.unit import Unit
@@ -129,7 +129,7 @@ class Recipe:
     optimizer: str
     optimizer_impl: str
     clips: bool
-    schedule: Schedule  # of the micro-batches that set a step apart
+    schedule: Moves  # of the micro-batches that set a step apart
     parallel: str = "alone"
     selection: Selection = EVERYTHING
     adapter: str = "none"
