@@ -19,7 +19,7 @@ from estimator.describe.settings import Needs
 if TYPE_CHECKING:
     from estimator.describe.model import ModelConfig
     from estimator.describe.plan import Plan
-    from estimator.describe.schedules import Moves, Part, Schedule
+    from estimator.describe.schedules import Part, Schedule
 
 ALIKE = 3  # micro-batches that are executed of those that a stage runs ahead, and of those between: the middle one
 # stands for all others
@@ -164,11 +164,20 @@ def in_flight(p: Plan, stage: int) -> int:
     return min(p.grad_accumulation, p.pipeline_parallel - stage)
 
 
-def executed(p: Plan, stage: int) -> Moves:
-    """The moves that stand for all of a stage's: of the forwards ahead, and of those between, at most `ALIKE`.
+def executed_parts(p: Plan, stage: int) -> tuple[Part, ...]:
+    """The moves that stand for all of those of a stage's interleaved parts: of `GROUPS` micro-batches.
 
-    Of interleaved parts as many groups: in the second of them all parts have had a backward, and from then on each
-    leaves what the one before it does.
+    When the first has gone back through all parts, each part has had a backward, and from then on a group leaves what
+    the one before it did.
+    """
+    if not p.interleaves:
+        return ()
+    groups = rounds(p.grad_accumulation, p.pipeline_parallel)
+    return parted(p, stage, p.grad_accumulation // groups * min(groups, GROUPS))
+
+
+def executed(p: Plan, stage: int) -> Schedule:
+    """The moves that stand for all of a stage's: of the forwards ahead, and of those between, at most `ALIKE`.
 
     Under 1F1B the send of the last forward but one of those ahead is held until there is no forward left. So it makes a
     difference whether a backward comes after that micro-batch's own and before the last forward.
@@ -176,8 +185,7 @@ def executed(p: Plan, stage: int) -> Moves:
     if not p.is_pipeline:
         return accumulation(min(p.grad_accumulation, 2))
     if p.interleaves:
-        groups = rounds(p.grad_accumulation, p.pipeline_parallel)
-        return parted(p, stage, p.grad_accumulation // groups * min(groups, GROUPS))
+        return ()
     own = -(-in_flight(p, stage) // p.virtual_stages)
     ahead, between = min(own, ALIKE), min(max(p.grad_accumulation - own, 0), ALIKE)
     if p.pipeline_schedule == "gpipe":
