@@ -222,6 +222,13 @@ def test_cudas_rules_are_those_of_the_symbolic_step(family, plan):
     assert (memory.allocated, memory.needed) == (symbolic.allocated, symbolic.needed)
 
 
+def test_a_recording_of_bytes_alone_has_the_same_bytes():
+    whole, alone = (trainer.record(tagger, bytes_alone=x) for x in (False, True))
+    assert alone.account.delta.tolist() == whole.account.delta.tolist()
+    assert not alone.ledger.kernels
+    assert alone.saved_bytes is None
+
+
 def routed(read):
     """A module whose loss reads values that come of its weights."""
     module = nn.Linear(64, 64)

@@ -84,6 +84,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--precision", choices=PRECISIONS, default="fp32")
     p.add_argument("--grad-accumulation", type=int, default=1, metavar="N", help="micro-batches of a step")
     p.add_argument("--max-grad-norm", type=float, metavar="X", help="clip the gradients to this norm")
+    p.add_argument(
+        "--remedies",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="try what makes a step fit that does not",
+    )
     p.add_argument("--measure", action="store_true", help="run a real step on this CPU too, and compare every event")
     p.add_argument("--fake-world", type=int, metavar="N", help="as rank 0 of N, in PyTorch's fake process group")
     p.add_argument("--snapshot", metavar="FILE", help="of torch.cuda.memory._dump_snapshot: what a card really held")
@@ -110,14 +116,16 @@ def run(argv: Sequence[str]) -> int:
     recording = record(build, plan, device)
     answer = estimate_recorded(recording, plan, gpu)
     memory = answer.memory
-    tried = [] if memory.fits else remedies(build, plan, device, gpu)
     if args.json:
         sys.stdout.write(json.dumps(_plain(recording, answer), indent=1) + "\n")
     else:
         sys.stdout.write(report(recording, memory, name, gpu.name))
         sys.stdout.write(timed(answer.time, gpu.name, plan, alone=args.fake_world is None))
-        for said in tried:
-            sys.stdout.write(f"  {said}\n")
+        if args.remedies and not memory.fits:
+            sys.stdout.write("\nWhat it needs with these changes (each is recorded; --no-remedies leaves them out):\n")
+            for said in remedies(build, plan, device, gpu):
+                sys.stdout.write(f"  {said}\n")
+                sys.stdout.flush()
     if args.snapshot:
         sys.stdout.write("\n" + beside_snapshot(memory, read_snapshot(args.snapshot)))
     if args.measure:

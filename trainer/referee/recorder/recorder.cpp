@@ -189,9 +189,13 @@ struct Shapes {  // the meta tensors that stand for an operator's arguments
   bool copies = false;  // from one device to the other, numbers too
   std::vector<std::pair<at::Tensor, at::Tensor>> pairs;
 
+  bool stands_for(const at::Tensor& t) const {
+    if (!t.defined() || t.unsafeGetTensorImpl()->is_wrapped_number()) return false;
+    return t.is_cuda() || (t.is_cpu() && !(cuda && !copies && !t.dim()));  // or else a number of the host's
+  }
+
   at::Tensor meta_of(const at::Tensor& t) {
-    if (!t.defined() || t.unsafeGetTensorImpl()->is_wrapped_number()) return t;
-    if (!t.is_cuda() && (!t.is_cpu() || (cuda && !copies && !t.dim()))) return t;  // a number of the host's
+    if (!stands_for(t)) return t;
     for (const auto& [own, meta] : pairs)
       if (own.is_same(t)) return meta;
     at::Tensor meta = at::detail::empty_strided_meta(t.sizes(), t.strides(), t.scalar_type());
@@ -220,37 +224,128 @@ struct Shapes {  // the meta tensors that stand for an operator's arguments
     return cuda ? empty_on_cuda(sizes, strides, dtype) : at::Tensor(at::detail::empty_strided_cpu(sizes, strides, dtype));
   }
 
-  // The argument that a result is, or a new tensor of its shape.
-  at::Tensor own_of(const at::Tensor& result) {
-    if (!result.defined() || !result.is_meta()) return result;
-    for (const auto& [own, meta] : pairs) {
-      if (!meta.is_same(result)) continue;
-      if (own.sizes() != result.sizes()) own.resize_(result.sizes());
+};
+
+// What a meta kernel has said of one result: all that is needed to make it.
+struct Result {
+  enum { UNDEFINED, NEW, ARGUMENT, HOST, LIST, VALUE } kind = UNDEFINED;
+  std::vector<int64_t> sizes, strides;
+  at::ScalarType dtype = at::kFloat;
+  int64_t elements = 0;  // of its storage
+  size_t argument = 0;   // among the tensors that the operator was given
+  std::vector<Result> list;
+  c10::IValue value;
+
+  static Result of(const at::Tensor& t, const Shapes& shapes) {
+    Result found;
+    if (!t.defined()) return found;
+    found.sizes = t.sizes().vec(), found.strides = t.strides().vec(), found.dtype = t.scalar_type();
+    found.elements = static_cast<int64_t>(t.storage().nbytes() / t.itemsize());
+    found.kind = t.is_meta() ? NEW : HOST;
+    for (size_t i = 0; i < shapes.pairs.size(); ++i)
+      if (shapes.pairs[i].second.is_same(t)) found.kind = ARGUMENT, found.argument = i;
+    return found;
+  }
+
+  static Result of(const c10::IValue& value, const Shapes& shapes) {
+    if (value.isTensor()) return of(value.toTensor(), shapes);
+    Result found;
+    found.kind = value.isTensorList() ? LIST : VALUE;
+    if (found.kind == VALUE) found.value = value;
+    if (found.kind == LIST)
+      for (const at::Tensor& t : value.toTensorList()) found.list.push_back(of(t, shapes));
+    return found;
+  }
+
+  size_t bytes() const {
+    size_t most = kind == NEW || kind == ARGUMENT ? c10::multiply_integers(sizes) * c10::elementSize(dtype) : 0;
+    for (const auto& one : list) most = std::max(most, one.bytes());
+    return most;
+  }
+
+  // The argument that it is, or a new tensor on the operator's device; `given` are the operator's tensors.
+  at::Tensor tensor(const std::vector<at::Tensor>& given, const Shapes& shapes) const {
+    if (kind == UNDEFINED) return {};
+    if (kind == ARGUMENT) {
+      const auto& own = given[argument];
+      if (own.sizes() != sizes) own.resize_(sizes);
       return own;
     }
+    if (kind == HOST) {
+      log_().aside = true;
+      at::Tensor made = at::detail::empty_strided_cpu(sizes, strides, dtype);
+      log_().aside = false;
+      return made;
+    }
     at::Tensor made;
-    const auto whole = static_cast<int64_t>(result.storage().nbytes() / result.itemsize());
-    if (result.dim() == 0 && whole > 1) {  // one number in the storage of what it was made of
-      made = empty({whole}, {1}, result.scalar_type());
+    if (sizes.empty() && elements > 1) {  // one number in the storage of what it was made of
+      made = shapes.empty({elements}, {1}, dtype);
       made.unsafeGetTensorImpl()->set_sizes_contiguous({});
     } else {
-      made = empty(result.sizes(), result.strides(), result.scalar_type());
+      made = shapes.empty(sizes, strides, dtype);
     }
     if (auto* held = held_of(made)) {
       held->known = false;
-      held->made = this->made;
+      held->made = shapes.made;
     }
     return made;
   }
 
-  c10::IValue own_of(const c10::IValue& value) {
-    if (value.isTensor()) return own_of(value.toTensor());
-    if (value.isTensorList()) {
-      c10::List<at::Tensor> list;
-      for (const at::Tensor& t : value.toTensorList()) list.push_back(own_of(t));
-      return list;
+  c10::IValue own(const std::vector<at::Tensor>& given, const Shapes& shapes) const {
+    if (kind == VALUE) return value;
+    if (kind != LIST) return tensor(given, shapes);
+    c10::List<at::Tensor> made;
+    for (const auto& one : list) made.push_back(one.tensor(given, shapes));
+    return made;
+  }
+};
+
+// The same operator on the same shapes has the same results: a meta kernel, often of Python, is asked once.
+std::unordered_map<std::string, std::vector<Result>> asked_;
+
+struct Question {
+  std::string key;
+  std::vector<at::Tensor> given;  // tensors that a meta tensor stands for, each once
+  bool plain = true;              // of nothing but tensors and numbers
+
+  void add(int64_t x) { key.append(reinterpret_cast<const char*>(&x), sizeof x); }
+
+  void add(const at::Tensor& t, const Shapes& shapes) {
+    if (!t.defined()) return add(-1);
+    size_t i = 0;
+    if (shapes.stands_for(t)) {
+      while (i < given.size() && !given[i].is_same(t)) ++i;
+      if (i == given.size()) given.push_back(t);
+      add(static_cast<int64_t>(i));
+    } else {
+      add(-2 - t.unsafeGetTensorImpl()->is_wrapped_number());
     }
-    return value;
+    add(static_cast<int64_t>(t.scalar_type()));
+    add(t.dim());
+    for (auto n : t.sizes()) add(n);
+    for (auto n : t.strides()) add(n);
+  }
+
+  void add(const c10::IValue& value, const Shapes& shapes) {
+    add(static_cast<int64_t>(value.tagKind().size()) << 32 | value.tagKind()[0]);
+    if (value.isTensor()) return add(value.toTensor(), shapes);
+    if (value.isNone()) return;
+    if (value.isBool()) return add(value.toBool());
+    if (value.isInt()) return add(value.toInt());
+    if (value.isDouble()) {
+      const double x = value.toDouble();
+      int64_t bits;
+      std::memcpy(&bits, &x, sizeof bits);
+      return add(bits);
+    }
+    if (value.isDevice()) return add(static_cast<int64_t>(value.toDevice().type()));
+    if (value.isList()) {
+      const auto list = value.toListRef();
+      add(static_cast<int64_t>(list.size()));
+      for (const auto& x : list) add(x, shapes);
+      return;
+    }
+    plain = false;
   }
 };
 
@@ -265,11 +360,24 @@ std::string name_of(const c10::OperatorHandle& op) {
   return name.overload_name.empty() ? name.name : name.name + "." + name.overload_name;
 }
 
-size_t bytes_of(const std::vector<c10::IValue>& values) {
-  size_t most = 0;
-  for (const auto& value : values)
-    each_tensor(value, [&](const at::Tensor& t) { most = std::max(most, t.nbytes()); });
-  return most;
+// What the meta kernel says of the results.
+std::vector<Result> ask(const c10::OperatorHandle& op, Shapes& shapes, at::ArrayRef<c10::IValue> arguments) {
+  auto& log = log_();
+  std::vector<c10::IValue> values;
+  for (const auto& value : arguments) values.push_back(shapes.meta_of(value));
+  log.aside = true;
+  try {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    c10::impl::ExcludeDispatchKeyGuard without(DispatchKey::Fake);
+    op.redispatchBoxed(DispatchKeySet(DispatchKey::Meta), &values);
+  } catch (...) {
+    log.aside = false;
+    throw;
+  }
+  log.aside = false;
+  std::vector<Result> found;
+  for (const auto& value : values) found.push_back(Result::of(value, shapes));
+  return found;
 }
 
 // The numbers that `topk` chooses in each row of x are not known: they are dealt out one after the other, so that no row
@@ -413,21 +521,24 @@ void left_out(const c10::OperatorHandle& op, DispatchKeySet below, torch::jit::S
   shapes.cuda = cuda;
   shapes.copies = name == "aten::copy_";
   if (count && arguments[0].isTensor()) shapes.made += ":" + std::to_string(arguments[0].toTensor().numel());
-  std::vector<c10::IValue> results;
-  for (const auto& value : arguments) results.push_back(shapes.meta_of(value));
-  log.aside = true;
-  try {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    c10::impl::ExcludeDispatchKeyGuard without(DispatchKey::Fake);
-    op.redispatchBoxed(DispatchKeySet(DispatchKey::Meta), &results);
-  } catch (...) {
-    log.aside = false;
-    if (!known) throw;
-    if (!compute()) throw;  // its results depend on values, which there are
-    return;
+  Question question;
+  question.key = name + (cuda ? "@cuda" : "");
+  for (const auto& value : arguments) question.add(value, shapes);
+  auto found = question.plain ? asked_.find(question.key) : asked_.end();
+  std::vector<Result> fresh;
+  if (found == asked_.end()) {
+    try {
+      fresh = ask(op, shapes, arguments);
+    } catch (...) {
+      if (!known || !compute()) throw;  // its results depend on values, which there are
+      return;
+    }
+    if (question.plain) found = asked_.emplace(question.key, fresh).first;
   }
-  log.aside = false;
-  if (known && bytes_of(results) <= REAL && compute()) return;
+  const auto& results = question.plain ? found->second : fresh;
+  size_t most = 0;
+  for (const auto& result : results) most = std::max(most, result.bytes());
+  if (known && most <= REAL && compute()) return;
   if (log.kernel && cuda == log.cuda) log.rows[log.kernel_row].c = 3;
   for (size_t i = 0; i < count; ++i) {
     const auto* alias = schema.arguments()[i].alias_info();
@@ -436,10 +547,11 @@ void left_out(const c10::OperatorHandle& op, DispatchKeySet below, torch::jit::S
       if (auto* held = held_of(t)) held->known = false;
     });
   }
-  for (auto& value : results) value = shapes.own_of(value);
-  if (!known && name == "aten::topk") deal_out(arguments[0].toTensor(), results[1].toTensor(), arguments[2].toInt());
+  std::vector<c10::IValue> made;
+  for (const auto& result : results) made.push_back(result.own(question.given, shapes));
+  if (!known && name == "aten::topk") deal_out(arguments[0].toTensor(), made[1].toTensor(), arguments[2].toInt());
   torch::jit::drop(*stack, count);
-  for (size_t i = 0; i < returns; ++i) torch::jit::push(*stack, std::move(results[i]));
+  for (size_t i = 0; i < returns; ++i) torch::jit::push(*stack, std::move(made[i]));
 }
 
 void kernel(const c10::OperatorHandle& op, DispatchKeySet keys, torch::jit::Stack* stack) {
@@ -716,6 +828,7 @@ void install(bool cuda, const std::vector<std::string>& composite) {
   allocator_.inner = cuda_.inner = c10::GetAllocator(c10::DeviceType::CPU);
   c10::SetAllocator(c10::DeviceType::CPU, &allocator_, 255);
   log_().cuda = cuda;
+  asked_.clear();
   if (cuda) on_cuda_ = std::make_unique<Cuda>(composite);
   c10::impl::tls_set_dispatch_key_included(DispatchKey::Fake, true);
   handle_ = at::addThreadLocalCallback(at::RecordFunctionCallback(&begin, &end)

@@ -122,14 +122,41 @@ def marks(step: Any, native: Any) -> Iterator[None]:
         yield
 
 
-def recorded(native: Any, step: Any, assumptions: Assumptions) -> tuple[Log, int, Known, set[int], int]:
-    """(the log, the row at which a steady step begins, what is alive then, and what `saved_allocations` has of it)."""
+def recorded(
+    native: Any, step: Any, assumptions: Assumptions, *, saved: bool
+) -> tuple[Log, int, Known, set[int], int | None]:
+    """(the log, the row at which a steady step begins, what is alive then, and what `saved_allocations` has of it).
+
+    Without `saved` the step is not run once more to see what autograd keeps: nothing, and None.
+    """
+    with settled():
+        return _recorded(native, step, assumptions, saved=saved)
+
+
+@contextmanager
+def settled() -> Iterator[None]:
+    """What is there already is no garbage, and is not looked through each time that garbage is collected."""
+    if gc.get_freeze_count():
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def _recorded(
+    native: Any, step: Any, assumptions: Assumptions, *, saved: bool
+) -> tuple[Log, int, Known, set[int], int | None]:
     step()  # the first step makes the optimizer's state; the steady ones are alike
     with marks(step, native):
         assumptions.counts.clear()
         log, first = _observed(native, step)
         assumptions.fixed = dict(assumptions.counts)
         known = _known(native, step, log, first)
+        if not saved:
+            return log, first, known, set(), None
         native.start()
         again, begun = _observed(native, lambda: saving(native, step))
     return log, first, known, *saved_allocations(again, begun)
