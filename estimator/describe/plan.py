@@ -471,10 +471,10 @@ class Plan:
     virtual_stages: int = integer(
         1,
         "Parts of a pipeline's stage: with several, each accelerator has so many pieces of consecutive blocks, and the "
-        "pipeline fills faster (interleaved 1F1B, Narayanan et al. 2021).",
+        "pipeline fills faster (interleaved 1F1B, Narayanan et al. 2021; PyTorch's `ScheduleInterleaved1F1B`).",
         most=10**4,
         draws=(1,),
-        needs=megatron.VIRTUAL,
+        needs=pipeline.VIRTUAL,
     )
     sequence_parallel: bool = flag(
         "Between the shared matrices of tensor_parallel each accelerator has its part of the tokens (Korthikanti et "
@@ -766,6 +766,11 @@ class Plan:
     def is_pipeline(self) -> bool:
         """Whether the blocks are dealt to several stages."""
         return self.pipeline_parallel > 1
+
+    @property
+    def interleaves(self) -> bool:
+        """Whether stages have several parts each, as PyTorch's `ScheduleInterleaved1F1B` runs them."""
+        return self.virtual_stages > 1 and self.implementation == "bundled"
 
     @property
     def shares_matrices(self) -> bool:

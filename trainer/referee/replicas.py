@@ -123,9 +123,7 @@ class PipelineStep(Step):
         needed = ((ids,) if stage.first else ()) + ((targets,) if stage.last else ())
         super().__init__(stage, build_optimizer(self.weights.named, p, world.device.type), (ids, targets), p)
         self.needed, self.buckets = needed, bucket_bytes(stage) if p.data_parallel > 1 and p.shards == 1 else 0
-        self.place, self.run = scheduled(
-            stage, world.grid(p), world.device, p.pipeline_schedule, p.grad_accumulation, LOSSES[p.loss]
-        )
+        self.places, self.run = scheduled(stage, world.grid(p), world.device, p, LOSSES[p.loss])
 
     def __call__(self) -> None:
         """Run it."""
@@ -153,7 +151,7 @@ class PipelineStep(Step):
 
     def buffers(self) -> Iterator[Tensor]:
         """What the stages beside this one send into; made in the first step, and kept."""
-        for received in (self.place.args_recv_info, self.place.grad_recv_info):
+        for received in (x for place in self.places for x in (place.args_recv_info, place.grad_recv_info)):
             for infos in received.values():
                 yield from (info.buffer for info in infos if info.buffer is not None)
 
