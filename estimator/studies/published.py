@@ -80,7 +80,7 @@ def judged() -> tuple[Judged, ...]:
 
 @cache
 def by_plan() -> tuple[Judged, ...]:
-    """The same by the plan alone, without what a source says of its software and network: eager or compiled, and float8."""
+    """The same by the plan alone (compiled, float8), without what a source says of its software and network."""
     plain = []
     for run in runs():
         variant = run.setup.variant
