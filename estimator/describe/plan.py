@@ -241,6 +241,30 @@ class Plan:
         draws=(None, 1.0),
     )
     compile: bool = flag("`torch.compile` fuses the elementwise kernels; time knows it, memory is eager's.")
+    float8: str = choice(
+        "none",
+        "Products of the blocks' linear layers in 8 bits, by torchao; time knows it, memory stays that of 16 bits.",
+        {
+            "none": "in the precision's own dtype",
+            "tensorwise": "a scale for each tensor",
+            "rowwise": "a scale for each row",
+        },
+        draws=("none",),
+        needs=(
+            Needs(
+                "compile",
+                (True,),
+                "compile is False, and torchao's casts are meant to be fused",
+                say="allowed with compile",
+            ),
+            Needs(
+                "product_dtype",
+                ("bf16", "fp16"),
+                "precision {precision!r} does not multiply in 16 bits",
+                say="allowed are precisions of 16 bits",
+            ),
+        ),
+    )
     data_parallel: int = integer(
         1,
         "Accelerators that each run this plan on their own sequences.",
@@ -455,10 +479,10 @@ class Plan:
     virtual_stages: int = integer(
         1,
         "Parts of a pipeline's stage: with several, each accelerator has so many pieces of consecutive blocks, and the "
-        "pipeline fills faster (interleaved 1F1B, Narayanan et al. 2021).",
+        "pipeline fills faster (interleaved 1F1B, Narayanan et al. 2021; PyTorch's `ScheduleInterleaved1F1B`).",
         most=10**4,
         draws=(1,),
-        needs=megatron.VIRTUAL,
+        needs=pipeline.VIRTUAL,
     )
     sequence_parallel: bool = flag(
         "Between the shared matrices of tensor_parallel each accelerator has its part of the tokens (Korthikanti et "
@@ -760,6 +784,11 @@ class Plan:
     def is_pipeline(self) -> bool:
         """Whether the blocks are dealt to several stages."""
         return self.pipeline_parallel > 1
+
+    @property
+    def interleaves(self) -> bool:
+        """Whether stages have several parts each, as PyTorch's `ScheduleInterleaved1F1B` runs them."""
+        return self.virtual_stages > 1 and self.implementation == "bundled"
 
     @property
     def shares_matrices(self) -> bool:

@@ -51,6 +51,7 @@ SEQUENCE = [*TENSOR, "--plan.sequence-parallel"]
 VOCABULARY = [*SEQUENCE, "--plan.vocabulary-parallel", "--plan.loss", "torch", "--changed"]
 PIPELINE = ["--plan.pipeline-parallel", "2"]
 GPIPE = [*PIPELINE, "--plan.pipeline-schedule", "gpipe"]
+INTERLEAVED = [*PIPELINE, "--plan.virtual-stages", "2"]
 FSDP = ["--sharding", "fsdp"]
 ZERO2 = ["--sharding", "zero2"]
 TWO = {  # name -> options, and the run whose first half it goes on from
@@ -58,21 +59,22 @@ TWO = {  # name -> options, and the run whose first half it goes on from
     "sequence": (SEQUENCE, None),
     "pipeline": (PIPELINE, None),
     "gpipe": (GPIPE, None),
+    "interleaved": (INTERLEAVED, None),
     "tensor_of_one": (SEQUENCE, "one"),
     "pipeline_of_one": (PIPELINE, "one"),
     "vocabulary_of_tensor": (VOCABULARY, "tensor"),
     "pipeline_of_tensor": (GPIPE, "tensor"),
-    "tensor_of_pipeline": (TENSOR, "pipeline"),
+    "tensor_of_interleaved": (TENSOR, "interleaved"),
     "fsdp_of_pipeline": (FSDP, "pipeline"),
     "tensor_of_fsdp": (TENSOR, "fsdp_of_pipeline"),
 }
 FOUR = {
     "tensor_fsdp_of_pipeline": ([*TENSOR, *FSDP], "pipeline"),
     "pipeline_ddp_of_tensor_fsdp": (PIPELINE, "tensor_fsdp_of_pipeline"),
-    "pipeline_tensor_of_one": ([*PIPELINE, *SEQUENCE], "one"),
+    "interleaved_tensor_of_one": ([*INTERLEAVED, *SEQUENCE], "one"),
     "pipeline_zero2": ([*PIPELINE, *ZERO2], None),
 }
-ONE = ["sequence", "pipeline", "tensor_fsdp_of_pipeline", "pipeline_tensor_of_one"]
+ONE = ["sequence", "pipeline", "tensor_fsdp_of_pipeline", "interleaved_tensor_of_one"]
 
 
 @pytest.fixture(scope="module")

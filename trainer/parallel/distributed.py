@@ -19,12 +19,13 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from estimator.describe.checks import ConfigError
+from trainer.model.decoder import Transformer
 from trainer.optim.clip import gradient_clipping
 from trainer.optim.precision import Masters, float32_copy
 from trainer.parallel.context import context_parallel
 from trainer.parallel.expert import expert_parallel, of_experts, shard_experts
-from trainer.parallel.pipeline import Stage
-from trainer.parallel.tensor import orders, tensor_parallel
+from trainer.parallel.pipeline import Stage, Stages, stages_of
+from trainer.parallel.tensor import tensor_parallel
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
     from estimator.describe.plan import Plan
-    from trainer.model.decoder import Transformer
 
 
 class World:
@@ -182,12 +182,12 @@ class World:
         mean = self.mean if plan.fp32_gradients and self.size > 1 else None
         return module, held, updated, Masters(held.named, updated.named, fp32_gradients=plan.fp32_gradients, mean=mean)
 
-    def prepare_stage(self, model: Transformer, plan: Plan) -> tuple[Stage, Weights]:
+    def prepare_stage(self, model: Transformer, plan: Plan) -> tuple[Stage | Stages, Weights]:
         """(This process's stage of `model`, its weights), shared out by tensors and by rows as `plan` says."""
         grid = self.grid(plan)
         if plan.tensor_parallel > 1:
             tensor_parallel(model, grid["tensor"], sequence=plan.sequence_parallel)
-        stage = Stage(model, grid["pipeline"].get_local_rank(), plan.pipeline_parallel)
+        stage = stages_of(model, grid["pipeline"].get_local_rank(), plan)
         if plan.shards > 1:
             self.shard(stage, plan, policy(plan), keeps=True)
         return stage, Weights(stage, stages=grid["pipeline"])
@@ -195,6 +195,10 @@ class World:
     def shares(self, sharding: str) -> bool:
         """Whether each process updates a part of the parameters."""
         return self.size > 1 and sharding != "none"
+
+    def parts_gradients(self, plan: Plan, sharding: str) -> bool:
+        """Whether each process has a part of the gradients only, when the optimizer is to move the weights."""
+        return self.shares(sharding) or plan.shares_matrices
 
     def weights(self, model: nn.Module, sharding: str) -> Weights:
         """The parameters of a model that has been wrapped, as the optimizer sees them."""
@@ -232,9 +236,11 @@ class Weights:
     def __init__(self, model: nn.Module, mesh: DeviceMesh | None = None, stages: DeviceMesh | None = None) -> None:
         self.model, self.mesh, self.stages = model, mesh, stages
         own = model.state_dict(keep_vars=True)
-        self.names = model.whole_names() if isinstance(model, Stage) else {name: name for name in own}
-        self.shapes = model.shapes if isinstance(model, Stage) else {name: x.shape for name, x in own.items()}
-        self.orders = orders(model.model if isinstance(model, Stage) else model)
+        self.names = {name: name for name in own}
+        self.shapes: dict[str, torch.Size] = {name: x.shape for name, x in own.items()}
+        if isinstance(model, Stage | Stages):
+            self.names, self.shapes = model.whole_names(), model.shapes
+        self.orders: dict[str, Tensor] = model.dealt if isinstance(model, Stage | Stages | Transformer) else {}
         self.originals = {self.names[name]: p for name, p in model.named_parameters() if p.requires_grad}
         self.sharded = mesh is not None or any(isinstance(p, DTensor) for p in self.originals.values())
         self.named = {

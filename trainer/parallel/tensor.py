@@ -89,8 +89,3 @@ def deal(model: Transformer, name: str, widths: list[int], size: int) -> None:
         for key, p in model.get_submodule(name).named_parameters():
             p.copy_(p[order])
             model.dealt[f"{name}.{key}"] = order
-
-
-def orders(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Of parameters whose rows were dealt out, by their names in the whole model: which row comes where."""
-    return model.dealt if isinstance(model, Transformer) else {}

@@ -72,7 +72,8 @@ class SharedStep(Step):
         optimizer = build_updates(self.weights.named, p, world.device.type, self.weights)
         super().__init__(model, optimizer, inputs, p, masters)
         self.module, self.world, self.needed = module, world, inputs
-        self.scaler = loss_scaler(p.precision, world.device.type, sharded=world.shares(p.sharding), init_scale=2.0**8)
+        in_parts = world.parts_gradients(p, p.sharding)
+        self.scaler = loss_scaler(p.precision, world.device.type, sharded=in_parts, init_scale=2.0**8)
 
     def __call__(self) -> None:
         """Run it."""
@@ -123,9 +124,7 @@ class PipelineStep(Step):
         needed = ((ids,) if stage.first else ()) + ((targets,) if stage.last else ())
         super().__init__(stage, build_optimizer(self.weights.named, p, world.device.type), (ids, targets), p)
         self.needed, self.buckets = needed, bucket_bytes(stage) if p.data_parallel > 1 and p.shards == 1 else 0
-        self.place, self.run = scheduled(
-            stage, world.grid(p), world.device, p.pipeline_schedule, p.grad_accumulation, LOSSES[p.loss]
-        )
+        self.places, self.run = scheduled(stage, world.grid(p), world.device, p, LOSSES[p.loss])
 
     def __call__(self) -> None:
         """Run it."""
@@ -153,7 +152,7 @@ class PipelineStep(Step):
 
     def buffers(self) -> Iterator[Tensor]:
         """What the stages beside this one send into; made in the first step, and kept."""
-        for received in (self.place.args_recv_info, self.place.grad_recv_info):
+        for received in (x for place in self.places for x in (place.args_recv_info, place.grad_recv_info)):
             for infos in received.values():
                 yield from (info.buffer for info in infos if info.buffer is not None)
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from estimator.describe.plan import Plan
     from trainer.files.data import Dataset
     from trainer.parallel.distributed import World
-    from trainer.parallel.pipeline import Stage
+    from trainer.parallel.pipeline import Stage, Stages
     from trainer.run.settings import TrainConfig
 
 
@@ -138,12 +138,12 @@ class PipelinePasses:
     Losses are 0 but in the last stage.
     """
 
-    def __init__(self, stage: Stage, data: Dataset, share: Share, world: World) -> None:
+    def __init__(self, stage: Stage | Stages, data: Dataset, share: Share, world: World) -> None:
         plan = share.plan
         self.stage, self.data, self.share, self.world = stage, data, share, world
         grid, loss = world.grid(plan), LOSSES[plan.loss]
-        _, self.run = scheduled(stage, grid, world.device, plan.pipeline_schedule, plan.grad_accumulation, loss)
-        self.evaluate = evaluation(stage, grid, world.device, loss)
+        _, self.run = scheduled(stage, grid, world.device, plan, loss)
+        self.evaluate = evaluation(stage, grid, world.device, plan, loss)
 
     def batch(self, split: str, index: int) -> tuple[Tensor, Tensor]:
         """Ids and targets of this process's rows of a batch."""
