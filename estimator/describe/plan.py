@@ -740,7 +740,8 @@ class Plan:
             if device == "cuda" and not aligned and self.attention == "sdpa-efficient":
                 raise ConfigError(
                     f"attention = 'sdpa-efficient': it takes heads whose width is a multiple of {align} in this dtype, "
-                    f"the model's are {model.e} and {model.value_e} wide; allowed are naive, naive-fp32, sdpa, sdpa-math"
+                    f"the model's are {model.e} and {model.value_e} wide; allowed are naive, naive-fp32, sdpa, "
+                    "sdpa-math"
                 )
         if self.attention == "sdpa" and device == "cpu":
             return "math" if self.dropout else "flash"

@@ -239,9 +239,9 @@ def normalized_rows(x: Tensor) -> Tensor:
 def grouped_product(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """`trainer.model.grouped.grouped_product`: (S, d) rows by groups, (E, f, d) -> (S, f); both factors are saved.
 
-    One product a group, of as many rows as it has: together as many FLOPs whatever the counts are. CUDA's kernel for it,
-    in bfloat16 and for rows of a multiple of 16 bytes (`has_kernel` there), is told where each group ends, and saves
-    that too.
+    One product a group, of as many rows as it has: together as many FLOPs whatever the counts are. CUDA's kernel for
+    it, in bfloat16 and for rows of a multiple of 16 bytes (`has_kernel` there), is told where each group ends, and
+    saves that too.
     """
     machine = x.machine
     dtype = machine.autocast_dtype

@@ -273,8 +273,8 @@ def scaled_dot_product_attention(
     """
     with Locals() as c:
         q, k, v = lower(q, k, v)
-        if q.machine.device == "cuda" and not efficient and not q.machine.divides(constant(HEAD_ALIGNMENT), q.shape[-1]):
-            width = q.shape[-1]
+        width, flash = q.shape[-1], q.machine.device == "cuda" and not efficient
+        if flash and not q.machine.divides(constant(HEAD_ALIGNMENT), width):
             c.q, c.k, c.v = (_wider(x) for x in (q, k, v))
             return slice_last(_fused_attention(c.q, c.k, c.v, None, drops=drops, efficient=False), width)
         c.mask = additive_mask(seen, q.dtype) if seen is not None else None
@@ -286,7 +286,7 @@ def scaled_dot_product_attention(
 
 
 def _for_every_head(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
-    """A view of T x T for each head of each sequence, as `preprocess_mask` expands it: saved on the host it is whole."""
+    """A view of T x T for each head of each sequence (`preprocess_mask` expands it): on the host it is saved whole."""
     own = zip(mask.shape, mask.stride, strict=True)
     stride = tuple(ZERO if n == ONE else s for n, s in own)
     return mask.view((*q.shape[:3], k.shape[2]), (*(ZERO,) * (4 - len(stride)), *stride))
