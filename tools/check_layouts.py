@@ -61,6 +61,15 @@ def staged(random: Random, stages: int = 2, **changes: Any) -> Case:
     return m, p.replace(**changes)
 
 
+def interleaved(random: Random, stages: int = 2, **changes: Any) -> Case:
+    """Stages of several parts each."""
+    m, p = staged(random, stages, **changes)
+    parts, groups = random.choice([2, 2, 3]), random.choice([1, 1, 2, 3, 5, 7])
+    m = m.replace(num_layers=stages * parts * random.randint(1, 4))
+    count = groups * random.randint(stages, stages + (stages - 1) // groups)  # of which PyTorch makes so many groups
+    return m, p.replace(pipeline_schedule="1f1b", virtual_stages=parts, grad_accumulation=count)
+
+
 LAYOUTS: dict[str, tuple[int, Callable[[Random], Case]]] = {  # processes, and a random case
     "shards-2": (2, lambda random: of_shards.drawn(random, 2)),
     "shards-4": (4, lambda random: of_shards.drawn(random, 4)),
@@ -69,6 +78,9 @@ LAYOUTS: dict[str, tuple[int, Callable[[Random], Case]]] = {  # processes, and a
     "tensor-2-shards-2": (4, sharded_matrices),
     "pipeline-2": (2, staged),
     "pipeline-4": (4, lambda random: staged(random, 4)),
+    "interleaved-2": (2, interleaved),
+    "interleaved-4": (4, lambda random: interleaved(random, 4)),
+    "interleaved-2-tensor-2": (4, lambda random: interleaved(random, tensor_parallel=2)),
     "pipeline-2-tensor-2": (4, lambda random: staged(random, tensor_parallel=2)),
     "pipeline-2-replicas-2": (4, lambda random: staged(random, data_parallel=2, sharding="none")),
     "pipeline-2-shards-2": (4, lambda random: staged(random, data_parallel=2, sharding="zero2")),

@@ -30,6 +30,7 @@ import torch
 import trainer
 from estimator.describe.checks import ConfigError
 from trainer.referee.measure import build_step
+from trainer.referee.recorder.recording import DEVICES
 from trainer.referee.recorder.truth import judged
 
 ROOT = Path(__file__).parents[1]
@@ -42,7 +43,7 @@ from recorder_symbolic import FIGURES, against_symbolic  # noqa: E402 - likewise
 
 FILE = ROOT / "validation" / "recorder.jsonl"
 FORMED = ROOT / "validation" / "recorder_forms.jsonl"
-SYMBOLIC = ROOT / "validation" / "recorder_symbolic.json"
+SYMBOLIC = ROOT / "validation" / "recorder_symbolic.jsonl"
 Case = tuple[str, tuple[int, int], str]
 
 
@@ -88,13 +89,13 @@ def _row(case: Case) -> dict[str, Any]:
     }
 
 
-def recipes(count: int, *, keep: bool) -> bool:
+def recipes(count: int, device: str, *, keep: bool) -> bool:
     """Random decoders and recipes of ours: the recorder and the symbolic step; whether all figures are equal."""
     total, refused, alike = 0, 0, Counter[str]()
     for seed in range(count):
         m, p = draw(Random(seed))  # noqa: S311 - no secret
         try:
-            recording = trainer.record(lambda m=m, p=p: build_step(m, p))
+            recording = trainer.record(lambda m=m, p=p: build_step(m, p, device), device=device)
             found = against_symbolic(m, p, recording)
         except ConfigError as error:
             refused += 1
@@ -105,9 +106,11 @@ def recipes(count: int, *, keep: bool) -> bool:
         off = {name: pair for name, pair in found.items() if pair[0] != pair[1] and name != "events"}
         if off:
             print(f"seed {seed}: {off} (recorded, symbolic) {m!r} {p!r}", flush=True)
-    row = {"torch": torch.__version__, "seeds": count, "refused": refused, "equal": dict(alike)}
+    row = {"device": device, "torch": torch.__version__, "seeds": count, "refused": refused, "equal": dict(alike)}
     if keep:
-        SYMBOLIC.write_text(json.dumps(row) + "\n", encoding="utf-8")
+        others = SYMBOLIC.read_text(encoding="utf-8").splitlines() if SYMBOLIC.exists() else []
+        rows = {r["device"]: r for r in map(json.loads, others)} | {device: row}
+        SYMBOLIC.write_text("".join(json.dumps(r) + "\n" for r in rows.values()), encoding="utf-8")
     print(f"{total} compared, {refused} refused; equal: {', '.join(f'{n} {alike[n]}' for n in FIGURES)}.")
     return all(alike[name] == total for name in FIGURES if name != "events")
 
@@ -148,6 +151,7 @@ def main() -> int:
     what.add_parser("report", help="write docs/recorder.md")
     drawn = what.add_parser("recipes", help="against the symbolic step")
     drawn.add_argument("count", type=int)
+    drawn.add_argument("--device", choices=DEVICES, default="cpu", help="whose rules")
     drawn.add_argument("--keep", action="store_true", help=f"in validation/{SYMBOLIC.name}")
     formed = what.add_parser("forms", help="closed forms against real steps at sizes not used")
     formed.add_argument("--only", nargs="*", default=[], metavar="MODULE")
@@ -161,7 +165,7 @@ def main() -> int:
         return 0 if forms(args.only) else 1
     if args.what == "table":
         return 0 if compare(args.seconds, args.only, again=args.again) else 1
-    return 0 if recipes(args.count, keep=args.keep) else 1
+    return 0 if recipes(args.count, args.device, keep=args.keep) else 1
 
 
 if __name__ == "__main__":

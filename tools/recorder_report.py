@@ -64,17 +64,27 @@ def report(file: Path, formed: Path, symbolic: Path) -> str:
 def _symbolic(file: Path) -> list[str]:
     if not file.exists():
         return []
-    row = json.loads(file.read_text(encoding="utf-8"))
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return ["", "# The recorder against the symbolic step", *(line for row in rows for line in ("", _drawn(row)))]
+
+
+def _drawn(row: Row) -> str:
     seeds, refused = row["seeds"], row["refused"]
     equal = ", ".join(f"{what} {count}" for what, count in row["equal"].items() if what != "events")
-    said = (
-        f"`python tools/check_recorder.py recipes {seeds} --keep` draws decoders and recipes of ours, by seed: every "
-        "part with every other, in every precision, optimizer, loss and checkpointing. Each is recorded, and executed "
-        f"symbolically, which share no code. Of {seeds - refused} draws ({refused} refused) are equal, to the byte: "
-        f"{equal}; in {row['equal']['events']} of them each allocation and each free is, too (what never makes a peak "
+    own = "" if row["device"] == "cpu" else f" --device {row['device']}"
+    last = (
+        f"; in {row['equal']['events']} of them each allocation and each free is, too (what never makes a peak "
         "the symbolic step leaves out in places: the scalars of a norm, a loss over one class)."
+        if row["device"] == "cpu"
+        else ". No card was there: the dispatcher was told of one."
     )
-    return ["", "# The recorder against the symbolic step", "", said]
+    how = f"`python tools/check_recorder.py recipes {seeds}{own} --keep` draws decoders and recipes of ours, by seed: "
+    what = (
+        "every part with every other, in every precision, optimizer, loss and checkpointing. Each is recorded, and "
+        f"executed symbolically; the two share no code. Of {seeds - refused} draws ({refused} refused) are equal, to "
+        f"the byte: {equal}{last}"
+    )
+    return how + what
 
 
 def _forms(file: Path) -> list[str]:

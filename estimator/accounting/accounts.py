@@ -146,10 +146,11 @@ def _account(recipe: Recipe, shapes: ShapeClass, device: str, stack: Stack, size
 
 def _longer(recipe: Recipe, num_layers: int) -> int:
     """As many blocks, with the same number left over, as it takes for the pattern of blocks to repeat."""
-    first, cycle = len(recipe.order.first), recipe.order.period
-    if num_layers <= first:
+    first, cycle, parts = len(recipe.order.first), recipe.order.period, recipe.local_stages
+    each = num_layers // parts
+    if each <= first:
         return num_layers
-    return max(num_layers, first + TURNS * cycle + (num_layers - first) % cycle)
+    return parts * max(each, first + TURNS * cycle + (each - first) % cycle)
 
 
 def account(m: ModelConfig, p: Plan, device: str = "cuda", rank: int = 0) -> Account:
@@ -185,7 +186,9 @@ def sizes_for(m: ModelConfig, p: Plan, threads: int | None = None, stage: int = 
     """The number behind each letter of the legend for `m` run as `p`; of a pipeline those of an `account`'s rank."""
     stage %= p.pipeline_parallel
     order = BlockOrder(m.rotating_pattern, p.checkpointing, p.checkpoint_every, p.selection, p.freezes_inputs)
-    return Sizes(_sizes(m, p, threads, stage) | order.layout(m.num_layers // p.pipeline_parallel).values)
+    parts = p.virtual_stages if p.interleaves else 1
+    layout = order.layout(m.num_layers // (p.pipeline_parallel * parts)).times(parts)
+    return Sizes(_sizes(m, p, threads, stage) | layout.values)
 
 
 def _sizes(m: ModelConfig, p: Plan, threads: int | None, stage: int = 0) -> Sizes:
@@ -280,6 +283,7 @@ def recipe_of(m: ModelConfig, p: Plan, device: str, rank: int = 0) -> Recipe:
         sequence_parallel=p.sequence_parallel,
         vocabulary_parallel=p.vocabulary_parallel,
         virtual_stages=p.virtual_stages,
+        moves=pipeline.executed_parts(p, rank % p.pipeline_parallel),
     )
     window = m.sliding_window is not None and tokens > m.sliding_window
     why = f"a sliding_window of {m.sliding_window}" if window else f"a context_parallel of {p.context_parallel}"

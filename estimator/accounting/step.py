@@ -16,6 +16,7 @@ from estimator.eager.ops import div_number
 from estimator.eager.tensor import BFLOAT16, FLOAT32, INT64, Machine, Tensor
 from estimator.models.decoder import Transformer
 from estimator.models.megatron import GPTModel
+from estimator.models.stages import Stages
 from estimator.optim.in_backward import InBackward
 from estimator.optim.masters import Masters
 from estimator.optim.optimizers import OPTIMIZERS
@@ -24,14 +25,14 @@ from estimator.parallel.context import tokens_on
 from estimator.parallel.data import Replica, Sharing
 from estimator.parallel.deepspeed import STAGES
 from estimator.parallel.megatron import ApexAdam, MainParameters, MegatronStage
-from estimator.parallel.pipeline import MICRO_BATCHES, SCHEDULES, Stage
+from estimator.parallel.pipeline import MICRO_BATCHES, SCHEDULES, Stage, interleaved
 from estimator.parallel.placement import EXPERT, PIPELINE, TENSOR
 from estimator.parallel.sharded import REPLICAS
 from estimator.parallel.tensor import share
 from estimator.parallel.vocabulary import parallel_cross_entropy, parallel_cross_entropy_fp32
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from estimator.eager.ledger import Ledger
     from estimator.eager.letters import Size
@@ -58,8 +59,9 @@ def run_step(recipe: Recipe, shapes: ShapeClass, device: str, stack: Stack, size
     if recipe.megatron:
         return megatron_step(machine, recipe)
     ledger = machine.ledger
-    model = Transformer(machine, recipe)
-    replica = {**REPLICAS, **STAGES}[recipe.parallel](model, sharing_of(recipe))
+    stages_here = Stages(machine, recipe) if recipe.local_stages > 1 else None
+    model = Transformer(machine, recipe) if stages_here is None else stages_here.parts[0]
+    replica = {**REPLICAS, **STAGES}[recipe.parallel](stages_here or model, sharing_of(recipe))
     size = shapes.letters
     if not replica.updated:
         raise ConfigError(NOTHING_TRAINED)
@@ -71,8 +73,9 @@ def run_step(recipe: Recipe, shapes: ShapeClass, device: str, stack: Stack, size
         updated = masters.masters
     if recipe.precision == "fp16-mixed":
         scaler = GradScaler(machine)
+    stages: list[Stage] = []
     if recipe.pipeline:
-        stage = _stage(machine, model, recipe, size, replica)
+        stages = _stages(machine, stages_here or model, recipe, replica)
     else:
         with ledger.inside("inputs"):
             tokens = tokens_on(machine, size["T"]) if recipe.context_parallel else size["T"]
@@ -115,8 +118,10 @@ def run_step(recipe: Recipe, shapes: ShapeClass, device: str, stack: Stack, size
         scaled.drop()
         loss.drop()
 
-    if recipe.pipeline:
-        SCHEDULES[recipe.pipeline](stage)
+    if recipe.local_stages > 1:
+        interleaved(stages, recipe.moves)
+    elif recipe.pipeline:
+        SCHEDULES[recipe.pipeline](*stages)
     for move in recipe.schedule if not recipe.pipeline else ():
         {FORWARD: forward, BACKWARD: backpropagate}[move.kind](move.micro_batch)
     ledger.phase = Phase.OPTIMIZER
@@ -158,8 +163,9 @@ def megatron_step(machine: Machine, recipe: Recipe) -> Ledger:
     return ledger
 
 
-def _stage(machine: Machine, model: Transformer, recipe: Recipe, size: Mapping[str, Size], replica: Replica) -> Stage:
-    """One process of a pipeline, with the ids or the targets of all micro-batches where it needs them."""
+def _stages(machine: Machine, model: Transformer | Stages, recipe: Recipe, replica: Replica) -> list[Stage]:
+    """What one process of a pipeline has, with the ids or the targets of all micro-batches where it needs them."""
+    size = machine.shapes.letters
     shape, whole = (size["B"], size["T"]), (MICRO_BATCHES * size["B"], size["T"])
     with machine.ledger.inside("inputs"):
         given = {name: _input(machine, *whole) for name in ("ids",) * recipe.enters + ("targets",) * recipe.leaves}
@@ -167,10 +173,13 @@ def _stage(machine: Machine, model: Transformer, recipe: Recipe, size: Mapping[s
 
     lower = LOWER.get(recipe.precision)
 
-    def run(x: Tensor) -> Tensor:
-        with machine.autocast(lower):
-            out: Tensor = model(x)
-        return out
+    def running(model: Transformer) -> Callable[[Tensor], Tensor]:
+        def run(x: Tensor) -> Tensor:
+            with machine.autocast(lower):
+                out: Tensor = model(x)
+            return out
+
+        return run
 
     def loss(logits: Tensor) -> Tensor:
         with machine.ledger.inside("loss"):
@@ -180,11 +189,17 @@ def _stage(machine: Machine, model: Transformer, recipe: Recipe, size: Mapping[s
             mean.drop()
         return divided
 
-    ahead = next(i for i, move in enumerate(recipe.schedule) if move.kind == BACKWARD)
+    ahead = next((i for i, move in enumerate(recipe.schedule) if move.kind == BACKWARD), 0)
     counts = recipe.micro_batches, ahead
     tokens = share(machine, size["T"]) if recipe.sequence_parallel else size["T"]
     passed = (size["B"], tokens, size["d"]), replica.sharing.param_dtype or machine.dtype
-    return Stage(machine, recipe.stage, *counts, *passed, run, pieces.get("ids"), loss, replica.after_schedule)
+    parts = [(model, recipe)] if isinstance(model, Transformer) else zip(model.parts, model.recipes, strict=True)
+    return [
+        Stage(
+            machine, of.stage, *counts, *passed, running(part), pieces.get("ids"), loss, replica.after_schedule
+        )
+        for part, of in parts
+    ]  # fmt: skip
 
 
 def sharing_of(recipe: Recipe) -> Sharing:

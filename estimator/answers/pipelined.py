@@ -96,6 +96,8 @@ def _alike(way: Plan, turns: Counts, stage: int) -> Iterator[NDArray[np.intp]]:
     """The points whose steps execute the same schedule in a stage."""
     groups: dict[object, list[int]] = {}
     for at, count in enumerate(turns.tolist()):
-        groups.setdefault(pipeline.executed(way.replace(grad_accumulation=count), stage), []).append(at)
+        plan = way.replace(grad_accumulation=count)
+        moves = pipeline.executed(plan, stage), pipeline.executed_parts(plan, stage)
+        groups.setdefault(moves, []).append(at)
     for points in groups.values():
         yield np.array(points)

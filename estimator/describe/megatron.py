@@ -30,10 +30,6 @@ NEEDS = tuple(
         ("pipeline_schedule", ("1f1b",)),
     )
 )
-VIRTUAL = (
-    Needs("implementation", ("megatron",), "interleaved stages are known of Megatron's implementation"),
-    Needs("is_pipeline", (True,), "pipeline_parallel is {pipeline_parallel}", say="allowed above 1"),
-)
 
 
 def check_model(p: Plan, m: ModelConfig) -> None:

@@ -6,16 +6,24 @@ from typing import TYPE_CHECKING
 
 from estimator.describe.bundled import BUNDLED, known_with
 from estimator.describe.checks import ConfigError
-from estimator.describe.schedules import accumulation, all_forward_first, one_forward_one_backward
+from estimator.describe.schedules import (
+    accumulation,
+    all_forward_first,
+    forwards_ahead,
+    interleaved,
+    one_forward_one_backward,
+    rounds,
+)
 from estimator.describe.settings import Needs
 
 if TYPE_CHECKING:
     from estimator.describe.model import ModelConfig
     from estimator.describe.plan import Plan
-    from estimator.describe.schedules import Schedule
+    from estimator.describe.schedules import Part, Schedule
 
 ALIKE = 3  # micro-batches that are executed of those that a stage runs ahead, and of those between: the middle one
 # stands for all others
+GROUPS = 4  # of micro-batches that are executed of interleaved parts
 NEEDS = (
     Needs(
         "shared_by",
@@ -40,15 +48,34 @@ NEEDS = (
     ),
 )
 
+VIRTUAL = (
+    Needs("implementation", ("bundled", "megatron"), "interleaved stages are not known of {implementation!r}"),
+    Needs("pipeline_schedule", ("1f1b",), "parts run 1F1B, and pipeline_schedule is {pipeline_schedule!r}"),
+    Needs(
+        "shared_by",
+        ("one accelerator",),
+        "of PyTorch's interleaved schedule data parallelism is not known",
+        say="allowed is one accelerator a stage, or several that share its matrices",
+        where=BUNDLED,
+    ),
+    Needs("is_pipeline", (True,), "pipeline_parallel is {pipeline_parallel}", say="allowed above 1"),
+)
+
 
 def check_plan(p: Plan) -> None:
     """Raise ConfigError if the micro-batches of `p` are too few for its stages."""
     if p.pipeline_parallel == 1:
         return
-    if p.virtual_stages > 1 and p.grad_accumulation % p.pipeline_parallel:
+    if p.virtual_stages > 1 and p.implementation == "megatron" and p.grad_accumulation % p.pipeline_parallel:
         raise ConfigError(
             f"grad_accumulation = {p.grad_accumulation}: interleaved stages take a multiple of the "
             f"{p.pipeline_parallel} stages"
+        )
+    if p.interleaves and p.grad_accumulation % rounds(p.grad_accumulation, p.pipeline_parallel):
+        groups = rounds(p.grad_accumulation, p.pipeline_parallel)
+        raise ConfigError(
+            f"grad_accumulation = {p.grad_accumulation}: PyTorch's ScheduleInterleaved1F1B takes them in {groups} "
+            f"groups, one for each {p.pipeline_parallel} stages; allowed is a multiple of {groups}"
         )
     least = least_micro_batches(p)
     if p.shared_by == "none" and p.pipeline_schedule == "gpipe":
@@ -92,6 +119,9 @@ def check_model(p: Plan, m: ModelConfig) -> None:
         return
     if m.num_layers % stages:
         raise ConfigError(f"pipeline_parallel = {stages}: must divide num_layers, which is {m.num_layers}")
+    if p.interleaves and m.num_layers % (stages * p.virtual_stages):
+        each = f"{stages} stages of {p.virtual_stages} parts each"
+        raise ConfigError(f"num_layers = {m.num_layers}: must be a multiple of {each}")
     other = {
         "tie_embeddings": parts.ends.tied and p.implementation == "bundled",
         "pattern": len(m.rotating_pattern.kinds) > 1,
@@ -103,8 +133,15 @@ def check_model(p: Plan, m: ModelConfig) -> None:
             raise ConfigError(f"pipeline_parallel = {stages}: how {name} is cut into stages is not known; allowed is 1")
 
 
+def parted(p: Plan, stage: int, micro_batches: int | None = None) -> tuple[Part, ...]:
+    """The moves of the parts of a stage under PyTorch's interleaved 1F1B; of so many micro-batches in groups alike."""
+    count = p.grad_accumulation
+    group = count // rounds(count, p.pipeline_parallel)
+    return interleaved(micro_batches or count, stage, p.pipeline_parallel, p.virtual_stages, group)
+
+
 def schedule(p: Plan, stage: int) -> Schedule:
-    """The moves of a stage, numbered from 0."""
+    """The moves of a stage of one part, numbered from 0."""
     if p.pipeline_schedule == "gpipe":
         return all_forward_first(p.grad_accumulation)
     return one_forward_one_backward(p.grad_accumulation, stage, p.pipeline_parallel)
@@ -118,11 +155,25 @@ def in_flight(p: Plan, stage: int) -> int:
     """
     if p.pipeline_schedule == "gpipe":
         return p.grad_accumulation
+    if p.interleaves:
+        return forwards_ahead(parted(p, stage))
     if p.virtual_stages > 1:
         ahead = 2 * (p.pipeline_parallel - stage - 1) + (p.virtual_stages - 1) * p.pipeline_parallel + 1
         every = p.grad_accumulation * p.virtual_stages
         return every if p.grad_accumulation == p.pipeline_parallel else min(every, ahead)
     return min(p.grad_accumulation, p.pipeline_parallel - stage)
+
+
+def executed_parts(p: Plan, stage: int) -> tuple[Part, ...]:
+    """The moves that stand for all of those of a stage's interleaved parts: of `GROUPS` micro-batches.
+
+    When the first has gone back through all parts, each part has had a backward, and from then on a group leaves what
+    the one before it did.
+    """
+    if not p.interleaves:
+        return ()
+    groups = rounds(p.grad_accumulation, p.pipeline_parallel)
+    return parted(p, stage, p.grad_accumulation // groups * min(groups, GROUPS))
 
 
 def executed(p: Plan, stage: int) -> Schedule:
@@ -133,6 +184,8 @@ def executed(p: Plan, stage: int) -> Schedule:
     """
     if not p.is_pipeline:
         return accumulation(min(p.grad_accumulation, 2))
+    if p.interleaves:
+        return ()
     own = -(-in_flight(p, stage) // p.virtual_stages)
     ahead, between = min(own, ALIKE), min(max(p.grad_accumulation - own, 0), ALIKE)
     if p.pipeline_schedule == "gpipe":

@@ -44,6 +44,16 @@ LISTS_IF_ASKED = ("adafactor",)
 WHOLE_MATRICES = ("muon", "adafactor")
 
 
+def fused_on_cuda(*, half: bool, masked: bool) -> str:
+    """Which fused kernel of attention CUDA picks: "flash" for 16-bit dtypes without a mask, else "efficient".
+
+    `check_for_attn_mask`, `check_dtypes_low_precision` and `priority_order` in
+    aten/src/ATen/native/transformers/cuda/sdp_utils.cpp, where cuDNN does not come first (on Hopper and later, from
+    cuDNN 9.15.1 on, unless TORCH_CUDNN_SDPA_DEPRIORITIZED is set).
+    """
+    return "flash" if half and not masked else "efficient"
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """How one optimizer step is run. The defaults are what a bare PyTorch script does.
@@ -438,10 +448,10 @@ class Plan:
     virtual_stages: int = integer(
         1,
         "Parts of a pipeline's stage: with several, each accelerator has so many pieces of consecutive blocks, and the "
-        "pipeline fills faster (interleaved 1F1B, Narayanan et al. 2021).",
+        "pipeline fills faster (interleaved 1F1B, Narayanan et al. 2021; PyTorch's `ScheduleInterleaved1F1B`).",
         most=10**4,
         draws=(1,),
-        needs=megatron.VIRTUAL,
+        needs=pipeline.VIRTUAL,
     )
     sequence_parallel: bool = flag(
         "Between the shared matrices of tensor_parallel each accelerator has its part of the tokens (Korthikanti et "
@@ -697,7 +707,7 @@ class Plan:
         if self.attention == "sdpa" and device == "cpu":
             return "math" if self.dropout else "flash"
         if self.attention == "sdpa":
-            return "flash" if half else "efficient"
+            return fused_on_cuda(half=half, masked=False)
         kernel, why = self.attention.removeprefix("sdpa-"), ""
         if (kernel, device) == ("efficient", "cpu"):
             why = "CUDA's kernel; allowed on the CPU are naive, naive-fp32, sdpa, sdpa-math, sdpa-flash"
@@ -736,6 +746,11 @@ class Plan:
     def is_pipeline(self) -> bool:
         """Whether the blocks are dealt to several stages."""
         return self.pipeline_parallel > 1
+
+    @property
+    def interleaves(self) -> bool:
+        """Whether stages have several parts each, as PyTorch's `ScheduleInterleaved1F1B` runs them."""
+        return self.virtual_stages > 1 and self.implementation == "bundled"
 
     @property
     def shares_matrices(self) -> bool:

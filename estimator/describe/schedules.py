@@ -62,20 +62,31 @@ class Part(NamedTuple):
         return f"{self.kind}{self.micro_batch}.{self.part}"
 
 
-def interleaved(micro_batches: int, stage: int, stages: int, parts: int) -> tuple[Part, ...]:
-    """Interleaved 1F1B of a stage of several parts: as many micro-batches as there are stages go through each in turn.
+Moves = Schedule | tuple[Part, ...]
 
-    Narayanan et al. 2021, section 2.2.2; `forward_backward_pipelining_with_interleaving` in
-    megatron/core/pipeline_parallel/schedules.py. `micro_batches` is a multiple of `stages`.
+
+def rounds(micro_batches: int, stages: int) -> int:
+    """In how many equal groups PyTorch's `ScheduleInterleaved1F1B` takes micro-batches, whose number they divide."""
+    return max(1, micro_batches // stages)
+
+
+def interleaved(micro_batches: int, stage: int, stages: int, parts: int, group: int | None = None) -> tuple[Part, ...]:
+    """Interleaved 1F1B of a stage of several parts: a group of micro-batches goes through each of them in turn.
+
+    Narayanan et al. 2021, section 2.2.2. In PyTorch's `ScheduleInterleaved1F1B` a `group` is that of `rounds`. Without
+    one, `forward_backward_pipelining_with_interleaving` in megatron/core/pipeline_parallel/schedules.py: groups of as
+    many as there are stages, of which `micro_batches` is a multiple, and all forwards first where there is one.
     """
     total = micro_batches * parts
+    whole = group is None and micro_batches == stages
+    group = group or stages
 
     def move(kind: str, at: int) -> Part:
-        group, within = divmod(at, stages * parts)
-        part, turn = divmod(within, stages)
-        return Part(kind, group * stages + turn, part if kind == FORWARD else parts - 1 - part)
+        before, within = divmod(at, group * parts)
+        part, turn = divmod(within, group)
+        return Part(kind, before * group + turn, part if kind == FORWARD else parts - 1 - part)
 
-    ahead = total if micro_batches == stages else min(total, 2 * (stages - stage - 1) + (parts - 1) * stages)
+    ahead = total if whole else min(total, 2 * (stages - stage - 1) + (parts - 1) * group)
     moves = [move(FORWARD, i) for i in range(ahead)]
     for i in range(total):
         if ahead + i < total:
@@ -84,9 +95,18 @@ def interleaved(micro_batches: int, stage: int, stages: int, parts: int) -> tupl
     return tuple(moves)
 
 
-def micro_batches(schedule: Schedule) -> int:
+def micro_batches(schedule: Moves) -> int:
     """How many micro-batches a schedule has."""
-    return len(schedule) // 2
+    return 1 + max(move.micro_batch for move in schedule)
+
+
+def forwards_ahead(schedule: Moves) -> int:
+    """The most forwards whose backward is still to come, of whichever part."""
+    alive = most = 0
+    for move in schedule:
+        alive += 1 if move.kind == FORWARD else -1
+        most = max(most, alive)
+    return most
 
 
 def in_flight(schedule: Schedule) -> int:

@@ -266,6 +266,27 @@ def tile_keys(t: Size) -> Size:
     return smaller(512, t)
 
 
+def flash_scratch(queries: Shape) -> tuple[Shape, Shape]:
+    """softmax_d and dq_accum in the backward of CUDA's flash attention on (B, h, T, e), in fp32 and whole tiles.
+
+    `mha_bwd` of aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp.
+    """
+    b, h, t, e = queries
+    rows = rounded_up(t, 128)
+    return (b, h, rows), (b, rows, h, tile_columns(e))
+
+
+def efficient_scratch(queries: Shape, *, wide: bool) -> tuple[Shape, Shape]:
+    """delta, a number a row, and the tiles of dq with their locks, in the backward of the memory-efficient kernel.
+
+    Both are in fp32; tiles of `wide` inputs, in fp32, are others than those of half precision.
+    aten/src/ATen/native/transformers/cuda/attention_backward.cu.
+    """
+    b, h, t, e = queries
+    tiles = wide_tiles if wide else half_tiles
+    return (b, h, t), (b, h, tiles(t, e))
+
+
 @op
 def scaled_dot_product_attention(
     q: Tensor,
@@ -316,13 +337,12 @@ def _fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, dr
             if grad.dtype.itemsize < FLOAT32.itemsize:  # both tiles in the inputs' dtype
                 c.narrow = machine.empty((2 * threads, rows, keys), grad.dtype)
             c.sums = machine.empty((rows,), FLOAT32)
-        elif efficient:  # attention_backward.cu: delta, a number a row, and the tiles of dq with their locks
-            c.delta = machine.empty((b, h, t), FLOAT32)
-            tiles = wide_tiles if grad.dtype == FLOAT32 else half_tiles
-            c.tiles = machine.empty((b, h, tiles(t, width)), FLOAT32)
-        else:  # flash_api.cpp, mha_bwd: softmax_d and dq_accum, in whole tiles
-            c.sums = machine.empty((b, h, rounded_up(t, 128)), FLOAT32)
-            c.accumulated = machine.empty((b, rounded_up(t, 128), h, tile_columns(width)), FLOAT32)
+        elif efficient:
+            c.delta, c.tiles = (
+                machine.empty(x, FLOAT32) for x in efficient_scratch(q.shape, wide=grad.dtype == FLOAT32)
+            )
+        else:
+            c.sums, c.accumulated = (machine.empty(x, FLOAT32) for x in flash_scratch(q.shape))
         _attention_kernel(f"{name}_backward", (grad, *c.saved[:read]), (c.dq, c.dk, c.dv), products=5, again=1)
         return [c.take("dq"), c.take("dk"), c.take("dv")]
 

@@ -141,6 +141,10 @@ class Layout(NamedTuple):
         """The numbers behind L_1, L_2, ...; of groups of one or two turns too: a deeper model's sums hold for them."""
         return {f"L_{i + 1}": turns for i, turns in enumerate(self.turns)}
 
+    def times(self, count: int) -> Layout:
+        """So many of these stacks, one after the other."""
+        return self if count == 1 else Layout(_stack(self.stack.groups * count), self.turns * count)
+
 
 def executed(groups: Sequence[Group]) -> Layout:
     """The stack that stands for these groups."""

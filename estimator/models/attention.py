@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from estimator.describe.parts import Norm
+from estimator.describe.plan import fused_on_cuda
 from estimator.eager import autocast, ops
 from estimator.eager.attention import attention_math
 from estimator.eager.letters import ONE, constant
@@ -28,12 +29,8 @@ if TYPE_CHECKING:
 
 
 def fused_kernel(kernel: str, device: str, *, masked: bool) -> str:
-    """`kernel`, but that on CUDA flash takes no mask, and the memory-efficient kernel comes next.
-
-    `check_for_attn_mask` and `priority_order` in aten/src/ATen/native/transformers/cuda/sdp_utils.cpp, where cuDNN does
-    not come first (on Hopper and later, from cuDNN 9.15.1 on, unless TORCH_CUDNN_SDPA_DEPRIORITIZED is set).
-    """
-    return "efficient" if (kernel, device) == ("flash", "cuda") and masked else kernel
+    """`kernel`, but that on CUDA flash takes no mask, and the memory-efficient kernel comes next."""
+    return fused_on_cuda(half=True, masked=masked) if (kernel, device) == ("flash", "cuda") else kernel
 
 
 def attend(

@@ -32,7 +32,8 @@ letter("T_l", "positions at the end of a sequence whose logits are computed")
 class Transformer(Module):
     """ids (B, T) -> logits (B, T, V), or with targets (B, T) their loss; a stage from or to (B, T, d) between."""
 
-    def __init__(self, machine: Machine, recipe: Recipe) -> None:
+    def __init__(self, machine: Machine, recipe: Recipe, like: Transformer | None = None) -> None:
+        """Of several stages on one accelerator that which comes after `like`, whose tables it has too."""
         super().__init__(machine, "")
         self.recipe, parts, size = recipe, recipe.parts, machine.shapes.letters
         self.parts = parts
@@ -59,7 +60,10 @@ class Transformer(Module):
         )
         self.kinds: list[BlockKind] = []
         self.blocks: list[Block] = []
-        for index, kind in enumerate(machine.stack.kinds):
+        each = len(machine.stack.kinds) // recipe.local_stages
+        self.before: int = 0 if like is None else like.before + each
+        for index in range(self.before, self.before + each):
+            kind = machine.stack.kinds[index]
             assert isinstance(kind, BlockKind)
             self.kinds.append(kind)
             self.blocks.append(self.child(Block(machine, index, recipe, kind)))
@@ -75,11 +79,15 @@ class Transformer(Module):
             Linear(machine, "project_out", d, width, bias=False) if projects and leaves else None
         )
         self.tables: list[Tensor] = []
-        if parts.positions.kind == "rotary":
+        if like is not None:
+            self.tables = like.tables
+        elif parts.positions.kind == "rotary":
             self.tables = [self.buffer(size["C"], size[recipe.rotated] / 2) for _ in ("cos", "sin")]
         elif parts.positions.kind == "alibi":
             self.tables = [self.buffer(size["h"])]
-        self.query_scale = self.buffer(size["C"]) if parts.attention.query_scaling != "none" else None
+        self.query_scale: Tensor | None = None if like is None else like.query_scale
+        if like is None and parts.attention.query_scaling != "none":
+            self.query_scale = self.buffer(size["C"])
         self.head = self.child(Head(machine, width, rows, self.embedding, recipe) if leaves else None)
         if shares:
             scatters = recipe.sequence_parallel and self.positions is None and self.embedding_norm is None
@@ -95,7 +103,7 @@ class Transformer(Module):
         elsewhere = self.recipe.selection.at(None)
         for p in self.parameters():
             where = p.storage.where
-            selection = elsewhere if where.block is None else self.kinds[where.block].selection
+            selection = elsewhere if where.block is None else self.kinds[where.block - self.before].selection
             if self.recipe.adapter == "none":
                 p.requires_grad = p.requires_grad and selection.has(where.module)
             if p.requires_grad:

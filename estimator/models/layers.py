@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from estimator.describe.parts import Layer, Parts, Pattern
-    from estimator.describe.schedules import Schedule
+    from estimator.describe.schedules import Part, Schedule
     from estimator.eager.letters import Size
     from estimator.eager.repetition import Layout
     from estimator.parallel.unit import Unit
@@ -158,12 +158,18 @@ class Recipe:
     sequence_parallel: bool = False
     vocabulary_parallel: bool = False
     virtual_stages: int = 1
+    moves: tuple[Part, ...] = ()  # in place of `schedule`, those of several stages on one accelerator
     stage: tuple[int, int] = (0, 1)  # which of how many stages: (0, 2) of all first ones, (1, 3) between, (1, 2) last
 
     @property
     def micro_batches(self) -> int:
         """Forward and backward passes in the step that is executed."""
-        return micro_batches(self.schedule)
+        return micro_batches(self.moves or self.schedule)
+
+    @property
+    def local_stages(self) -> int:
+        """Stages of a pipeline that an accelerator has, under PyTorch's interleaved schedule several."""
+        return 1 if self.megatron or not self.pipeline else self.virtual_stages
 
     @property
     def adapted(self) -> bool:
@@ -187,7 +193,7 @@ class Recipe:
 
     def layout(self, num_layers: int) -> Layout:
         """The groups of alike blocks in a model of so many (`BlockOrder.layout`)."""
-        return self.order.layout(num_layers)
+        return self.order.layout(num_layers // self.local_stages).times(self.local_stages)
 
     @property
     def kinds(self) -> frozenset[Layer]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from estimator.describe.pipeline import ALIKE
+from estimator.describe.schedules import BACKWARD, FORWARD, Part
 from estimator.eager.autograd import backward
 from estimator.eager.ledger import Category, Event, Phase, Storage
 from estimator.eager.letters import letter
@@ -183,6 +184,14 @@ class Stage:
             with ledger.inside("loss"):
                 self.unseen = ledger.allocate(like.numel, like.dtype.itemsize, Category.TEMPORARY, self.skipped)
 
+    def sent_by_others(self) -> list[Storage]:
+        """What the micro-batches that are not executed send on and back, where all sends are held."""
+        ledger, buffers = self.machine.ledger, (self.gradients, self.received)  # as large as what goes the other way
+        with ledger.inside("pipeline"):
+            return [
+                ledger.allocate(each[0].numel, each[0].dtype.itemsize, HELD, self.skipped) for each in buffers if each
+            ]
+
     def end(self) -> None:
         """`_update_losses` and `perform_reduce_grad`."""
         for loss in self.losses:
@@ -261,6 +270,35 @@ def one_forward_one_backward(stage: Stage) -> None:
         stage.end()
     if stage.others is not None:
         stage.others.finish()
+
+
+def interleaved(parts: Sequence[Stage], moves: Sequence[Part]) -> None:
+    """`_PipelineScheduleRuntime._step_microbatches` of `ScheduleInterleaved1F1B`: every send is held until the end.
+
+    Micro-batches that are not executed come where the first group has gone back through all parts, and leave their
+    sends.
+    """
+    group = next(i for i, move in enumerate(moves) if move.part)
+    skip_after = 1 + moves.index(Part(BACKWARD, group - 1, 0))
+    sends: list[Tensor] = []
+    unseen: list[Storage] = []
+    for at, move in enumerate(moves):
+        if at == skip_after:
+            for part in parts:
+                unseen += part.sent_by_others()
+                part.skip()
+        part = parts[move.part]
+        with Locals() as v:
+            if move.kind == FORWARD:
+                part.forward(v, move.micro_batch)
+                part.take_loss(v)
+        _keep(sends, part.sent(move.micro_batch) if move.kind == FORWARD else part.backward(move.micro_batch))
+    for x in sends:
+        x.drop()
+    for storage in unseen:
+        parts[0].machine.ledger.free(storage)
+    for part in parts:
+        part.end()
 
 
 SCHEDULES: dict[str, Callable[[Stage], None]] = {"gpipe": gpipe, "1f1b": one_forward_one_backward}

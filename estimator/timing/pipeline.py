@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from estimator.describe.schedules import FORWARD, all_forward_first, interleaved
+from estimator.describe.schedules import FORWARD, all_forward_first, interleaved, rounds
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -72,15 +72,17 @@ def simulated(schedules: Sequence[Schedule], times: Sequence[StageTime]) -> list
     return bars + [Bar(stage, "update", free[stage], free[stage] + spent.update) for stage, spent in enumerate(times)]
 
 
-def simulated_parts(count: int, parts: int, times: Sequence[StageTime]) -> list[Bar]:
+def simulated_parts(count: int, parts: int, times: Sequence[StageTime], *, in_rounds: bool = False) -> list[Bar]:
     """`simulated` of interleaved 1F1B, each stage having so many parts, of a micro-batch's seconds each the same part.
 
-    What the first stage takes longer than another belongs to its first part, and the last's to its last.
+    What the first stage takes longer than another belongs to its first part, and the last's to its last. `in_rounds`
+    is PyTorch's schedule, else it is Megatron's.
     """
     stages = len(times)
     last = stages - 1
     least = StageTime(*(min(column) for column in zip(*times, strict=True)))
-    schedules = [interleaved(count, stage, stages, parts) for stage in range(stages)]
+    group = count // rounds(count, stages) if in_rounds else None
+    schedules = [interleaved(count, stage, stages, parts, group) for stage in range(stages)]
 
     def seconds(stage: int, move: Part) -> float:
         own, base = (getattr(t, "forward" if move.kind == FORWARD else "backward") for t in (times[stage], least))
@@ -120,7 +122,9 @@ def simulated_parts(count: int, parts: int, times: Sequence[StageTime]) -> list[
     return bars + [Bar(stage, "update", free[stage], free[stage] + spent.update) for stage, spent in enumerate(times)]
 
 
-def finished(kind: str, counts: NDArray[np.int64], times: StageTime, parts: int = 1) -> NDArray[np.float64]:
+def finished(
+    kind: str, counts: NDArray[np.int64], times: StageTime, parts: int = 1, *, in_rounds: bool = False
+) -> NDArray[np.float64]:
     """(stages, points): when each stage's update is over; the last entry of `simulated`, for many steps at once.
 
     Args:
@@ -128,9 +132,10 @@ def finished(kind: str, counts: NDArray[np.int64], times: StageTime, parts: int 
         counts: (points,), micro-batches of each step, at least as many as there are stages under 1F1B.
         times: (stages, points) each.
         parts: of a stage that is interleaved.
+        in_rounds: as for `simulated_parts`.
     """
     if kind != "1f1b":
-        found = [_simulated_ends(int(n), times, at, parts) for at, n in enumerate(counts.tolist())]
+        found = [_simulated_ends(int(n), times, at, parts, in_rounds) for at, n in enumerate(counts.tolist())]
         return np.stack(found, axis=1)
     stages = len(times.forward)
     index = np.arange(stages)[:, None]
@@ -148,9 +153,9 @@ def finished(kind: str, counts: NDArray[np.int64], times: StageTime, parts: int 
     return free + times.update
 
 
-def _simulated_ends(count: int, times: StageTime, point: int, parts: int) -> list[float]:
+def _simulated_ends(count: int, times: StageTime, point: int, parts: int, in_rounds: bool) -> list[float]:
     stages = len(times.forward)
     each = [StageTime(*(float(x[stage, point]) for x in times)) for stage in range(stages)]
     whole = [all_forward_first(count)] * stages
-    bars = simulated(whole, each) if parts == 1 else simulated_parts(count, parts, each)
+    bars = simulated(whole, each) if parts == 1 else simulated_parts(count, parts, each, in_rounds=in_rounds)
     return [bar.end for bar in bars[-stages:]]

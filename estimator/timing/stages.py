@@ -147,7 +147,7 @@ def pipeline_times(
         stacked([back for _, back in sends]),
     )
     kind = "interleaved" if p.virtual_stages > 1 else p.pipeline_schedule
-    ends = finished(kind, np.broadcast_to(counts, points), spent, p.virtual_stages)
+    ends = finished(kind, np.broadcast_to(counts, points), spent, p.virtual_stages, in_rounds=p.interleaves)
     last, at = ends.argmax(0), np.arange(points)
     kinds = {name: stacked([w.kinds[name] for w in each])[last, at] for name in each[0].kinds}
     launch = stacked([w.launch for w in each])[last, at]
@@ -170,5 +170,5 @@ def bars(m: ModelConfig, p: Plan, a: Accelerator, setup: Setup) -> list[Bar]:
         for w, (onwards, back) in zip(each, sends, strict=True)
     ]
     if p.virtual_stages > 1:
-        return simulated_parts(p.grad_accumulation, p.virtual_stages, times)
+        return simulated_parts(p.grad_accumulation, p.virtual_stages, times, in_rounds=p.interleaves)
     return simulated([pipeline.schedule(p, stage) for stage in range(p.pipeline_parallel)], times)

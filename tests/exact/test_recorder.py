@@ -196,6 +196,39 @@ def test_the_symbolic_step_says_the_same():
     assert recording.peak_where.module == symbolic.peak_where.module
 
 
+@pytest.mark.parametrize(
+    ("family", "plan"),
+    [
+        ("llama", {"precision": "fp32"}),
+        ("llama", {"precision": "bf16", "attention": "sdpa", "dropout": 0.1, "optimizer_impl": "fused"}),
+        ("llama", {"precision": "bf16-mixed", "attention": "sdpa", "checkpointing": "selective"}),
+        ("gpt2", {"precision": "fp16-mixed", "attention": "sdpa", "max_grad_norm": 1.0, "grad_accumulation": 2}),
+        ("gpt2", {"attention": "sdpa", "checkpointing": "block", "optimizer": "adafactor", "loss": "torch"}),
+        ("gpt2", {"precision": "bf16-master", "optimizer": "muon", "loss": "chunked", "saved_on_host": True}),
+    ],
+)
+def test_cudas_rules_are_those_of_the_symbolic_step(family, plan):
+    """No card is here: PyTorch's dispatcher is told of one, and the symbolic step has its rules from the source."""
+    m = est.ModelConfig(
+        family=family, num_layers=3, d_model=64, num_heads=4, num_kv_heads=4 if family == "gpt2" else 2, d_ff=96,
+        vocab_size=V, context_length=T,
+    )  # fmt: skip
+    p = est.Plan(batch_size=B, **plan)
+    recording = trainer.record(lambda: build_step(m, p, "cuda"), device="cuda")
+    found = against_symbolic(m, p, recording)
+    assert {name: ours for name, (ours, _) in found.items()} == {name: theirs for name, (_, theirs) in found.items()}
+    assert not torch.cuda.is_available() or torch.version.cuda  # what was put in place is gone
+    memory, symbolic = (est.estimate(*x, "a100-80gb-sxm").memory for x in ((recording, p), (m, p)))
+    assert (memory.allocated, memory.needed) == (symbolic.allocated, symbolic.needed)
+
+
+def test_a_recording_of_bytes_alone_has_the_same_bytes():
+    whole, alone = (trainer.record(tagger, bytes_alone=x) for x in (False, True))
+    assert alone.account.delta.tolist() == whole.account.delta.tolist()
+    assert not alone.ledger.kernels
+    assert alone.saved_bytes is None
+
+
 def routed(read):
     """A module whose loss reads values that come of its weights."""
     module = nn.Linear(64, 64)

@@ -20,7 +20,8 @@ from trainer.files.checkpoint import checkpoints
 from trainer.files.contents import CheckpointError
 from trainer.files.prepare import PrepareConfig, prepare
 from trainer.model.decoder import build_model
-from trainer.parallel.distributed import RUN_FILE, Weights, World, checksum, load_run
+from trainer.parallel.distributed import Weights, World
+from trainer.parallel.saved import RUN_FILE, checksum, load_run
 from trainer.run.commands import main
 
 CONFIG = """
@@ -47,10 +48,10 @@ CONTEXT = ["--plan.context-parallel", "2"]  # they take half the tokens of each 
 LOOP = ["--plan.optimizer-impl", "loop"]  # whose state has a scalar tensor
 
 
-def torchrun(*arguments):
+def torchrun(*arguments, processes=2):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(trainer.__file__).parents[1])}
     process = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *arguments],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -8,13 +8,21 @@ from random import Random
 import numpy as np
 import pytest
 from test_sharding import accounted, losses_alone, measured, totals
+from torch.distributed.pipelining import ScheduleInterleaved1F1B
 
 import estimator as est
 from estimator.accounting.accounts import account
 from estimator.describe.checks import ConfigError
 from estimator.describe.model import ModelConfig
 from estimator.describe.plan import Plan
-from estimator.describe.schedules import all_forward_first, in_flight, one_forward_one_backward, written
+from estimator.describe.schedules import (
+    all_forward_first,
+    in_flight,
+    interleaved,
+    one_forward_one_backward,
+    rounds,
+    written,
+)
 from estimator.timing.pipeline import StageTime, finished, simulated
 from trainer.referee.measure import build_step
 
@@ -54,6 +62,9 @@ def test_each_stage_holds_what_the_account_says_to_the_byte(stages, tmp_path):
         (model("llama", 2 * stages), Plan(grad_accumulation=8, max_grad_norm=1.0, precision="bf16-mixed", **plan)),
         (model("gpt2", stages), Plan(grad_accumulation=7, pipeline_schedule="gpipe", checkpointing="block", **plan)),
     ]
+    cases.append(  # of six groups of micro-batches four are executed
+        (model("llama", 2 * stages), Plan(grad_accumulation=6 * stages, virtual_stages=2, precision="bf16", **plan))
+    )
     cases += [drawn(random, stages) for _ in range(RUNS or 2)]
     for (m, p), processes in zip(cases, measured(stages, cases, tmp_path), strict=True):
         for stage, real in enumerate(processes):
@@ -85,6 +96,24 @@ def test_stages_of_shared_matrices_and_of_replicas_are_exact_too(tmp_path):
         for rank, real in enumerate(processes):
             v = account(m, p, "cpu", rank // 2).evaluate(m, p, threads=1)
             assert {name: getattr(v, name) for name in real} == real, (m, p, rank)
+
+
+@pytest.mark.parametrize(("stages", "parts"), [(2, 2), (4, 2), (4, 3), (8, 4)])
+def test_interleaved_moves_are_those_of_pytorchs_schedule(stages, parts):
+    for count in range(stages, 4 * stages):
+        groups = rounds(count, stages)
+        if count % groups:
+            continue
+        torchs = object.__new__(ScheduleInterleaved1F1B)  # whose processes are not needed to ask for its order
+        torchs.pp_group_size, torchs.n_local_stages, torchs._n_microbatches = stages, parts, count
+        torchs.microbatches_per_round = count // groups
+        for stage in range(stages):
+            theirs = [
+                ("F" if a.computation_type.name == "FORWARD" else "B", a.microbatch_index, a.stage_index // stages)
+                for a in torchs._calculate_single_rank_operations(stage)
+                if a is not None
+            ]
+            assert list(interleaved(count, stage, stages, parts, count // groups)) == theirs
 
 
 @pytest.mark.skipif(not RUNS, reason="eight processes: PIPELINE_RUNS=1 runs it")
@@ -208,6 +237,8 @@ def test_an_estimate_has_the_memory_of_each_stage():
         ),
         ("llama-3.1-8b", {"pipeline_parallel": 2, "grad_accumulation": 2, "precision": "fp16-mixed"}, "precision"),
         ("llama-3.1-8b", {"pipeline_schedule": "gpipe"}, "pipeline_parallel"),
+        ("llama-3.1-8b", {"pipeline_parallel": 2, "grad_accumulation": 5, "virtual_stages": 2}, "grad_accumulation"),
+        ("llama-3.1-8b", {"pipeline_parallel": 4, "grad_accumulation": 4, "virtual_stages": 3}, "num_layers"),
     ],
 )
 def test_what_is_not_known_is_refused(name, plan, field):

@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
+import trainer.run.passes
 import trainer.run.train
 from estimator.describe.checks import ConfigError
 from estimator.describe.model import ModelConfig
@@ -25,13 +26,15 @@ from estimator.describe.plan import OPTIMIZERS, Plan
 from trainer.files.checkpoint import checkpoints, read_checkpoint
 from trainer.files.prepare import PrepareConfig, prepare
 from trainer.optim.optimizers import AdamW
+from trainer.parallel.distributed import Weights
 from trainer.run.announce import matmul_peak
 from trainer.run.commands import main, parse_train
 from trainer.run.curve import WIDTH
 from trainer.run.optimizer import build_optimizer
+from trainer.run.passes import Share
 from trainer.run.progress import duration
 from trainer.run.settings import CONFIGS, ModelSection, OptimSection, TrainConfig, load_config
-from trainer.run.train import Share, TrainingError, train
+from trainer.run.train import TrainingError, train
 from trainer.system.memory import available_memory
 
 
@@ -269,7 +272,7 @@ def test_accumulated_micro_batches_have_the_gradient_of_one_large_batch(corpus, 
 def test_weight_decay_is_for_matrices_and_every_parameter_is_in_one_group(corpus, tmp_path):
     config = configure(corpus, tmp_path)
     model = trainer.run.train.build_model(config.model.config(257), config.plan)
-    optimizer = build_optimizer(trainer.run.train.Weights(model), config.plan, config.optim, "cpu")
+    optimizer = build_optimizer(Weights(model), config.plan, config.optim, "cpu")
     names = [name for group in optimizer.param_groups for name in group["names"]]
     assert sorted(names) == sorted(name for name, _ in model.named_parameters())
     for group in optimizer.param_groups:
@@ -303,10 +306,10 @@ def test_every_optimizer_trains_and_resumes_bit_for_bit(corpus, tmp_path, optimi
 
 
 def test_a_non_finite_loss_stops_the_run_with_the_step_and_the_last_good_checkpoint(corpus, tmp_path, monkeypatch):
-    real = trainer.run.train.loss_of
+    real = trainer.run.passes.loss_of
     calls = iter(range(100))
     monkeypatch.setattr(
-        trainer.run.train, "loss_of", lambda *args: real(*args) * (float("nan") if next(calls) == 6 else 1.0)
+        trainer.run.passes, "loss_of", lambda *args: real(*args) * (float("nan") if next(calls) == 6 else 1.0)
     )  # calls 0 to 3 and 6 are steps, 4 and 5 the validation after step 4
     with pytest.raises(
         TrainingError, match=r"step 5: the loss is nan.*the last good checkpoint is .*step_00000003\.pt"

@@ -125,7 +125,7 @@ def restore(
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None,
     name: str,
-    place: Callable[[Tensor, Tensor], object] = Tensor.copy_,
+    place: Callable[[str, Tensor, Tensor], object] = lambda _, own, whole: own.copy_(whole),
 ) -> int:
     """Copy what `read_checkpoint` gave into `model` and `optimizer`: all of it or, with CheckpointError, nothing.
 
@@ -134,7 +134,7 @@ def restore(
         model: its tensors are overwritten.
         optimizer: its state is replaced; None: weights only.
         name: of the file, for messages.
-        place: copies a whole tensor of the file into the model's, which may hold a part of it only.
+        place: copies into the model's tensor of a name, which may hold a part of it only, the file's whole one.
     """
     weights, iteration = content["model"], content["iteration"]
     if type(iteration) is not int or not isinstance(weights, dict):
@@ -155,7 +155,7 @@ def restore(
         optimizer.load_state_dict(content["optimizer"])
     with torch.no_grad():
         for key, tensor in own.items():
-            place(tensor, weights[key])
+            place(key, tensor, weights[key])
     return iteration
 
 

@@ -73,6 +73,7 @@ class Transformer(nn.Module):
         head: (V, d), perhaps the embedding's own matrix.
         part: of each sequence, which of how many parts of equal length comes in (`trainer.parallel.context`); None for
             all of it.
+        dealt: of parameters whose rows are in another order, this order (`trainer.parallel.tensor.deal`).
     """
 
     cos: Tensor
@@ -85,6 +86,7 @@ class Transformer(nn.Module):
         p.check_model(m)
         self.config, self.plan = m, p
         self.part: tuple[int, int] | None = None
+        self.dealt: dict[str, Tensor] = {}
         parts, d = m.made_of, m.d_model
         projects = m.embedding_width != d
         self.embedding = Embedding(m.vocab_size, m.embedding_width)

@@ -1,4 +1,4 @@
-"""One process or many: DDP, FSDP2 and checkpoints that any number of processes can read.
+"""One process or many: DDP, FSDP2, and the weights as each process has them.
 
 `torchrun` starts the processes and tells each its rank by the environment. Everything here is a no-op in a run of one
 process, so that the training loop reads the same for both.
@@ -7,54 +7,32 @@ process, so that the training loop reads the same for both.
 from __future__ import annotations
 
 import os
-import pickle
-import shutil
 import sys
-import warnings
-import zlib
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from estimator.describe.checks import ConfigError
-from trainer.files.checkpoint import (
-    check_optimizer_class,
-    checkpoint_path,
-    read_checkpoint,
-    restore,
-    save_checkpoint,
-    sync_folder,
-    type_name,
-    write_atomically,
-)
-from trainer.files.contents import CheckpointError, check_files, check_names, check_parts
+from trainer.model.decoder import Transformer
 from trainer.optim.clip import gradient_clipping
 from trainer.optim.precision import Masters, float32_copy
 from trainer.parallel.context import context_parallel
 from trainer.parallel.expert import expert_parallel, of_experts, shard_experts
+from trainer.parallel.pipeline import Stage, Stages, stages_of
 from trainer.parallel.tensor import tensor_parallel
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from torch.distributed.checkpoint.metadata import Metadata
     from torch.distributed.device_mesh import DeviceMesh
 
     from estimator.describe.plan import Plan
-
-RUN_FILE = "run.pt"  # in a sharded checkpoint: all that is not a large tensor, and the other files' checksums
 
 
 class World:
@@ -78,6 +56,7 @@ class World:
         if device == "cuda":
             torch.cuda.set_device(self.device)
         self.of_experts: DeviceMesh | None = None
+        self.grids: dict[tuple[tuple[str, int], ...], DeviceMesh] = {}
         self.joined = self.size > 1 and not dist.is_initialized()  # a group that the caller has made stays the caller's
         if self.joined:
             dist.init_process_group("nccl" if device == "cuda" else "gloo")
@@ -166,13 +145,15 @@ class World:
 
     def grid(self, plan: Plan) -> DeviceMesh:
         """All processes, those that share a block's matrices side by side, the stages of a pipeline furthest apart."""
+        sizes = {"pipeline": plan.pipeline_parallel, "data": plan.data_parallel, "tensor": plan.tensor_parallel}
         if plan.shards > 1 and plan.replicas > 1:
-            groups = (plan.pipeline_parallel, plan.replicas, plan.shards, plan.tensor_parallel)
-            return init_device_mesh(
-                self.device.type, groups, mesh_dim_names=("pipeline", "replicate", "data", "tensor")
-            )
-        shape = (plan.pipeline_parallel, plan.data_parallel, plan.tensor_parallel)
-        return init_device_mesh(self.device.type, shape, mesh_dim_names=("pipeline", "data", "tensor"))
+            sizes = {"pipeline": plan.pipeline_parallel, "replicate": plan.replicas, "data": plan.shards}
+            sizes["tensor"] = plan.tensor_parallel
+        axes = tuple(sizes.items())
+        if axes not in self.grids:  # each makes process groups of its own
+            shape, names = tuple(sizes.values()), tuple(sizes)
+            self.grids[axes] = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
+        return self.grids[axes]
 
     def prepare(
         self, model: nn.Module, plan: Plan, sharding: str
@@ -201,6 +182,16 @@ class World:
         mean = self.mean if plan.fp32_gradients and self.size > 1 else None
         return module, held, updated, Masters(held.named, updated.named, fp32_gradients=plan.fp32_gradients, mean=mean)
 
+    def prepare_stage(self, model: Transformer, plan: Plan) -> tuple[Stage | Stages, Weights]:
+        """(This process's stage of `model`, its weights), shared out by tensors and by rows as `plan` says."""
+        grid = self.grid(plan)
+        if plan.tensor_parallel > 1:
+            tensor_parallel(model, grid["tensor"], sequence=plan.sequence_parallel)
+        stage = stages_of(model, grid["pipeline"].get_local_rank(), plan)
+        if plan.shards > 1:
+            self.shard(stage, plan, policy(plan), keeps=True)
+        return stage, Weights(stage, stages=grid["pipeline"])
+
     def shares(self, sharding: str) -> bool:
         """Whether each process updates a part of the parameters."""
         return self.size > 1 and sharding != "none"
@@ -227,8 +218,12 @@ class Weights:
     the model's: no dispatch of DTensors, and any optimizer will do. Under FSDP2 each process has its shards only; under
     ZeRO-1 it has all, updates its shards, and gets the others' after the step.
 
+    Names are those of the whole model, also where this process has some blocks of it only.
+
     Attributes:
         named: name -> what the optimizer updates.
+        names: name in the model's own state -> name in the whole model.
+        shapes: of all tensors of the whole model's state.
         sharded: whether these are shards.
         mesh: the processes of ZeRO-1; None without it.
         stages: the processes that have the other stages of a pipeline; None without one.
@@ -236,7 +231,13 @@ class Weights:
 
     def __init__(self, model: nn.Module, mesh: DeviceMesh | None = None, stages: DeviceMesh | None = None) -> None:
         self.model, self.mesh, self.stages = model, mesh, stages
-        self.originals = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        own = model.state_dict(keep_vars=True)
+        self.names = {name: name for name in own}
+        self.shapes: dict[str, torch.Size] = {name: x.shape for name, x in own.items()}
+        if isinstance(model, Stage | Stages):
+            self.names, self.shapes = model.whole_names(), model.shapes
+        self.orders: dict[str, Tensor] = model.dealt if isinstance(model, Stage | Stages | Transformer) else {}
+        self.originals = {self.names[name]: p for name, p in model.named_parameters() if p.requires_grad}
         self.sharded = mesh is not None or any(isinstance(p, DTensor) for p in self.originals.values())
         self.named = {
             name: nn.Parameter(self.shard(name, p.detach())) if self.sharded else p
@@ -320,6 +321,33 @@ class Weights:
         placed = original.placements if isinstance(original, DTensor) else [Shard(0)]
         return DTensor.from_local(shard, mesh, placed, run_check=False, shape=original.shape, stride=original.stride())
 
+    def state(self) -> dict[str, Tensor]:
+        """The model's tensors, by their names in the whole model."""
+        return {self.names[name]: x for name, x in self.model.state_dict().items()}
+
+    def in_order(self, name: str, x: Tensor) -> Tensor:
+        """`x`, laid out as the parameter `name`, with its rows as one process has them: what a checkpoint holds.
+
+        Tensor parallelism deals out the rows of matrices in one (`trainer.parallel.tensor.deal`). All processes that
+        share it call this.
+        """
+        if name not in self.orders or not isinstance(x, DTensor):
+            return x
+        dealt = x.full_tensor()
+        whole = torch.empty_like(dealt)
+        whole[self.orders[name]] = dealt
+        placed = [placement if placement.is_replicate() else Shard(0) for placement in x.placements]
+        return distribute_tensor(whole, x.device_mesh, placed, src_data_rank=None)
+
+    def take(self, name: str, own: Tensor, x: Tensor) -> None:
+        """Copy into `own`, laid out as the parameter `name`, a tensor of its whole shape with rows in order."""
+        x = x.full_tensor() if isinstance(x, DTensor) else x
+        local(own).copy_(piece(self.dealt(name, x), own))
+
+    def dealt(self, name: str, whole: Tensor) -> Tensor:
+        """`whole`, of a checkpoint, with its rows as tensor parallelism deals them out."""
+        return whole[self.orders[name]] if name in self.orders else whole
+
 
 def policy(plan: Plan) -> MixedPrecisionPolicy | None:
     """In which dtypes `fully_shard` gathers parameters and sums gradients; None for those that they have."""
@@ -388,208 +416,25 @@ def local(x: Tensor) -> Tensor:
     return x.to_local() if isinstance(x, DTensor) else x
 
 
-def rows(x: Tensor, size: int, rank: int) -> Tensor:
-    """The rows of x that are the `rank`-th of `size` processes', as Shard(0), FSDP2's placement, cuts: a view.
+def rows(x: Tensor, size: int, rank: int, dim: int = 0) -> Tensor:
+    """The rows of x that are the `rank`-th of `size` processes', as Shard(dim), FSDP2's placement, cuts: a view.
 
     That is as torch.chunk does; with fewer chunks than processes the last ones are empty.
     """
-    chunks = x.chunk(size)
-    return chunks[rank] if rank < len(chunks) else x[:0]
+    chunks = x.chunk(size, dim)
+    return chunks[rank] if rank < len(chunks) else x.narrow(dim, 0, 0)
 
 
 def piece(value: Tensor, like: Tensor) -> Tensor:
-    """The part of the whole tensor `value` that this process holds if it is sharded as the parameter `like`."""
+    """The part of the whole tensor `value` that this process holds if it is laid out as the parameter `like`.
+
+    What tensor or expert parallelism leaves to a process, `fully_shard` cuts by rows.
+    """
     if not isinstance(like, DTensor):
         return value
-    mesh = shard_mesh(like)
-    assert mesh is not None
-    return rows(value, mesh.size(), mesh.get_local_rank())
-
-
-def save_run(
-    world: World, folder: Path, step: int, weights: Weights, optimizer: torch.optim.Optimizer, *, run: dict[str, Any]
-) -> Path:
-    """Write the checkpoint of `step`: a file or, from several processes, a folder; complete or absent.
-
-    Raises:
-        OSError: the disk is full, or the folder cannot be written.
-    """
-    path = checkpoint_path(folder, step, sharded=world.size > 1)
-    if world.size == 1:
-        save_checkpoint(weights.model, optimizer, step, path, run)
-        return path
-    part = path.with_name(path.name + ".part")
-    if world.rank == 0:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-    world.barrier()
-    tensors, state = _flatten(weights, optimizer)
-    try:
-        save(tensors, storage_writer=FileSystemWriter(part))  # flushes each file to the disk
-    except CheckpointException as error:
-        raise OSError(f"{part}: cannot be written ({error})") from error
-    if world.rank == 0:
-        content = {
-            "model": {},
-            "optimizer": state,
-            "optimizer_class": type_name(type(optimizer)),
-            "iteration": step,
-            "run": run,
-            "files": {file.name: checksum(file) for file in sorted(part.iterdir())},
-        }
-        write_atomically(part / RUN_FILE, lambda file: torch.save(content, file))
-        shutil.rmtree(path, ignore_errors=True)
-        part.replace(path)
-        sync_folder(folder)
-    world.barrier()
-    return path
-
-
-def load_run(world: World, path: Path, weights: Weights, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
-    """Read a checkpoint, file or folder, that any number of processes wrote; return what `save_run` was given as `run`.
-
-    Raises:
-        CheckpointError: incomplete, altered, foreign, or of another model or optimizer.
-        OSError: it cannot be read.
-    """
-    if path.is_dir():
-        return _load_sharded(world, path, weights, optimizer)
-    content = read_checkpoint(path)
-    if weights.sharded and optimizer is not None:
-        check_names(content["optimizer"], weights.originals, str(path))
-        _cut(content, weights)
-    restore(content, weights.model, optimizer, str(path), lambda own, whole: local(own).copy_(piece(whole, own)))
-    run: dict[str, Any] = content.get("run", {})
-    return run
-
-
-def _cut(content: dict[str, Any], weights: Weights) -> None:
-    """Replace the optimizer's tensors in `content` by this process's pieces; scalars stay."""
-    state = content["optimizer"].get("state", {})
-    names = [name for group in content["optimizer"]["param_groups"] for name in group["names"]]  # in the state's order
-    for index, name in enumerate(names):
-        for key, value in state.get(index, {}).items():
-            if isinstance(value, Tensor) and value.shape == weights.originals[name].shape:
-                state[index][key] = weights.shard(name, value)
-
-
-def _flatten(weights: Weights, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(name -> large tensor, the rest of the optimizer's state by name)."""
-    tensors = {f"model.{name}": tensor for name, tensor in weights.model.state_dict().items()}
-    keys: dict[str, list[str]] = {}
-    scalars: dict[str, dict[str, Any]] = {}
-    for name, parameter in weights.named.items():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            if isinstance(value, Tensor) and value.ndim:
-                keys.setdefault(name, []).append(key)
-                tensors[f"optimizer.{name}.{key}"] = weights.whole(name, value)
-            else:
-                scalars.setdefault(name, {})[key] = value
-    return tensors, {"keys": keys, "scalars": scalars, "param_groups": optimizer.state_dict()["param_groups"]}
-
-
-def _load_sharded(
-    world: World, path: Path, weights: Weights, optimizer: torch.optim.Optimizer | None
-) -> dict[str, Any]:
-    if not (path / RUN_FILE).exists():
-        raise CheckpointError(f"{path}: no checkpoint: {RUN_FILE} is missing")
-    content = read_checkpoint(path / RUN_FILE)
-    files = sorted(check_files(content.get("files"), str(path)).items())
-    # Shared out, so that the whole is read once and not once a process.
-    damaged = [name for name, crc in files[world.rank :: world.size] if checksum(path / name) != crc]
-    if world.any(bool(damaged)):
-        raise CheckpointError(
-            f"{path}: altered since it was written (checksum of {', '.join(damaged) or 'another file'})"
-        )
-    tensors = {f"model.{name}": tensor for name, tensor in weights.model.state_dict().items()}
-    reader = _Reader(path)
-    stored = reader.read_metadata().state_dict_metadata
-    for key in [*tensors, *(key for key in stored if key.startswith("model."))]:
-        ours, theirs = (getattr(x.get(key), "shape" if x is tensors else "size", None) for x in (tensors, stored))
-        if ours != theirs:
-            name = key.removeprefix("model.")
-            raise CheckpointError(
-                f"{path}: of another model: {name} is {_shape(theirs)}, the model's is {_shape(ours)}"
-            )
-    if optimizer is not None:
-        check_optimizer_class(content, optimizer, str(path))
-        state = content["optimizer"]
-        check_names(state, weights.originals, str(path))
-        check_parts(state, {key for key, x in stored.items() if isinstance(x, TensorStorageMetadata)}, str(path))
-        if [g["names"] for g in state["param_groups"]] != [g["names"] for g in optimizer.param_groups]:
-            raise CheckpointError(f"{path}: its optimizer state does not fit this run's parameters")
-        for group, values in zip(optimizer.param_groups, state["param_groups"], strict=True):
-            group.update({key: value for key, value in values.items() if key != "params"})
-        for name, parameter in weights.named.items():
-            own = optimizer.state[parameter]
-            own.update(state["scalars"].get(name, {}))
-            for key in state["keys"].get(name, []):
-                saved = stored[f"optimizer.{name}.{key}"]
-                assert isinstance(saved, TensorStorageMetadata)
-                if saved.size == weights.originals[name].shape:
-                    own[key] = torch.zeros_like(parameter, dtype=saved.properties.dtype, requires_grad=False)
-                    tensors[f"optimizer.{name}.{key}"] = weights.whole(name, own[key])
-                else:  # never a shard's: see `build_optimizer`
-                    own[key] = parameter.new_zeros(saved.size, dtype=saved.properties.dtype)
-                    tensors[f"optimizer.{name}.{key}"] = own[key]
-    with warnings.catch_warnings():
-        # It says that one process reads what several may have written: that is what is wanted.
-        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-        try:
-            load(tensors, storage_reader=reader, no_dist=world.size == 1)
-        except CheckpointException as error:
-            raise CheckpointError(f"{path}: cannot be read ({error})") from error
-    run: dict[str, Any] = content.get("run", {})
-    return run
-
-
-def _shape(size: Iterable[int] | None) -> str:
-    return "absent" if size is None else str(tuple(size))
-
-
-def checksum(file: Path) -> int:
-    """CRC-32 of a file, in pieces; 0 if there is none."""
-    crc = 0
-    if file.exists():
-        with file.open("rb") as stream:
-            while chunk := stream.read(1 << 20):
-                crc = zlib.crc32(chunk, crc)
-    return crc
-
-
-class _Reader(FileSystemReader):
-    """torch's reader, whose metadata file is a pickle: looked through for anything but metadata before it is loaded."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with (Path(self.path) / ".metadata").open("rb") as file:
-            try:
-                _MetadataOnly(file).load()
-            except (pickle.UnpicklingError, EOFError, AttributeError, LookupError, ValueError, TypeError) as error:
-                raise CheckpointError(f"{self.path}: its metadata is broken or holds more than metadata") from error
-        return super().read_metadata(*args, **kwargs)
-
-
-METADATA = {
-    "torch": {"Size", *(name for name in dir(torch) if isinstance(getattr(torch, name), torch.dtype))},
-    "torch.serialization": {"_get_layout"},
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.distributed.checkpoint.metadata": {
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    },
-    "pathlib": {"PosixPath", "WindowsPath"},
-    "pathlib._local": {"PosixPath", "WindowsPath"},  # where Python 3.13 has them
-}
-
-
-class _MetadataOnly(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if name not in METADATA.get(module, ()):
-            raise pickle.UnpicklingError(f"{module}.{name} is no part of a checkpoint's metadata")
-        return super().find_class(module, name)
+    mesh, names = like.device_mesh, like.device_mesh.mesh_dim_names or ()
+    for axis in ("tensor", "expert"):
+        if axis in names and isinstance(placed := like.placements[names.index(axis)], Shard):
+            value = rows(value, mesh[axis].size(), mesh[axis].get_local_rank(), placed.dim)
+    shards = shard_mesh(like)
+    return value if shards is None else rows(value, shards.size(), shards.get_local_rank())

@@ -50,13 +50,13 @@ def tensor_parallel(
     elif sequence:
         cut_stream(model, mesh)
         gather_stream(model, mesh)
-    for block in model.get_submodule("blocks").children():
+    for i, block in enumerate(model.blocks):
         attention, ffn = block.get_submodule("attention"), block.get_submodule("ffn")
         assert isinstance(attention, Attention)
         if hasattr(attention, "qkv"):
-            deal(attention.qkv, attention.widths, size)
+            deal(model, f"blocks.{i}.attention.qkv", attention.widths, size)
         if isinstance(ffn, GatedFeedForward) and ffn.fused:
-            deal(ffn.gate_up, [len(ffn.gate_up.weight) // 2] * 2, size)
+            deal(model, f"blocks.{i}.ffn.gate_up", [len(ffn.gate_up.weight) // 2] * 2, size)
         attention.num_heads //= size
         attention.kv_heads //= size
         attention.widths = [width // size for width in attention.widths]
@@ -72,8 +72,11 @@ def tensor_parallel(
     return model
 
 
-def deal(linear: nn.Module, widths: list[int], size: int) -> None:
-    """Reorder the rows of `linear`, of several matrices of `widths` rows: first every matrix's first `size`-th part."""
+def deal(model: Transformer, name: str, widths: list[int], size: int) -> None:
+    """Reorder the rows of the linear layer `name`, of several matrices of `widths` rows, and note how.
+
+    First comes every matrix's first `size`-th part.
+    """
     starts = [sum(widths[:i]) for i in range(len(widths))]
     order = torch.cat(
         [
@@ -83,5 +86,6 @@ def deal(linear: nn.Module, widths: list[int], size: int) -> None:
         ]
     )
     with torch.no_grad():
-        for p in linear.parameters():
+        for key, p in model.get_submodule(name).named_parameters():
             p.copy_(p[order])
+            model.dealt[f"{name}.{key}"] = order

@@ -28,10 +28,9 @@ from trainer.model.decoder import Transformer
 from trainer.model.quantised import scales
 from trainer.optim.precision import loss_scaler
 from trainer.parallel.context import own_tokens
-from trainer.parallel.distributed import Weights, World, leave_out, local, part_mesh, policy
+from trainer.parallel.distributed import World, leave_out, local, part_mesh
 from trainer.parallel.expert import of_experts
-from trainer.parallel.pipeline import Stage, scheduled
-from trainer.parallel.tensor import tensor_parallel
+from trainer.parallel.pipeline import scheduled
 from trainer.parallel.vocabulary import loss_context
 from trainer.referee.measure import (
     LOSSES,
@@ -120,20 +119,11 @@ class PipelineStep(Step):
             raise ConfigError(f"accelerators = {p.accelerators}: torchrun has started {world.size} processes")
         model, (ids, targets) = build_parts(m, p, str(world.device), seed, sequences=p.batch_size * p.grad_accumulation)
         assert isinstance(model, Transformer)
-        grid = world.grid(p)
-        if p.tensor_parallel > 1:
-            tensor_parallel(model, grid["tensor"], sequence=p.sequence_parallel)
-        stage = Stage(model, grid["pipeline"].get_local_rank(), p.pipeline_parallel)
+        stage, self.weights = world.prepare_stage(model, p)
         needed = ((ids,) if stage.first else ()) + ((targets,) if stage.last else ())
-        sharded = p.shards > 1
-        if sharded:
-            world.shard(stage, p, policy(p), keeps=True)
-        self.weights = Weights(stage, stages=grid["pipeline"])
         super().__init__(stage, build_optimizer(self.weights.named, p, world.device.type), (ids, targets), p)
-        self.needed, self.buckets = needed, bucket_bytes(stage) if p.data_parallel > 1 and not sharded else 0
-        self.place, self.run = scheduled(
-            stage, grid, world.device, p.pipeline_schedule, p.grad_accumulation, LOSSES[p.loss]
-        )
+        self.needed, self.buckets = needed, bucket_bytes(stage) if p.data_parallel > 1 and p.shards == 1 else 0
+        self.places, self.run = scheduled(stage, world.grid(p), world.device, p, LOSSES[p.loss])
 
     def __call__(self) -> None:
         """Run it."""
@@ -161,7 +151,7 @@ class PipelineStep(Step):
 
     def buffers(self) -> Iterator[Tensor]:
         """What the stages beside this one send into; made in the first step, and kept."""
-        for received in (self.place.args_recv_info, self.place.grad_recv_info):
+        for received in (x for place in self.places for x in (place.args_recv_info, place.grad_recv_info)):
             for infos in received.values():
                 yield from (info.buffer for info in infos if info.buffer is not None)
 

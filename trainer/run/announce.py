@@ -23,13 +23,13 @@ MATMUL = {"cpu": 1024, "cuda": 8192}  # rows and columns: large enough that larg
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """What one process's step takes.
+    """What a step takes: of one process or, of a pipeline, of one process of each stage.
 
     Attributes:
-        parameters: number of parameters.
-        peak_bytes: the most bytes of live tensors in a steady step.
-        forward_flops: of one micro-batch.
-        backward_flops: of one micro-batch.
+        parameters: number of parameters, of all stages together.
+        peak_bytes: the most bytes of live tensors in a steady step, in the stage that needs the most.
+        forward_flops: of one micro-batch, in all stages together.
+        backward_flops: likewise.
     """
 
     parameters: int
@@ -42,8 +42,13 @@ def footprint(m: ModelConfig, p: Plan, device: str) -> Footprint:
     """The estimator's figures for a step of `m` run as `p` on `device` ("cpu" or "cuda")."""
     import estimator as est  # noqa: PLC0415  (its symbolic half takes a second to import: not for `--help`)
 
-    v = est.account(m, p, device=device).evaluate(m, p)
-    return Footprint(v.parameters, v.peak_bytes, v.forward_flops, v.backward_flops)
+    stages = [est.account(m, p, device, stage).evaluate(m, p) for stage in range(p.pipeline_parallel)]
+    return Footprint(
+        sum(v.parameters for v in stages),
+        max(v.peak_bytes for v in stages),
+        sum(v.forward_flops for v in stages),
+        sum(v.backward_flops for v in stages),
+    )
 
 
 def announce(

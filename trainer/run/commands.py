@@ -21,7 +21,8 @@ from trainer.files.contents import check_finite, check_model
 from trainer.files.prepare import END_OF_TEXT, PrepareConfig, prepare
 from trainer.model.decoder import build_model
 from trainer.model.generate import generate
-from trainer.parallel.distributed import RUN_FILE, Weights, World, load_run
+from trainer.parallel.distributed import Weights, World
+from trainer.parallel.saved import RUN_FILE, load_run
 from trainer.run.curve import curve
 from trainer.run.help import describe
 from trainer.run.lr_experiment import main as lr_experiment

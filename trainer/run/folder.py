@@ -24,6 +24,8 @@ LOCK = ".lock"
 FREE = (
     "out", "eval_every", "eval_batches", "save_every", "keep", "log_every", "device", "sharding", "tensorboard",
     "resume", "force", "changed",
+    "plan.context_parallel", "plan.expert_parallel", "plan.tensor_parallel", "plan.sequence_parallel",
+    "plan.vocabulary_parallel", "plan.pipeline_parallel", "plan.pipeline_schedule", "plan.virtual_stages",
 )  # fmt: skip
 
 
@@ -61,7 +63,7 @@ def check_settings(before: dict[str, Any], config: TrainConfig, source: Path) ->
     changes = [
         f"{name} = {new.get(name)!r} (there {old[name]!r})"
         for name in old
-        if name.split(".")[0] not in FREE and name in new and old[name] != new[name]
+        if not {name, name.split(".")[0]} & {*FREE} and name in new and old[name] != new[name]
     ]
     if changes:
         raise ConfigError(f"{source}: was made with other settings: {'; '.join(changes)}; --changed if that is meant")

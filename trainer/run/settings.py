@@ -178,12 +178,6 @@ class TrainConfig:
         if self.plan.data_parallel != 1 or self.plan.sharding != "none":
             given = f"plan.data_parallel = {self.plan.data_parallel}, plan.sharding = {self.plan.sharding!r}"
             raise ConfigError(f"{given}: torchrun says how many processes there are, and --sharding what they share")
-        for name in ("tensor_parallel", "pipeline_parallel"):
-            if (ranks := getattr(self.plan, name)) != 1:
-                raise ConfigError(
-                    f"plan.{name} = {ranks}: runs share data, sequences and experts (plan.context_parallel, "
-                    "plan.expert_parallel); allowed is 1"
-                )
         if self.optim.warmup_steps > self.steps:
             raise ConfigError(
                 f"optim.warmup_steps = {self.optim.warmup_steps}: longer than the run (steps = {self.steps})"

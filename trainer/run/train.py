@@ -6,11 +6,9 @@ import json
 import math
 import signal
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Self, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
-from torch import Tensor, nn
 
 from estimator.describe.checks import ConfigError
 from trainer.files.adapters import load_base, save_adapters
@@ -19,21 +17,22 @@ from trainer.files.contents import CheckpointError, check_finite, check_run
 from trainer.files.data import Dataset
 from trainer.model.adapters import to_precision
 from trainer.model.decoder import build_model
-from trainer.optim.precision import autocast, loss_scaler, products_in
+from trainer.optim.precision import loss_scaler, products_in
 from trainer.optim.schedule import lr_cosine_schedule
-from trainer.parallel.context import own_tokens
-from trainer.parallel.distributed import Weights, World, load_run, local, save_run
-from trainer.referee.measure import loss_of
+from trainer.parallel.distributed import World, local
+from trainer.parallel.saved import load_run, save_run
 from trainer.run.announce import announce, matmul_peak
 from trainer.run.folder import check_settings, keep_inputs, locked, newest, prune, start_point
 from trainer.run.optimizer import build_optimizer
+from trainer.run.passes import Passes, PipelinePasses, Share
 from trainer.run.progress import Reporter, duration
 
 if TYPE_CHECKING:
     from pathlib import Path
     from types import FrameType
 
-    from estimator.describe.plan import Plan
+    from trainer.optim.precision import Masters
+    from trainer.parallel.distributed import Weights
     from trainer.run.settings import TrainConfig
 
 
@@ -145,10 +144,18 @@ class Training:
         to_precision(self.model, plan)
         if plan.precision == "tf32" and device.type == "cuda":
             torch.set_float32_matmul_precision("high")
-        self.scaler = loss_scaler(plan.precision, device.type, sharded=world.shares(config.sharding))
-        self.wrapped, self.held, self.weights, self.masters = world.prepare(self.model, plan, config.sharding)
-        # compile() gives back a module too, whatever its annotation says.
-        self.module = cast("nn.Module", torch.compile(self.wrapped)) if plan.compile else self.wrapped
+        self.scaler = loss_scaler(
+            plan.precision, device.type, sharded=world.shares(config.sharding) or plan.shares_matrices
+        )
+        self.masters: Masters | None = None
+        self.passes: Passes | PipelinePasses
+        if plan.is_pipeline:
+            stage, self.weights = world.prepare_stage(self.model, plan)
+            self.held = self.weights
+            self.passes = PipelinePasses(stage, self.data, self.share, world)
+        else:
+            wrapped, self.held, self.weights, self.masters = world.prepare(self.model, plan, config.sharding)
+            self.passes = Passes(wrapped, self.data, self.share, world, self.scaler)
         self.optimizer = build_optimizer(self.weights, plan, config.optim, device.type)
         self.start = 0
         if self.source is not None:
@@ -166,7 +173,8 @@ class Training:
         config, world, plan = self.config, self.world, self.share.plan
         if self.source is not None:
             reporter.say(f"resumed  {self.source}")
-        shared = plan.replace(data_parallel=world.size // plan.context_parallel, sharding=config.sharding)
+        beside = plan.context_parallel * plan.tensor_parallel * plan.pipeline_parallel
+        shared = plan.replace(data_parallel=world.size // beside, sharding=config.sharding)
         sharing = world.size if world.device.type == "cpu" else 1  # CPU processes share the machine's memory
         estimate = announce(
             self.m,
@@ -180,21 +188,13 @@ class Training:
         tokens = config.plan.batch_size * config.plan.grad_accumulation * self.T
         epochs = config.steps * tokens / self.data.tokens("train")
         reporter.say(f"run      {config.steps} steps of {tokens:,} tokens: {epochs:.2f} times {config.data}")
-        flops = (estimate.forward_flops + estimate.backward_flops) * plan.grad_accumulation * world.size
+        flops = (estimate.forward_flops + estimate.backward_flops) * plan.grad_accumulation
+        flops *= world.size // plan.pipeline_parallel
         peak = world.size * matmul_peak(world.device, products_in(plan.precision))
         reporter.say(f"MFU      of {peak / 1e12:.3g} TFLOP/s, measured now on a square matrix product")
         if world.rank == 0:
             keep_inputs(config)
         return Expected(tokens, flops / peak)
-
-    def forward(self, split: str, index: int) -> Tensor:
-        """The loss of this process's rows of batch `index`."""
-        inputs, targets = self.data.get_batch(split, index)
-        kept = self.config.plan.logits_to_keep
-        targets = targets if kept is None else targets[:, -kept:].contiguous()
-        with autocast(self.share.plan, self.world.device.type):
-            mine = (own_tokens(x[self.share.rows], *self.share.tokens) for x in (inputs, targets))
-            return loss_of(self.module, self.share.plan, *mine)
 
     def step(self, number: int) -> tuple[float, float, float]:
         """Move the weights once; (learning rate, loss, norm of the gradients) of the whole run's step `number`.
@@ -207,12 +207,7 @@ class Training:
         lr = lr_cosine_schedule(number + 1, o.lr, o.min_lr, o.warmup_steps, self.config.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        total = torch.zeros((), device=world.device)
-        for i in range(plan.grad_accumulation):
-            with world.micro_batch(self.wrapped, last=i == plan.grad_accumulation - 1):
-                loss = self.forward("train", self.share.index(number, i)) / plan.grad_accumulation
-                self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-            total += loss.detach()
+        total = self.passes.train(number)
         self.held.gather_gradients()
         if self.masters is not None:
             self.masters.take_gradients()
@@ -221,7 +216,7 @@ class Training:
         if plan.max_grad_norm is not None:
             norm = self.weights.clip(plan.max_grad_norm)
         # Looked at before the update: what a non-finite gradient has touched is lost.
-        loss_now, norm_now = torch.stack((world.total(total) / world.size, norm)).tolist()
+        loss_now, norm_now = torch.stack((world.total(total) / self.share.losses, norm)).tolist()
         overflowed = self.scaler.is_enabled() and not math.isfinite(norm_now)  # the scaler leaves the update out
         if not math.isfinite(loss_now) or not (math.isfinite(norm_now) or overflowed):
             what = f"the loss is {loss_now}, the gradient's norm {norm_now}"
@@ -237,10 +232,8 @@ class Training:
     @torch.no_grad()
     def validate(self) -> float:
         """Mean loss over the same batches each time, all processes' together."""
-        self.module.eval()
-        losses = [self.forward("valid", index) for index in self.share.batches(self.config.eval_batches)]
-        self.module.train()
-        return float(self.world.total(torch.stack(losses).mean()) / self.world.size)
+        loss = self.passes.validate(self.config.eval_batches)
+        return float(self.world.total(loss) / self.share.losses)
 
     def save(self, step: int) -> Path:
         """Write a checkpoint from which the run goes on after `step` steps, and drop those that are too old.
@@ -272,58 +265,6 @@ class Training:
         else:
             about["plan"] = json.dumps(self.share.plan.to_dict())
             save_adapters(self.model, out / "adapters.safetensors", about)
-
-
-@dataclass(frozen=True, slots=True)
-class Share:
-    """One process's part of each step: whole micro-batches or, where there are too few, rows of every one.
-
-    The data of a step, and so its gradient, are the same for any number of processes.
-
-    Attributes:
-        plan: one process's plan.
-        rows: of each batch.
-        tokens: which of how many parts of each sequence (`trainer.parallel.context`).
-        micro_batches: in a step of the whole run.
-        first: the first batch of a step, or of a validation, that is this process's.
-        stride: from one of its batches to the next.
-    """
-
-    plan: Plan
-    rows: slice
-    micro_batches: int
-    first: int
-    stride: int
-    tokens: tuple[int, int] = (0, 1)
-
-    @classmethod
-    def of(cls, config: TrainConfig, world: World) -> Share:
-        """The share of `world`'s process.
-
-        Raises:
-            ConfigError: neither micro-batches nor their rows can be divided evenly.
-        """
-        B, n, parts = config.plan.batch_size, config.plan.grad_accumulation, config.plan.context_parallel
-        if world.size % parts:
-            raise ConfigError(f"plan.context_parallel = {parts}: must divide the {world.size} processes")
-        size, rank, tokens = world.size // parts, world.rank // parts, (world.rank % parts, parts)
-        if n % size == 0 and config.eval_batches % size == 0:
-            return cls(config.plan.replace(grad_accumulation=n // size), slice(None), n, rank, size, tokens)
-        if B % size == 0:
-            rows = slice(rank * B // size, (rank + 1) * B // size)
-            return cls(config.plan.replace(batch_size=B // size), rows, n, 0, 1, tokens)
-        raise ConfigError(
-            f"plan.batch_size = {B}: must be divisible by the {size} processes, or else both of "
-            f"plan.grad_accumulation ({n}) and eval_batches ({config.eval_batches})"
-        )
-
-    def index(self, step: int, i: int) -> int:
-        """Number, in the whole run, of the batch that is this process's i-th in `step`."""
-        return step * self.micro_batches + self.first + i * self.stride
-
-    def batches(self, n: int) -> range:
-        """This process's among `n` batches of validation."""
-        return range(self.first, n, self.stride)
 
 
 def check_precision(config: TrainConfig, world: World) -> None:

@@ -111,7 +111,7 @@ def loss_of_module(module: nn.Module, ids: Tensor) -> Tensor:
 
 
 def of_config(path: str | Path, batch_size: int, seq_len: int, **changes: Any) -> Callable[[], Any]:
-    """transformers' own class of a config.json, with random weights, and a batch for it.
+    """transformers' own class of a config.json, with random weights in float32, and a batch for it.
 
     The class is the one that the file's `architectures` names, or that of a language model.
 
@@ -141,6 +141,7 @@ def of_config(path: str | Path, batch_size: int, seq_len: int, **changes: Any) -
         torch.manual_seed(0)
         mine = copy.deepcopy(config)  # a model changes its own
         mine.use_cache = False
+        mine.dtype = torch.float32  # and not that of its published weights: the plan's precision says which
         module = own._from_config(mine) if own else automatic.from_config(mine)  # noqa: SLF001 - what it calls too
         module.train()
         return module, loss_with_labels, batch_of(module, batch_size, seq_len)

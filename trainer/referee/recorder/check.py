@@ -40,7 +40,18 @@ if TYPE_CHECKING:
     from trainer.referee.recorder.recording import Recording
 
 RUNS = "This runs {} on this machine, as no other command of `estimate` does: check only code that you trust."
-BY = {"cpu": " by the CPU's rules (on CUDA kernels have other scratch, and half precision fewer copies)"}
+BY = {
+    "cpu": " by the CPU's rules (on CUDA kernels have other scratch, and half precision fewer copies)",
+    "cuda": " by CUDA's rules, with the allocator's rounding, cuBLAS's workspace and the context",
+}
+# What of CUDA's is not known, by the operators that it is about.
+UNKNOWN = {
+    "conv": "Convolutions are counted as without cuDNN, whose workspaces are not known.",
+    "lstm": "The LSTM is counted as without cuDNN, which keeps a reserve of its own for backward.",
+    "gru": "The GRU is counted as without cuDNN, which keeps a reserve of its own for backward.",
+    "sort": "What a sort has for itself is left out.",
+    "embedding_dense_backward": "What the gradient of an embedding sorts indices in is left out.",
+}
 MODULES = 12  # lines of the table of modules
 
 
@@ -57,7 +68,9 @@ def parser() -> argparse.ArgumentParser:
         "--hf", metavar="CONFIG", help="in its place, a config.json, of which transformers builds its own class"
     )
     p.add_argument("--gpu", default="a100-80gb-sxm", help="the accelerator (estimate list)")
-    p.add_argument("--device", choices=DEVICES, default="cpu", help="whose rules")
+    p.add_argument(
+        "--device", choices=DEVICES, help="whose rules: by default the accelerator's; with --fake-world, cpu"
+    )
     p.add_argument(
         "--batch-size", type=int, default=1, metavar="B", help="given to FUNCTION as batch_size, if it takes it"
     )
@@ -71,6 +84,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--precision", choices=PRECISIONS, default="fp32")
     p.add_argument("--grad-accumulation", type=int, default=1, metavar="N", help="micro-batches of a step")
     p.add_argument("--max-grad-norm", type=float, metavar="X", help="clip the gradients to this norm")
+    p.add_argument(
+        "--remedies",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="try what makes a step fit that does not",
+    )
     p.add_argument("--measure", action="store_true", help="run a real step on this CPU too, and compare every event")
     p.add_argument("--fake-world", type=int, metavar="N", help="as rank 0 of N, in PyTorch's fake process group")
     p.add_argument("--snapshot", metavar="FILE", help="of torch.cuda.memory._dump_snapshot: what a card really held")
@@ -93,17 +112,20 @@ def run(argv: Sequence[str]) -> int:
     gpu = accelerator(args.gpu)
     if not args.json:
         sys.stdout.write(RUNS.format(name) + "\n\n")
-    recording = record(build, plan, args.device)
+    device = args.device or (gpu.device if gpu.device in DEVICES and args.fake_world is None else "cpu")
+    recording = record(build, plan, device)
     answer = estimate_recorded(recording, plan, gpu)
     memory = answer.memory
-    tried = [] if memory.fits else remedies(build, plan, args.device, gpu)
     if args.json:
         sys.stdout.write(json.dumps(_plain(recording, answer), indent=1) + "\n")
     else:
         sys.stdout.write(report(recording, memory, name, gpu.name))
         sys.stdout.write(timed(answer.time, gpu.name, plan, alone=args.fake_world is None))
-        for said in tried:
-            sys.stdout.write(f"  {said}\n")
+        if args.remedies and not memory.fits:
+            sys.stdout.write("\nWhat it needs with these changes (each is recorded; --no-remedies leaves them out):\n")
+            for said in remedies(build, plan, device, gpu):
+                sys.stdout.write(f"  {said}\n")
+                sys.stdout.flush()
     if args.snapshot:
         sys.stdout.write("\n" + beside_snapshot(memory, read_snapshot(args.snapshot)))
     if args.measure:
@@ -178,9 +200,18 @@ def report(recording: Recording, memory: Memory, name: str, gpu: str) -> str:
             lines.append(f"  {phase.value:10} {size(recording.live_at(at)):>10} at most, {_place(recording, at)}")
     lines += ["", *(f"Assumed {times} times: {said}." for said, times in recording.assumptions.items())]
     lines += [f"{note[0].upper()}{note[1:]}." for note in recording.notes]
+    lines += unknown(recording)
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     lines.append(f"Recorded in {duration(recording.seconds)}; this process has taken {size(most)} of memory at most.")
     return "\n".join(lines) + "\n"
+
+
+def unknown(recording: Recording) -> list[str]:
+    """A sentence on each part of CUDA's kernels that the recording does not know, where it has such kernels."""
+    if recording.account.device != "cuda":
+        return []
+    names = {kernel.name for kernel in recording.ledger.kernels}
+    return [said for part, said in UNKNOWN.items() if any(part in name for name in names)]
 
 
 def timed(time: RecordedTime, gpu: str, plan: Plan, *, alone: bool) -> str:

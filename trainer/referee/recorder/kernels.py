@@ -41,8 +41,19 @@ NAMES = {
     "index_select": "embedding",
     "_scaled_dot_product_flash_attention_for_cpu": "flash_attention",
     "_scaled_dot_product_flash_attention_for_cpu_backward": "flash_attention_backward",
+    "_scaled_dot_product_flash_attention": "flash_attention",
+    "_scaled_dot_product_flash_attention_backward": "flash_attention_backward",
+    "_scaled_dot_product_efficient_attention": "flash_attention",
+    "_scaled_dot_product_efficient_attention_backward": "flash_attention_backward",
     "_fused_adam_": "_fused_adamw_",
 }
+
+
+ATTENTION = (
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_efficient_attention",
+)
 
 
 class Turn(NamedTuple):
@@ -244,8 +255,8 @@ PRODUCTS: dict[str, Product] = {
     **dict.fromkeys(("mm", "bmm", "mv", "dot"), lambda x: _matrices(x[0], x[1])),
     **dict.fromkeys(("addmm", "addmm_", "baddbmm", "baddbmm_", "addmv"), lambda x: _matrices(x[1], x[2])),
     "_grouped_mm": _grouped,
-    "_scaled_dot_product_flash_attention_for_cpu": _attention,
-    "_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
+    **dict.fromkeys(ATTENTION, _attention),
+    **dict.fromkeys((f"{name}_backward" for name in ATTENTION), _attention_backward),
     "_slow_conv2d_forward": _convolution,
     "_slow_conv2d_backward": _convolution_backward,
     "slow_conv_transpose2d": _transposed,

@@ -75,9 +75,13 @@ class Reader:
         device: "cpu" or "cuda": whose rules.
         threads: PyTorch's CPU threads.
         saved: storages that autograd keeps for backward, by their position among the step's allocations.
+        kernels: whether the ledger gets the kernels, too.
     """
 
-    def __init__(self, log: Log, known: Known, device: str, threads: int, saved: Iterable[int] = ()) -> None:
+    def __init__(
+        self, log: Log, known: Known, device: str, threads: int, saved: Iterable[int] = (), *, kernels: bool = True
+    ) -> None:
+        self.kernels = kernels
         self.log, self.known, self.device, self.threads = log, known, device, threads
         self.saved = frozenset(saved)
         self.reading = Reading()
@@ -170,17 +174,17 @@ class Reader:
             self.made[sequence] = (self.modules[-1] if self.modules else "", self.line)
         running = _Running(named, kind)
         self.running.append(running)
-        if operands >= 0:
+        if operands >= 0 and (self.kernels or kind == LEFT_OUT):
             running.inputs = self.log.values(operands)
-        if kind == LEFT_OUT and self.device == "cpu":
-            held = scratch_of(named, running.inputs or (), self.threads)
+        if kind == LEFT_OUT:
+            held = scratch_of(self.device, named, running.inputs or (), self.threads)
             running.scratch = [Storage(size(n), 1, Category.TEMPORARY, self._here) for n in held]
             for storage in running.scratch:
                 self._event(1, storage, storage.where, 0)
 
     def _ended(self, row: tuple[int, ...]) -> None:
         running = self.running[-1]
-        if running.inputs is not None and row[4] >= 0:
+        if self.kernels and running.inputs is not None and row[4] >= 0:
             self._kernel(running, self.log.values(row[4]))
         for storage in reversed(running.scratch):
             self._event(-1, storage, storage.where, 0)

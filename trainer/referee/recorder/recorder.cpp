@@ -10,16 +10,24 @@
 // Values that are known are computed all the same: whole numbers, masks and single numbers that come of nothing but
 // such (token ids, positions, the optimizer's count of steps).
 //
+// The device may be CUDA, whether or not there is a card or this PyTorch is built for one: then tensors of that device
+// are given out too, by an allocator of their own, whose rows alone are written; what the dispatcher needs of a device is
+// put in place while the step runs. What a program keeps on the CPU then is the host's.
+//
 // All of them write rows of one log, in order of time; what the rows mean is decided in Python (log.py).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <ATen/ATen.h>
 #include <ATen/EmptyTensor.h>
+#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/detail/CUDAHooksInterface.h>
+#include <ATen/native/transformers/attention.h>
 #include <ATen/record_function.h>
 #include <c10/core/Allocator.h>
 #include <c10/core/StorageImpl.h>
+#include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <sys/mman.h>
 #include <torch/library.h>
 
@@ -52,6 +60,7 @@ struct Log {
   bool on = false;        // rows are written
   bool observes = false;  // of operators too, not only of storages
   bool aside = false;     // a meta kernel is asked for shapes: what happens meanwhile is not the step's
+  bool cuda = false;      // the step's device is CUDA, not the CPU
   std::vector<Row> rows;
   std::vector<int64_t> operands;  // of operators, see `write`
   std::vector<std::string> names;
@@ -60,6 +69,7 @@ struct Log {
   std::unordered_map<std::string, int64_t> line_index;
   std::unordered_set<std::string> kernels;  // operators that compute, on the device
   std::unordered_set<std::string> dependent;  // those of them whose results' shapes depend on values
+  py::object* choose = nullptr;             // asked for attention's kernel on CUDA
   py::object* assume = nullptr;             // asked for a value that is not known: (operator, dtype) to a number
   std::vector<std::string> libraries;       // folders whose code is not the user's
   std::unordered_map<PyCodeObject*, bool> is_library;
@@ -81,43 +91,48 @@ constexpr int64_t FEW = 256;                   // real numbers that are worth co
 
 struct Held {
   c10::DataPtr inner;
-  int64_t id;
+  int64_t id;  // 0: the host's, while the device is another
   bool known;  // its values are those that it would have
   std::string made;  // the operator that was left out and would have made them
 };
 
 void free_held(void* context) {
   auto* held = static_cast<Held*>(context);
-  if (log_().on) log_().rows.push_back({FREED, held->id, 0, 0, 0, 0});
+  if (log_().on && held->id) log_().rows.push_back({FREED, held->id, 0, 0, 0, 0});
   delete held;
 }
 
 void keep(void*) {}
 
+char* region_ = nullptr;  // of both devices
+size_t given_ = 0;
+
 struct Allocator final : c10::Allocator {
+  c10::Device device;
   c10::Allocator* inner = nullptr;
-  char* region = nullptr;
-  size_t given = 0;
+
+  explicit Allocator(c10::Device device) : device(device) {}
 
   c10::DataPtr allocate(size_t nbytes) override {
     auto& log = log_();
-    if (!log.on || log.aside || !nbytes) return inner->allocate(nbytes);
-    const bool real = nbytes <= REAL;
-    auto* held = new Held{real ? inner->allocate(nbytes) : address(nbytes), log.next++, real, ""};
-    log.rows.push_back({ALLOCATED, held->id, static_cast<int64_t>(nbytes), 0, 0, 0});
-    return {held->inner.get(), held, &free_held, c10::Device(c10::DeviceType::CPU)};
+    if (device.is_cpu() && (!log.on || log.aside || !nbytes)) return inner->allocate(nbytes);
+    if (!nbytes) return {nullptr, device};
+    const bool real = nbytes <= REAL, counted = log.on && !log.aside && device.is_cuda() == log.cuda;
+    auto* held = new Held{real ? inner->allocate(nbytes) : address(nbytes), counted ? log.next++ : 0, real, ""};
+    if (counted) log.rows.push_back({ALLOCATED, held->id, static_cast<int64_t>(nbytes), 0, 0, 0});
+    return {held->inner.get(), held, &free_held, device};
   }
 
   c10::DataPtr address(size_t nbytes) {
     TORCH_CHECK(nbytes <= REGION, "a tensor of ", nbytes, " bytes");
-    if (region == nullptr) {
+    if (region_ == nullptr) {
       void* found = mmap(nullptr, REGION, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
       TORCH_CHECK(found != MAP_FAILED, "the system gives out no addresses without memory");
-      region = static_cast<char*>(found);
+      region_ = static_cast<char*>(found);
     }
-    if (given + nbytes > REGION) given = 0;
-    char* at = region + given;
-    given += (nbytes + 4095) / 4096 * 4096;
+    if (given_ + nbytes > REGION) given_ = 0;
+    char* at = region_ + given_;
+    given_ += (nbytes + 4095) / 4096 * 4096;
     return {at, at, &keep, c10::Device(c10::DeviceType::CPU)};
   }
 
@@ -126,7 +141,12 @@ struct Allocator final : c10::Allocator {
   }
 };
 
-Allocator allocator_;
+Allocator allocator_{c10::Device(c10::DeviceType::CPU)};
+Allocator cuda_{c10::Device(c10::DeviceType::CUDA, 0)};
+
+at::Tensor empty_on_cuda(at::IntArrayRef sizes, at::IntArrayRef strides, at::ScalarType dtype) {
+  return at::detail::empty_strided_generic(sizes, strides, &cuda_, DispatchKeySet(DispatchKey::CUDA), dtype);
+}
 
 Held* held_of(const at::Tensor& t) {
   if (!t.defined() || !t.has_storage()) return nullptr;
@@ -159,12 +179,23 @@ void each_tensor(const c10::IValue& value, F&& f) {
   }
 }
 
+bool is_a_device(const c10::IValue& value, c10::DeviceType type) {
+  return value.isDevice() && value.toDevice().type() == type;
+}
+
 struct Shapes {  // the meta tensors that stand for an operator's arguments
   std::string made;  // the operator
+  bool cuda = false;  // it runs there
+  bool copies = false;  // from one device to the other, numbers too
   std::vector<std::pair<at::Tensor, at::Tensor>> pairs;
 
+  bool stands_for(const at::Tensor& t) const {
+    if (!t.defined() || t.unsafeGetTensorImpl()->is_wrapped_number()) return false;
+    return t.is_cuda() || (t.is_cpu() && !(cuda && !copies && !t.dim()));  // or else a number of the host's
+  }
+
   at::Tensor meta_of(const at::Tensor& t) {
-    if (!t.defined() || !t.device().is_cpu() || t.unsafeGetTensorImpl()->is_wrapped_number()) return t;
+    if (!stands_for(t)) return t;
     for (const auto& [own, meta] : pairs)
       if (own.is_same(t)) return meta;
     at::Tensor meta = at::detail::empty_strided_meta(t.sizes(), t.strides(), t.scalar_type());
@@ -185,41 +216,136 @@ struct Shapes {  // the meta tensors that stand for an operator's arguments
         list.push_back(t.has_value() ? std::optional<at::Tensor>(meta_of(*t)) : std::nullopt);
       return list;
     }
-    if (value.isDevice() && value.toDevice().is_cpu()) return c10::Device(c10::DeviceType::Meta);
+    if (is_a_device(value, cuda ? c10::DeviceType::CUDA : c10::DeviceType::CPU)) return c10::Device(c10::DeviceType::Meta);
     return value;
   }
 
-  // The argument that a result is, or a new tensor of its shape.
-  at::Tensor own_of(const at::Tensor& result) {
-    if (!result.defined() || !result.is_meta()) return result;
-    for (const auto& [own, meta] : pairs) {
-      if (!meta.is_same(result)) continue;
-      if (own.sizes() != result.sizes()) own.resize_(result.sizes());
+  at::Tensor empty(at::IntArrayRef sizes, at::IntArrayRef strides, at::ScalarType dtype) const {
+    return cuda ? empty_on_cuda(sizes, strides, dtype) : at::Tensor(at::detail::empty_strided_cpu(sizes, strides, dtype));
+  }
+
+};
+
+// What a meta kernel has said of one result: all that is needed to make it.
+struct Result {
+  enum { UNDEFINED, NEW, ARGUMENT, HOST, LIST, VALUE } kind = UNDEFINED;
+  std::vector<int64_t> sizes, strides;
+  at::ScalarType dtype = at::kFloat;
+  int64_t elements = 0;  // of its storage
+  size_t argument = 0;   // among the tensors that the operator was given
+  std::vector<Result> list;
+  c10::IValue value;
+
+  static Result of(const at::Tensor& t, const Shapes& shapes) {
+    Result found;
+    if (!t.defined()) return found;
+    found.sizes = t.sizes().vec(), found.strides = t.strides().vec(), found.dtype = t.scalar_type();
+    found.elements = static_cast<int64_t>(t.storage().nbytes() / t.itemsize());
+    found.kind = t.is_meta() ? NEW : HOST;
+    for (size_t i = 0; i < shapes.pairs.size(); ++i)
+      if (shapes.pairs[i].second.is_same(t)) found.kind = ARGUMENT, found.argument = i;
+    return found;
+  }
+
+  static Result of(const c10::IValue& value, const Shapes& shapes) {
+    if (value.isTensor()) return of(value.toTensor(), shapes);
+    Result found;
+    found.kind = value.isTensorList() ? LIST : VALUE;
+    if (found.kind == VALUE) found.value = value;
+    if (found.kind == LIST)
+      for (const at::Tensor& t : value.toTensorList()) found.list.push_back(of(t, shapes));
+    return found;
+  }
+
+  size_t bytes() const {
+    size_t most = kind == NEW || kind == ARGUMENT ? c10::multiply_integers(sizes) * c10::elementSize(dtype) : 0;
+    for (const auto& one : list) most = std::max(most, one.bytes());
+    return most;
+  }
+
+  // The argument that it is, or a new tensor on the operator's device; `given` are the operator's tensors.
+  at::Tensor tensor(const std::vector<at::Tensor>& given, const Shapes& shapes) const {
+    if (kind == UNDEFINED) return {};
+    if (kind == ARGUMENT) {
+      const auto& own = given[argument];
+      if (own.sizes() != sizes) own.resize_(sizes);
       return own;
     }
+    if (kind == HOST) {
+      log_().aside = true;
+      at::Tensor made = at::detail::empty_strided_cpu(sizes, strides, dtype);
+      log_().aside = false;
+      return made;
+    }
     at::Tensor made;
-    const auto whole = static_cast<int64_t>(result.storage().nbytes() / result.itemsize());
-    if (result.dim() == 0 && whole > 1) {  // one number in the storage of what it was made of
-      made = at::detail::empty_cpu({whole}, result.scalar_type());
+    if (sizes.empty() && elements > 1) {  // one number in the storage of what it was made of
+      made = shapes.empty({elements}, {1}, dtype);
       made.unsafeGetTensorImpl()->set_sizes_contiguous({});
     } else {
-      made = at::detail::empty_strided_cpu(result.sizes(), result.strides(), result.scalar_type());
+      made = shapes.empty(sizes, strides, dtype);
     }
     if (auto* held = held_of(made)) {
       held->known = false;
-      held->made = this->made;
+      held->made = shapes.made;
     }
     return made;
   }
 
-  c10::IValue own_of(const c10::IValue& value) {
-    if (value.isTensor()) return own_of(value.toTensor());
-    if (value.isTensorList()) {
-      c10::List<at::Tensor> list;
-      for (const at::Tensor& t : value.toTensorList()) list.push_back(own_of(t));
-      return list;
+  c10::IValue own(const std::vector<at::Tensor>& given, const Shapes& shapes) const {
+    if (kind == VALUE) return value;
+    if (kind != LIST) return tensor(given, shapes);
+    c10::List<at::Tensor> made;
+    for (const auto& one : list) made.push_back(one.tensor(given, shapes));
+    return made;
+  }
+};
+
+// The same operator on the same shapes has the same results: a meta kernel, often of Python, is asked once.
+std::unordered_map<std::string, std::vector<Result>> asked_;
+
+struct Question {
+  std::string key;
+  std::vector<at::Tensor> given;  // tensors that a meta tensor stands for, each once
+  bool plain = true;              // of nothing but tensors and numbers
+
+  void add(int64_t x) { key.append(reinterpret_cast<const char*>(&x), sizeof x); }
+
+  void add(const at::Tensor& t, const Shapes& shapes) {
+    if (!t.defined()) return add(-1);
+    size_t i = 0;
+    if (shapes.stands_for(t)) {
+      while (i < given.size() && !given[i].is_same(t)) ++i;
+      if (i == given.size()) given.push_back(t);
+      add(static_cast<int64_t>(i));
+    } else {
+      add(-2 - t.unsafeGetTensorImpl()->is_wrapped_number());
     }
-    return value;
+    add(static_cast<int64_t>(t.scalar_type()));
+    add(t.dim());
+    for (auto n : t.sizes()) add(n);
+    for (auto n : t.strides()) add(n);
+  }
+
+  void add(const c10::IValue& value, const Shapes& shapes) {
+    add(static_cast<int64_t>(value.tagKind().size()) << 32 | value.tagKind()[0]);
+    if (value.isTensor()) return add(value.toTensor(), shapes);
+    if (value.isNone()) return;
+    if (value.isBool()) return add(value.toBool());
+    if (value.isInt()) return add(value.toInt());
+    if (value.isDouble()) {
+      const double x = value.toDouble();
+      int64_t bits;
+      std::memcpy(&bits, &x, sizeof bits);
+      return add(bits);
+    }
+    if (value.isDevice()) return add(static_cast<int64_t>(value.toDevice().type()));
+    if (value.isList()) {
+      const auto list = value.toListRef();
+      add(static_cast<int64_t>(list.size()));
+      for (const auto& x : list) add(x, shapes);
+      return;
+    }
+    plain = false;
   }
 };
 
@@ -234,11 +360,24 @@ std::string name_of(const c10::OperatorHandle& op) {
   return name.overload_name.empty() ? name.name : name.name + "." + name.overload_name;
 }
 
-size_t bytes_of(const std::vector<c10::IValue>& values) {
-  size_t most = 0;
-  for (const auto& value : values)
-    each_tensor(value, [&](const at::Tensor& t) { most = std::max(most, t.nbytes()); });
-  return most;
+// What the meta kernel says of the results.
+std::vector<Result> ask(const c10::OperatorHandle& op, Shapes& shapes, at::ArrayRef<c10::IValue> arguments) {
+  auto& log = log_();
+  std::vector<c10::IValue> values;
+  for (const auto& value : arguments) values.push_back(shapes.meta_of(value));
+  log.aside = true;
+  try {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    c10::impl::ExcludeDispatchKeyGuard without(DispatchKey::Fake);
+    op.redispatchBoxed(DispatchKeySet(DispatchKey::Meta), &values);
+  } catch (...) {
+    log.aside = false;
+    throw;
+  }
+  log.aside = false;
+  std::vector<Result> found;
+  for (const auto& value : values) found.push_back(Result::of(value, shapes));
+  return found;
 }
 
 // The numbers that `topk` chooses in each row of x are not known: they are dealt out one after the other, so that no row
@@ -255,26 +394,109 @@ void deal_out(const at::Tensor& x, const at::Tensor& chosen, int64_t dim) {
   (*log_().assume)(held->made, "Dealt");
 }
 
-void kernel(const c10::OperatorHandle& op, DispatchKeySet keys, torch::jit::Stack* stack) {
-  auto& log = log_();
-  const auto below = keys & DispatchKeySet(DispatchKeySet::FULL_AFTER, DispatchKey::Fake);
-  if (!log.on || log.aside || !log.kernels.count(name_of(op))) {
-    op.redispatchBoxed(below, stack);
-    return;
+// An operator of CUDA's whose values are known is computed on the host, on the memory that is behind them.
+struct OnHost {
+  std::vector<std::pair<at::Tensor, at::Tensor>> pairs;
+
+  at::Tensor host_of(const at::Tensor& t) {
+    if (!t.defined() || !t.is_cuda()) return t;
+    for (const auto& [own, host] : pairs)
+      if (own.is_same(t)) return host;
+    const auto options = at::TensorOptions().dtype(t.scalar_type()).device(at::kCPU);
+    at::Tensor host = t.numel() ? at::from_blob(t.mutable_data_ptr(), t.sizes(), t.strides(), options)
+                                : at::Tensor(at::detail::empty_strided_cpu(t.sizes(), t.strides(), t.scalar_type()));
+    pairs.emplace_back(t, host);
+    return host;
   }
+
+  c10::IValue host_of(const c10::IValue& value) {
+    if (value.isTensor()) return host_of(value.toTensor());
+    if (value.isTensorList()) {
+      c10::List<at::Tensor> list;
+      for (const at::Tensor& t : value.toTensorList()) list.push_back(host_of(t));
+      return list;
+    }
+    if (value.isOptionalTensorList()) {
+      c10::List<std::optional<at::Tensor>> list;
+      for (const std::optional<at::Tensor>& t : value.toOptionalTensorList())
+        list.push_back(t.has_value() ? std::optional<at::Tensor>(host_of(*t)) : std::nullopt);
+      return list;
+    }
+    if (is_a_device(value, c10::DeviceType::CUDA)) return c10::Device(c10::DeviceType::CPU);
+    return value;
+  }
+
+  at::Tensor own_of(const at::Tensor& result) {
+    if (!result.defined()) return result;
+    for (const auto& [own, host] : pairs)
+      if (host.is_same(result)) {
+        if (own.sizes() == result.sizes()) return own;
+        own.resize_(result.sizes());  // what it is written to had no elements yet
+        return filled(own, result);
+      }
+    return filled(empty_on_cuda(result.sizes(), result.strides(), result.scalar_type()), result);
+  }
+
+  static at::Tensor filled(at::Tensor own, const at::Tensor& host) {
+    if (host.numel()) std::memcpy(own.mutable_data_ptr(), host.const_data_ptr(), std::min(own.nbytes(), host.nbytes()));
+    return own;
+  }
+
+  c10::IValue own_of(const c10::IValue& value) {
+    if (value.isTensor()) return own_of(value.toTensor());
+    if (value.isTensorList()) {
+      c10::List<at::Tensor> list;
+      for (const at::Tensor& t : value.toTensorList()) list.push_back(own_of(t));
+      return list;
+    }
+    return value;
+  }
+
+  // Whether the CPU has such a kernel, too.
+  bool run(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+    auto& log = log_();
+    const size_t count = op.schema().arguments().size(), returns = op.schema().returns().size();
+    torch::jit::Stack values;
+    for (const auto& value : torch::jit::last(*stack, count)) values.push_back(host_of(value));
+    log.aside = true;
+    try {
+      at::AutoDispatchBelowADInplaceOrView guard;
+      op.redispatchBoxed(DispatchKeySet(DispatchKey::CPU), &values);
+    } catch (const std::exception&) {
+      log.aside = false;
+      return false;
+    }
+    log.aside = false;
+    torch::jit::drop(*stack, count);
+    for (size_t i = 0; i < returns; ++i) torch::jit::push(*stack, own_of(values[i]));
+    return true;
+  }
+};
+
+void left_out(const c10::OperatorHandle& op, DispatchKeySet below, torch::jit::Stack* stack) {
+  auto& log = log_();
   const auto& schema = op.schema();
   const size_t count = schema.arguments().size(), returns = schema.returns().size();
   const auto arguments = torch::jit::last(*stack, count);
-  bool known = true, ours = true;
-  for (const auto& value : arguments)
+  bool known = true, ours = true, cuda = false;
+  for (const auto& value : arguments) {
+    cuda |= is_a_device(value, c10::DeviceType::CUDA);
     each_tensor(value, [&](const at::Tensor& t) {
       known &= is_known(t);
-      ours &= t.device().is_cpu();
+      ours &= t.is_cpu() || (log.cuda && t.is_cuda());
+      cuda |= t.is_cuda();
     });
-  if (!ours || (known && (writes(schema) || log.dependent.count(name_of(op))))) {
+  }
+  const auto compute = [&] {
+    if (cuda) return OnHost().run(op, stack);
+    op.redispatchBoxed(below, stack);
+    return true;
+  };
+  if (!ours) {
     op.redispatchBoxed(below, stack);
     return;
   }
+  if (known && (writes(schema) || log.dependent.count(name_of(op))) && compute()) return;
   const auto name = name_of(op);
   if (!known && name == "aten::_local_scalar_dense" && log.assume != nullptr) {
     const auto t = arguments[0].toTensor();
@@ -296,26 +518,28 @@ void kernel(const c10::OperatorHandle& op, DispatchKeySet keys, torch::jit::Stac
   }
   Shapes shapes;
   shapes.made = name;
+  shapes.cuda = cuda;
+  shapes.copies = name == "aten::copy_";
   if (count && arguments[0].isTensor()) shapes.made += ":" + std::to_string(arguments[0].toTensor().numel());
-  std::vector<c10::IValue> results;
-  for (const auto& value : arguments) results.push_back(shapes.meta_of(value));
-  log.aside = true;
-  try {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    c10::impl::ExcludeDispatchKeyGuard without(DispatchKey::Fake);
-    op.redispatchBoxed(DispatchKeySet(DispatchKey::Meta), &results);
-  } catch (...) {
-    log.aside = false;
-    if (!known) throw;
-    op.redispatchBoxed(below, stack);  // its results depend on values, which there are
-    return;
+  Question question;
+  question.key = name + (cuda ? "@cuda" : "");
+  for (const auto& value : arguments) question.add(value, shapes);
+  auto found = question.plain ? asked_.find(question.key) : asked_.end();
+  std::vector<Result> fresh;
+  if (found == asked_.end()) {
+    try {
+      fresh = ask(op, shapes, arguments);
+    } catch (...) {
+      if (!known || !compute()) throw;  // its results depend on values, which there are
+      return;
+    }
+    if (question.plain) found = asked_.emplace(question.key, fresh).first;
   }
-  log.aside = false;
-  if (known && bytes_of(results) <= REAL) {
-    op.redispatchBoxed(below, stack);
-    return;
-  }
-  if (log.kernel) log.rows[log.kernel_row].c = 3;
+  const auto& results = question.plain ? found->second : fresh;
+  size_t most = 0;
+  for (const auto& result : results) most = std::max(most, result.bytes());
+  if (known && most <= REAL && compute()) return;
+  if (log.kernel && cuda == log.cuda) log.rows[log.kernel_row].c = 3;
   for (size_t i = 0; i < count; ++i) {
     const auto* alias = schema.arguments()[i].alias_info();
     if (alias == nullptr || !alias->isWrite()) continue;
@@ -323,11 +547,129 @@ void kernel(const c10::OperatorHandle& op, DispatchKeySet keys, torch::jit::Stac
       if (auto* held = held_of(t)) held->known = false;
     });
   }
-  for (auto& value : results) value = shapes.own_of(value);
-  if (!known && name == "aten::topk") deal_out(arguments[0].toTensor(), results[1].toTensor(), arguments[2].toInt());
+  std::vector<c10::IValue> made;
+  for (const auto& result : results) made.push_back(result.own(question.given, shapes));
+  if (!known && name == "aten::topk") deal_out(arguments[0].toTensor(), made[1].toTensor(), arguments[2].toInt());
   torch::jit::drop(*stack, count);
-  for (size_t i = 0; i < returns; ++i) torch::jit::push(*stack, std::move(results[i]));
+  for (size_t i = 0; i < returns; ++i) torch::jit::push(*stack, std::move(made[i]));
 }
+
+void kernel(const c10::OperatorHandle& op, DispatchKeySet keys, torch::jit::Stack* stack) {
+  auto& log = log_();
+  const auto below = keys & DispatchKeySet(DispatchKeySet::FULL_AFTER, DispatchKey::Fake);
+  if (!log.on || log.aside || !log.kernels.count(name_of(op)))
+    op.redispatchBoxed(below, stack);
+  else
+    left_out(op, below, stack);
+}
+
+// ---- CUDA, as the dispatcher sees it
+
+// What PyTorch has no kernel for here: one that computes is left out; what makes a view or gives a storage another size
+// is the same code on all devices.
+void on_cuda(const c10::OperatorHandle& op, DispatchKeySet, torch::jit::Stack* stack) {
+  if (log_().kernels.count(name_of(op)))
+    left_out(op, DispatchKeySet(DispatchKey::CPU), stack);
+  else
+    op.redispatchBoxed(DispatchKeySet(DispatchKey::CPU), stack);
+}
+
+at::Tensor empty(
+    at::IntArrayRef sizes, std::optional<at::ScalarType> dtype, std::optional<at::Layout>, std::optional<at::Device>,
+    std::optional<bool>, std::optional<at::MemoryFormat> format) {
+  return at::detail::empty_generic(sizes, &cuda_, DispatchKeySet(DispatchKey::CUDA), at::dtype_or_default(dtype), format);
+}
+
+at::Tensor empty_strided(
+    at::IntArrayRef sizes, at::IntArrayRef strides, std::optional<at::ScalarType> dtype, std::optional<at::Layout>,
+    std::optional<at::Device>, std::optional<bool>) {
+  return empty_on_cuda(sizes, strides, at::dtype_or_default(dtype));
+}
+
+// Which kernel attention takes there: of the shapes of queries, keys and values, their bytes an element, whether there is
+// a mask, and whether keys have fewer heads.
+int64_t attention_kernel(
+    const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const std::optional<at::Tensor>& mask, double,
+    bool causal, std::optional<double>, bool grouped) {
+  py::gil_scoped_acquire gil;
+  const bool masked = mask.has_value() && mask->defined();
+  return (*log_().choose)(q.sizes().vec(), k.sizes().vec(), v.sizes().vec(), q.itemsize(), masked, causal, grouped).cast<int64_t>();
+}
+
+struct Guard final : c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA> {
+  c10::Device exchangeDevice(c10::Device) const override { return getDevice(); }
+  c10::Device getDevice() const override { return cuda_.device; }
+  c10::Stream getStream(c10::Device) const noexcept override { return c10::Stream(c10::Stream::DEFAULT, cuda_.device); }
+  c10::Stream exchangeStream(c10::Stream) const noexcept override { return getStream(cuda_.device); }
+  void record(void**, const c10::Stream&, const c10::DeviceIndex, const c10::EventFlag) const override {}
+  void block(void*, const c10::Stream&) const override {}
+};
+
+// What the rest of PyTorch asks CUDA's library: one device, whose kernels are never launched.
+struct Hooks final : at::CUDAHooksInterface {
+  Hooks() : at::CUDAHooksInterface() {}
+  void init() const override {}
+  bool isBuilt() const override { return true; }
+  bool isAvailable() const override { return true; }
+  bool hasCUDA() const override { return true; }
+  bool hasPrimaryContext(c10::DeviceIndex) const override { return true; }
+  c10::DeviceIndex deviceCount() const override { return 1; }
+  int getNumGPUs() const override { return 1; }
+  c10::DeviceIndex current_device() const override { return 0; }
+  bool isPinnedPtr(const void*) const override { return false; }
+  c10::Allocator* getPinnedMemoryAllocator() const override { return c10::GetAllocator(c10::DeviceType::CPU); }
+  const at::Generator& getDefaultGenerator(c10::DeviceIndex) const override { return at::detail::getDefaultCPUGenerator(); }
+  at::Generator getNewGenerator(c10::DeviceIndex) const override { return at::detail::createCPUGenerator(); }
+  void deviceSynchronize(c10::DeviceIndex) const override {}
+};
+static_assert(sizeof(Hooks) == sizeof(at::CUDAHooksInterface));
+
+// In place while a step of CUDA's is recorded; what was there before is there again afterwards.
+struct Cuda {
+  torch::Library every{torch::Library::IMPL, "_", DispatchKey::CUDA, __FILE__, __LINE__};
+  torch::Library aten{torch::Library::IMPL, "aten", DispatchKey::CUDA, __FILE__, __LINE__};
+  const c10::impl::DeviceGuardImplInterface* before;
+  void* hooks_before;
+  void* attention_before;
+
+  static std::atomic<const c10::impl::DeviceGuardImplInterface*>& guard() {
+    return c10::impl::device_guard_impl_registry[static_cast<size_t>(c10::DeviceType::CUDA)];
+  }
+
+  // PyTorch makes its one object of hooks when it is first asked for, and keeps it for good: it is given the functions of
+  // `Hooks`, which has no data of its own, and its own ones back afterwards.
+  static void*& functions(const at::CUDAHooksInterface& hooks) {
+    return *reinterpret_cast<void**>(const_cast<at::CUDAHooksInterface*>(&hooks));
+  }
+
+  // The stub that chooses attention's kernel has nothing but its pointers, of which CUDA's can be set and not read.
+  static void*& attention() {
+    auto& stub = at::native::_fused_sdp_choice_stub;
+    static_assert(sizeof stub == sizeof(at::native::DispatchStubImpl));
+    return reinterpret_cast<at::native::DispatchStubImpl*>(&stub)->cuda_dispatch_ptr;
+  }
+
+  explicit Cuda(const std::vector<std::string>& composite) : before(guard().load()), hooks_before(functions(at::detail::getCUDAHooks())) {
+    every.fallback(torch::CppFunction::makeFromBoxedFunction<&on_cuda>());
+    aten.impl("empty.memory_format", &empty);
+    aten.impl("empty_strided", &empty_strided);
+    for (const auto& name : composite)
+      aten.impl(name.c_str() + 6, torch::CppFunction::makeFromBoxedFunction<&on_cuda>());  // without "aten::"
+    guard().store(new Guard());  // its destructor is deleted: it stays
+    static const Hooks hooks;
+    functions(at::detail::getCUDAHooks()) = functions(hooks);
+    attention_before = attention();
+    at::native::_fused_sdp_choice_stub.set_cuda_dispatch_ptr(&attention_kernel);
+  }
+
+  ~Cuda() {
+    guard().store(before);
+    functions(at::detail::getCUDAHooks()) = hooks_before;
+    attention() = attention_before;
+  }
+};
+
+std::unique_ptr<Cuda> on_cuda_;
 
 TORCH_LIBRARY_IMPL(_, Fake, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&kernel>()); }
 
@@ -430,7 +772,16 @@ std::unique_ptr<at::ObserverContext> begin(const at::RecordFunction& f) {
   ++log.depth;
   int64_t operands = -1;
   const bool node = f.scope() == at::RecordScope::BACKWARD_FUNCTION;
-  const bool kernel = op && !log.kernel && log.kernels.count(name);
+  bool kernel = op && !log.kernel && log.kernels.count(name);
+  if (kernel && log.cuda) {
+    bool any = false, cuda = false;
+    for (const auto& x : f.inputs())
+      each_tensor(x, [&](const at::Tensor& t) {
+        any = true;
+        cuda |= t.is_cuda();
+      });
+    kernel = cuda || !any;
+  }
   if (kernel) {
     log.kernel = log.depth;
     log.kernel_row = log.rows.size();
@@ -472,9 +823,13 @@ void start() {
 
 at::CallbackHandle handle_ = 0;
 
-void install() {
-  allocator_.inner = c10::GetAllocator(c10::DeviceType::CPU);
+// `composite`: operators that are written in terms of others for devices which have no kernel of them, as CUDA has.
+void install(bool cuda, const std::vector<std::string>& composite) {
+  allocator_.inner = cuda_.inner = c10::GetAllocator(c10::DeviceType::CPU);
   c10::SetAllocator(c10::DeviceType::CPU, &allocator_, 255);
+  log_().cuda = cuda;
+  asked_.clear();
+  if (cuda) on_cuda_ = std::make_unique<Cuda>(composite);
   c10::impl::tls_set_dispatch_key_included(DispatchKey::Fake, true);
   handle_ = at::addThreadLocalCallback(at::RecordFunctionCallback(&begin, &end)
                                            .needsInputs(true)
@@ -487,6 +842,7 @@ void uninstall() {
   at::removeCallback(handle_);
   c10::impl::tls_set_dispatch_key_included(DispatchKey::Fake, false);
   c10::SetAllocator(c10::DeviceType::CPU, allocator_.inner, 255);
+  on_cuda_.reset();
 }
 
 template <class T>
@@ -497,7 +853,7 @@ py::bytes as_bytes(const std::vector<T>& values) {
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  m.def("install", &install, "Put the allocator, the kernels and the observer in place.");
+  m.def("install", &install, "Put the allocators, the kernels and the observer in place; for CUDA or for the CPU.");
   m.def("uninstall", &uninstall, "Take them away.");
   m.def("start", &start, "Begin an empty log.");
   m.def("observe", [](bool observes) { log_().observes = observes; }, "Write rows of operators, or of storages only.");
@@ -520,6 +876,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("set_assume", [](py::object assume) {
     delete log_().assume;
     log_().assume = assume.is_none() ? nullptr : new py::object(std::move(assume));
+  });
+  m.def("set_choose", [](py::object choose) {
+    delete log_().choose;
+    log_().choose = choose.is_none() ? nullptr : new py::object(std::move(choose));
   });
   m.def("set_libraries", [](std::vector<std::string> folders) {
     log_().libraries = std::move(folders);

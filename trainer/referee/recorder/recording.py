@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from estimator.describe.plan import Plan
     from estimator.eager.ledger import Ledger, Where
 
-DEVICES = ("cpu",)
+DEVICES = ("cpu", "cuda")
 
 
 class Line(NamedTuple):
@@ -50,7 +50,8 @@ class Recording:
         assumptions: what was assumed where the code asked for values that are not computed, and how often.
         seconds: how long the recording took.
         parameters: number of parameters, shared ones once.
-        saved_bytes: bytes that the step itself has made and autograd keeps when its first backward begins.
+        saved_bytes: bytes that the step itself has made and autograd keeps when its first backward begins; None of a
+            recording of bytes alone.
         notes: what else is not as it would be in a real step, a sentence each.
     """
 
@@ -59,7 +60,7 @@ class Recording:
     assumptions: Mapping[Any, int]
     seconds: float
     parameters: int
-    saved_bytes: int
+    saved_bytes: int | None
     notes: tuple[str, ...] = ()
 
     @property
@@ -122,7 +123,9 @@ class Recording:
         return f"{self.peak_bytes:,} bytes in {where}" + (f", {self.peak_line}" if self.peak_line else "")
 
 
-def record(build: Callable[[], Any], plan: Plan | None = None, device: str = "cpu") -> Recording:
+def record(
+    build: Callable[[], Any], plan: Plan | None = None, device: str = "cpu", *, bytes_alone: bool = False
+) -> Recording:
     """Record a training step of what `build` returns.
 
     PyTorch itself runs the step, on tensors that have shapes and no data, at full size: what it allocates and frees is
@@ -134,6 +137,8 @@ def record(build: Callable[[], Any], plan: Plan | None = None, device: str = "cp
             callable and has `model`, `optimizer` and `inputs`.
         plan: micro-batches, optimizer, clipping and precision of what is not a step already; a `Plan()` by default.
         device: whose rules.
+        bytes_alone: only what is alive when, in half the time: what autograd keeps is among what is temporary, and
+            there are no kernels.
 
     Raises:
         ConfigError: what `build` returned is none of these, its code raises an error or wants values that are not
@@ -142,15 +147,15 @@ def record(build: Callable[[], Any], plan: Plan | None = None, device: str = "cp
     choose("device", device, DEVICES)
     began = time.perf_counter()
     assumptions = Assumptions(LIBRARIES)
-    with recording(assumptions) as native:
+    with recording(assumptions, device) as native:
         with said_by("the step"):
-            step = as_step(build(), plan)
-            check(step)
+            step = as_step(build(), plan, device)
+            check(step, device)
             with eager(step, assumptions):
-                log, first, known, saved, saved_bytes = recorded(native, step, assumptions)
+                log, first, known, saved, saved_bytes = recorded(native, step, assumptions, saved=not bytes_alone)
         parameters = sum(p.numel() for p in step.model.parameters())
         del step
-    reading = Reader(log, known, device, torch.get_num_threads(), saved).read(first)
+    reading = Reader(log, known, device, torch.get_num_threads(), saved, kernels=not bytes_alone).read(first)
     places = [Line(*place) for place in log.lines]
     return Recording(
         RecordedAccount(reading.ledger, device, reading.checkpoints),

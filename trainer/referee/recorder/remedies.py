@@ -50,7 +50,7 @@ def remedies(build: Callable[[], Any], plan: Plan, device: str, gpu: Accelerator
     changes.append(("checkpoints, bf16 and adafactor", checkpointed(build), _least(plan)))
     for name, built, changed in changes:
         try:
-            memory = recorded_memory(record(built, changed, device).account, gpu)
+            memory = recorded_memory(record(built, changed, device, bytes_alone=True).account, gpu)
         except ConfigError as error:
             yield f"{name}: not tried, {error}"
             continue

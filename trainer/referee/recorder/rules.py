@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
+import torchgen  # type: ignore[import-untyped]  # comes with torch, untyped
 
 has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key  # noqa: SLF001 - the dispatcher's own answer
 operators = torch._C._dispatch_get_all_op_names  # noqa: SLF001 - likewise
@@ -20,17 +23,55 @@ DEPENDENT = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "uni
 COMPUTING = ("aten::copy_",)  # composites of all devices that compute nevertheless
 
 
+# PyTorch's own table of which operator has a kernel on which device.
+TABLE = Path(torchgen.__file__).parent / "packaged" / "ATen" / "native" / "native_functions.yaml"
+
+
 @cache
-def kernels_of() -> list[str]:
+def kernels_of(device: str = "cpu") -> list[str]:
     """Names of the operators that compute: they have a kernel of their own, and their results no storage of others."""
+    cuda = cuda_kernels() if device == "cuda" else frozenset()
+    forms = FORMS if device == "cuda" else (*FORMS, *WRITTEN)
     return [
         name
         for name, schema in schemas().items()
-        if (has_kernel(name, "CPU") or name in COMPUTING)
+        if (has_kernel(name, "CPU") or name in COMPUTING or name in cuda)
         and "c10d" not in name  # messages go to the process group, which may be PyTorch's fake one
         and not any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
-        and name.removeprefix("aten::").partition(".")[0] not in (*FORMS, *WRITTEN)
+        and name.removeprefix("aten::").partition(".")[0] not in forms
     ]
+
+
+@cache
+def cuda_kernels() -> frozenset[str]:
+    """Names of the operators that have a kernel of their own on CUDA, whatever this PyTorch was built for.
+
+    native_functions.yaml: an operator's own `dispatch`, or that of the one which its `structured_delegate` names.
+    """
+    own, delegates = set(), {}
+    for entry in re.split(r"^- func: ", TABLE.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]:
+        name = entry.partition("(")[0]
+        if re.search(r"^    [\w, ]*\bCUDA\b[\w, ]*:", entry, flags=re.MULTILINE):
+            own.add(name)
+        delegate = re.search(r"^  structured_delegate: (\S+)", entry, flags=re.MULTILINE)
+        if delegate is not None:
+            delegates[name] = delegate[1]
+    return frozenset(f"aten::{name}" for name in own | {name for name, other in delegates.items() if other in own})
+
+
+@cache
+def composites() -> list[str]:
+    """Names of those of CUDA's kernels that have a definition by other operators, which differentiates itself.
+
+    Autograd prefers that one where a device has no kernel of its own (`computeDispatchTableEntryWithDebug`). Copies are
+    among them: `torch.tensor(..., device="cuda")` leaves `Fake` out.
+    """
+    own = [
+        name
+        for name in kernels_of("cuda")
+        if name in cuda_kernels() and has_kernel(name, "CompositeImplicitAutograd") and not has_kernel(name, "CUDA")
+    ]
+    return [*own, *COMPUTING]
 
 
 @cache

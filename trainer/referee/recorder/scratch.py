@@ -1,4 +1,4 @@
-"""What CPU kernels allocate for themselves beside their results: one table, by operator.
+"""What kernels allocate for themselves beside their results: a table for each device, by operator.
 
 A kernel that is left out does not allocate it, so it is written down here, with the file of PyTorch that says so. The
 sizes are those of the symbolic machine (`estimator.eager`), whose rules take numbers as well as letters.
@@ -13,7 +13,7 @@ import torch
 
 from estimator.eager.indexing import EXPANDED_INDEX_WIDTH
 from estimator.eager.letters import constant
-from estimator.eager.linalg import tile_keys, tile_rows
+from estimator.eager.linalg import efficient_scratch, flash_scratch, tile_keys, tile_rows
 from estimator.eager.tensor import TRANSPOSED_BLOCK
 from trainer.referee.recorder.log import DTYPES, Operand
 
@@ -27,15 +27,16 @@ if TYPE_CHECKING:
 FLOAT = 4  # bytes of a float32
 
 
-def scratch_of(name: str, inputs: Sequence[Any], threads: int) -> Sequence[int]:
+def scratch_of(device: str, name: str, inputs: Sequence[Any], threads: int) -> Sequence[int]:
     """Bytes of each storage that a kernel has for itself, while it runs.
 
     Args:
+        device: "cpu" or "cuda".
         name: the operator, with its overload.
         inputs: what it is given (`Log.values`).
         threads: PyTorch's CPU threads.
     """
-    rule = KERNELS.get(name.removeprefix("aten::").partition(".")[0])
+    rule = KERNELS[device].get(name.removeprefix("aten::").partition(".")[0])
     if rule is None or not any(isinstance(x, Operand) for x in inputs):  # torch.func wraps tensors for a kernel within
         return ()
     return rule(inputs, threads)
@@ -117,6 +118,25 @@ def _flash_backward(inputs: Sequence[Any], threads: int) -> Sequence[int]:
     rows, keys = _tiles(q, k)
     found = [FLOAT * 2 * threads * rows * keys, FLOAT * rows]
     return found if q.dtype.itemsize >= FLOAT else [*found, 2 * threads * rows * keys * q.dtype.itemsize]
+
+
+def _flash_backward_on_cuda(inputs: Sequence[Any], _: int) -> Sequence[int]:
+    """`estimator.eager.linalg.flash_scratch`; where keys have fewer heads, gradients of them for every head."""
+    _, q, k, v = inputs[:4]
+    held = _floats(flash_scratch(tuple(map(constant, q.shape))))
+    groups = q.shape[1] // k.shape[1]
+    return held if groups == 1 else [*held, k.nbytes * groups, v.nbytes * groups]
+
+
+def _efficient_backward_on_cuda(inputs: Sequence[Any], _: int) -> Sequence[int]:
+    """`estimator.eager.linalg.efficient_scratch`."""
+    q = inputs[1]
+    return _floats(efficient_scratch(tuple(map(constant, q.shape)), wide=q.dtype.itemsize == FLOAT))
+
+
+def _floats(shapes: Sequence[Sequence[Size]]) -> Sequence[int]:
+    """Bytes of tensors of these shapes in float32."""
+    return [FLOAT * prod(map(_number, shape)) for shape in shapes]
 
 
 def _layer_norm(inputs: Sequence[Any], _: int) -> Sequence[int]:
@@ -299,7 +319,7 @@ ELEMENTWISE = (
     *("add", "sub", "mul", "div", "pow", "rsub", "maximum", "minimum", "fmod", "remainder", "atan2", "lerp"),
     *("add_", "sub_", "mul_", "div_", "pow_", "addcmul", "addcdiv"),
 )
-KERNELS: dict[str, Rule] = {
+ON_CPU: dict[str, Rule] = {
     **dict.fromkeys(ELEMENTWISE, _casts),
     **dict.fromkeys(("eq", "ne", "lt", "le", "gt", "ge"), _compared),
     "where": _where,
@@ -325,3 +345,9 @@ KERNELS: dict[str, Rule] = {
     "_scaled_dot_product_flash_attention_for_cpu": _flash,
     "_scaled_dot_product_flash_attention_for_cpu_backward": _flash_backward,
 }
+# The symbolic machine's own rules. What else CUDA's kernels have (cuDNN's workspaces, buffers of sorts) neither knows.
+ON_CUDA: dict[str, Rule] = {
+    "_scaled_dot_product_flash_attention_backward": _flash_backward_on_cuda,
+    "_scaled_dot_product_efficient_attention_backward": _efficient_backward_on_cuda,
+}
+KERNELS = {"cpu": ON_CPU, "cuda": ON_CUDA}

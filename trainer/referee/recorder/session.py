@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
@@ -16,10 +16,11 @@ from torch.utils._pytree import tree_leaves
 from estimator.eager.ledger import Category
 from trainer.referee.measure import onednn
 from trainer.referee.recorder.assumptions import Assumptions
+from trainer.referee.recorder.cuda import cuda
 from trainer.referee.recorder.extension import extension
 from trainer.referee.recorder.ledger import Known
 from trainer.referee.recorder.log import Kind, Log, Mark
-from trainer.referee.recorder.rules import dependent_kernels, kernels_of
+from trainer.referee.recorder.rules import composites, dependent_kernels, kernels_of
 from trainer.referee.recorder.saved import number_of, saved_allocations, saving
 from trainer.referee.recorder.shapes import known_shapes
 
@@ -33,15 +34,16 @@ PRINTED = "a tensor is printed: what printing takes is left out"
 
 
 @contextmanager
-def recording(assumptions: Assumptions | None = None) -> Iterator[Any]:
+def recording(assumptions: Assumptions | None = None, device: str = "cpu") -> Iterator[Any]:
     """The extension, all that it puts in place there and its log begun; oneDNN is off, as for the referee of bytes."""
     native = extension()
-    native.set_kernels(kernels_of(), dependent_kernels())
+    native.set_kernels(kernels_of(device), dependent_kernels())
     native.set_libraries(LIBRARIES)
     assumptions = assumptions or Assumptions(LIBRARIES)
     native.set_assume(assumptions.number)
-    with onednn(enabled=False), known_shapes(), lists(native, assumptions):
-        native.install()
+    place = cuda(native) if device == "cuda" else nullcontext()
+    with onednn(enabled=False), known_shapes(device), lists(native, assumptions), place:
+        native.install(device == "cuda", composites())
         try:
             native.start()
             yield native
@@ -120,14 +122,41 @@ def marks(step: Any, native: Any) -> Iterator[None]:
         yield
 
 
-def recorded(native: Any, step: Any, assumptions: Assumptions) -> tuple[Log, int, Known, set[int], int]:
-    """(the log, the row at which a steady step begins, what is alive then, and what `saved_allocations` has of it)."""
+def recorded(
+    native: Any, step: Any, assumptions: Assumptions, *, saved: bool
+) -> tuple[Log, int, Known, set[int], int | None]:
+    """(the log, the row at which a steady step begins, what is alive then, and what `saved_allocations` has of it).
+
+    Without `saved` the step is not run once more to see what autograd keeps: nothing, and None.
+    """
+    with settled():
+        return _recorded(native, step, assumptions, saved=saved)
+
+
+@contextmanager
+def settled() -> Iterator[None]:
+    """What is there already is no garbage, and is not looked through each time that garbage is collected."""
+    if gc.get_freeze_count():
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def _recorded(
+    native: Any, step: Any, assumptions: Assumptions, *, saved: bool
+) -> tuple[Log, int, Known, set[int], int | None]:
     step()  # the first step makes the optimizer's state; the steady ones are alike
     with marks(step, native):
         assumptions.counts.clear()
         log, first = _observed(native, step)
         assumptions.fixed = dict(assumptions.counts)
         known = _known(native, step, log, first)
+        if not saved:
+            return log, first, known, set(), None
         native.start()
         again, begun = _observed(native, lambda: saving(native, step))
     return log, first, known, *saved_allocations(again, begun)

@@ -133,14 +133,66 @@ SHAPES: dict[str, Callable[..., Any]] = {
 }
 
 
+def efficient_attention(
+    q: Tensor, _: Tensor, v: Tensor, __: Tensor | None, log_sum_exp: bool, *___: Any, **____: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`_scaled_dot_product_efficient_attention` of CUDA: the generator's seed and offset are the host's.
+
+    aten/src/ATen/native/transformers/cuda/attention.cu, `_efficient_attention_forward`, where no graph is captured.
+    """
+    b, h, t = q.shape[:3]
+    rows = -(-t // 32) * 32 if log_sum_exp else 0
+    out = q.new_empty((b, t, h, v.shape[-1])).transpose(1, 2)
+    state = torch.empty((), dtype=torch.int64, device="cpu"), torch.empty((), dtype=torch.int64, device="cpu")
+    return out, q.new_empty((b, h, rows), dtype=torch.float32), *state
+
+
+def grouped_mm(
+    a: Tensor, b: Tensor, offs: Tensor | None = None, _: Tensor | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """`_grouped_mm` of CUDA in any dtype: rows begin at a multiple of 16 bytes.
+
+    `create_grouped_gemm_output_tensor` of aten/src/ATen/native/GroupedMMUtils.h; PyTorch's meta kernel has bf16 alone.
+    """
+    if a.dim() == b.dim() == 2:
+        shape: tuple[int, ...] = (len(offs) if offs is not None else 1, a.shape[0], b.shape[1])
+    elif a.dim() == 3 and b.dim() == 3:
+        shape = (*a.shape[:2], b.shape[2])
+    else:
+        shape = (a.shape[-2], b.shape[-1])
+    kind = dtype or a.dtype
+    aligned = 16 // kind.itemsize
+    row = -(-shape[-1] // aligned) * aligned
+    stride = (row, 1) if len(shape) == 2 else (shape[1] * row, row, 1)
+    return torch.empty_strided(shape, stride, dtype=kind, device=a.device)
+
+
+def conv_depthwise2d(
+    x: Tensor, weight: Tensor, kernel: Sequence[int], _: Any, stride: Sequence[int], pad: Sequence[int], dilation: Any
+) -> Tensor:
+    """`_conv_depthwise2d` of CUDA: a kernel for each channel."""
+    geometry = zip(x.shape[2:], pad, kernel, stride, dilation, strict=True)
+    sides = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, p, k, s, d in geometry]
+    return x.new_empty((x.shape[0], weight.shape[0], *sides)).to(memory_format=_format(x, weight))
+
+
+ON_CUDA: dict[str, Callable[..., Any]] = {
+    "_conv_depthwise2d": conv_depthwise2d,
+    "_grouped_mm": grouped_mm,
+    "_scaled_dot_product_efficient_attention": efficient_attention,
+}
+OF_CPU = ("native_group_norm", "native_layer_norm", "native_layer_norm_backward")  # CUDA's are PyTorch's meta kernels
+
+
 @contextmanager
-def known_shapes() -> Iterator[None]:
+def known_shapes(device: str) -> Iterator[None]:
     """These as meta kernels."""
+    own = SHAPES if device == "cpu" else ON_CUDA | {n: f for n, f in SHAPES.items() if n not in OF_CPU}
     library: Any = Library("aten", "IMPL")  # type: ignore[no-untyped-call]  # torch leaves Library untyped
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that a kernel is overridden: it is meant to be
-            for name, function in SHAPES.items():
+            for name, function in own.items():
                 library.impl(name, function, "Meta", allow_override=True)
         yield
     finally:

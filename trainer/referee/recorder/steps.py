@@ -57,8 +57,8 @@ class ModuleStep(Step):
         return loss if self.plan.grad_accumulation == 1 else loss / self.plan.grad_accumulation
 
 
-def as_step(built: Any, plan: Plan | None = None) -> Any:
-    """The step that `built` is, or that it makes with `plan`.
+def as_step(built: Any, plan: Plan | None = None, device: str = "cpu") -> Any:
+    """The step that `built` is, or that it makes with `plan` on `device`.
 
     Raises:
         ConfigError: it is nothing that can be trained.
@@ -78,7 +78,9 @@ def as_step(built: Any, plan: Plan | None = None) -> Any:
         raise ConfigError(f"precision = {p.precision!r}: allowed for a module of your own are {', '.join(PRECISIONS)}")
     if p.precision in PARAMETERS:
         module, inputs = module.to(PARAMETERS[p.precision]), in_dtype(inputs, PARAMETERS[p.precision])
-    return ModuleStep(module, loss, inputs if isinstance(inputs, tuple) else (inputs,), p)
+    if device != "cpu":
+        module, inputs = module.to(device), tree_map_only(torch.Tensor, lambda x: x.to(device), inputs)
+    return ModuleStep(module, loss, inputs if isinstance(inputs, tuple) else (inputs,), p, device)
 
 
 def in_dtype(inputs: Any, dtype: torch.dtype) -> Any:
@@ -86,17 +88,17 @@ def in_dtype(inputs: Any, dtype: torch.dtype) -> Any:
     return tree_map_only(torch.Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, inputs)
 
 
-def check(step: Any) -> None:
+def check(step: Any, device: str = "cpu") -> None:
     """Whether a step can be recorded.
 
     Raises:
-        ConfigError: a parameter, buffer or input is on another device than the CPU.
+        ConfigError: a parameter, buffer or input is on another device than `device`.
     """
     named = [*step.model.named_parameters(), *step.model.named_buffers()]
     named += [("an input", x) for x in tree_leaves(step.inputs) if isinstance(x, torch.Tensor)]
     for name, x in named:
-        if x.device.type != "cpu":
-            raise ConfigError(f"{name} is on the device {x.device}: build it on the CPU, where it takes no memory here")
+        if x.device.type != device:
+            raise ConfigError(f"{name} is on the device {x.device}: build it on {device}, where it takes no memory")
 
 
 @contextmanager

@@ -77,7 +77,7 @@ def judged(build: Callable[[], Any], plan: Plan | None = None) -> Truth:
         "parameters": (recording.bytes_before(Category.PARAMETER), nbytes(step.model.parameters())),
         "states": (recording.bytes_before(Category.OPTIMIZER), nbytes(states(step))),
     }
-    if saved is not None:
+    if saved is not None and recording.saved_bytes is not None:
         held["saved"] = recording.saved_bytes, saved
     return Truth((recording.peak_bytes, most), (len(ours) - setup, len(real)), first, recording, runs, held)
 

@@ -1,0 +1,88 @@
+"""CUDA where there is none: what Python asks `torch.cuda`, answered as on a machine with one card."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+import torch
+from torch.nn.attention import SDPBackend
+
+from estimator.describe.plan import fused_on_cuda
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+AMPERE = (8, 0)  # the least compute capability whose kernels the rules are of
+FLASH_WIDEST = 256  # head_dim
+STATE_BYTES = 16  # of the generator's state, in the host's memory
+
+
+def attention_kernel(
+    q: Sequence[int], k: Sequence[int], v: Sequence[int], itemsize: int, masked: bool, causal: bool, grouped: bool
+) -> int:
+    """Which kernel SDPA takes, as `torch.nn.attention.SDPBackend`; the arguments are shapes and bytes an element.
+
+    The first of the preferred that takes these inputs and is not switched off, else the separate operators: the
+    constraints of `can_use_flash_attention` and `can_use_mem_efficient_attention` in
+    aten/src/ATen/native/transformers/cuda/sdp_utils.cpp.
+    """
+    half = itemsize < 4
+    dense = len(q) == len(k) == len(v) == 4 and all((*q, *k, *v))
+    flash = (
+        torch.backends.cuda.flash_sdp_enabled()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        and fused_on_cuda(half=half, masked=masked) == "flash"
+        and q[-1] == k[-1] == v[-1] <= FLASH_WIDEST
+        and not (causal and q[-2] != k[-2])
+    )
+    alignment = 16 // itemsize  # elements of 16 bytes: `minimum_gemm_alignment`
+    efficient = (
+        torch.backends.cuda.mem_efficient_sdp_enabled()  # type: ignore[no-untyped-call]  # likewise
+        and not (grouped and q[1] != k[1])
+        and not (q[-1] % alignment or v[-1] % alignment)
+    )
+    if not dense:
+        return SDPBackend.MATH.value
+    if flash:
+        return SDPBackend.FLASH_ATTENTION.value
+    return (SDPBackend.EFFICIENT_ATTENTION if efficient else SDPBackend.MATH).value
+
+
+def _state(*_: Any, **__: Any) -> torch.Tensor:
+    return torch.zeros(STATE_BYTES, dtype=torch.uint8, device="cpu")
+
+
+ANSWERS: dict[str, Any] = {
+    "_lazy_init": lambda: None,
+    "_initialized": True,
+    "is_initialized": lambda: True,
+    "is_available": lambda: True,
+    "is_bf16_supported": lambda *_, **__: True,
+    "device_count": lambda: 1,
+    "current_device": lambda: 0,
+    "set_device": lambda _: None,
+    "_exchange_device": lambda _: 0,
+    "_maybe_exchange_device": lambda _: 0,
+    "get_device_capability": lambda *_: AMPERE,
+    "get_rng_state": _state,
+    "set_rng_state": lambda *_, **__: None,
+    "manual_seed": lambda _: None,
+    "manual_seed_all": lambda _: None,
+    "synchronize": lambda *_: None,
+    "empty_cache": lambda: None,
+}
+
+
+@contextmanager
+def cuda(native: Any) -> Iterator[None]:
+    """One card, as far as Python sees. Backward runs on the thread that asks for it, in the order of CUDA's own."""
+    native.set_choose(attention_kernel)
+    with ExitStack() as stack:
+        for name, answer in ANSWERS.items():
+            stack.enter_context(patch.object(torch.cuda, name, answer))
+        stack.enter_context(torch.autograd.set_multithreading_enabled(False))
+        try:
+            yield
+        finally:
+            native.set_choose(None)
