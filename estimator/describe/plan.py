@@ -233,6 +233,30 @@ class Plan:
         draws=(None, 1.0),
     )
     compile: bool = flag("`torch.compile` fuses the elementwise kernels; time knows it, memory is eager's.")
+    float8: str = choice(
+        "none",
+        "Products of the blocks' linear layers in 8 bits, by torchao; time knows it, memory stays that of 16 bits.",
+        {
+            "none": "in the precision's own dtype",
+            "tensorwise": "a scale for each tensor",
+            "rowwise": "a scale for each row",
+        },
+        draws=("none",),
+        needs=(
+            Needs(
+                "compile",
+                (True,),
+                "compile is False, and torchao's casts are meant to be fused",
+                say="allowed with compile",
+            ),
+            Needs(
+                "product_dtype",
+                ("bf16", "fp16"),
+                "precision {precision!r} does not multiply in 16 bits",
+                say="allowed are precisions of 16 bits",
+            ),
+        ),
+    )
     data_parallel: int = integer(
         1,
         "Accelerators that each run this plan on their own sequences.",

@@ -80,12 +80,12 @@ def judged() -> tuple[Judged, ...]:
 
 @cache
 def by_plan() -> tuple[Judged, ...]:
-    """The same by the plan alone, without what a source says of its software and network: eager or compiled."""
+    """The same by the plan alone (compiled, float8), without what a source says of its software and network."""
     plain = []
     for run in runs():
         variant = run.setup.variant
         compiled = frozenset() if variant.by_hand or COMPILED.isdisjoint(run.software.split()) else variant.fused
-        plain.append(replace(run, setup=Setup(Variant(compiled))))
+        plain.append(replace(run, setup=Setup(Variant(compiled, float8=variant.float8))))
     return tuple(predict(run) for run in plain)
 
 

@@ -252,8 +252,9 @@ def _megatron(row: Mapping[str, str]) -> Run | str:
 # torchtune and torchtitan: SDPA, and the techniques of the row; torchtune trains in bf16, torchtitan under FSDP's mixed
 # precision: parameters gathered in bf16, their fp32 copies and the optimizer shared out, no autocast. torchtitan's
 # "selective" keeps every second product of the linear layers and recomputes the others, so a row of it is half way
-# between keeping all and keeping none. Left out is what no plan describes: LoRA, quantised optimizers and products
-# (fp8, 8-bit Adam), offloading, padded data, a card with an unstated power limit; and rows without a sequence length.
+# between keeping all and keeping none. Left out is what no plan describes: LoRA, 8-bit Adam, products in blocks of 8
+# bits (mxfp8), with gradients of weights in 16, or on a card whose products in 8 bits nobody has timed, offloading,
+# padded data, a card with an unstated power limit; and rows without a sequence length.
 FUSED_PARTS = frozenset({"model", "loss"})
 TUNED = {
     "cumulative technique +packed": (frozenset[str](), "none"),
@@ -261,6 +262,14 @@ TUNED = {
     "cumulative technique +chunked CE": (FUSED_PARTS, "none"),
     "cumulative technique +activation ckpt": (FUSED_PARTS, "block"),
     "cumulative technique +optimizer in bwd": (FUSED_PARTS, "block"),
+}
+SELECTIVE = ({"checkpointing": "selective"}, {"checkpointing": "block"})
+# torchao's float8: tensorwise where nothing is said, its default (Float8LinearConfig).
+EIGHT_BITS = {
+    "fp8 tensorwise": "tensorwise",
+    "fp8 tensorwise (fp8 all-gather)": "tensorwise",
+    "fp8+compile": "tensorwise",
+    "fp8 rowwise": "rowwise",
 }
 TITAN: dict[str, dict[str, Any]] = {
     "none": {},
@@ -289,9 +298,12 @@ def _torchtune(row: Mapping[str, str]) -> Run | str:
         fused, checkpointing = TUNED[row["notes"]]
         changes = ({"checkpointing": checkpointing},)
     elif row["dtype"] == "bf16" and checkpoints.startswith("selective"):
-        fused, changes = FUSED_PARTS, ({"checkpointing": "selective"}, {"checkpointing": "block"})
+        fused, changes = FUSED_PARTS, SELECTIVE
     elif row["dtype"] == "bf16 eager" and checkpoints in TITAN:
         fused, changes = frozenset(), (TITAN[checkpoints],)
+    elif row["dtype"] in EIGHT_BITS and row["gpu"] != "MI300X":
+        fused = FUSED_PARTS
+        changes = SELECTIVE if checkpoints.startswith("selective") else (TITAN[checkpoints],)
     else:
         eight_bit = "fp8" in row["dtype"]
         return "products in 8 bits" if eight_bit else row["notes"].removeprefix("cumulative technique ").lstrip("+")
@@ -310,9 +322,11 @@ def _torchtune(row: Mapping[str, str]) -> Run | str:
     trainer = "torchtune" if row["notes"] in TUNED else "torchtitan"
     # Both normalize and rotate in fp32; torchtitan rotates complex numbers, which the compiler leaves to eager kernels.
     whole = frozenset({"rotation"}) if trainer == "torchtitan" else frozenset[str]()
-    variant = Variant(fused, wide=frozenset({"norm", "rotation"}), whole=whole)
-    setup = Setup(variant, parameter_width=2, gradient_width=4 if gpus > 1 else 2)
-    software = f"{trainer} {'compiled' if fused else 'eager'}"
+    scales = EIGHT_BITS.get(row["dtype"], "")
+    variant = Variant(fused, wide=frozenset({"norm", "rotation"}), whole=whole, float8=scales)
+    gathered = 1 if "fp8 all-gather" in row["dtype"] else 2
+    setup = Setup(variant, parameter_width=gathered, gradient_width=4 if gpus > 1 else 2)
+    software = f"{trainer} {'compiled' if fused else 'eager'}{' float8' if scales else ''}"
     return _run("torchtune_torchao", row, TUNED_GPUS[row["gpu"]], "llama", setup, software, *plans)
 
 

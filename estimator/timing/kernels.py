@@ -14,6 +14,7 @@ import numpy as np
 
 from estimator.eager.ledger import Category, Gemm, Phase
 from estimator.eager.letters import ONE, ZERO, as_sizes
+from estimator.timing.float8 import Casts, multiplies
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -42,6 +43,7 @@ class Variant:
             bytes, a cast before and one after, and the same in backward.
         whole: of these, what no compiler fuses (complex numbers).
         apart: modules, by the last part of their names, whose kernels no library fuses.
+        float8: how the scales of products in 8 bits are made ("tensorwise", "rowwise"); empty where there are none.
     """
 
     fused: frozenset[str] = frozenset()
@@ -49,6 +51,7 @@ class Variant:
     wide: frozenset[str] = frozenset()
     whole: frozenset[str] = frozenset()
     apart: frozenset[str] = frozenset()
+    float8: str = ""
 
 
 class Row(NamedTuple):
@@ -66,6 +69,7 @@ class Row(NamedTuple):
     elements: Size = ZERO  # that it goes over one at a time, where it walks them otherwise than plainly
     leading: tuple[Size, ...] = ()  # steps from row to row of a product's matrices
     calls: int = 1  # of the host, for one launch
+    float8: bool = False  # a product of factors of 8 bits
 
 
 EAGER = Variant()
@@ -114,11 +118,13 @@ def _rows(traced: Trace, variant: Variant) -> Iterator[tuple[Row, int | None]]:
     last = _last_reads(traced)
     group: list[tuple[int, Kernel]] = []
     before: tuple[str, Kernel] | None = None  # what ran in fp32 just now
+    casts = Casts(variant.float8)
     for at, kernel in enumerate(traced.ledger.kernels):
         if kernel.micro_batch > 1 and kernel.where.phase is not Phase.OPTIMIZER:  # as the one before it
             continue
         if group and not (_is_fused(kernel, variant) and _together(group[-1][1], kernel, variant)):
             yield from _fused(group, last, variant)
+            casts.fuse(each for _, each in group)
             group = []
         if _is_fused(kernel, variant):
             group.append((at, kernel))
@@ -129,7 +135,12 @@ def _rows(traced: Trace, variant: Variant) -> Iterator[tuple[Row, int | None]]:
         if part and (before is None or before[0] != part):
             yield _cast_row(kernel), kernel.where.block
         before = (part, kernel) if part else None
-        yield _row(kernel, _wide_bytes(kernel) if part else kernel.nbytes), kernel.where.block
+        if variant.float8 and multiplies(kernel):
+            for cast in casts.before(kernel):
+                yield _row(cast), cast.where.block
+            yield _row(casts.product(kernel))._replace(float8=True), kernel.where.block
+            continue
+        yield _row(kernel, _wide_bytes(kernel) if part else None), kernel.where.block
     if group:
         yield from _fused(group, last, variant)
 
@@ -230,7 +241,8 @@ def _widest(group: Sequence[tuple[int, Kernel]], variant: Variant) -> Kernel | N
     return max(those, key=lambda kernel: max(len(x) for x, _ in kernel.operands[-1].nbytes.terms), default=None)
 
 
-def _row(kernel: Kernel, nbytes: Size) -> Row:
+def _row(kernel: Kernel, nbytes: Size | None = None) -> Row:
+    """The row of a kernel, which may move other bytes than its own."""
     kind = kind_of(kernel)
     phase = kernel.where.phase
     turn = "step" if phase is Phase.OPTIMIZER else "later" if kernel.micro_batch else "first"
@@ -240,7 +252,8 @@ def _row(kernel: Kernel, nbytes: Size) -> Row:
     access = kernel.access if kind == "elementwise" and kernel.name != "fused" else "plain"
     elements = ZERO if access == "plain" else elements_of(kernel)
     leading = kernel.leading if width == 2 and kernel.name not in FLASH else ()
-    return Row(kind, kernel.name, phase, turn, kernel.gemm, width, nbytes, listed, access, elements, leading)
+    moved = kernel.nbytes if nbytes is None else nbytes
+    return Row(kind, kernel.name, phase, turn, kernel.gemm, width, moved, listed, access, elements, leading)
 
 
 def elements_of(kernel: Kernel) -> Size:
@@ -256,6 +269,7 @@ class Table:
         rows: what differs between launches.
         kind, phase, width: of each row, its kind, its phase, bytes of an element of its factors.
         flash, backward, gemm: of each row, whether it is a fused attention, such a one's backward, any other product.
+        float8: of each row, whether it is a product of factors of 8 bits.
         masked: of each row, whether it is a fused attention that reads a mask, and so computes every score.
         grouped: "m" and "k": of each row, whether that dimension of its product is an expert's rows.
         checkpoint_every: of the blocks every so many-th is recomputed; None where none is.
@@ -285,6 +299,7 @@ class Table:
             name: np.array([row.gemm is not None and row.gemm.rows == name for row in rows]) for name in ("m", "k")
         }
         self.calls = np.array([row.calls for row in rows])
+        self.float8 = np.array([row.float8 for row in rows])
         self._later = np.array([row.turn == "later" for row in rows])
         steps = {step: at for at, step in enumerate(dict.fromkeys(x for row in rows for x in row.leading))}
         self._steps = tuple(steps)

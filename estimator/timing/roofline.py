@@ -18,6 +18,7 @@ import numpy as np
 from estimator.describe.catalogue import number, read_data
 from estimator.describe.checks import ConfigError, choose
 from estimator.eager.ledger import Phase
+from estimator.timing import float8
 from estimator.timing.kernels import COLUMNS, KINDS, LISTED
 
 if TYPE_CHECKING:
@@ -190,6 +191,9 @@ def kernel_seconds(
     peaks = {width: e.clock * accelerator.peak_flops(name) for width, name in dtype.items()}
     reached = {width: peaks[width] * (e.single if dtype[width] in ("fp32", "fp64") else e.matmul) for width in peaks}
     peak, rate = (np.array([by[width] for width in table.width.tolist()])[:, None] for by in (peaks, reached))
+    if table.float8.any():
+        eight = e.clock * accelerator.peak_flops("fp8")  # refused here by cards without
+        rate = np.where(table.float8[:, None], eight * e.matmul * float8.reached(accelerator.id), rate)
     seconds = moving_seconds(shape["nbytes"], bandwidth, e) * table.slower(e.slower)[:, None]
     seconds = np.maximum(seconds, shape["nbytes"] / table.pace(e.pace)[:, None])
     if e.walk:

@@ -13,6 +13,7 @@ from estimator.describe.units import SECONDS_PER_DAY, SECONDS_PER_HOUR
 from estimator.hardware.accelerators import Accelerator, accelerator, cluster
 from estimator.hardware.networks import slowest
 from estimator.pricing.conventions import model_flops_utilisation
+from estimator.timing import float8
 from estimator.timing.communication import copied, messages
 from estimator.timing.intervals import spread
 from estimator.timing.kernels import EAGER, FUSED, Variant, table
@@ -88,8 +89,11 @@ class Setup:
         return "flash-1" if first and "flash-1" in e.flash else None
 
     def of(self, p: Plan) -> Setup:
-        """The same, with the kernels that the plan has compiled fused."""
-        return replace(self, variant=replace(self.variant, fused=FUSED.fused)) if p.compile else self
+        """The same, with the kernels that the plan has compiled fused, and its products in 8 bits."""
+        if not p.compile:
+            return self
+        scales = "" if p.float8 == "none" else p.float8
+        return replace(self, variant=replace(self.variant, fused=FUSED.fused, float8=scales))
 
     def clocked(self, e: Efficiency, a: Accelerator) -> Efficiency:
         """What kernels reach at the clock that was given.
@@ -302,6 +306,8 @@ def predicted(
             f"offload is {p.offload!r}, and neither the host's update nor its link to the accelerator has been timed; "
             "give an MFU"
         )
+    if p.float8 != "none":
+        float8.check_sizes(m)
     setup = (setup or Setup()).of(p)
     replicas = count // (p.tensor_parallel * p.pipeline_parallel * p.context_parallel)
     micro_batches = -(-flops.sequences // (p.batch_size * replicas))

@@ -32,7 +32,11 @@ def others(setting):
 
 
 # What a property that a declaration needs follows from.
-BEHIND = {"is_pipeline": {"pipeline_parallel": 2}, "shares_matrices": {"tensor_parallel": 2}}
+BEHIND = {
+    "is_pipeline": {"pipeline_parallel": 2},
+    "shares_matrices": {"tensor_parallel": 2},
+    "product_dtype": {"precision": "bf16"},
+}
 
 
 def needed(name, value):

@@ -178,6 +178,8 @@ class TrainConfig:
         if self.plan.data_parallel != 1 or self.plan.sharding != "none":
             given = f"plan.data_parallel = {self.plan.data_parallel}, plan.sharding = {self.plan.sharding!r}"
             raise ConfigError(f"{given}: torchrun says how many processes there are, and --sharding what they share")
+        if self.plan.float8 != "none":
+            raise ConfigError(f"plan.float8 = {self.plan.float8!r}: no run multiplies in 8 bits; allowed is none")
         if self.optim.warmup_steps > self.steps:
             raise ConfigError(
                 f"optim.warmup_steps = {self.optim.warmup_steps}: longer than the run (steps = {self.steps})"
