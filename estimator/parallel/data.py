@@ -108,7 +108,9 @@ class Replica:
         """After the gradients of what the optimizer updates are there in its own dtype."""
 
     def agree_on_overflow(self, found: Tensor) -> None:
-        """An overflow in one shard is an overflow in all (`trainer.optim.precision.ShardedScaler`)."""
+        """An overflow in one part is an overflow in all (`trainer.optim.precision.ShardedScaler`)."""
+        if TENSOR in self.sharing.apart:
+            self.machine.collective("all-reduce", TENSOR, found, waits="step")
 
     def after_update(self) -> None:
         """After the optimizer's step: gradients become None."""

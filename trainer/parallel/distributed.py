@@ -196,6 +196,10 @@ class World:
         """Whether each process updates a part of the parameters."""
         return self.size > 1 and sharding != "none"
 
+    def parts_gradients(self, plan: Plan, sharding: str) -> bool:
+        """Whether each process has a part of the gradients only, when the optimizer is to move the weights."""
+        return self.shares(sharding) or plan.shares_matrices
+
     def weights(self, model: nn.Module, sharding: str) -> Weights:
         """The parameters of a model that has been wrapped, as the optimizer sees them."""
         shares = sharding == "zero1" and self.shares(sharding)

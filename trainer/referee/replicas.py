@@ -72,7 +72,8 @@ class SharedStep(Step):
         optimizer = build_updates(self.weights.named, p, world.device.type, self.weights)
         super().__init__(model, optimizer, inputs, p, masters)
         self.module, self.world, self.needed = module, world, inputs
-        self.scaler = loss_scaler(p.precision, world.device.type, sharded=world.shares(p.sharding), init_scale=2.0**8)
+        in_parts = world.parts_gradients(p, p.sharding)
+        self.scaler = loss_scaler(p.precision, world.device.type, sharded=in_parts, init_scale=2.0**8)
 
     def __call__(self) -> None:
         """Run it."""

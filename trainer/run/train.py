@@ -144,9 +144,8 @@ class Training:
         to_precision(self.model, plan)
         if plan.precision == "tf32" and device.type == "cuda":
             torch.set_float32_matmul_precision("high")
-        self.scaler = loss_scaler(
-            plan.precision, device.type, sharded=world.shares(config.sharding) or plan.shares_matrices
-        )
+        in_parts = world.parts_gradients(plan, config.sharding)
+        self.scaler = loss_scaler(plan.precision, device.type, sharded=in_parts)
         self.masters: Masters | None = None
         self.passes: Passes | PipelinePasses
         if plan.is_pipeline:
