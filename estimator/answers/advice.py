@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 # Fields that change what is learned; all others compute the same step in another way.
-LEARNING = ("precision", "optimizer", "dropout", "max_grad_norm", "adapter", "base_precision")
+LEARNING = ("precision", "float8", "optimizer", "dropout", "max_grad_norm", "adapter", "base_precision")
 NOTICEABLE = 0.001  # of the memory, the work or the time: a change that saves less is no advice
 
 
@@ -316,7 +316,7 @@ def _by_time(change: Change) -> tuple[Any, ...]:
 
 
 def _same_step(r: Estimate) -> tuple[Any, ...]:
-    return r.account.recipe, r.plan.batch_size, r.plan.compile
+    return r.account.recipe, r.plan.batch_size, r.plan.compile, r.plan.float8
 
 
 def chunking_saves(now: Estimate) -> int | None:

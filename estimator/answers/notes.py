@@ -72,10 +72,10 @@ def notes_of_memory(p: Plan, held: Memory) -> Iterator[str]:
     """What the messages' bytes at the peak are of, and why the driver shows more than is needed."""
     if p.shards > 1 and p.sharding in FULLY_SHARDED and p.implementation == "bundled" and held.communication:
         whole, rest = held.messages
+        gradients = f", and {rest / GIB:,.2f} GiB are gradients on their way to their shards" if rest else ""
         yield (
             f"Of communication at the peak, {whole / GIB:,.2f} GiB are parameters that are whole at that moment (those "
-            f"of embedding, last norm and head among them, which no block has) and {rest / GIB:,.2f} GiB gradients on "
-            "their way to their shards."
+            f"of embedding, last norm and head among them, which no block has){gradients}."
         )
     kept = held.reserved - held.allocated
     if held.account.device == "cuda" and kept > SEEN * held.reserved:

@@ -6,6 +6,7 @@ import pytest
 
 import estimator as est
 from estimator.accounting.accounts import account
+from estimator.answers.advice import Advisor
 from estimator.describe.checks import ConfigError
 from estimator.hardware.accelerators import accelerator
 from estimator.studies.published import judged
@@ -107,3 +108,11 @@ def test_where_they_cannot_be_timed_there_is_no_time_and_the_note_says_why(model
 def test_the_trainer_says_that_it_has_none(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"plan\.float8 = 'tensorwise'"):
         TrainConfig(data=tmp_path, out=tmp_path, plan=est.Plan(precision="bf16", compile=True, float8="tensorwise"))
+
+
+def test_advice_for_speed_offers_it_as_a_change_of_what_is_learned():
+    m = est.preset("llama-3-8b").replace(num_layers=4)
+    r = est.estimate(m, PLAN.replace(seq_len=4096), "h100-80gb-sxm")
+    offered = {change.fields["float8"]: change for change in Advisor(r).single() if "float8" in change.fields}
+    assert set(offered) == {"tensorwise", "rowwise"}
+    assert all(change.alters and change.seconds < 1 for change in offered.values())
