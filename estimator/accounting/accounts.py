@@ -15,6 +15,7 @@ from estimator.accounting.step import run_step
 from estimator.accounting.trace import Trace
 from estimator.accounting.vectorised import VectorisedPeak
 from estimator.describe import expert, pipeline
+from estimator.describe.adapters import EXPERTS
 from estimator.describe.checks import BLOCKS, ConfigError, check_figure, choose
 from estimator.describe.deepspeed import SUB_GROUP
 from estimator.describe.plan import FULLY_SHARDED
@@ -258,6 +259,7 @@ def recipe_of(m: ModelConfig, p: Plan, device: str, rank: int = 0) -> Recipe:
         adapter=p.adapter,
         adapter_targets=p.adapter_targets if p.adapter != "none" else "",
         adapter_dropout=p.adapter != "none" and p.adapter_dropout > 0,
+        adapter_scales=p.adapter_alpha != p.adapter_rank or EXPERTS not in p.adapter_targets.split(","),
         base_precision=p.base_precision,
         modules_to_save=p.modules_to_save,
         balances=p.balance > 0,

@@ -22,22 +22,23 @@ SPELLINGS = {
     "o_proj": "out",
     "lm_head": "head",
 }
+EXPERTS = "experts"  # the stacked matrices of all experts of a mixture, which peft names by `target_parameters`
 SAVED = ("embedding", "head")  # what may be trained whole beside the adapters
 
 
 def targets_listed(given: object) -> str:
-    """`given` as text: `ALL`, or names of linear layers, in the library's spelling.
+    """`given` as text: names of linear layers or `ALL`, in the library's spelling, and perhaps `EXPERTS`.
 
     Raises:
         ConfigError: one of them is no linear layer's.
     """
     names = [SPELLINGS.get(word, word) for word in listed("adapter_targets", given)]
-    if names == [ALL]:
-        return ALL
     for name in names:
-        choose("adapter_targets", name, (ALL, *LINEAR))
-    if ALL in names or not names:
-        raise ConfigError(f"adapter_targets = {given!r}: must be {ALL}, or some of {', '.join(LINEAR)}")
+        choose("adapter_targets", name, (ALL, *LINEAR, EXPERTS))
+    if not names or (ALL in names and set(names) - {ALL, EXPERTS}):
+        raise ConfigError(
+            f"adapter_targets = {given!r}: must be {ALL}, or some of {', '.join(LINEAR)}; {EXPERTS} goes with each"
+        )
     return ",".join(names)
 
 
@@ -53,8 +54,9 @@ def saved_listed(given: object) -> str:
 
 
 def is_target(targets: str, name: str) -> bool:
-    """Whether a linear layer of this name has an adapter."""
-    return name != "head" if targets == ALL else name in targets.split(",")
+    """Whether a linear layer of this name, or stacked experts, have an adapter."""
+    names = targets.split(",")
+    return name in names or (ALL in names and name not in ("head", EXPERTS))
 
 
 def check_targets(targets: str, names: Iterable[str]) -> None:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from estimator.describe import context, deepspeed, expert, megatron, pipeline, tensor
-from estimator.describe.adapters import ALL, saved_listed, targets_listed
+from estimator.describe.adapters import ALL, EXPERTS, saved_listed, targets_listed
 from estimator.describe.bundled import known_with
 from estimator.describe.checks import ConfigError, known_fields
 from estimator.describe.selection import Selection, parts_listed
@@ -329,7 +329,8 @@ class Plan:
     adapter_targets: str = text(
         ALL,
         'The layers that have an adapter, with commas: q, v, qkv, out, gate, up, down ...; or "all-linear", every '
-        "linear layer but the head.",
+        'linear layer but the head; and "experts", the stacked matrices of a mixture, to which the adapters\' product '
+        "is added in each forward (peft's target_parameters).",
         parse=lambda _, given: targets_listed(given),
         draws=(ALL, "qkv,up"),
     )
@@ -591,6 +592,9 @@ class Plan:
         check_values(self)
         self._take_reshard()
         check_needs(self)
+        if EXPERTS in self.adapter_targets.split(",") and (self.adapter == "dora" or self.adapter_dropout):
+            said = f"adapter = {self.adapter!r}, adapter_dropout = {self.adapter_dropout:g}"
+            raise ConfigError(f"adapter_targets = 'experts': peft knows neither DoRA nor dropout of them, and {said}")
         if "head" in self.modules_to_save.split(",") and "head" in self.adapter_targets.split(","):
             raise ConfigError(
                 "modules_to_save = 'head': adapter_targets puts an adapter beside it; allowed is one of them"

@@ -179,8 +179,10 @@ def checkpoint(function: Callable[..., Tensor], *args: Tensor | None, selective:
     with arguments(args) as results:
         frame = Frame(function, args, selective=selective)
         frame.machine.frames.append(frame)
+        frame.holders += 1  # its hooks are on: what is saved and forgotten again in there does not end it
         results.append(function(*args))
         frame.machine.frames.pop()
+        frame.holders -= 1
         if not frame.holders:  # nothing in it wants a gradient: no saved tensor holds the frame
             frame.release()
     return results[0]

@@ -13,7 +13,7 @@ from estimator.eager.checkpointing import not_repeated
 from estimator.eager.ledger import Gemm
 from estimator.eager.letters import ONE, ZERO, Function, constant, rounded_up, smaller
 from estimator.eager.letters import n as threads
-from estimator.eager.ops import added, additive_mask
+from estimator.eager.ops import added, additive_mask, with_number
 from estimator.eager.tensor import FLOAT32, UINT64, Locals, Tensor, empty_like, is_transposed, op
 from estimator.eager.views import expand, reshape, slice_last, transpose, unsafe_view, unsqueeze, view
 
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from estimator.eager.letters import Size
     from estimator.eager.ops import Gradients
     from estimator.eager.tensor import Machine, Shape
+
+
+TINY = 400  # multiplications of a matrix in a batch, from which on the CPU does not use its own loop
 
 
 @op
@@ -91,6 +94,43 @@ def bmm(a: Tensor, b: Tensor) -> Tensor:
     """(b, m, k) x (b, k, n)."""
     node = record("BmmBackward0", (a, b), _product_backward("bmm", b), _saved_factors(b, a))
     return attach(node, product("bmm", a, b))
+
+
+@op
+def baddbmm(base: Tensor, a: Tensor, b: Tensor, *, scales: bool) -> Tensor:
+    """base + alpha a b of (b, m, k) x (b, k, n), `base` without a gradient; with `scales` alpha is not 1.
+
+    The CPU multiplies one matrix after the other where a product is not tiny (`bmm_out_or_baddbmm_` in
+    aten/src/ATen/native/LinearAlgebra.cpp), each through a copy of a factor that lies neither by rows nor by columns.
+    """
+    machine = base.machine
+    batch, m, k = a.shape
+    n = b.shape[-1]
+
+    def one_by_one(x: Tensor) -> None:
+        scattered = x.stride[1] != ONE and x.stride[2] != ONE
+        if machine.device == "cpu" and scattered and machine.at_most(constant(TINY), machine.product((m, k, n))):
+            machine.empty((m, k), x.dtype).discard()
+
+    def scaled(grad: Tensor) -> Tensor:
+        if not scales:
+            return grad
+        with Locals() as v:
+            v.grad = grad
+            return with_number("mul", v.grad)
+
+    def backward(c: Context, grad: Tensor) -> Gradients:
+        a, b = c.saved
+        c.grad_a = scaled(product("bmm", grad, transpose(b, -2, -1)))
+        grad_b = product("bmm", transpose(a, -2, -1), grad)
+        one_by_one(a)
+        return [None, c.take("grad_a"), scaled(grad_b)]
+
+    node = record("BaddbmmBackward0", (base, a, b), backward, (a, b))
+    out = machine.empty(base.shape, base.dtype)
+    one_by_one(a)
+    machine.kernel("baddbmm", (base, a, b), (out,), gemm=Gemm(batch, m, n, k))
+    return attach(node, out)
 
 
 @op

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from estimator.describe.adapters import check_targets, is_target
+from estimator.describe.adapters import EXPERTS, check_targets, is_target
 from estimator.eager import ops
 from estimator.eager.indexing import div
 from estimator.eager.letters import ONE, letter
 from estimator.eager.linalg import linear
 from estimator.eager.tensor import FLOAT32, Locals, op
 from estimator.eager.views import cast, clone, transpose, view
-from estimator.models.layers import Embedding, Linear, Module, dropout_at
+from estimator.models.expert_adapters import ExpertsLoRA
+from estimator.models.experts import Experts, SparseFeedForward
+from estimator.models.layers import Embedding, Head, Linear, Module, NormedLinear, dropout_at
 from estimator.models.quantised import Quantised4bit, Quantised8bit
 
 if TYPE_CHECKING:
@@ -165,7 +167,8 @@ class Saved(Module):
         self.child(original)
         with machine.ledger.inside(original.name):
             if isinstance(original, Linear):
-                copy: Embedding | Linear = Linear(machine, "copy", columns, rows, bias=original.bias is not None)
+                kind = NormedLinear if isinstance(original, Head) and original.normed else Linear
+                copy: Embedding | Linear = kind(machine, "copy", columns, rows, bias=original.bias is not None)
             else:
                 copy = Embedding(machine, "copy", rows, columns)
         self.copy, self.weight = self.child(copy), copy.weight
@@ -193,12 +196,25 @@ def linear_layers(module: Module) -> Iterator[tuple[Module, str, Linear]]:
             yield from linear_layers(inner)
 
 
+def stacked_experts(module: Module) -> Iterator[tuple[SparseFeedForward, Experts]]:
+    """(owner, experts) of every mixture below a module."""
+    for inner in module.owned:
+        if isinstance(inner, SparseFeedForward):
+            yield inner, inner.experts
+        elif isinstance(inner, Module):
+            yield from stacked_experts(inner)
+
+
 def adapt(model: Module, recipe: Recipe) -> None:
     """Put an adapter beside every linear layer that the recipe names; all else is frozen."""
-    layers = list(linear_layers(model))
-    check_targets(recipe.adapter_targets, (name for _, name, _ in layers))
+    layers, experts = list(linear_layers(model)), list(stacked_experts(model))
+    names = (name for _, name, _ in layers)
+    check_targets(recipe.adapter_targets, (*names, *(EXPERTS for _ in experts)))
     for p in model.parameters():
         p.requires_grad = False
+    for mixture, stacked in experts if is_target(recipe.adapter_targets, EXPERTS) else ():
+        mixture.experts = of_experts = ExpertsLoRA(stacked, recipe)
+        mixture.owned = [of_experts if x is stacked else x for x in mixture.owned]
     for owner, name, base in layers:
         quantises = recipe.base_precision != "none" and name != "head"
         if quantises or is_target(recipe.adapter_targets, name):

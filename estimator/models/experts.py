@@ -38,6 +38,7 @@ from estimator.parallel.placement import EXPERT, counted_whole
 if TYPE_CHECKING:
     from estimator.eager.letters import Size
     from estimator.eager.tensor import Machine
+    from estimator.models.expert_adapters import ExpertsLoRA
     from estimator.models.layers import Recipe
 
 
@@ -193,6 +194,7 @@ class Experts(Module):
         size, part = machine.shapes.letters, recipe.parts.experts
         assert part is not None
         self.activation, self.f = part.activation, size["f_e"]
+        self.adapted: ExpertsLoRA | None = None
         E, d = size["E"], size["d"]
         self.E = experts_on(machine, E) if recipe.expert_parallel else E
         self.gate_up = self.parameter(self.E, 2 * self.f, d)
@@ -204,13 +206,20 @@ class Experts(Module):
             p.placement = {EXPERT: 0}
             counted_whole(p, (E, *p.shape[1:]))
 
+    def matrix(self, name: str) -> Tensor:
+        """The stacked matrices, with what adapters add to them."""
+        if self.adapted is not None:
+            return self.adapted.matrix(name)
+        matrix: Tensor = getattr(self, name)
+        return matrix
+
     def forward(self, v: Locals, x: Tensor, count: Tensor, expert: Tensor | None) -> Tensor:
-        v.h = grouped_product(x, self.gate_up, count)
+        v.h = grouped_product(x, self.matrix("gate_up"), count)
         if self.gate_up_bias is not None and expert is not None:
             v.h = ops.add(v.h, index_select(self.gate_up_bias, expert))
         v.gate, v.up = split(v.h, (self.f, self.f))
         v.h = gated(v.gate, v.up, self.activation)
-        v.y = grouped_product(v.h, self.down, count)
+        v.y = grouped_product(v.h, self.matrix("down"), count)
         if self.down_bias is not None and expert is not None:
             v.y = ops.add(v.y, index_select(self.down_bias, expert))
         return v.take("y")

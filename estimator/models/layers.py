@@ -135,6 +135,7 @@ class Recipe:
     adapter: str = "none"
     adapter_targets: str = ""
     adapter_dropout: bool = False
+    adapter_scales: bool = True  # what an adapter adds is multiplied with another number than 1
     base_precision: str = "none"
     modules_to_save: str = ""
     balances: bool = False  # routers have a balancing loss
@@ -367,10 +368,20 @@ class Head(Linear):
     def forward(self, v: Locals, x: Tensor) -> Tensor:
         if self.tokens is not None:
             return super().forward(v, gathered(x, self.tokens))
-        if not self.normed:
-            return super().forward(v, x)
-        v.weight = normalized_rows(self.weight)
-        return linear(x, v.weight, self.bias)
+        return super().forward(v, x) if not self.normed else normed_product(self, v, x)
+
+
+class NormedLinear(Linear):
+    """x (W / the lengths of its rows)^T (+ b)."""
+
+    def forward(self, v: Locals, x: Tensor) -> Tensor:
+        return normed_product(self, v, x)
+
+
+def normed_product(layer: Linear, v: Locals, x: Tensor) -> Tensor:
+    """The same of any layer."""
+    v.weight = normalized_rows(layer.weight)
+    return linear(x, v.weight, layer.bias)
 
 
 def dropout(x: Tensor, recipe: Recipe) -> Tensor:

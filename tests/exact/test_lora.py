@@ -2,13 +2,16 @@
 
 import os
 import random
+from dataclasses import replace
 
 import pytest
+import random_parts
 from random_plans import random_model, random_plan
 
 from estimator.describe.adapters import ALL
 from estimator.describe.checks import ConfigError
 from estimator.describe.model import ModelConfig
+from estimator.describe.parts import Ends
 from estimator.describe.plan import Plan
 from estimator.describe.settings import choices
 from trainer.referee.validate import compare
@@ -49,6 +52,37 @@ def test_random_models_and_recipes(turn):
             continue
         assert not wrong, f"{m} {p}: {wrong}"
         done += 1
+
+
+def test_random_mixtures_whose_experts_are_adapted():
+    """And their other parts: a saved copy of a normed head was a plain one, as no model of `random_model` has it."""
+    rng, done = random.Random(SEED + DRAWS), 0
+    while done < DRAWS // 2:
+        try:
+            m = random_parts.model(rng)
+            if not any(layer.sparse for layer in m.layers):
+                continue
+            use = {
+                "adapter_rank": rng.choice((1, 2, 3, 16)),
+                "adapter_targets": rng.choice(("experts", f"{ALL},experts")),
+            }
+            p = random_plan(rng, m, adapter="lora", adapter_dropout=0.0, base_precision="none", **use)
+            wrong = differences(m, p)
+        except ConfigError:
+            continue
+        assert not wrong, f"{m} {p}: {wrong}"
+        done += 1
+
+
+def test_a_copy_of_a_normed_head_is_normed():
+    m = LLAMA.replace(parts=replace(LLAMA.made_of, ends=Ends(tied=True, head_norm=True)))
+    assert differences(m, Plan(adapter="lora", modules_to_save="head")) == []
+
+
+@pytest.mark.parametrize("fields", [{"adapter": "dora"}, {"adapter": "lora", "adapter_dropout": 0.1}], ids=str)
+def test_what_peft_does_not_know_of_experts_is_said(fields):
+    with pytest.raises(ConfigError, match="peft knows neither DoRA nor dropout of them"):
+        Plan(adapter_targets="all-linear,experts", **fields)
 
 
 @pytest.mark.parametrize("m", [GPT2, LLAMA], ids=["gpt2", "llama"])

@@ -18,6 +18,8 @@ from trainer.files.checkpoint import export_safetensors
 from trainer.files.contents import CheckpointError
 from trainer.model.adapters import KINDS, adapter_parameters
 from trainer.model.decoder import build_model
+from trainer.model.expert_adapters import ExpertsLoRA
+from trainer.model.experts import Experts
 from trainer.model.layers import Linear
 
 ROWS = [json.loads(line) for line in (Path(__file__).parents[1] / "data/hf/tiny.jsonl").read_text().splitlines()]
@@ -94,7 +96,7 @@ def count_of_peft(row, targets, **more):
     return adapted_by_peft(row, targets, **more).get_nb_trainable_parameters()[0]
 
 
-def count_without_routers(row, monkeypatch):
+def count_without_routers(row, monkeypatch, **more):
     """Of a mixture of experts: what peft puts beside its linear layers but the routers.
 
     For families whose experts transformers 5 has stacked, peft 0.21 takes the names gate, up and down, of a shared
@@ -105,10 +107,16 @@ def count_without_routers(row, monkeypatch):
 
     monkeypatch.setattr(transformers_weight_conversion, "_MODEL_TO_CONVERSION_PATTERN", {})
     found = 0
-    for name, p in adapted_by_peft(row, "all-linear").named_parameters():
+    for name, p in adapted_by_peft(row, "all-linear", **more).named_parameters():
         owner = name.partition(".lora_")[0].rpartition(".")[2]
         found += p.numel() if p.requires_grad and owner not in ROUTERS else 0
     return found
+
+
+def stacked(row):
+    """The names by which peft's `target_parameters` finds a mixture's matrices, where transformers has stacked them."""
+    ends = {name.split(".layers.")[-1].partition(".")[2] for name in row["tensors"]}
+    return sorted(name for name in ends if name.endswith(("experts.gate_up_proj", "experts.down_proj")))
 
 
 def own_count(row, targets, **more):
@@ -233,3 +241,49 @@ def test_the_account_says_the_same(fields):
 
 def test_names_of_transformers_are_understood():
     assert PLAN.replace(adapter_targets=["q_proj", "o_proj"]).adapter_targets == "q,out"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_outputs_and_gradients_of_adapted_experts_are_pefts_to_the_bit(dtype, autocast):
+    library = peft()
+    torch.manual_seed(0)
+    base = Experts(from_hf(next(row for row in ROWS if row["config"]["model_type"] == "mixtral")["config"])).to(dtype)
+    base.requires_grad_(requires_grad=False)
+    ours, module = ExpertsLoRA(copy.deepcopy(base), 3, 7), torch.nn.ModuleDict({"experts": base})
+    config = library.LoraConfig(
+        r=3, lora_alpha=7, target_modules=[], target_parameters=["experts.gate_up", "experts.down"]
+    )
+    theirs = library.inject_adapter_in_model(config, module)["experts"]
+    wrappers = {x.parameter_name: x for x in (theirs, theirs.base_layer)}
+    for name, wrapper in wrappers.items():
+        for x in (wrapper.lora_A["default"], wrapper.lora_B["default"]):
+            x.float()
+        torch.nn.init.normal_(wrapper.lora_B["default"].weight, std=0.1)
+        ours.a[name].weight.data = wrapper.lora_A["default"].weight.detach().clone()
+        ours.b[name].weight.data = wrapper.lora_B["default"].weight.detach().clone()
+    E, d = base.gate_up.shape[0], base.gate_up.shape[2]
+    found = []
+    for layer in (ours, theirs):
+        x = torch.linspace(-1, 1, 3 * E * d, dtype=dtype).view(3 * E, d).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = layer(x, torch.full((E,), 3), None)
+        y.float().square().mean().backward()
+        weights = [x for side in ("a", "b") for x in (getattr(ours, side)["gate_up"], getattr(ours, side)["down"])]
+        if layer is theirs:
+            weights = [
+                getattr(wrappers[name], side)["default"]
+                for side in ("lora_A", "lora_B")
+                for name in ("gate_up", "down")
+            ]
+        found.append([y, x.grad, *(w.weight.grad for w in weights)])
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("row", [row for row in ROWS if stacked(row)], ids=lambda row: row["name"])
+def test_the_parameters_of_adapted_experts_are_as_many_as_pefts(row, monkeypatch):
+    names = stacked(row)
+    theirs = count_without_routers(row, monkeypatch, target_parameters=names)
+    assert own_count(row, "all-linear,experts") == theirs

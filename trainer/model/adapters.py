@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from estimator.describe.adapters import check_targets, is_target
+from estimator.describe.adapters import EXPERTS, check_targets, is_target
 from estimator.describe.plan import FULLY_SHARDED
+from trainer.model.expert_adapters import ExpertsLoRA
+from trainer.model.experts import Experts
 from trainer.model.layers import Linear
 from trainer.model.quantised import dequantised, quantise
 from trainer.optim.precision import PARAMETERS
@@ -176,8 +178,13 @@ def adapt(model: nn.Module, p: Plan) -> None:
         ConfigError: the model has none of these layers.
     """
     layers = [(path, module) for path, module in model.named_modules() if isinstance(module, Linear)]
-    check_targets(p.adapter_targets, (path.rpartition(".")[2] for path, _ in layers))
+    experts = [(path, module) for path, module in model.named_modules() if isinstance(module, Experts)]
+    names = (path.rpartition(".")[2] for path, _ in layers)
+    check_targets(p.adapter_targets, (*names, *(EXPERTS for _ in experts)))
     model.requires_grad_(requires_grad=False)
+    for path, stacked in experts if is_target(p.adapter_targets, EXPERTS) else ():
+        owner, _, name = path.rpartition(".")
+        setattr(model.get_submodule(owner), name, ExpertsLoRA(stacked, p.adapter_rank, p.adapter_alpha))
     for path, base in layers:
         owner, _, name = path.rpartition(".")
         if is_target(p.adapter_targets, name):
@@ -212,6 +219,9 @@ def _narrow_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
             found[f"{path}.magnitude"] = module.magnitude
         if isinstance(module, LoRA):
             found |= {f"{path}.a.weight": module.a.weight, f"{path}.b.weight": module.b.weight}
+        if isinstance(module, ExpertsLoRA):
+            for side, of in (("a", module.a), ("b", module.b)):
+                found |= {f"{path}.{side}.{name}": p for name, p in of.named_parameters()}
     return found
 
 

@@ -16,6 +16,8 @@ from trainer.model.norms import build_norm
 from trainer.model.router import Router, sort_by_expert
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from estimator.describe.model import ModelConfig
     from estimator.describe.plan import Plan
     from trainer.model.exchange import Exchanges
@@ -28,6 +30,7 @@ class Experts(nn.Module):
         gate_up: (E, 2 f, d), of each expert the gate's rows, then those of up.
         down: (E, d, f).
         gate_up_bias, down_bias: (E, 2 f) and (E, d), or None.
+        adapted: makes the matrices in a forward, where adapters are added to them (`trainer.model.expert_adapters`).
     """
 
     def __init__(self, m: ModelConfig) -> None:
@@ -37,6 +40,7 @@ class Experts(nn.Module):
         assert E is not None
         assert f is not None
         self.activation = part.activation
+        self.adapted: Callable[[str], Tensor] | None = None
         self.gate_up = nn.Parameter(torch.empty(E, 2 * f, m.d_model))
         self.down = nn.Parameter(torch.empty(E, m.d_model, f))
         self.gate_up_bias = nn.Parameter(torch.zeros(E, 2 * f)) if part.bias else None
@@ -46,15 +50,19 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, count_E: Tensor, expert_S: Tensor | None) -> Tensor:
         """`count_E`: how many rows each expert has; `expert_S`: the expert of each row, where they have biases."""
-        h = grouped_product(x, here(self.gate_up), count_E)
+        h = grouped_product(x, self.matrix("gate_up"), count_E)
         if self.gate_up_bias is not None and expert_S is not None:
             h = h + here(self.gate_up_bias).index_select(0, expert_S)
         gate, up = h.chunk(2, -1)
         h = gated(gate, up, self.activation)
-        y = grouped_product(h, here(self.down), count_E)
+        y = grouped_product(h, self.matrix("down"), count_E)
         if self.down_bias is not None and expert_S is not None:
             y = y + here(self.down_bias).index_select(0, expert_S)
         return y
+
+    def matrix(self, name: str) -> Tensor:
+        """`gate_up` or `down`, with what adapters add."""
+        return here(getattr(self, name)) if self.adapted is None else self.adapted(name)
 
 
 def here(p: Tensor) -> Tensor:
