@@ -188,7 +188,13 @@ def gru_cell_backward(grad: Tensor, _: Tensor, has_bias: bool) -> tuple[Tensor |
     return grad.new_empty(gates), grad.new_empty(gates), grad.new_empty(grad.shape), *biases
 
 
+def never(*_: Any) -> bool:
+    """Whether cuDNN or MIOpen has a kernel for it: they are left out."""
+    return False
+
+
 ON_CUDA: dict[str, Callable[..., Any]] = {
+    **dict.fromkeys((f"_use_{x}_ctc_loss{y}" for x in ("cudnn", "miopen") for y in ("", ".Tensor")), never),
     "_thnn_fused_gru_cell": gru_cell,
     "_thnn_fused_gru_cell_backward": gru_cell_backward,
     "_conv_depthwise2d": conv_depthwise2d,
