@@ -23,7 +23,7 @@ from estimator.answers.pipelined import figures as pipelined
 from estimator.answers.pipelined import least_bytes, needed_by
 from estimator.answers.plans import RECIPE
 from estimator.describe.checks import ConfigError, choose
-from estimator.describe.pipeline import least_micro_batches
+from estimator.describe.pipeline import takes
 from estimator.describe.plan import FULLY_SHARDED, Plan
 from estimator.describe.presets import preset
 from estimator.describe.run import Run
@@ -320,7 +320,8 @@ class _Search:
         else:  # of those that take the same number of turns the smallest: a last one that is not full takes its time
             share = -(-sequences // way.data_parallel)
             batches = np.unique([-(-share // turns) for turns in range(1, share + 1)])
-        batches = batches[-(-sequences // (batches * way.data_parallel)) >= least_micro_batches(way)]
+        turns = -(-sequences // (batches * way.data_parallel))
+        batches = batches[[takes(way, n) for n in turns.tolist()]]
         turns = -(-sequences // (batches * way.data_parallel))
         found: list[Option] = []
         if way.runs_stages and self._crowded(way, sequences):
@@ -444,7 +445,7 @@ class _Search:
                         continue
                     if way.runs_stages:
                         memory = needed_by(self.model, way, self.accelerator, np.array([batch]), turns)
-                        if turns >= least_micro_batches(way) and memory <= self.accelerator.memory_bytes:
+                        if takes(way, int(turns[0])) and memory <= self.accelerator.memory_bytes:
                             return True
                         continue
                     way = way.replace(batch_size=batch, grad_accumulation=min(int(turns[0]), 2))

@@ -99,6 +99,17 @@ def test_it_finds_what_a_loop_over_all_layouts_finds(found):
         assert o.tokens_per_second == pytest.approx(r.time.tokens_per_second_per_accelerator)
 
 
+def test_interleaved_stages_are_searched_with_the_micro_batches_that_they_take():
+    model = MODEL.replace(num_layers=4, tie_embeddings=False)
+    plan = PLAN.replace(precision="bf16", seq_len=16, pipeline_parallel=2, virtual_stages=2, grad_accumulation=2)
+    fixed = ("checkpointing", "pipeline_parallel", "tensor_parallel")
+    found = search(model, plan, CARD, count=2, global_batch_size=10, fixed=fixed).options
+    assert {o.plan.grad_accumulation for o in found} == {2, 3, 4, 10}  # not 5, of which two stages make two groups
+    for o in found:
+        r = est.estimate(model, o.plan, CARD)
+        assert (o.needed, o.seconds) == (r.memory.needed, pytest.approx(r.time.seconds_per_step))
+
+
 def test_pipelines_are_searched_too_and_each_row_estimated_alone_is_the_same():
     model = MODEL.replace(num_layers=4, tie_embeddings=False)
     plan = PLAN.replace(precision="bf16", seq_len=128)
