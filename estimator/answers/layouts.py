@@ -297,7 +297,7 @@ class _Search:
             changes |= self._beside_matrices(changes)
         return self.plan.replace(**changes)
 
-    def _beside_matrices(self, changes: Mapping[str, Any]) -> Mapping[str, Any]:
+    def _beside_matrices(self, changes: dict[str, Any]) -> dict[str, bool]:
         """What goes with shared matrices, as far as it can be: tokens cut between them, embedding and head by rows.
 
         So torchtitan runs it; both save memory and time. With a fixed tensor_parallel it is what the plan says.
