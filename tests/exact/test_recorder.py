@@ -197,20 +197,23 @@ def test_the_symbolic_step_says_the_same():
 
 
 @pytest.mark.parametrize(
-    ("family", "plan"),
+    ("family", "width", "plan"),
     [
-        ("llama", {"precision": "fp32"}),
-        ("llama", {"precision": "bf16", "attention": "sdpa", "dropout": 0.1, "optimizer_impl": "fused"}),
-        ("llama", {"precision": "bf16-mixed", "attention": "sdpa", "checkpointing": "selective"}),
-        ("gpt2", {"precision": "fp16-mixed", "attention": "sdpa", "max_grad_norm": 1.0, "grad_accumulation": 2}),
-        ("gpt2", {"attention": "sdpa", "checkpointing": "block", "optimizer": "adafactor", "loss": "torch"}),
-        ("gpt2", {"precision": "bf16-master", "optimizer": "muon", "loss": "chunked", "saved_on_host": True}),
+        ("llama", 64, {"precision": "fp32"}),
+        ("llama", 64, {"precision": "bf16", "attention": "sdpa", "dropout": 0.1, "optimizer_impl": "fused"}),
+        ("llama", 64, {"precision": "bf16-mixed", "attention": "sdpa", "checkpointing": "selective"}),
+        ("llama", 80, {"precision": "bf16", "attention": "sdpa"}),  # heads of 20, which flash pads
+        ("llama", 72, {"attention": "sdpa"}),  # heads of 18, which no fused kernel takes in fp32
+        ("gpt2", 64, {"precision": "fp16-mixed", "attention": "sdpa", "max_grad_norm": 1.0, "grad_accumulation": 2}),
+        ("gpt2", 64, {"attention": "sdpa", "checkpointing": "block", "optimizer": "adafactor", "loss": "torch"}),
+        ("gpt2", 64, {"precision": "bf16-master", "optimizer": "muon", "loss": "chunked", "saved_on_host": True}),
+        ("gpt2", 64, {"precision": "bf16-mixed", "loss": "torch"}),  # whose log_softmax autocast does not widen
     ],
 )
-def test_cudas_rules_are_those_of_the_symbolic_step(family, plan):
+def test_cudas_rules_are_those_of_the_symbolic_step(family, width, plan):
     """No card is here: PyTorch's dispatcher is told of one, and the symbolic step has its rules from the source."""
     m = est.ModelConfig(
-        family=family, num_layers=3, d_model=64, num_heads=4, num_kv_heads=4 if family == "gpt2" else 2, d_ff=96,
+        family=family, num_layers=3, d_model=width, num_heads=4, num_kv_heads=4 if family == "gpt2" else 2, d_ff=96,
         vocab_size=V, context_length=T,
     )  # fmt: skip
     p = est.Plan(batch_size=B, **plan)
