@@ -44,6 +44,11 @@ def estimated(**changes):
         return None
 
 
+def beside(ranks, *, vocabulary):
+    """What is best with shared matrices; tied embeddings and pipelines do not share the vocabulary."""
+    return {"sequence_parallel": ranks > 1, "vocabulary_parallel": ranks > 1 and vocabulary}
+
+
 def brute(count):
     """Every layout of so many accelerators that fits, by its fields."""
     groups = [(s, g) for s in ("zero2", "zero3") for g in (None, *range(2, count)) if g is None or count % g == 0]
@@ -56,7 +61,7 @@ def brute(count):
         for batch in range(1, SEQUENCES // replicas + 1):
             r = estimated(
                 data_parallel=replicas, tensor_parallel=ranks, context_parallel=context, sharding=sharding,
-                shard_group=group, checkpointing=kind, batch_size=batch,
+                shard_group=group, checkpointing=kind, batch_size=batch, **beside(ranks, vocabulary=False),
             )  # fmt: skip
             if r is not None and r.fits:
                 yield key(r), r
@@ -119,7 +124,7 @@ def test_pipelines_are_searched_too_and_each_row_estimated_alone_is_the_same():
             try:
                 p = plan.replace(
                     tensor_parallel=ranks, pipeline_parallel=stages, data_parallel=replicas, batch_size=batch,
-                    sharding=sharding, context_parallel=context,
+                    sharding=sharding, context_parallel=context, **beside(ranks, vocabulary=stages == 1),
                 )  # fmt: skip
                 r = est.estimate(model, p, card, global_batch_size=12)
             except ConfigError:
