@@ -112,9 +112,7 @@ def _own_tensors(content: dict[str, Any], weights: Weights, path: str) -> None:
     for name in [*weights.shapes, *stored]:
         theirs, ours = getattr(stored.get(name), "shape", None), weights.shapes.get(name)
         if theirs != ours:
-            raise CheckpointError(
-                f"{path}: of another model: {name} is {_shape(theirs)}, the model's is {_shape(ours)}"
-            )
+            raise CheckpointError(_other(path, name, theirs, ours))
     content["model"] = {own: stored[name] for own, name in weights.names.items()}
 
 
