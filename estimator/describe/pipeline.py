@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from estimator.describe import schedules
 from estimator.describe.bundled import BUNDLED, known_with
 from estimator.describe.checks import ConfigError
 from estimator.describe.schedules import (
     accumulation,
     all_forward_first,
-    forwards_ahead,
     interleaved,
     one_forward_one_backward,
     rounds,
@@ -165,7 +165,7 @@ def in_flight(p: Plan, stage: int) -> int:
     if p.pipeline_schedule == "gpipe":
         return p.grad_accumulation
     if p.interleaves:
-        return forwards_ahead(parted(p, stage))
+        return schedules.in_flight(parted(p, stage))
     if p.virtual_stages > 1:
         ahead = 2 * (p.pipeline_parallel - stage - 1) + (p.virtual_stages - 1) * p.pipeline_parallel + 1
         every = p.grad_accumulation * p.virtual_stages

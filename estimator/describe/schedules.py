@@ -100,17 +100,8 @@ def micro_batches(schedule: Moves) -> int:
     return 1 + max(move.micro_batch for move in schedule)
 
 
-def forwards_ahead(schedule: Moves) -> int:
-    """The most forwards whose backward is still to come, of whichever part."""
-    alive = most = 0
-    for move in schedule:
-        alive += 1 if move.kind == FORWARD else -1
-        most = max(most, alive)
-    return most
-
-
-def in_flight(schedule: Schedule) -> int:
-    """The most micro-batches whose graphs are alive at a time."""
+def in_flight(schedule: Moves) -> int:
+    """The most forwards whose backward is still to come, of whichever part: graphs that are alive at a time."""
     alive = most = 0
     for move in schedule:
         alive += 1 if move.kind == FORWARD else -1
