@@ -20,7 +20,7 @@ from estimator.describe.settings import settings
 from estimator.hardware.accelerators import accelerator
 from estimator.show.csv_file import csv_of
 from estimator.show.formatting import dollars, duration, size
-from estimator.show.layouts import command, layout
+from estimator.show.layouts import BESIDE, command, layout
 from estimator.timing.speed import Setup as RunSetup
 from estimator.timing.stages import bars
 
@@ -86,7 +86,8 @@ def show(s: Setup) -> Own:
     st.download_button("CSV of all", data, "layouts.csv", "text/csv", on_click="ignore")
     _schedule(s, found)
     star = ":orange[:material/star:]: no other layout is both faster and leaves more memory free."
-    st.caption(f"{star} Network: {found.network}.")
+    beside = f" {BESIDE}" if any(o.plan.sequence_parallel for o in found.options) else ""
+    st.caption(f"{star} Network: {found.network}.{beside}")
     _left_out(found)
     return own
 

@@ -521,8 +521,11 @@ class Account:
 
     @property
     def fused_kernel(self) -> str:
-        """The kernel of attention: `recipe.attention`, or what takes its place where a mask is needed."""
-        masked = any(kernel.name == "masked_attention" for kernel in self.traced.ledger.kernels)
+        """The kernel of attention: `recipe.attention`, or what takes its place for a mask or a width that it lacks."""
+        names = {kernel.name for kernel in self.traced.ledger.kernels}
+        if self.recipe.attention in ("flash", "efficient") and not names & {"flash_attention", "masked_attention"}:
+            return "math"  # of a width that no fused kernel takes
+        masked = "masked_attention" in names
         return fused_kernel(self.recipe.attention, self.device, masked=masked)
 
     def symbols_at(self, sizes: Mapping[str, int]) -> dict[sympy.Symbol, int]:

@@ -91,6 +91,7 @@ class Layouts:
                 "shard_group": o.plan.shards,
                 "precision": o.plan.precision,
                 "sequence_parallel": o.plan.sequence_parallel,
+                "vocabulary_parallel": o.plan.vocabulary_parallel,
                 "batch_size": o.plan.batch_size,
                 "grad_accumulation": o.plan.grad_accumulation,
                 "checkpointing": o.plan.checkpointing,

@@ -23,7 +23,7 @@ from estimator.answers.pipelined import figures as pipelined
 from estimator.answers.pipelined import least_bytes, needed_by
 from estimator.answers.plans import RECIPE
 from estimator.describe.checks import ConfigError, choose
-from estimator.describe.pipeline import least_micro_batches
+from estimator.describe.pipeline import takes
 from estimator.describe.plan import FULLY_SHARDED, Plan
 from estimator.describe.presets import preset
 from estimator.describe.run import Run
@@ -86,9 +86,9 @@ def search(
 
     Args:
         model: a configuration or the name of a preset.
-        plan: how a step is run, save the searched fields (`AXES`); by default `LAID_OUT`. With a
-            precision of "bf16-mixed" or "bf16-fsdp" each sharding takes its own: fully_shard's policy, or autocast
-            where parameters are whole.
+        plan: how a step is run, save the searched fields (`AXES`); by default `LAID_OUT`. With tensor parallelism
+            tokens are cut too and, where that can be, the vocabulary. With a precision of "bf16-mixed" or "bf16-fsdp"
+            each sharding takes its own: fully_shard's policy, or autocast where parameters are whole.
         on: the accelerator, its name, or the path of a profile.
         count: accelerators; all of them work.
         global_batch_size: sequences in an optimizer step of the whole job.
@@ -278,8 +278,8 @@ class _Search:
             "expert_parallel": own if share.experts else 1,
             "pipeline_schedule": self.plan.pipeline_schedule if stages > 1 else "1f1b",
             "virtual_stages": self.plan.virtual_stages if stages > 1 else 1,
-            "sequence_parallel": matrices and (megatron or (self.plan.sequence_parallel and stages == 1)),
-            "vocabulary_parallel": self.plan.vocabulary_parallel and matrices and stages == 1,
+            "sequence_parallel": matrices and megatron,
+            "vocabulary_parallel": False,
             "sharding": sharding,
             "shard_group": group,
             "checkpointing": checkpointing,
@@ -293,7 +293,25 @@ class _Search:
                 changes |= {"reduce_dtype": "fp32", "autocast": False}
         if sharding != "zero3":
             changes["reshard_after_forward"] = None
+        if matrices and not megatron:
+            changes |= self._beside_matrices(changes)
         return self.plan.replace(**changes)
+
+    def _beside_matrices(self, changes: dict[str, Any]) -> dict[str, bool]:
+        """What goes with shared matrices, as far as it can be: tokens cut between them, embedding and head by rows.
+
+        So torchtitan runs it; both save memory and time. With a fixed tensor_parallel it is what the plan says.
+        """
+        names = "sequence_parallel", "vocabulary_parallel"
+        given = {name: getattr(self.plan, name) for name in names}
+        ways = [given] if "tensor_parallel" in self.fixed else [dict.fromkeys(names, True), {names[0]: True}]
+        for way in ways:
+            try:
+                self.plan.replace(**changes | way).check_model(self.model)
+            except ConfigError:
+                continue
+            return way
+        return {}
 
     def fitting(self, way: Plan, sequences: int, rate: float | None, refused: Counter[str]) -> list[Option]:
         """The micro-batches of `way` that fit."""
@@ -302,7 +320,8 @@ class _Search:
         else:  # of those that take the same number of turns the smallest: a last one that is not full takes its time
             share = -(-sequences // way.data_parallel)
             batches = np.unique([-(-share // turns) for turns in range(1, share + 1)])
-        batches = batches[-(-sequences // (batches * way.data_parallel)) >= least_micro_batches(way)]
+        turns = -(-sequences // (batches * way.data_parallel))
+        batches = batches[[takes(way, n) for n in turns.tolist()]]
         turns = -(-sequences // (batches * way.data_parallel))
         found: list[Option] = []
         if way.runs_stages and self._crowded(way, sequences):
@@ -426,7 +445,7 @@ class _Search:
                         continue
                     if way.runs_stages:
                         memory = needed_by(self.model, way, self.accelerator, np.array([batch]), turns)
-                        if turns >= least_micro_batches(way) and memory <= self.accelerator.memory_bytes:
+                        if takes(way, int(turns[0])) and memory <= self.accelerator.memory_bytes:
                             return True
                         continue
                     way = way.replace(batch_size=batch, grad_accumulation=min(int(turns[0]), 2))

@@ -112,6 +112,15 @@ def least_micro_batches(p: Plan) -> int:
     return p.pipeline_parallel + replicated if p.pipeline_schedule == "1f1b" else 2
 
 
+def takes(p: Plan, micro_batches: int) -> bool:
+    """Whether the schedule of `p` takes so many micro-batches, in place of the plan's."""
+    if micro_batches < least_micro_batches(p):
+        return False
+    if p.interleaves:
+        return micro_batches % rounds(micro_batches, p.pipeline_parallel) == 0
+    return p.virtual_stages == 1 or micro_batches % p.pipeline_parallel == 0
+
+
 def check_model(p: Plan, m: ModelConfig) -> None:
     """Raise ConfigError if `m` cannot be cut into the stages of `p`."""
     stages, parts = p.pipeline_parallel, m.made_of

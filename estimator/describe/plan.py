@@ -54,6 +54,14 @@ def fused_on_cuda(*, half: bool, masked: bool) -> str:
     return "flash" if half and not masked else "efficient"
 
 
+def alignment_on_cuda(*, half: bool) -> int:
+    """Of what the widths of queries and values must be a multiple for the memory-efficient kernel: 16 bytes.
+
+    `minimum_gemm_alignment` of sdp_utils.cpp, from compute capability 8 on. Flash has its inputs padded to 8 elements.
+    """
+    return 8 if half else 4
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """How one optimizer step is run. The defaults are what a bare PyTorch script does.
@@ -717,7 +725,8 @@ class Plan:
 
         PyTorch picks flash on the CPU unless there is dropout, on CUDA for 16-bit dtypes; in fp32 CUDA's is the
         memory-efficient kernel (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp). Where values have another width
-        than queries, as in latent attention, it is math on the CPU and memory-efficient on CUDA.
+        than queries, as in latent attention, it is math on the CPU and memory-efficient on CUDA. Of widths that this
+        one does not take (`alignment_on_cuda`) it is math there.
 
         Raises:
             ConfigError: `attention` names a kernel that `device` has not, or has not for this dtype, for dropout or,
@@ -726,8 +735,18 @@ class Plan:
         half = self.product_dtype not in ("fp32", "tf32")
         if model is not None:
             self.check_model(model)
+            align = alignment_on_cuda(half=half)
+            aligned = not (model.e % align or model.value_e % align)
             if self.attention == "sdpa" and model.value_e != model.e:
-                return "math" if device == "cpu" else "efficient"
+                return "math" if device == "cpu" or not aligned else "efficient"
+            if device == "cuda" and not aligned and self.attention == "sdpa" and not half:
+                return "math"
+            if device == "cuda" and not aligned and self.attention == "sdpa-efficient":
+                raise ConfigError(
+                    f"attention = 'sdpa-efficient': it takes heads whose width is a multiple of {align} in this dtype, "
+                    f"the model's are {model.e} and {model.value_e} wide; allowed are naive, naive-fp32, sdpa, "
+                    "sdpa-math"
+                )
         if self.attention == "sdpa" and device == "cpu":
             return "math" if self.dropout else "flash"
         if self.attention == "sdpa":

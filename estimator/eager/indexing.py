@@ -10,7 +10,7 @@ from estimator.eager.letters import ONE, ceiling, constant
 from estimator.eager.letters import n as threads
 from estimator.eager.ops import elementwise, wrapped_again
 from estimator.eager.pointwise import clamp, compared
-from estimator.eager.tensor import FLOAT32, INT64, Locals, Tensor, empty_like, op
+from estimator.eager.tensor import BFLOAT16, FLOAT32, INT32, INT64, Locals, Tensor, empty_like, op
 from estimator.eager.views import cast, contiguous, expand
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from estimator.eager.ops import Gradients
     from estimator.eager.tensor import Shape
 
+ROW_ALIGNMENT = 8  # elements of bfloat16: `trainer.model.grouped.ALIGNMENT`
 EXPANDED_INDEX_WIDTH = 16  # threshold of can_use_expanded_index_path
 
 
@@ -238,18 +239,25 @@ def normalized_rows(x: Tensor) -> Tensor:
 def grouped_product(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """`trainer.model.grouped.grouped_product`: (S, d) rows by groups, (E, f, d) -> (S, f); both factors are saved.
 
-    One product a group, of as many rows as it has: together as many FLOPs whatever the counts are.
+    One product a group, of as many rows as it has: together as many FLOPs whatever the counts are. CUDA's kernel for
+    it, in bfloat16 and for rows of a multiple of 16 bytes (`has_kernel` there), is told where each group ends, and
+    saves that too.
     """
     machine = x.machine
     dtype = machine.autocast_dtype
     with Locals() as v:
         v.x = x if dtype is None else cast(x, dtype)
         v.weight = weight if dtype is None else cast(weight, dtype)
-        return _grouped_product(v.x, v.weight, counts)
+        aligned = all(machine.divides(constant(ROW_ALIGNMENT), n) for n in weight.shape[1:])
+        if machine.device == "cuda" and v.x.dtype == v.weight.dtype == BFLOAT16 and aligned:
+            v.ends = machine.empty(counts.shape, INT32)
+            machine.kernel("cumsum", (counts,), (v.ends,))
+            return _grouped_product(v.x, v.weight, counts, (v.x, v.weight, v.ends))
+        return _grouped_product(v.x, v.weight, counts, (v.x, v.weight))
 
 
 @op
-def _grouped_product(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+def _grouped_product(x: Tensor, weight: Tensor, counts: Tensor, saved: tuple[Tensor, ...]) -> Tensor:
     machine = x.machine
     (groups, wide, narrow), rows = weight.shape, x.shape[0]
 
@@ -258,14 +266,14 @@ def _grouped_product(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
         machine.kernel("mm", reads, (out,), gemm=Gemm(groups, m, n, k, along), flops=flops)
 
     def backward(c: Context, grad: Tensor) -> Gradients:
-        x, weight = c.saved
+        x, weight, *_ = c.saved
         c.grad = contiguous(grad)
         c.grad_x, c.grad_weight = empty_like(x), empty_like(weight)
         product((c.grad, weight), c.grad_x, ceiling(rows, groups), narrow, wide)
         product((c.grad, x), c.grad_weight, wide, narrow, ceiling(rows, groups), "k")
         return [c.take("grad_x"), c.take("grad_weight")]
 
-    node = record("_GroupedProductBackward", (x, weight), backward, (x, weight))
+    node = record("_GroupedProductBackward", (x, weight), backward, saved)
     out = machine.empty((rows, wide), x.dtype)
     product((x, weight, counts), out, ceiling(rows, groups), wide, narrow)
     return attach(node, out)

@@ -11,11 +11,11 @@ from estimator.eager.autocast import lower
 from estimator.eager.autograd import Context, attach, record
 from estimator.eager.checkpointing import not_repeated
 from estimator.eager.ledger import Gemm
-from estimator.eager.letters import ONE, Function, constant, rounded_up, smaller
+from estimator.eager.letters import ONE, ZERO, Function, constant, rounded_up, smaller
 from estimator.eager.letters import n as threads
 from estimator.eager.ops import added, additive_mask, with_number
 from estimator.eager.tensor import FLOAT32, UINT64, Locals, Tensor, empty_like, is_transposed, op
-from estimator.eager.views import expand, reshape, transpose, unsafe_view, unsqueeze, view
+from estimator.eager.views import expand, reshape, slice_last, transpose, unsafe_view, unsqueeze, view
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -218,6 +218,7 @@ def _matmul(a: Tensor, b: Tensor) -> Tensor:
 # H100's does (mem_eff_attention/kernel_backward.h, workspace_elements_gq, and generate_kernels.py). What 16-bit heads
 # wider than 128 keep of dk and dv is left out: a few tiles a head. Flash's dq has columns in multiples of 32, beyond
 # 128 of 64 (flash_api.cpp).
+HEAD_ALIGNMENT = 8  # aten/src/ATen/native/transformers/attention.cpp, `pad_last_dim`, of flash on CUDA
 MASK_ALIGNMENT = 8  # aten/src/ATen/native/transformers/attention.cpp, mem_eff_alignment
 
 
@@ -306,20 +307,53 @@ def scaled_dot_product_attention(
     kernel `pads` rows that are no multiple of 8 elements in a copy (`preprocess_mask` in attention.cpp).
 
     CUDA's flash saves the generator's state in CUDA memory, with dropout or without: seed and offset in one tensor, and
-    one that nothing uses. The memory-efficient kernel's are on the CPU, unless a CUDA graph is captured.
+    one that nothing uses. The memory-efficient kernel's are on the CPU, unless a CUDA graph is captured. Heads whose
+    width is no multiple of 8 are padded to one for flash, and what is too much of its result cut off
+    (`pad_last_dim<8, false>` and `post_process_flash_output` in attention.cpp).
     """
     with Locals() as c:
         q, k, v = lower(q, k, v)
+        width, flash = q.shape[-1], q.machine.device == "cuda" and not efficient
+        if flash and not q.machine.divides(constant(HEAD_ALIGNMENT), width):
+            c.q, c.k, c.v = (_wider(x) for x in (q, k, v))
+            return slice_last(_fused_attention(c.q, c.k, c.v, None, drops=drops, efficient=False), width)
         c.mask = additive_mask(seen, q.dtype) if seen is not None else None
         if pads:
             c.mask = _padded(c.mask)
+        if efficient and c.mask is not None and q.machine.saves_on_host:
+            c.mask = _for_every_head(c.mask, q, k)
         return _fused_attention(q, k, v, c.mask, drops=drops, efficient=efficient)
+
+
+def _for_every_head(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """A view of T x T for each head of each sequence (`preprocess_mask` expands it): on the host it is saved whole."""
+    own = zip(mask.shape, mask.stride, strict=True)
+    stride = tuple(ZERO if n == ONE else s for n, s in own)
+    return mask.view((*q.shape[:3], k.shape[2]), (*(ZERO,) * (4 - len(stride)), *stride))
+
+
+@op
+def _wider(x: Tensor) -> Tensor:
+    """at::pad of the last dimension to a multiple of 8; backward is a copy of the gradient's part."""
+    shape = x.shape
+
+    def backward(_: Context, grad: Tensor) -> Gradients:
+        part = grad.view(shape, grad.stride).hold()
+        out = empty_like(part)
+        grad.machine.kernel("clone", (part,), (out,))
+        part.drop()
+        return [out]
+
+    node = record("ConstantPadNdBackward0", (x,), backward)
+    out = x.machine.empty((*shape[:-1], rounded_up(shape[-1], HEAD_ALIGNMENT)), x.dtype)
+    x.machine.kernel("constant_pad_nd", (x,), (out,))
+    return attach(node, out)
 
 
 @op
 def _padded(mask: Tensor) -> Tensor:
     """pad_bias: rows of T elements in a storage whose rows are a multiple of 8."""
-    out = mask.machine.empty((mask.shape[0], rounded_up(mask.shape[1], MASK_ALIGNMENT)), mask.dtype)
+    out = mask.machine.empty((*mask.shape[:-1], rounded_up(mask.shape[-1], MASK_ALIGNMENT)), mask.dtype)
     mask.machine.kernel("constant_pad_nd", (mask,), (out,))
     return out
 

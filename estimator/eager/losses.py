@@ -177,7 +177,13 @@ def torch_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 @op
 def _cross_entropy_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    return _nll_loss(log_softmax(logits, autocast.fp32(logits.machine, "cuda")), targets)
+    """On CUDA autocast does not widen the log_softmax in it, which is given a dtype, the logits', but the nll_loss.
+
+    `cross_entropy_loss` of aten/src/ATen/native/LossNLL.cpp; `set_opt_dtype` of aten/src/ATen/autocast_mode.h.
+    """
+    x = log_softmax(logits)
+    wide = autocast.fp32(logits.machine, "cuda")
+    return _nll_loss(x if wide is None else cast(x, wide), targets)
 
 
 @op

@@ -111,8 +111,12 @@ def softplus(x: Tensor) -> Tensor:
 
 @op
 def expm1(x: Tensor) -> Tensor:
-    """torch.expm1: saves its result."""
+    """torch.expm1: saves its result; in fp32 under CUDA's autocast."""
+    return _expm1(cast(x, autocast.fp32(x.machine, "cuda") or x.dtype))
 
+
+@op
+def _expm1(x: Tensor) -> Tensor:
     def backward(c: Context, grad: Tensor) -> Gradients:  # grad * (result + 1)
         c.more = with_number("add", c.saved[0])
         return [elementwise("mul", grad, c.more)]

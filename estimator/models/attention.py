@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from estimator.describe.parts import Norm
-from estimator.describe.plan import fused_on_cuda
+from estimator.describe.plan import alignment_on_cuda, fused_on_cuda
 from estimator.eager import autocast, ops
 from estimator.eager.attention import attention_math
 from estimator.eager.letters import ONE, constant
@@ -45,6 +45,9 @@ def attend(
     """By separate ops or by SDPA."""
     machine = q.machine
     kernel = fused_kernel(recipe.attention, machine.device, masked=mask is not None)
+    if (kernel, recipe.attention) == ("efficient", "flash"):  # in its place, if it takes heads of this width
+        align = constant(alignment_on_cuda(half=True))
+        kernel = "efficient" if machine.divides(align, q.shape[-1]) else "math"
     if kernel == "math" or (kernel == "flash" and mask is not None and mask.dtype != BOOL):
         return attention_math(q, k, v, mask, drops=recipe.dropout)  # a mask of three dimensions is not flash's
     if not recipe.attention.startswith("naive"):

@@ -96,6 +96,12 @@ def _progress(done: float) -> None:
     sys.stderr.flush()
 
 
+BESIDE = (
+    "With tensor parallel, tokens are cut between the shared matrices and, where that can be, embedding and head are "
+    "shared too (sequence_parallel, vocabulary_parallel)."
+)
+
+
 def said(found: Layouts, count: int, gpu: str, rows: int = ROWS) -> str:
     """The answer in a sentence, a row for each layout, and what was assumed and left out."""
     if not found.options:
@@ -117,6 +123,8 @@ def said(found: Layouts, count: int, gpu: str, rows: int = ROWS) -> str:
         more = len(found.options) - rows
         lines += ["", "* no other is both faster and leaves more room."]
         lines += [f"{more} more: --rows."] if more > 0 else []
+    if any(o.plan.sequence_parallel for o in found.options):
+        lines.append(BESIDE)
     lines.append(f"Assumed: {found.network}.")
     if found.refused:
         total = sum(found.refused.values())

@@ -17,6 +17,7 @@ import trainer
 from estimator.describe.checks import ConfigError
 from trainer.referee.first_difference import Event, real_events
 from trainer.referee.measure import build_step
+from trainer.referee.recorder.check import unknown
 from trainer.referee.recorder.steps import as_step
 from trainer.referee.recorder.truth import judged
 
@@ -197,20 +198,23 @@ def test_the_symbolic_step_says_the_same():
 
 
 @pytest.mark.parametrize(
-    ("family", "plan"),
+    ("family", "width", "plan"),
     [
-        ("llama", {"precision": "fp32"}),
-        ("llama", {"precision": "bf16", "attention": "sdpa", "dropout": 0.1, "optimizer_impl": "fused"}),
-        ("llama", {"precision": "bf16-mixed", "attention": "sdpa", "checkpointing": "selective"}),
-        ("gpt2", {"precision": "fp16-mixed", "attention": "sdpa", "max_grad_norm": 1.0, "grad_accumulation": 2}),
-        ("gpt2", {"attention": "sdpa", "checkpointing": "block", "optimizer": "adafactor", "loss": "torch"}),
-        ("gpt2", {"precision": "bf16-master", "optimizer": "muon", "loss": "chunked", "saved_on_host": True}),
+        ("llama", 64, {"precision": "fp32"}),
+        ("llama", 64, {"precision": "bf16", "attention": "sdpa", "dropout": 0.1, "optimizer_impl": "fused"}),
+        ("llama", 64, {"precision": "bf16-mixed", "attention": "sdpa", "checkpointing": "selective"}),
+        ("llama", 80, {"precision": "bf16", "attention": "sdpa"}),  # heads of 20, which flash pads
+        ("llama", 72, {"attention": "sdpa"}),  # heads of 18, which no fused kernel takes in fp32
+        ("gpt2", 64, {"precision": "fp16-mixed", "attention": "sdpa", "max_grad_norm": 1.0, "grad_accumulation": 2}),
+        ("gpt2", 64, {"attention": "sdpa", "checkpointing": "block", "optimizer": "adafactor", "loss": "torch"}),
+        ("gpt2", 64, {"precision": "bf16-master", "optimizer": "muon", "loss": "chunked", "saved_on_host": True}),
+        ("gpt2", 64, {"precision": "bf16-mixed", "loss": "torch"}),  # whose log_softmax autocast does not widen
     ],
 )
-def test_cudas_rules_are_those_of_the_symbolic_step(family, plan):
+def test_cudas_rules_are_those_of_the_symbolic_step(family, width, plan):
     """No card is here: PyTorch's dispatcher is told of one, and the symbolic step has its rules from the source."""
     m = est.ModelConfig(
-        family=family, num_layers=3, d_model=64, num_heads=4, num_kv_heads=4 if family == "gpt2" else 2, d_ff=96,
+        family=family, num_layers=3, d_model=width, num_heads=4, num_kv_heads=4 if family == "gpt2" else 2, d_ff=96,
         vocab_size=V, context_length=T,
     )  # fmt: skip
     p = est.Plan(batch_size=B, **plan)
@@ -220,6 +224,37 @@ def test_cudas_rules_are_those_of_the_symbolic_step(family, plan):
     assert not torch.cuda.is_available() or torch.version.cuda  # what was put in place is gone
     memory, symbolic = (est.estimate(*x, "a100-80gb-sxm").memory for x in ((recording, p), (m, p)))
     assert (memory.allocated, memory.needed) == (symbolic.allocated, symbolic.needed)
+
+
+class Asks(nn.Module):
+    """What has a kernel of its own on CUDA alone, and questions to the card."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.norm, self.rnn = nn.Embedding(V, 24), nn.RMSNorm(24), nn.GRU(24, 24, batch_first=True)
+        self.depth, self.out = nn.Conv1d(24, 24, 3, padding=1, groups=24), nn.Linear(24, V)
+
+    def forward(self, ids):
+        assert ids.is_cuda
+        torch.cuda.nvtx.range_push("forward")
+        x = self.rnn(self.norm(self.embedding(ids)))[0]
+        torch.cuda.nvtx.range_pop()
+        assert torch.cuda.max_memory_allocated() >= 0
+        return self.out(self.depth(x.transpose(1, 2)).transpose(1, 2))
+
+
+def test_code_that_asks_for_a_card_is_told_of_one():
+    def build():
+        module, ids = Asks().cuda(), torch.randint(V, (B, T), device="cuda" if torch.cuda.is_available() else "cpu")
+        return module, lambda module, ids: F.cross_entropy(module(ids).flatten(0, 1), ids.flatten()), (ids,)
+
+    recording = trainer.record(build, device="cuda")
+    names = {kernel.name for kernel in recording.ledger.kernels}
+    assert {"_fused_rms_norm", "_thnn_fused_gru_cell", "_conv_depthwise2d", "_foreach_addcdiv_"} <= names
+    assert not recording.assumptions
+    said = " ".join(unknown(recording))
+    assert "Convolutions" in said
+    assert "GRU" in said
 
 
 def test_a_recording_of_bytes_alone_has_the_same_bytes():

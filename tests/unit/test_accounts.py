@@ -92,13 +92,13 @@ def test_a_tied_head_is_counted_once_and_costs_its_product():
 
 
 def test_selective_checkpointing_recomputes_the_unfused_scores_and_their_weighted_sum_and_nothing_else():
-    m = ModelConfig("llama", 4, 24, 4, 101, 32, 2, 6, 33)
+    m = ModelConfig("llama", 4, 32, 4, 101, 32, 2, 8, 33)
     for every, recomputed in ((1, 4), (2, 2), (3, 1)):
         naive, sdpa = (
             Plan(batch_size=2, attention=name, checkpointing="selective", checkpoint_every=every)
             for name in ("naive", "sdpa")
         )
-        assert est.account(m, naive).evaluate(m, naive).recompute_flops == recomputed * 2 * (2 * 2 * 32 * 32 * 24)
+        assert est.account(m, naive).evaluate(m, naive).recompute_flops == recomputed * 2 * (2 * 2 * 32 * 32 * 32)
         plain = sdpa.replace(checkpointing="none", checkpoint_every=1)
         flash, fully = (est.account(m, p).evaluate(m, p) for p in (sdpa, plain))
         assert flash.recompute_flops == fully.recompute_flops  # what flash attention repeats anyway

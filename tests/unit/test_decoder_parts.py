@@ -294,7 +294,11 @@ def test_values_of_another_width_have_no_flash():
     assert m.value_e == m.e
     assert Plan(attention="sdpa").attention_kernel("cpu", m) == "flash"
     assert Plan(attention="sdpa").attention_kernel("cpu", wide) == "math"
-    assert Plan(attention="sdpa", precision="bf16").attention_kernel("cuda", wide) == "efficient"
+    assert (wide.e, wide.value_e) == (12, 20)  # multiples of 16 bytes in fp32 alone
+    assert Plan(attention="sdpa").attention_kernel("cuda", wide) == "efficient"
+    assert Plan(attention="sdpa", precision="bf16").attention_kernel("cuda", wide) == "math"
+    with pytest.raises(ConfigError, match="it takes heads whose width is a multiple of 8 in this dtype"):
+        Plan(attention="sdpa-efficient", precision="bf16").attention_kernel("cuda", wide)
     with pytest.raises(ConfigError, match=r"attention = 'sdpa-flash': .*of 12 and 20"):
         build_model(wide, Plan(attention="sdpa-flash"))
 

@@ -44,6 +44,11 @@ def estimated(**changes):
         return None
 
 
+def beside(ranks, *, vocabulary):
+    """What is best with shared matrices; tied embeddings and pipelines do not share the vocabulary."""
+    return {"sequence_parallel": ranks > 1, "vocabulary_parallel": ranks > 1 and vocabulary}
+
+
 def brute(count):
     """Every layout of so many accelerators that fits, by its fields."""
     groups = [(s, g) for s in ("zero2", "zero3") for g in (None, *range(2, count)) if g is None or count % g == 0]
@@ -56,7 +61,7 @@ def brute(count):
         for batch in range(1, SEQUENCES // replicas + 1):
             r = estimated(
                 data_parallel=replicas, tensor_parallel=ranks, context_parallel=context, sharding=sharding,
-                shard_group=group, checkpointing=kind, batch_size=batch,
+                shard_group=group, checkpointing=kind, batch_size=batch, **beside(ranks, vocabulary=False),
             )  # fmt: skip
             if r is not None and r.fits:
                 yield key(r), r
@@ -94,6 +99,17 @@ def test_it_finds_what_a_loop_over_all_layouts_finds(found):
         assert o.tokens_per_second == pytest.approx(r.time.tokens_per_second_per_accelerator)
 
 
+def test_interleaved_stages_are_searched_with_the_micro_batches_that_they_take():
+    model = MODEL.replace(num_layers=4, tie_embeddings=False)
+    plan = PLAN.replace(precision="bf16", seq_len=16, pipeline_parallel=2, virtual_stages=2, grad_accumulation=2)
+    fixed = ("checkpointing", "pipeline_parallel", "tensor_parallel")
+    found = search(model, plan, CARD, count=2, global_batch_size=10, fixed=fixed).options
+    assert {o.plan.grad_accumulation for o in found} == {2, 3, 4, 10}  # not 5, of which two stages make two groups
+    for o in found:
+        r = est.estimate(model, o.plan, CARD)
+        assert (o.needed, o.seconds) == (r.memory.needed, pytest.approx(r.time.seconds_per_step))
+
+
 def test_pipelines_are_searched_too_and_each_row_estimated_alone_is_the_same():
     model = MODEL.replace(num_layers=4, tie_embeddings=False)
     plan = PLAN.replace(precision="bf16", seq_len=128)
@@ -108,7 +124,7 @@ def test_pipelines_are_searched_too_and_each_row_estimated_alone_is_the_same():
             try:
                 p = plan.replace(
                     tensor_parallel=ranks, pipeline_parallel=stages, data_parallel=replicas, batch_size=batch,
-                    sharding=sharding, context_parallel=context,
+                    sharding=sharding, context_parallel=context, **beside(ranks, vocabulary=stages == 1),
                 )  # fmt: skip
                 r = est.estimate(model, p, card, global_batch_size=12)
             except ConfigError:

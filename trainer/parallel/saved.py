@@ -37,7 +37,7 @@ from trainer.files.contents import CheckpointError, check_files, check_names, ch
 from trainer.parallel.distributed import piece
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable
 
     from torch.distributed.checkpoint.metadata import Metadata
 
@@ -96,8 +96,8 @@ def load_run(world: World, path: Path, weights: Weights, optimizer: torch.optim.
         return _load_sharded(world, path, weights, optimizer)
     content = read_checkpoint(path)
     if optimizer is not None and (weights.sharded or weights.stages is not None):
-        check_names(content["optimizer"], weights.shapes, str(path))
-        _cut(content, weights)
+        check_names(content["optimizer"], _known(weights), str(path))
+        _cut(content, weights, str(path))
     if weights.stages is not None:
         _own_tensors(content, weights, str(path))
     names = weights.names
@@ -118,9 +118,16 @@ def _own_tensors(content: dict[str, Any], weights: Weights, path: str) -> None:
     content["model"] = {own: stored[name] for own, name in weights.names.items()}
 
 
-def _cut(content: dict[str, Any], weights: Weights) -> None:
+def _known(weights: Weights) -> Collection[str]:
+    """The names that the optimizer's state of a checkpoint may have: of stages those of the others too."""
+    return weights.originals if weights.stages is None else weights.shapes
+
+
+def _cut(content: dict[str, Any], weights: Weights, path: str) -> None:
     """Leave of the optimizer's state in `content` this process's parameters and its pieces of them; scalars stay."""
-    state, groups = content["optimizer"].get("state", {}), content["optimizer"]["param_groups"]
+    state, groups = content["optimizer"].get("state"), content["optimizer"]["param_groups"]
+    if not isinstance(state, dict) or not all(isinstance(values, dict) for values in state.values()):
+        raise CheckpointError(f"{path}: its optimizer state does not fit this run's parameters: it has no state")
     at = {name: i for i, name in enumerate(name for group in groups for name in group["names"])}  # in the state's order
     left, known = {}, 0
     for group in groups:
@@ -196,7 +203,7 @@ def _load_sharded(
     if optimizer is not None:
         check_optimizer_class(content, optimizer, str(path))
         state = content["optimizer"]
-        check_names(state, weights.shapes, str(path))
+        check_names(state, _known(weights), str(path))
         check_parts(state, {key for key, x in stored.items() if isinstance(x, TensorStorageMetadata)}, str(path))
         groups = [(g, [name for name in g["names"] if name in weights.originals]) for g in state["param_groups"]]
         groups = [(group, names) for group, names in groups if names]

@@ -71,7 +71,14 @@ ANSWERS: dict[str, Any] = {
     "manual_seed_all": lambda _: None,
     "synchronize": lambda *_: None,
     "empty_cache": lambda: None,
+    "get_device_name": lambda *_: "a card that is not there",
+    "memory_stats": lambda *_: {},
+    "reset_peak_memory_stats": lambda *_: None,
+    **dict.fromkeys(
+        ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"), lambda *_: 0
+    ),
 }
+RANGES = ("range_push", "range_pop", "mark")  # of torch.cuda.nvtx, for a profiler that does not look on
 
 
 @contextmanager
@@ -81,6 +88,9 @@ def cuda(native: Any) -> Iterator[None]:
     with ExitStack() as stack:
         for name, answer in ANSWERS.items():
             stack.enter_context(patch.object(torch.cuda, name, answer))
+        stack.enter_context(patch.object(torch.backends.cudnn, "is_acceptable", lambda _: False))
+        for name in RANGES:
+            stack.enter_context(patch.object(torch.cuda.nvtx, name, lambda *_: 0))
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         try:
             yield

@@ -64,14 +64,16 @@ def composites() -> list[str]:
     """Names of those of CUDA's kernels that have a definition by other operators, which differentiates itself.
 
     Autograd prefers that one where a device has no kernel of its own (`computeDispatchTableEntryWithDebug`). Copies are
-    among them: `torch.tensor(..., device="cuda")` leaves `Fake` out.
+    among them: `torch.tensor(..., device="cuda")` leaves `Fake` out; and what gives a storage another size, which a
+    PyTorch that is built for CUDA would ask the card for.
     """
     own = [
         name
         for name in kernels_of("cuda")
         if name in cuda_kernels() and has_kernel(name, "CompositeImplicitAutograd") and not has_kernel(name, "CUDA")
     ]
-    return [*own, *COMPUTING]
+    sizes = [name for name in schemas() if name.removeprefix("aten::").partition(".")[0] in ("resize_", "set_")]
+    return [*own, *COMPUTING, *(name for name in sizes if has_kernel(name, "CPU"))]
 
 
 @cache

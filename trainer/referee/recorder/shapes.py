@@ -176,7 +176,27 @@ def conv_depthwise2d(
     return x.new_empty((x.shape[0], weight.shape[0], *sides)).to(memory_format=_format(x, weight))
 
 
+def gru_cell(_: Tensor, __: Tensor, hidden: Tensor, *___: Any) -> tuple[Tensor, Tensor]:
+    """`_thnn_fused_gru_cell` of CUDA: the state, and five numbers for each of its own (aten/.../native/cuda/RNN.cu)."""
+    return hidden.new_empty(hidden.shape), hidden.new_empty((hidden.shape[0], 5 * hidden.shape[1]))
+
+
+def gru_cell_backward(grad: Tensor, _: Tensor, has_bias: bool) -> tuple[Tensor | None, ...]:
+    """`_thnn_fused_gru_cell_backward`: the gradients of both gates, of the state and of both biases."""
+    gates, bias = (grad.shape[0], 3 * grad.shape[1]), (3 * grad.shape[1],)
+    biases = [grad.new_empty(bias) if has_bias else None for _ in range(2)]
+    return grad.new_empty(gates), grad.new_empty(gates), grad.new_empty(grad.shape), *biases
+
+
+def never(*_: Any) -> bool:
+    """Whether cuDNN or MIOpen has a kernel for it: they are left out."""
+    return False
+
+
 ON_CUDA: dict[str, Callable[..., Any]] = {
+    **dict.fromkeys((f"_use_{x}_ctc_loss{y}" for x in ("cudnn", "miopen") for y in ("", ".Tensor")), never),
+    "_thnn_fused_gru_cell": gru_cell,
+    "_thnn_fused_gru_cell_backward": gru_cell_backward,
     "_conv_depthwise2d": conv_depthwise2d,
     "_grouped_mm": grouped_mm,
     "_scaled_dot_product_efficient_attention": efficient_attention,
