@@ -1,7 +1,7 @@
 """Hold implementation="deepspeed" against DeepSpeed itself, on two processes of this machine's CPU.
 
     pip install deepspeed==0.19.8    (with DS_BUILD_OPS=0: it needs no compiler)
-    python tools/check_deepspeed.py
+    python tools/check_deepspeed.py ["llama zero3" ...]
 
 For each case a line: the peak of a steady step as predicted, as measured, and the difference. The optimizer is
 torch.optim.AdamW(fused=True), as FusedAdam wants a compiler; like it, it updates with no tensors of its own.
@@ -14,6 +14,9 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
+from itertools import accumulate
+from typing import TYPE_CHECKING
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -23,7 +26,11 @@ from estimator.describe.model import ModelConfig
 from estimator.describe.plan import Plan
 from trainer.referee.measure import build_parts, loss_of
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 RANKS = 2
+TRIES = 8  # steps
 GPT = {"family": "gpt2", "num_layers": 4, "d_model": 256, "num_heads": 4, "vocab_size": 2000, "context_length": 128}
 LLAMA = {"family": "llama", "num_layers": 6, "d_model": 192, "num_heads": 6, "d_ff": 512, "vocab_size": 999}
 LLAMA |= {"num_kv_heads": 2, "context_length": 64, "tie_embeddings": False}
@@ -70,6 +77,17 @@ def measured(m: ModelConfig, p: Plan) -> int:
 
     step()
     step()
+    peaks = Counter(profiled(step) for _ in range(TRIES))
+    often = max(peaks.values())
+    return min(peak for peak, times in peaks.items() if times == often)
+
+
+def profiled(step: Callable[[], None]) -> int:
+    """The most bytes of live tensors in a step.
+
+    What gloo's own threads are the last to hold they free where no profiler looks, and it seems to stay: hence the
+    commonest of several steps.
+    """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
         step()  # of whose memory what goes in the next was seen
         gc.collect()
@@ -82,12 +100,8 @@ def measured(m: ModelConfig, p: Plan) -> int:
         step()
     events = sorted((e.start_ns(), e.name(), e.nbytes()) for e in prof.profiler.kineto_results.events())
     begin = next(at for at, name, _ in events if name == "begin")
-    growth = peak = 0
-    for at, name, nbytes in events:
-        if name == "[memory]" and at > begin:
-            growth += nbytes
-            peak = max(peak, growth)
-    return sum(alive.values()) + peak
+    own = [nbytes for at, name, nbytes in events if name == "[memory]" and at > begin]
+    return sum(alive.values()) + max(accumulate(own))
 
 
 DEFAULT = {name: getattr(Plan(), name) for name in ("reduce_bucket_size", "max_live_parameters", "data_parallel")}
@@ -101,8 +115,10 @@ def worker() -> None:
         print("measured", found)
 
 
-def main() -> None:
-    for port, (name, model, sharding, recipe) in enumerate(CASES, 29600):
+def main(only: list[str]) -> None:
+    """Those of the cases named `only` ("llama zero3"), or all."""
+    chosen = [case for case in CASES if not only or " ".join((case[0], case[2])) in only]
+    for port, (name, model, sharding, recipe) in enumerate(chosen, 29600):
         m, p = ModelConfig(**model), plan(sharding, recipe)
         run = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={RANKS}", f"--master_port={port}"]
         done = subprocess.run(  # noqa: S603 - this file
@@ -117,4 +133,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    worker() if len(sys.argv) > 1 else main()
+    worker() if sys.argv[1:] and sys.argv[1].startswith("[") else main(sys.argv[1:])

@@ -76,7 +76,7 @@ def _drawn(row: Row) -> str:
         f"; in {row['equal']['events']} of them each allocation and each free is, too (what never makes a peak "
         "the symbolic step leaves out in places: the scalars of a norm, a loss over one class)."
         if row["device"] == "cpu"
-        else ". No card was there: the dispatcher was told of one."
+        else ". No card was there: the dispatcher was told of one. What attention's kernels need is one rule of both."
     )
     how = f"`python tools/check_recorder.py recipes {seeds}{own} --keep` draws decoders and recipes of ours, by seed: "
     what = (

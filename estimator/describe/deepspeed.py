@@ -6,6 +6,8 @@ from estimator.describe.settings import Needs
 
 # runtime/zero/config.py of deepspeed 0.19.8
 BUCKET, LIVE, SUB_GROUP = 500_000_000, 1_000_000_000, 1_000_000_000
+PREFETCHED = 50_000_000  # elements that ZeRO-3 gathers ahead, at most (stage3_prefetch_bucket_size)
+PERSISTENCE = 100_000  # elements up to which ZeRO-3 keeps a parameter whole (stage3_param_persistence_threshold)
 
 NEEDS = tuple(
     Needs(name, known, f"DeepSpeed's implementation is not known with {name} = {{{name}!r}}", values=("deepspeed",))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from estimator.describe.plan import FULLY_SHARDED
 from estimator.eager.autograd import Context, attach, record
 from estimator.eager.ledger import Category, Gemm
-from estimator.eager.letters import ONE, ceiling, constant
+from estimator.eager.letters import ONE, ZERO, ceiling, constant
 from estimator.eager.linalg import linear, product
 from estimator.eager.ops import python_number, wrapped_again
 from estimator.eager.tensor import (
@@ -51,6 +51,7 @@ class Quantised4bit(Linear):
         Module.__init__(self, base.machine, base.name)
         self.where, self.owned = base.where, [x for x in base.owned if x is not base.weight]
         self.shape, self.bias = base.weight.shape, base.bias
+        self.settled: Tensor | None = None  # the bias as the first forward has cast it, beside one that is gathered
         self.nested = recipe.base_precision == "nf4-double"
         self.dtype = FLOAT32 if recipe.precision in ("fp32", "tf32") else BFLOAT16
         machine, where = self.machine, base.where
@@ -67,6 +68,8 @@ class Quantised4bit(Linear):
                 self.packed = machine.empty((count, ONE), self.dtype, category=Category.PARAMETER).hold()
                 self.packed.requires_grad = False
                 self.owned.insert(0, self.packed)
+                if self.bias is not None:
+                    self.settled = machine.empty(self.bias.shape, BFLOAT16, category=Category.COMMUNICATION).hold()
             else:
                 self.packed = held(ceiling(elements, 2), UINT8)
             self.absmax, self.code = held(blocks, UINT8 if self.nested else FLOAT32), held(constant(CODE), FLOAT32)
@@ -75,7 +78,7 @@ class Quantised4bit(Linear):
                 self.nested_code = held(constant(NESTED_CODE), FLOAT32)
 
     def forward(self, v: Locals, x: Tensor) -> Tensor:
-        settle(self.bias, x.dtype)
+        settle(self, x.dtype)
         return cast(self.matmul_4bit(x), x.dtype)
 
     @op
@@ -139,6 +142,7 @@ class Quantised8bit(Linear):
         Module.__init__(self, base.machine, base.name)
         self.where, self.owned = base.where, [x for x in base.owned if x is not base.weight]
         self.shape, self.bias = base.weight.shape, base.bias
+        self.settled: Tensor | None = None  # the bias as the first forward has cast it, beside one that is gathered
         machine, where = self.machine, base.where
         with machine.ledger.at(where.module, where.block, "int8_vectorwise_quant"):
             machine.ledger.free(base.weight.storage)
@@ -146,7 +150,7 @@ class Quantised8bit(Linear):
             self.scale = machine.empty(self.shape[:1], FLOAT32, category=Category.PARAMETER).hold()
 
     def forward(self, v: Locals, x: Tensor) -> Tensor:
-        settle(self.bias, x.dtype)
+        settle(self, x.dtype)
         return self.matmul_8bit(x)
 
     @op
@@ -233,8 +237,19 @@ class Quantised8bit(Linear):
         return view(result, (*x.shape[:-1], out_features))
 
 
-def settle(bias: Tensor | None, dtype: Dtype) -> None:
-    """The first forward casts a layer's bias to the dtype of its input, for good."""
-    if bias is not None and bias.dtype != dtype:
+def settle(layer: Quantised4bit | Quantised8bit, dtype: Dtype) -> None:
+    """The first forward casts a layer's bias to the dtype of its input, for good.
+
+    Under `fully_shard` what it casts is the gathered one's data, which from then on is that copy, while the gathers go
+    on beside it.
+    """
+    bias, copy = layer.bias, layer.settled
+    if bias is None:
+        return
+    if copy is not None:
+        if bias.dtype == dtype:
+            copy.storage.nbytes = ZERO
+        copy.storage.itemsize = dtype.itemsize
+    elif bias.dtype != dtype:
         bias.storage.nbytes = dtype.itemsize * bias.numel
         bias.storage.itemsize, bias.dtype = dtype.itemsize, dtype

@@ -9,10 +9,11 @@ for a moment is left out.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from estimator.describe.deepspeed import PERSISTENCE, PREFETCHED
 from estimator.eager.ledger import Category, Storage
-from estimator.eager.letters import ZERO, D, larger, letter, smaller
+from estimator.eager.letters import ZERO, D, constant, larger, letter, smaller
 from estimator.eager.ops import python_number
 from estimator.eager.tensor import FLOAT32, Tensor
 from estimator.optim.updates import at_parameter, in_place, zero_grad
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 BUCKET = letter("b_r", "elements of a bucket that DeepSpeed reduces gradients in (reduce_bucket_size)")
 LIVE = letter("b_l", "parameters that DeepSpeed's ZeRO-3 has whole at once, at most (stage3_max_live_parameters)")
+PERSISTENT, PREFETCH = constant(PERSISTENCE), constant(PREFETCHED)
 SUB_GROUP = letter("b_s", "parameters that DeepSpeed's ZeRO-3 updates at once, at most (sub_group_size)")
 
 
@@ -185,17 +187,31 @@ class ZeroStage3(ZeroStage2):
     """`DeepSpeedZeroOptimizer_Stage3`: parameters are parts too, whole around their use.
 
     How many are whole at once goes by their order and by how soon each is used again, which
-    `PartitionedParameterCoordinator` watches; here it is the most that it allows, or all. Buckets and the gradients'
-    parts are there all the time.
+    `PartitionedParameterCoordinator` watches; here it is the most that it allows, or all, from a forward to the end of
+    its backward, and in forward beside them the buffer in which those ahead came (`AllGatherCoalescedHandle`), until
+    the last module that waits for one of them has it: the head. Small ones (`ds_persist`) stay whole from one update to
+    the next, in which none is. Buckets and the gradients' parts are there all the time.
+
+    Attributes:
+        persistent: what is whole of small parameters.
     """
 
     def __init__(self, model: Model, sharing: Sharing) -> None:
-        stack, total = model.machine.stack, ZERO
-        for p in model.parameters():
-            total = total + stack.times(p.storage.where.block) * p.numel
+        stack, total, fetched, ahead = model.machine.stack, ZERO, ZERO, ZERO
+        small = {p: model.machine.at_most(p.numel, PERSISTENT) for p in model.parameters()}
+        for p, stays in small.items():
+            numel = stack.times(p.storage.where.block) * p.numel
+            total, fetched = total + numel, fetched if stays else fetched + numel
+            ahead = ahead if stays or p.storage.where.module == "embedding" else ahead + numel
             self._cut(p)
         super().__init__(model, sharing)
-        self.whole: Size = smaller(total, LIVE)
+        self.small, self.persistent = [p for p, stays in small.items() if stays], list[Tensor]()
+        self.gather_small()
+        self.whole: Size = smaller(fetched, LIVE)
+        self.ahead: Size = smaller(ahead, PREFETCH)
+        self.flat: Tensor | None = None
+        head: Any = getattr(model, "head")  # noqa: B009 - a Transformer's
+        head.unit = Fetched(self)
         self.at_once: Size = smaller(part_of(total, D), SUB_GROUP)
         self.live: Tensor | None = None
         with self.machine.ledger.at("", None, "ipg_buckets"):
@@ -217,17 +233,34 @@ class ZeroStage3(ZeroStage2):
         if self.live is None:
             with self.machine.ledger.at("", None, "fetch_sub_module"):
                 self.live = self.machine.empty((self.whole,), self.machine.dtype, category=HELD).hold()
+                self.flat = self.machine.empty((self.ahead,), self.machine.dtype, category=HELD).hold()
         for p in self.parameters:
             with at_parameter(p, "all_gather_into_tensor"):
-                for _ in ("forward", "backward"):
+                for _ in ("forward", "backward") if p not in self.small else ():
                     self.machine.collective("all-gather", DATA, p, waits="unit")
+
+    def all_fetched(self) -> None:
+        """The last module has what it waited for, and with that goes the buffer of the all-gather."""
+        if self.flat is not None:
+            self.flat.drop()
+            self.flat = None
+
+    def gather_small(self) -> None:
+        """`persistent_parameters[0].all_gather`."""
+        for p in self.small:
+            with at_parameter(p, "all_gather"):
+                self.persistent.append(self.machine.empty((p.numel,), p.dtype, category=HELD).hold())
 
     def gradient_ready(self, p: Tensor) -> None:
         """`reduce_independent_p_g_buckets_and_remove_grads`."""
         self.reduce(p)
 
     def after_backward(self) -> None:
-        """What is whole then is so until the update is over."""
+        """`release_and_reset_all`: what was fetched goes."""
+        self.all_fetched()
+        assert self.live is not None
+        self.live.drop()
+        self.live = None
 
     def reduce(self, p: Tensor) -> None:
         """`partition_grads`: the part is added to what is there."""
@@ -236,7 +269,14 @@ class ZeroStage3(ZeroStage2):
             in_place("add_", self.parts[p], arithmetic=1)
 
     def before_update(self) -> None:
-        """`_prepare_sub_group`: gradients as one flat tensor, then in fp32, of one sub-group at a time."""
+        """`_partition_all_parameters`, then `_prepare_sub_group`: gradients as one flat tensor, then in fp32.
+
+        That is of one sub-group at a time.
+        """
+        for p, whole in zip(self.small, self.persistent, strict=True):
+            with at_parameter(p, "partition"):
+                whole.drop()
+        self.persistent.clear()
         with self.machine.ledger.at("", None, "_prepare_fp32_grad_for_sub_group"):
             flat = self.machine.empty((self.at_once,), self.machine.dtype, category=HELD).hold()
             shared = self.machine.empty((self.at_once,), FLOAT32, category=HELD)
@@ -245,6 +285,7 @@ class ZeroStage3(ZeroStage2):
             with at_parameter(p, "to"):
                 main.grad = Tensor(self.machine, shared.storage, main.shape, main.stride, FLOAT32).hold()
                 self.machine.kernel("to", (self.parts[p],), (main.grad,))
+        shared.discard()  # the masters' gradients are what holds its storage
 
     def after_update(self) -> None:
         """`_reassign_or_swap_out_partitioned_parameters`: the parts are written, and the gradients' are zero again."""
@@ -253,9 +294,32 @@ class ZeroStage3(ZeroStage2):
             with at_parameter(p, "copy_"):
                 self.machine.kernel("copy_", (main,), (main,))
                 self.machine.kernel("zero_", (), (self.parts[p],))
-        assert self.live is not None
-        self.live.drop()
-        self.live = None
+        self.gather_small()
+        for p in self.small:
+            with at_parameter(p, "all_gather"):
+                self.machine.collective("all-gather", DATA, p, waits="step")
+
+
+class Fetched:
+    """What `pre_sub_module_forward_function` does for the head, the last module that is fetched."""
+
+    def __init__(self, stage: ZeroStage3) -> None:
+        self.stage = stage
+
+    def cast_inputs(self, args: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        """As they are."""
+        return args
+
+    def before_forward(self, args: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        """`fetch_sub_module`."""
+        self.stage.all_fetched()
+        return args
+
+    def before_recomputation(self) -> None:
+        """No head is in a checkpoint."""
+
+    def after_forward(self, out: Tensor) -> None:
+        """What is whole stays so."""
 
 
 STAGES: dict[str, type[Replica]] = {

@@ -4,9 +4,10 @@ import pytest
 import sympy
 
 import estimator as est
-from estimator.accounting.accounts import account
+from estimator.accounting.accounts import account, sizes_for
 from estimator.describe.checks import ConfigError
 from estimator.eager.letters import SYMBOLS
+from estimator.memory.device import timeline
 
 D = SYMBOLS["D"]
 M = est.preset("llama-3.2-1b")
@@ -65,7 +66,20 @@ def test_the_third_stage_has_no_more_whole_than_it_may():
         est.estimate(M, p.replace(max_live_parameters=n), "a100-80gb-sxm").memory.peak for n in (10**8, 10**9, 10**10)
     ]
     assert peaks[1] - peaks[0] == 2 * 9 * 10**8
-    assert peaks[2] - peaks[1] == 2 * (est.estimate(M, p, "a100-80gb-sxm").values.parameters - 10**9)
+    norms = (2 * M.num_layers + 1) * M.d_model  # small enough to stay whole (stage3_param_persistence_threshold)
+    assert peaks[2] - peaks[1] == 2 * (est.estimate(M, p, "a100-80gb-sxm").values.parameters - norms - 10**9)
+
+
+def test_of_the_third_stage_small_parameters_are_whole_but_in_the_update():
+    """`_partition_all_parameters` in `step`, and `persistent_parameters[0].all_gather` at its end."""
+    m = NARROW.replace(num_layers=3)
+    a = account(m, PLAN.replace(sharding="zero3"), "cpu")
+    line = timeline(a, sizes_for(m, PLAN.replace(sharding="zero3"), threads=1))
+    whole = [
+        int(delta) for delta, i in zip(line.delta, range(len(line)), strict=True) if line.where(i).op == "all_gather"
+    ]
+    assert whole == [2 * m.d_model] * (2 * m.num_layers + 1)
+    assert line.live[-1] == line.start
 
 
 @pytest.mark.parametrize(

@@ -256,7 +256,11 @@ def longer_waits(moment: float, group: dist.ProcessGroup | None) -> Iterator[Non
 
 
 def left_behind(model: nn.Module) -> Iterator[Tensor]:
-    """What `fully_shard` keeps of units that are resharded to a smaller mesh and have had no backward to let it go."""
+    """What `fully_shard` keeps between steps beside shards.
+
+    That is of units which are resharded to a smaller mesh and have had no backward to let it go, and what somebody has
+    put in the place of a gathered parameter's data (`bitsandbytes.nn.Linear4bit` its bias).
+    """
     for module in model.modules():
         if isinstance(module, FSDPModule):
             state: Any = module._get_fsdp_state()  # noqa: SLF001 - it has no other name
@@ -264,6 +268,11 @@ def left_behind(model: nn.Module) -> Iterator[Tensor]:
             parameters = [x for group in filter(None, groups) for x in group.fsdp_params]
             held = (getattr(x, "_sharded_post_forward_param_data", None) for x in parameters)
             yield from (x for x in held if x is not None)
+            for x in parameters:  # what has been put in the place of a gathered parameter's data
+                gathered = {t.untyped_storage().data_ptr() for t in x.all_gather_outputs}
+                whole = getattr(x, "_unsharded_param", None)
+                if whole is not None and whole.untyped_storage().data_ptr() not in gathered:
+                    yield whole.detach()
 
 
 def measure_shared(m: ModelConfig, p: Plan, world: World, seed: int = 0) -> dict[str, int]:

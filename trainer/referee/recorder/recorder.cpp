@@ -93,6 +93,7 @@ struct Held {
   c10::DataPtr inner;
   int64_t id;  // 0: the host's, while the device is another
   bool known;  // its values are those that it would have
+  bool plain = false;  // and come of nothing but whole numbers and constants: they are worth computing
   std::string made;  // the operator that was left out and would have made them
 };
 
@@ -164,7 +165,8 @@ int64_t number_of(const c10::StorageImpl& storage) {
 bool is_known(const at::Tensor& t) {
   const auto* held = held_of(t);
   if (held != nullptr && !held->known) return false;
-  return !at::isFloatingType(t.scalar_type()) && !at::isComplexType(t.scalar_type()) ? true : t.numel() <= FEW;
+  if (!at::isFloatingType(t.scalar_type()) && !at::isComplexType(t.scalar_type())) return true;
+  return t.numel() <= FEW || (held != nullptr && held->plain);
 }
 
 template <class F>
@@ -367,6 +369,23 @@ std::string name_of(const c10::OperatorHandle& op) {
   return name.overload_name.empty() ? name.name : name.name + "." + name.overload_name;
 }
 
+// Operators whose first argument is written whole, whatever it was.
+const std::unordered_set<std::string> OVERWRITE = {"aten::zero_", "aten::fill_.Scalar", "aten::copy_", "aten::arange.start_out"};
+
+// Whether what an operator makes of known values comes of nothing but whole numbers and constants.
+bool is_plain(const std::string& name, const c10::FunctionSchema& schema, at::ArrayRef<c10::IValue> arguments) {
+  for (const auto& argument : schema.arguments())
+    if (argument.name() == "generator") return false;
+  bool plain = true;
+  for (size_t i = OVERWRITE.count(name); i < arguments.size(); ++i)
+    each_tensor(arguments[i], [&](const at::Tensor& t) {
+      const auto* held = held_of(t);
+      plain &= !at::isFloatingType(t.scalar_type()) || t.unsafeGetTensorImpl()->is_wrapped_number() ||
+               (held != nullptr && held->plain);
+    });
+  return plain;
+}
+
 // What the meta kernel says of the results.
 std::vector<Result> ask(const c10::OperatorHandle& op, Shapes& shapes, at::ArrayRef<c10::IValue> arguments) {
   auto& log = log_();
@@ -497,8 +516,13 @@ void left_out(const c10::OperatorHandle& op, DispatchKeySet below, torch::jit::S
     });
   }
   const auto compute = [&](const std::vector<Result>* expected = nullptr) {
-    if (cuda) return OnHost().run(op, stack, expected);
-    op.redispatchBoxed(below, stack);
+    const bool plain = is_plain(name_of(op), schema, arguments);
+    if (cuda && !OnHost().run(op, stack, expected)) return false;
+    if (!cuda) op.redispatchBoxed(below, stack);
+    for (const auto& value : torch::jit::last(*stack, returns))
+      each_tensor(value, [&](const at::Tensor& t) {
+        if (auto* held = held_of(t)) held->plain = plain;
+      });
     return true;
   };
   if (!ours) {
