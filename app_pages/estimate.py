@@ -84,7 +84,10 @@ def answer(s: Setup) -> Estimate | None:
         st.button(f"Go on with {name}", on_click=forget, key="go on")
         return None
     if s.problems:
-        st.warning("Shown without the inputs that cannot be; the sidebar says why.", icon=":material/warning:")
+        st.warning(
+            plain(f"Shown without the inputs that cannot be: {' '.join(f'{x}.' for x in s.problems)}"),
+            icon=":material/warning:",
+        )
     try:
         return s.request.estimate()
     except ConfigError as error:

@@ -87,7 +87,8 @@ class Estimate:
     Attributes:
         model, plan, accelerator: what was asked.
         account: the closed forms behind the figures.
-        values: the account at this model and plan.
+        values: the account at this model and plan: of a pipeline those of the stage that needs the most memory.
+        whole: the same of one accelerator with the whole model.
         memory: bytes on one accelerator.
         flops: FLOPs of a step.
         time: how long it takes, predicted from the kernels or reckoned with a given MFU; None where neither can be, and
@@ -102,6 +103,7 @@ class Estimate:
     accelerator: Accelerator
     account: Account
     values: Values
+    whole: Values
     memory: Memory
     flops: Flops
     time: Time | None
@@ -311,7 +313,7 @@ def estimate(
         time = replace(time, padding=run.padding)
     held = memory(a, values, sizes, device)
     said += notes_of_host(p, held.host, device.device)
-    return Estimate(m, p, device, a, values, held, flops, time, tuple(said), setup, stages)
+    return Estimate(m, p, device, a, values, together, held, flops, time, tuple(said), setup, stages)
 
 
 def _alone(m: ModelConfig, p: Plan, device: str, threads: int | None) -> Values:
@@ -331,7 +333,9 @@ def _stages(m: ModelConfig, p: Plan, device: Accelerator, threads: int | None) -
 
 
 def check_kernel(p: Plan, a: Accelerator) -> None:
-    """Raise ConfigError for an attention kernel that `a`'s architecture has not."""
+    """Raise ConfigError for an attention kernel, or products in 8 bits, that `a` has not."""
+    if p.float8 != "none" and "fp8" not in a.peak:
+        raise ConfigError(f"float8 = {p.float8!r}: {a.id} multiplies in no floats of 8 bits; allowed is none")
     if p.attention == "sdpa-flash" and a.architecture in WITHOUT_FLASH:
         raise ConfigError(
             f"attention = 'sdpa-flash': CUDA's is for Ampere and newer, {a.id} is a {a.architecture}; allowed are "

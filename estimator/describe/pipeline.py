@@ -139,7 +139,10 @@ def check_model(p: Plan, m: ModelConfig) -> None:
     }
     for name, has in other.items():
         if has:
-            raise ConfigError(f"pipeline_parallel = {stages}: how {name} is cut into stages is not known; allowed is 1")
+            way = ", or tie_embeddings False" if name == "tie_embeddings" else ""
+            raise ConfigError(
+                f"pipeline_parallel = {stages}: how {name} is cut into stages is not known; allowed is 1{way}"
+            )
 
 
 def parted(p: Plan, stage: int, micro_batches: int | None = None) -> tuple[Part, ...]:

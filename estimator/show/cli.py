@@ -301,7 +301,7 @@ def trained(values: Values) -> str:
     whole, part = values.parameters, values.trained_parameters
     if part > ALMOST_ALL * whole:  # a mixture whose routers have a correction that no gradient moves
         return f"trained: all parameters but {whole - part:,}"
-    return f"trained: {part:,} of {whole:,} parameters ({part / whole:.3g} of them)"
+    return f"trained: {part:,} of {whole:,} parameters ({100 * part / whole:.3g} %)"
 
 
 def verdict(r: Estimate, largest: int) -> str:
@@ -366,9 +366,9 @@ def _tables(name: str, r: Estimate, largest: int, price: float | None = None) ->
         highlight=False,
     )
     console.print(at_a_glance(r, largest, price), style="bold", highlight=False)
-    console.print(f"{in_words(r.model)}; {parameters(r.values)}", highlight=False)
-    if r.values.trained_parameters != r.values.parameters:
-        console.print(trained(r.values), highlight=False)
+    console.print(f"{in_words(r.model)}; {parameters(r.whole)}", highlight=False)
+    if r.whole.trained_parameters != r.whole.parameters:
+        console.print(trained(r.whole), highlight=False)
     console.print(verdict(r, largest) + "\n", style="bold green" if r.fits else "bold red", highlight=False)
     table = Table("memory at the peak", "bytes", "GiB", box=None, pad_edge=False)
     for column in table.columns[1:]:

@@ -6,7 +6,9 @@ import textwrap
 
 import pytest
 
+from estimator.describe.checks import ConfigError
 from estimator.show.commands import main
+from trainer.referee.recorder.builds import with_sizes
 
 CODE = """
     import torch
@@ -151,3 +153,12 @@ def test_a_snapshot_of_a_card_is_laid_beside(code, tmp_path, capsys):
 def test_what_cannot_be_checked_is_said_in_a_sentence(code, capsys, argument, said):
     assert main(["check", argument.format(code)]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_an_argument_that_the_function_does_not_take_is_refused_by_name():
+    def build(batch_size, width=16):
+        return width
+
+    with pytest.raises(ConfigError, match="set = 'widht': build takes batch_size, width"):
+        with_sizes(build, {"batch_size": 1, "seq_len": 8, "widht": 32})
+    assert with_sizes(build, {"batch_size": 1, "seq_len": 8, "width": 32})() == 32

@@ -95,7 +95,6 @@ def test_what_float8_needs_is_asked_for(changes, words):
     ("model", "gpu", "words"),
     [
         (LLAMA, "mi300x-192gb", "nobody has published timings of products in 8 bits on cdna3"),
-        (LLAMA, "a100-80gb-sxm", "a100-80gb-sxm has a peak for"),
         (LLAMA.replace(d_ff=1000), "h100-80gb-sxm", "d_ff = 1000, and products in 8 bits take multiples of 16 alone"),
     ],
 )
@@ -108,6 +107,11 @@ def test_where_they_cannot_be_timed_there_is_no_time_and_the_note_says_why(model
 def test_the_trainer_says_that_it_has_none(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"plan\.float8 = 'tensorwise'"):
         TrainConfig(data=tmp_path, out=tmp_path, plan=est.Plan(precision="bf16", compile=True, float8="tensorwise"))
+
+
+def test_a_card_without_floats_of_8_bits_is_refused():
+    with pytest.raises(ConfigError, match="float8 = 'rowwise': a100-80gb-sxm multiplies in no floats of 8 bits"):
+        est.estimate(LLAMA, PLAN.replace(float8="rowwise"), "a100-80gb-sxm")
 
 
 def test_advice_for_speed_offers_it_as_a_change_of_what_is_learned():

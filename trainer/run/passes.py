@@ -75,7 +75,10 @@ class Share:
             layout = {"data_parallel": size, "sharding": config.sharding if size > 1 else "none"}
         losses, tokens = world.size // plan.pipeline_parallel, (world.rank % parts, parts)
         if n % size == 0 and config.eval_batches % size == 0:
-            plan = plan.replace(grad_accumulation=n // size, **layout)
+            try:
+                plan = plan.replace(grad_accumulation=n // size, **layout)
+            except ConfigError as error:
+                raise ConfigError(f"{error} (plan.grad_accumulation = {n}, shared out over {size})") from error
             return cls(plan, slice(None), n, rank, size, losses, tokens)
         if B % size == 0:
             rows = slice(rank * B // size, (rank + 1) * B // size)

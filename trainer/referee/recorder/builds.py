@@ -54,15 +54,22 @@ def of_file(named: str, sizes: Mapping[str, int]) -> Callable[[], Any]:
     return with_sizes(function, sizes)
 
 
+OFFERED = ("batch_size", "seq_len")  # to every function, taken or not
+
+
 def with_sizes(function: Callable[..., Any], sizes: Mapping[str, int]) -> Callable[[], Any]:
     """`function` with those of `sizes` that it has parameters for.
 
     Raises:
-        ConfigError: a parameter without a default is not among them.
+        ConfigError: a parameter without a default is not among them, or one of them is no parameter.
     """
     parameters = inspect.signature(function).parameters.values()
     anything = any(x.kind is inspect.Parameter.VAR_KEYWORD for x in parameters)
     taken = dict(sizes) if anything else {x.name: sizes[x.name] for x in parameters if x.name in sizes}
+    names = [x.name for x in parameters if x.kind is not x.VAR_POSITIONAL]
+    for name in sizes.keys() - {*names, *OFFERED}:
+        if not anything:
+            raise ConfigError(f"set = {name!r}: {function.__name__} takes {', '.join(names) or 'no arguments'}")
     for x in parameters:
         if x.default is x.empty and x.name not in taken and x.kind not in (x.VAR_KEYWORD, x.VAR_POSITIONAL):
             raise ConfigError(f"{x.name}: {function.__name__} wants it; give it with --set {x.name}=NUMBER")
