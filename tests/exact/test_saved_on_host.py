@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import estimator as est
-from estimator.accounting.accounts import account, recipe_of
+from estimator.accounting.accounts import account
 from estimator.describe.checks import ConfigError
 from estimator.describe.hf import from_hf
 from estimator.describe.settings import drawn
@@ -31,7 +31,7 @@ def recipe(rng, m):
             return drawn(
                 est.Plan,
                 rng,
-                accepts=lambda p: recipe_of(m, p, "cpu"),
+                accepts=lambda p: account(m, p, "cpu"),  # adapters beside layers that the model has, too
                 saved_on_host=True,
                 data_parallel=1,
                 sharding="none",
