@@ -88,6 +88,7 @@ Log& log_() {
 constexpr size_t REAL = size_t{4} << 20;      // bytes from which on there is no memory behind a storage
 constexpr size_t REGION = size_t{64} << 40;   // addresses that such storages have
 constexpr int64_t FEW = 256;                   // real numbers that are worth computing
+constexpr int64_t MANY = int64_t{1} << 17;     // the same of plain ones: an optimizer's zeros would be memory otherwise
 
 struct Held {
   c10::DataPtr inner;
@@ -166,7 +167,7 @@ bool is_known(const at::Tensor& t) {
   const auto* held = held_of(t);
   if (held != nullptr && !held->known) return false;
   if (!at::isFloatingType(t.scalar_type()) && !at::isComplexType(t.scalar_type())) return true;
-  return t.numel() <= FEW || (held != nullptr && held->plain);
+  return t.numel() <= FEW || (held != nullptr && held->plain && t.numel() <= MANY);
 }
 
 template <class F>
