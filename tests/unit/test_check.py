@@ -157,7 +157,7 @@ def test_what_cannot_be_checked_is_said_in_a_sentence(code, capsys, argument, sa
 
 def test_an_argument_that_the_function_does_not_take_is_refused_by_name():
     def build(batch_size, width=16):
-        return width
+        return batch_size * width
 
     with pytest.raises(ConfigError, match="set = 'widht': build takes batch_size, width"):
         with_sizes(build, {"batch_size": 1, "seq_len": 8, "widht": 32})
