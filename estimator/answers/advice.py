@@ -162,9 +162,9 @@ class Advisor:
     def improvements(self, goal: str = "memory") -> tuple[Change, ...]:
         """What is better for `goal`, fewest changes first, up to four together; then, if it must, another machine.
 
-        Where the recipe does not fit, every row either fits or needs less, those that fit come first, and there are no
-        larger sets of changes than it takes. Where no set of changes fits, the rows end with the smallest number of
-        these accelerators, and with the smallest accelerator, on which it does.
+        Where the recipe does not fit, every row either fits or needs less, those that fit come first, for "memory" the
+        fastest of them, and there are no larger sets of changes than it takes. Where no set of changes fits, the rows
+        end with the smallest number of these accelerators, and with the smallest accelerator, on which it does.
 
         Raises:
             ConfigError: an unknown goal.
@@ -185,7 +185,8 @@ class Advisor:
             if some is not alone and self._held_is_too_much(some):
                 break
             every += self._together(some, size, lambda change: -change.saves)
-        fitting = sorted((c for c in every if c.fits), key=lambda c: (c.size, c.alters, GOALS[goal](c), _by_time(c)))
+        best = GOALS["speed" if goal == "memory" else goal]  # of what fits, less memory is no better
+        fitting = sorted((c for c in every if c.fits), key=lambda c: (c.size, c.alters, best(c), _by_time(c)))
         if any(not c.alters for c in fitting):
             return tuple(fitting)
         least = [min(some, key=GOALS["memory"]) for some in ([c for c in every if not c.alters], every) if some]
