@@ -48,12 +48,16 @@ def masked_embedding(ids: Tensor, weight: Tensor, vocabulary: Size) -> Tensor:
 
 @op
 def parallel_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """F.cross_entropy(logits.view(-1, V), targets.view(-1)) under `loss_parallel`, and its local tensor."""
+    """F.cross_entropy(logits.view(-1, V), targets.view(-1)) under `loss_parallel`, and its local tensor.
+
+    What autocast widens is as in `estimator.eager.losses`: on CUDA not the log_softmax, but the nll_loss.
+    """
     machine, rows = logits.machine, logits.machine.product(logits.shape[:-1])
     flat = view(logits, (rows, logits.shape[-1]))
-    if autocast.fp32(machine, "cpu") or autocast.fp32(machine, "cuda"):
+    if autocast.fp32(machine, "cpu"):
         flat = cast(flat, FLOAT32)
-    return _nll_loss(_log_softmax(flat), view(targets, (rows,)))
+    x, wide = _log_softmax(flat), autocast.fp32(machine, "cuda")
+    return _nll_loss(x if wide is None else cast(x, wide), view(targets, (rows,)))
 
 
 @op
