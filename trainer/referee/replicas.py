@@ -270,9 +270,11 @@ def left_behind(model: nn.Module) -> Iterator[Tensor]:
             yield from (x for x in held if x is not None)
             for x in parameters:  # what has been put in the place of a gathered parameter's data
                 gathered = {t.untyped_storage().data_ptr() for t in x.all_gather_outputs}
-                whole = getattr(x, "_unsharded_param", None)
-                if whole is not None and whole.untyped_storage().data_ptr() not in gathered:
-                    yield whole.detach()
+                if (whole := getattr(x, "_unsharded_param", None)) is None:
+                    continue
+                own = local(whole.detach())  # of tensor parallelism a DTensor
+                if own.untyped_storage().data_ptr() not in gathered:
+                    yield own
 
 
 def measure_shared(m: ModelConfig, p: Plan, world: World, seed: int = 0) -> dict[str, int]:
