@@ -186,7 +186,8 @@ def test_an_estimate_of_several_accelerators():
     found = est.layouts("llama-3.1-8b", shared, "h100-80gb-sxm", count=8, global_batch_size=8)
     cut = (found.tensor_parallel > 1) & (found.pipeline_parallel == 1)
     assert cut.any()
-    assert (found.sequence_parallel == cut).all()
+    assert (found.sequence_parallel == (found.tensor_parallel > 1)).all()
+    assert (found.vocabulary_parallel == cut).all()
     hybrid = est.estimate(
         "llama-3.1-8b", sharded.replace(shard_group=2), "h100-80gb-sxm", count=16, global_batch_size=16
     )
