@@ -572,4 +572,4 @@ def vectorised_peak(recipe: Recipe, device: str) -> VectorisedPeak:
     return VectorisedPeak(recipe, device, account_at)
 
 
-_known = _Known(64)  # of some 1 to 2 MB each: a page of many visitors is to stay below 600 MB
+_known = _Known(48)  # of some 1 to 2 MB each: a page of many visitors is to stay below 600 MB

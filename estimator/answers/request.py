@@ -116,7 +116,7 @@ class Request:
         return shlex.join(words)
 
 
-@lru_cache(maxsize=32)  # each keeps its account, of some megabytes, alive
+@lru_cache(maxsize=16)  # each keeps its account, of some megabytes, alive
 def _answer(request: Request) -> Estimate:
     return estimate(request.model, request.plan, request.gpu, **request.run)
 
