@@ -321,8 +321,8 @@ class _Search:
             share = -(-sequences // way.data_parallel)
             batches = np.unique([-(-share // turns) for turns in range(1, share + 1)])
         turns = -(-sequences // (batches * way.data_parallel))
-        batches = batches[[takes(way, n) for n in turns.tolist()]]
-        turns = -(-sequences // (batches * way.data_parallel))
+        taken = [takes(way, n) for n in turns.tolist()]
+        batches, turns = batches[taken], turns[taken]
         found: list[Option] = []
         if way.runs_stages and self._crowded(way, sequences):
             refused[self._too_much(way)] += len(batches)

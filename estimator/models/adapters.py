@@ -19,7 +19,7 @@ from estimator.models.quantised import Quantised4bit, Quantised8bit
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from estimator.eager.tensor import Tensor
+    from estimator.eager.tensor import Dtype, Tensor
     from estimator.models.layers import Recipe
 
 letter("r", "rank of the adapters' matrices")
@@ -103,8 +103,8 @@ class DoRA(LoRA):
             return norms
 
 
-class QuantisedLoRA(LoRA):
-    """LoRA on a quantised layer: peft's `lora.bnb.Linear4bit.forward` and `Linear8bitLt.forward`."""
+class OnQuantised(LoRA):
+    """What adapters on a quantised layer begin with: peft's `lora.bnb.Linear4bit.forward`, `Linear8bitLt.forward`."""
 
     def __init__(self, base: Linear, recipe: Recipe) -> None:
         super().__init__(base, recipe)
@@ -112,7 +112,8 @@ class QuantisedLoRA(LoRA):
         self.clones = recipe.base_precision != "int8"
         self.base, self.owned = quantised, [quantised if x is base else x for x in self.owned]
 
-    def forward(self, v: Locals, x: Tensor) -> Tensor:
+    def begin(self, v: Locals, x: Tensor) -> Dtype | None:
+        """Name the layer's result and the adapter's input; the dtype that the sum is to have, None for its own."""
         v.result = self.base(x)
         if self.clones:
             v.result = clone(v.result)
@@ -120,35 +121,32 @@ class QuantisedLoRA(LoRA):
         converts = self.machine.device == "cpu" or self.machine.autocast_dtype is None
         expected = v.result.dtype
         v.x = cast(x, self.a.weight.dtype) if converts else x
+        return expected if converts else None
+
+
+class QuantisedLoRA(OnQuantised):
+    """LoRA on a quantised layer."""
+
+    def forward(self, v: Locals, x: Tensor) -> Tensor:
+        expected = self.begin(v, x)
         v.output = ops.mul_number(self.b(self.a(dropout_at(v.x, drops=self.drops))))
-        if converts:
+        if expected is not None:
             v.output = cast(v.output, expected)
         v.result = ops.add(v.result, v.output)
         return v.take("result")
 
 
-class QuantisedDoRA(DoRA):
+class QuantisedDoRA(OnQuantised, DoRA):
     """DoRA on a quantised layer, whose weight is made whole once more for the norms and, with dropout, the product."""
 
-    def __init__(self, base: Linear, recipe: Recipe) -> None:
-        super().__init__(base, recipe)
-        quantised = QUANTISED[recipe.base_precision](base, recipe)
-        self.clones = recipe.base_precision != "int8"
-        self.base, self.owned = quantised, [quantised if x is base else x for x in self.owned]
-
     def forward(self, v: Locals, x: Tensor) -> Tensor:
-        v.result = self.base(x)
-        if self.clones:
-            v.result = clone(v.result)
-        converts = self.machine.device == "cpu" or self.machine.autocast_dtype is None
-        expected = v.result.dtype
-        v.x = cast(x, self.a.weight.dtype) if converts else x
+        expected = self.begin(v, x)
         if self.drops:
             v.x = ops.dropout(v.x)
         else:
             v.base_result = v.result
         v.result = ops.add(v.result, self._scaled(v.x, None if self.drops else v.base_result))
-        if converts:
+        if expected is not None:
             v.result = cast(v.result, expected)
         return v.take("result")
 

@@ -99,42 +99,43 @@ class DoRA(LoRA):
         return torch.linalg.norm(weight, dim=1).to(weight.dtype)
 
 
-class QuantisedLoRA(LoRA):
-    """LoRA on a quantised layer: the statements of peft's `lora.bnb.Linear4bit.forward` and `Linear8bitLt.forward`."""
+class OnQuantised(LoRA):
+    """What adapters on a quantised layer begin with, as peft's `lora.bnb.Linear4bit` and `Linear8bitLt` do."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def begin(self, x: Tensor) -> tuple[Tensor, Tensor, torch.dtype | None]:
+        """(The layer's result, the adapter's input, the dtype that the sum is to have: None for its own)."""
         result = self.base(x)
         if type(self.base).__name__ == "Linear4bit":
             result = result.clone()
-        converts = not torch.is_autocast_enabled()
-        if converts:
-            expected = result.dtype
-            x = x.to(self.a.weight.dtype)
+        if torch.is_autocast_enabled():
+            return result, x, None
+        return result, x.to(self.a.weight.dtype), result.dtype
+
+
+class QuantisedLoRA(OnQuantised):
+    """LoRA on a quantised layer, with peft's statements."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        result, x, expected = self.begin(x)
         output = self.b(self.a(self.dropout(x))) * self.scaling
-        if converts:
+        if expected is not None:
             output = output.to(expected)
         result = result + output
         return result  # noqa: RET504 - peft has the name
 
 
-class QuantisedDoRA(DoRA):
+class QuantisedDoRA(OnQuantised, DoRA):
     """DoRA on a quantised layer, likewise; its weight is made whole once more for the norms."""
 
     def forward(self, x: Tensor) -> Tensor:
-        result = self.base(x)
-        if type(self.base).__name__ == "Linear4bit":
-            result = result.clone()
-        converts = not torch.is_autocast_enabled()
-        if converts:
-            expected = result.dtype
-            x = x.to(self.a.weight.dtype)
+        result, x, expected = self.begin(x)
         if isinstance(self.dropout, nn.Identity) or not self.training:
             base_result = result
         else:
             x = self.dropout(x)
             base_result = None
         result = result + self._scaled(x, base_result)
-        if converts:
+        if expected is not None:
             result = result.to(expected)
         return result
 
