@@ -80,6 +80,8 @@ def _row(case: Case) -> dict[str, Any]:
         truth = judged(*prepared(*case))
     except Exception as error:  # noqa: BLE001 - whatever it is, it goes into the table
         return row | {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
+    if truth.own_routing is not None:
+        row["own_routing"] = truth.peak[0] - truth.own_routing
     return row | {
         "peak": truth.peak[1],
         "differences": truth.differences,
