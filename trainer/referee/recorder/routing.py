@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def dealt_out() -> Iterator[None]:
-    """What `topk` chooses along the last dimension of real numbers is dealt out: choice i of all is i modulo their number.
+    """What `topk` chooses of the last dimension of real numbers is dealt out: choice i of all is i modulo its length.
 
     The operator runs as ever, and allocates what it does; what it chose is then written over where it lies, past
     autograd, which has kept it for backward. So no row has a number twice, and the counts of any two numbers differ by
