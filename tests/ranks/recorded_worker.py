@@ -5,6 +5,7 @@ import sys
 from itertools import accumulate
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -99,6 +100,11 @@ def tensor_parallel(module, on, *, sequence):
     return parallelize_module(module, on, outer)
 
 
+def both(module, on):
+    """Tensor parallelism within `fully_shard`."""
+    return sharded(tensor_parallel(module, on["tensor"], sequence=True), on["data"])
+
+
 HALF = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 LAYOUTS = {
     "zero3": lambda m, device: sharded(m, mesh(device, "data")),
@@ -108,6 +114,8 @@ LAYOUTS = {
     "ddp views": lambda m, device: DistributedDataParallel(m, gradient_as_bucket_view=True),  # noqa: ARG005
     "tensor": lambda m, device: tensor_parallel(m, mesh(device, "tensor"), sequence=False),
     "sequence": lambda m, device: tensor_parallel(m, mesh(device, "tensor"), sequence=True),
+    "hybrid": lambda m, device: sharded(m, mesh(device, "copies", "data")),
+    "both": lambda m, device: both(m, mesh(device, "data", "tensor")),
 }
 
 
@@ -117,8 +125,13 @@ def build(layout, device="cpu"):
     return LAYOUTS[layout](Model().to(device), device), loss, (torch.randint(V, (B, T), device=device),)
 
 
+def allocations(events):
+    """Bytes of each, in order of size: when gloo's threads have theirs depends on the clock."""
+    return sorted(n for n in events if n > 0)
+
+
 def measured(layout, plan):
-    """Bytes of parameters and states of this process, and the events of a steady step."""
+    """Bytes of parameters and states of this process, the most that a steady step adds, and all that it allocates."""
     step = as_step(build(layout), plan)
     for _ in range(3):  # in the second DDP cuts its buckets anew
         step()
@@ -126,18 +139,19 @@ def measured(layout, plan):
         "parameters": nbytes(local(x.detach()) for x in step.model.parameters()),
         "states": nbytes(map(local, states(step))),
     }
-    group = next((x.device_mesh.get_group() for x in step.model.parameters() if isinstance(x, DTensor)), None)
+    group = next((x.device_mesh.get_all_groups()[-1] for x in step.model.parameters() if isinstance(x, DTensor)), None)
     found = {}
     for turn in range(TRIES):
         with onednn(enabled=False), longer_waits(1e-3 * 2 ** min(turn // 6, 5), group):
             events = [n for _, n in allocator_events(step)]
         if sum(events) == 0:
-            found.setdefault(len(events), []).append(max(accumulate(events)))
+            found.setdefault(len(events), []).append((max(accumulate(events)), allocations(events)))
         complete = found[max(found)] if found else []
         enough = torch.tensor(int(len(complete) >= COMPLETE))
         dist.all_reduce(enough, dist.ReduceOp.MIN)
         if enough:
-            return held | {"most": max(complete), "events": max(found)}
+            most, all_of_them = max(complete)
+            return held | {"most": most, "allocations": all_of_them}
     raise RuntimeError(f"the profiler has missed events in each of {TRIES} steps")
 
 
@@ -149,7 +163,7 @@ def recorded(layout, plan, device="cpu"):
         "parameters": recording.bytes_before(Category.PARAMETER),
         "states": recording.bytes_before(Category.OPTIMIZER),
         "most": recording.peak_bytes - before,
-        "events": len(recording.timeline),
+        "allocations": allocations(np.diff(recording.timeline, prepend=before).tolist()),
     }
 
 

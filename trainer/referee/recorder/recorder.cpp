@@ -816,14 +816,15 @@ std::unique_ptr<at::ObserverContext> begin(const at::RecordFunction& f) {
   int64_t operands = -1;
   const bool node = f.scope() == at::RecordScope::BACKWARD_FUNCTION;
   bool kernel = op && !log.kernel && log.kernels.count(name);
-  if (kernel && log.cuda) {
-    bool any = false, cuda = false;
+  if (kernel) {
+    bool any = false, cuda = false, wrapped = false;
     for (const auto& x : f.inputs())
       each_tensor(x, [&](const at::Tensor& t) {
         any = true;
         cuda |= t.is_cuda();
+        wrapped |= t.key_set().has(DispatchKey::Python);  // a DTensor, whose kernels are those that it asks for within
       });
-    kernel = cuda || !any;
+    kernel = !wrapped && (!log.cuda || cuda || !any);
   }
   if (kernel) {
     log.kernel = log.depth;

@@ -148,7 +148,7 @@ def settled() -> Iterator[None]:
 
 
 def unsteady(step: Any) -> int:
-    """Steps before those that are alike: the first makes the optimizer's state, in the second DDP cuts its buckets anew.
+    """Steps before those that are alike: the first makes the optimizer's state, in the second DDP cuts new buckets.
 
     `Reducer::rebuild_buckets` of torch/csrc/distributed/c10d/reducer.cpp.
     """

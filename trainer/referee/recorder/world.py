@@ -53,6 +53,11 @@ def _receive(into: Tensor, own: Tensor) -> None:
         into.copy_(own.view_as(into))
 
 
+def told(outputs: Sequence[Tensor]) -> None:
+    """The flight recorder is shown a tensor like what a gather will have given, made for it (`getOutputTensors`)."""
+    outputs[0].new_empty((len(outputs), *outputs[0].shape))
+
+
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
     """`flattenDenseTensors`: of one a view."""
     return tensors[0].contiguous().view(-1) if len(tensors) == 1 else torch.cat([x.reshape(-1) for x in tensors])
@@ -111,6 +116,7 @@ class Collectives:
         """`AsyncAllgatherWork`: gloo receives into one flat tensor of its own, and copies what came out of it."""
         with torch.no_grad():
             if inputs[0].is_cpu:
+                told(outputs[0])
                 own = _flat(inputs)
                 received = own.new_empty((len(outputs[0]), *outputs[0][0].shape))
                 for x, part in zip(outputs[0], received, strict=True):
@@ -130,6 +136,7 @@ class Collectives:
         """`AsyncAllgatherCoalescedWork`: all of them in one flat tensor, and what all send in another."""
         with torch.no_grad():
             if inputs[0].is_cpu:
+                told([x.chunk(self.size())[0] for x in outputs])
                 own = _flat(inputs)
                 received = own.new_empty(own.numel() * self.size())
                 parts = torch.split(received, [x.numel() for x in outputs])
