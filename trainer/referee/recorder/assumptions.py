@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-OVERFLOW = "_amp_foreach_non_finite_check_and_unscale_"  # a loss scaler's, which skips the update where it has found any
+OVERFLOW = (
+    "_amp_foreach_non_finite_check_and_unscale_"  # a loss scaler's, which skips the update where it has found any
+)
 NO = ("any", "isnan", "isinf", "isneginf", "isposinf")  # operators that look for what is not expected
 AGAIN_AND_AGAIN = 100_000
 DEALT = "each chosen as often as any other"  # what is assumed of a router's choices

@@ -177,8 +177,11 @@ class Collectives:
         return _done((outputs, copies))
 
     def all_to_all_single(self, output: Tensor, own: Tensor, *_: Any) -> dist.Work:
-        """gloo receives straight into it."""
+        """gloo receives straight into it; each rank sends here as many whole numbers as this one sends to itself."""
         _forget(output, "all_to_all")
+        if not own.is_floating_point() and output.shape == own.shape:
+            for part in output.chunk(self.size()):
+                part.copy_(own.chunk(self.size())[self.rank()])
         return _done((output, own))
 
     def alltoall(self, outputs: list[Tensor], inputs: list[Tensor], *_: Any) -> dist.Work:
@@ -203,8 +206,16 @@ class Collectives:
         return _done(tensors)
 
     def recv(self, tensors: list[Tensor], *_: Any) -> dist.Work:
-        """To where it will lie."""
+        """To where it will lie.
+
+        Raises:
+            ConfigError: it is whole numbers: a stage of a pipeline asks another for shapes.
+        """
         for x in tensors:
+            if not x.is_floating_point():
+                raise ConfigError(
+                    "recv: another rank would send whole numbers, such as a pipeline's shapes; it is not there"
+                )
             _forget(x, "recv")
         return _done(tensors)
 
