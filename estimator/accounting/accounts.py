@@ -21,6 +21,7 @@ from estimator.describe.deepspeed import SUB_GROUP
 from estimator.describe.plan import FULLY_SHARDED
 from estimator.describe.schedules import accumulation
 from estimator.describe.selection import part_of
+from estimator.describe.transformers import CLASSES
 from estimator.eager.ledger import Category, Phase
 from estimator.eager.letters import LETTERS, SYMBOLS, ZERO, Size, Sizes, as_sizes, expression, substituted
 from estimator.eager.repetition import TURNS
@@ -280,6 +281,7 @@ def recipe_of(m: ModelConfig, p: Plan, device: str, rank: int = 0) -> Recipe:
         pipeline=p.pipeline_schedule if p.is_pipeline else "",
         stage=_stage(p, rank),
         megatron=p.implementation == "megatron",
+        written=CLASSES[m.family] if p.implementation == "transformers" else None,
         sequence_parallel=p.sequence_parallel,
         vocabulary_parallel=p.vocabulary_parallel,
         virtual_stages=p.virtual_stages,

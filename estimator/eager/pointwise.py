@@ -53,6 +53,13 @@ def _of_its_result(name: str, x: Tensor) -> Tensor:
 
 
 @op
+def neg(x: Tensor) -> Tensor:
+    """-x."""
+    node = record("NegBackward0", (x,), lambda _, grad: [elementwise("neg", grad)])
+    return attach(node, elementwise("neg", x))
+
+
+@op
 def power(x: Tensor) -> Tensor:
     """x.pow(number): saves its input. On CUDA it is among the operators that autocast runs in fp32."""
     wide = autocast.fp32(x.machine, "cuda")

@@ -40,12 +40,14 @@ def build_attention(machine: Machine, recipe: Recipe) -> Attention | LatentAtten
 class Block(Module):
     """One layer."""
 
+    build_attention = staticmethod(build_attention)
+
     def __init__(self, machine: Machine, index: int, recipe: Recipe, kind: BlockKind) -> None:
         super().__init__(machine, f"blocks.{index}", index)
         self.recipe, parts, size = recipe, recipe.parts, machine.shapes.letters
         with self.inside():
             self.attention_norm = self.norm("attention_norm")
-            self.attention = self.child(build_attention(machine, recipe))
+            self.attention = self.child(self.build_attention(machine, recipe))
             self.attention_post_norm = self.norm("attention_post_norm")
             self.ffn_norm = self.norm("ffn_norm")
             self.ffn = self.child(
@@ -66,7 +68,7 @@ class Block(Module):
         """The norm of this name, if blocks of this order have one."""
         if name not in NORMS[self.recipe.parts.order]:
             return None
-        norm = build_norm(self.machine, name, self.recipe.parts.norm, self.machine.shapes.letters["d"])
+        norm = build_norm(self.machine, self.recipe, name, self.recipe.parts.norm, self.machine.shapes.letters["d"])
         if self.recipe.sequence_parallel:
             over_part(norm, local="post" in name)
         return self.child(norm)

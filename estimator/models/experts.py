@@ -243,7 +243,7 @@ class SparseFeedForward(Module):
                 self.shared = self.child(shared)
             if part.shared == "gated":
                 self.shared_gate = self.child(Linear(machine, "shared_gate", size["d"], ONE, bias=False))
-            norm = build_norm(machine, "out_norm", Norm("rms"), size["d"]) if part.out_norm else None
+            norm = build_norm(machine, recipe, "out_norm", Norm("rms"), size["d"]) if part.out_norm else None
             self.out_norm = self.child(norm)
         self.out_bias = self.parameter(size["d"]) if part.out_bias else None
 

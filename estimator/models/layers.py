@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from estimator.describe.parts import Layer, Parts, Pattern
     from estimator.describe.schedules import Part, Schedule
+    from estimator.describe.transformers import Written
     from estimator.eager.letters import Size
     from estimator.eager.repetition import Layout
     from estimator.parallel.unit import Unit
@@ -155,6 +156,7 @@ class Recipe:
     tensor_parallel: bool = False
     pipeline: str = ""  # the schedule of a pipeline
     megatron: bool = False
+    written: Written | None = None  # how transformers' class is; None for the trainer's own
     sequence_parallel: bool = False
     vocabulary_parallel: bool = False
     virtual_stages: int = 1
@@ -217,7 +219,13 @@ class Recipe:
 
 
 class Module:
-    """A named module. Calling it runs `forward` in a frame of its own, as `nn.Module.__call__` does."""
+    """A named module. Calling it runs `forward` in a frame of its own, as `nn.Module.__call__` does.
+
+    Attributes:
+        positional: how many of its arguments a checkpoint is given; None for all. Others are the function's own.
+    """
+
+    positional: int | None = None
 
     def __init__(self, machine: Machine, name: str, block: int | None = None) -> None:
         self.machine, self.name, self.block = machine, name, block
@@ -258,7 +266,9 @@ class Module:
 
     def called(self, *args: Any) -> Any:
         """`run`, checkpointed or not."""
-        return checkpoint(self.run, *args, selective=self.selective) if self.checkpointed else self.run(*args)
+        if not self.checkpointed:
+            return self.run(*args)
+        return checkpoint(self.run, *args, selective=self.selective, saves=self.positional)
 
     def run(self, *args: Any) -> Any:
         """`forward` in its frame, between the hooks of the unit that shards this module."""
