@@ -15,7 +15,7 @@ from estimator.eager.losses import cross_entropy, torch_cross_entropy, torch_cro
 from estimator.eager.ops import div_number
 from estimator.eager.tensor import BFLOAT16, FLOAT32, INT64, Machine, Tensor
 from estimator.models.decoder import Transformer
-from estimator.models.hugging_face import HFDecoder
+from estimator.models.hugging_face.decoder import HFDecoder
 from estimator.models.megatron import GPTModel
 from estimator.models.stages import Stages
 from estimator.optim.in_backward import InBackward

@@ -49,12 +49,7 @@ class Written:
 
 LLAMA = Written()
 # By model_type: the classes that are known.
-CLASSES = {
-    name: LLAMA
-    for name in (
-        *("llama", "mistral"),
-    )
-}  # fmt: skip
+CLASSES = dict.fromkeys((*("llama", "mistral"),), LLAMA)  # fmt: skip
 
 
 def check_model(p: Plan, m: ModelConfig) -> None:

@@ -112,7 +112,9 @@ class Attention(Module):
             self.out_gate = None
             if a.out_gate:
                 self.out_gate = self.child(Linear(machine, "out_gate", size["d"], wide, bias=False))
-            self.out_norm = self.child(build_norm(machine, recipe, "out_norm", Norm("rms"), wide) if a.out_norm else None)
+            self.out_norm = self.child(
+                build_norm(machine, recipe, "out_norm", Norm("rms"), wide) if a.out_norm else None
+            )
             self.out = self.child(Linear(machine, "out", wide, size["d"], bias=a.out_bias))
         self.sinks = self.parameter(self.h) if a.sinks else None
         if recipe.tensor_parallel:

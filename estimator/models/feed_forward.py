@@ -73,7 +73,9 @@ class PlainFeedForward(Module):
         with self.inside():
             self.activation = build_activation(self, part.activation)
             self.up = self.child(Linear(machine, "up", d, f, bias=part.bias))
-            self.down_norm = self.child(build_norm(machine, recipe, "down_norm", Norm("rms"), f) if part.down_norm else None)
+            self.down_norm = self.child(
+                build_norm(machine, recipe, "down_norm", Norm("rms"), f) if part.down_norm else None
+            )
             self.down = self.child(Linear(machine, "down", f, d, bias=part.bias))
 
     def forward(self, v: Locals, x: Tensor) -> Tensor:
@@ -96,7 +98,9 @@ class GatedFeedForward(Module):
             else:
                 self.gate = self.child(Linear(machine, "gate", d, f, bias=part.bias))
                 self.up = self.child(Linear(machine, "up", d, f, bias=part.bias))
-            self.down_norm = self.child(build_norm(machine, recipe, "down_norm", Norm("rms"), f) if part.down_norm else None)
+            self.down_norm = self.child(
+                build_norm(machine, recipe, "down_norm", Norm("rms"), f) if part.down_norm else None
+            )
             self.down = self.child(Linear(machine, "down", f, d, bias=part.bias))
 
     def forward(self, v: Locals, x: Tensor) -> Tensor:
