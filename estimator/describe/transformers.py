@@ -6,7 +6,7 @@ compared with recordings of those classes: `tests/exact/test_transformers.py`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from estimator.describe.checks import ConfigError
@@ -39,17 +39,53 @@ class Written:
     """What sets one class apart from another, beyond its parts.
 
     Attributes:
-        norm: "upcast" (in fp32, cast back, then multiplied with the weight: Llama), "upcast-late" (multiplied, then
-            cast back: OLMo 2), "centred" (Cohere's LayerNorm, in operators), or "" (by the part: a LayerNorm is one
-            kernel, an rms norm that scales by 1 + w is Gemma's).
+        norm: an rms norm is "upcast" (in fp32, cast back, then multiplied with the weight: Llama) or "upcast-late"
+            (multiplied, then cast back: OLMo 2); one that scales by 1 + w is Gemma's. A LayerNorm is one kernel, or
+            with "centred" Cohere's, in operators.
+        queries: when what is projected becomes heads. "each": one after the other (Llama), the norm among it (Qwen3);
+            "viewed": all are heads, then normed, then transposed (Cohere); "transposed": all are heads and transposed,
+            then normed (Apertus); "whole": all are projected, normed or clamped, then heads (OLMo).
+        rotation: "halves" (Llama), "neighbours" (GLM: cosines repeated), "neighbours-fp32" (ERNIE), "repeated-fp32"
+            (Cohere).
+        partial: where only a part of a head is rotated, "inside" (by the rotation: GLM), "whole" (in its expression:
+            Phi-3) or "before" (by the attention: Phi).
+        tables_fp32: cosines and sines stay in fp32 (OLMo).
     """
 
     norm: str = "upcast"
+    queries: str = "each"
+    rotation: str = "halves"
+    partial: str = "inside"
+    tables_fp32: bool = False
 
 
 LLAMA = Written()
-# By model_type: the classes that are known.
-CLASSES = dict.fromkeys((*("llama", "mistral"),), LLAMA)  # fmt: skip
+COHERE = Written(norm="centred", rotation="repeated-fp32")
+OLMO = Written(norm="upcast-late", queries="whole", tables_fp32=True)
+# By model_type, or the family that its parts are: the classes that are known.
+CLASSES: dict[str, Written] = {
+    **dict.fromkeys(("exaone", "internlm3", "iquestcoder", "llama", "mistral", "qwen2", "smollm3"), LLAMA),
+    **dict.fromkeys(("arcee", "bitnet", "cwm", "gemma", "gemma2", "gemma3_text", "granite", "hyperclovax"), LLAMA),
+    **dict.fromkeys(("jais2", "ministral", "ministral3", "qwen3", "seed_oss", "starcoder2", "vaultgemma"), LLAMA),
+    **dict.fromkeys(("granite_swa", "granitemoehybrid", "hunyuan_v1_dense", "nanochat"), LLAMA),
+    "apertus": Written(queries="transposed"),
+    "apertus1p5_text": Written(queries="transposed"),
+    "cohere": replace(COHERE, queries="viewed"),
+    "cohere2": COHERE,
+    "cohere_compass_text": replace(COHERE, rotation="halves"),
+    "ernie4_5": Written(rotation="neighbours-fp32", tables_fp32=True),
+    "exaone4": Written(queries="transposed"),
+    "glm": Written(rotation="neighbours"),
+    "glm4": Written(rotation="neighbours"),
+    "helium": Written(norm="upcast-late", rotation="neighbours"),
+    "nemotron": LLAMA,
+    "olmo": OLMO,
+    "olmo2": OLMO,
+    "olmo3": OLMO,
+    "phi": Written(queries="transposed", partial="before"),
+    "phi3": Written(partial="whole"),
+    "stablelm": Written(queries="transposed", partial="before"),
+}
 
 
 def check_model(p: Plan, m: ModelConfig) -> None:

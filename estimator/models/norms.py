@@ -82,9 +82,9 @@ class PlusOneRMSNorm(ScaleAndShift):
 
     def forward(self, v: Locals, x: Tensor) -> Tensor:
         assert self.weight is not None
-        with Locals() as inner:
-            inner.x = cast(x, FLOAT32)
-            v.out = ops.mul(inner.x, ops.rsqrt(ops.add_number(ops.mean_last(power(inner.x)))))
+        v.wide = cast(x, FLOAT32)
+        v.out = ops.mul(v.wide, ops.rsqrt(ops.add_number(ops.mean_last(power(v.wide)))))
+        del v.wide
         v.out = ops.mul(v.out, ops.add_number(cast(self.weight, FLOAT32)))
         return cast(v.out, x.dtype)
 

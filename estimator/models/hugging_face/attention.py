@@ -23,7 +23,16 @@ class HFAttention(Attention):
         super().__init__(machine, recipe)
         self.owned.sort(key=lambda x: isinstance(x, ScaleAndShift))  # projections, norms
 
-    def forward(self, v: Locals, x: Tensor, mask: Tensor | None, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        v: Locals,
+        x: Tensor,
+        mask: Tensor | None,
+        bias: Tensor | None,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        query_scale: Tensor | None,
+    ) -> Tensor:
         B, T, _ = x.shape
         v.q = transpose(view(self.q(x), (B, T, self.h, self.e)), 1, 2)
         v.k = transpose(view(self.k(x), (B, T, self.k_heads, self.e)), 1, 2)

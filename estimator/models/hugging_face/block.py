@@ -24,18 +24,11 @@ class HFBlock(Block):
         super().__init__(machine, index, recipe, kind)
         self.owned.sort(key=lambda x: isinstance(x, ScaleAndShift))  # attention, feed-forward, norms
 
-    def forward(
-        self,
-        v: Locals,
-        x: Tensor,
-        mask: Tensor | None,
-        cos: Tensor | None,
-        sin: Tensor | None,
-        _: Tensor,  # the positions, which attention takes and leaves
-    ) -> Tensor:
+    def forward(self, v: Locals, x: Tensor, *where: Tensor | None) -> Tensor:
+        where = where[:-1]  # without the positions, which attention takes and leaves
         v.residual = x
         v.x = self.attention_norm(x)
-        v.x = self.attention(v.x, mask, cos, sin)
+        v.x = self.attention(v.x, *where)
         v.x = ops.add(v.residual, v.x)
         v.residual = v.x
         v.x = self.ffn_norm(v.x)

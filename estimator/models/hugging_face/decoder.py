@@ -43,7 +43,7 @@ class HFDecoder(Transformer):
             if self.recipe.rotates:
                 rotary_embedding(v, v.positions, self.tables[0], v.x.dtype)
             for block in self.blocks:
-                v.x = block(v.x, None, v.cos, v.sin, v.positions)
+                v.x = block(v.x, None, None, v.cos, v.sin, None, v.positions)
             v.x = self.final_norm(v.x)
             return v.take("x")
 
