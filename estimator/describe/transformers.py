@@ -52,6 +52,8 @@ class Written:
             attention does: Phi), "" (there are no such heads).
         masks: kinds of attention whose masks are asked for though no layer may have it.
         tables_fp32: cosines and sines stay in fp32 (OLMo).
+        tables_by_kind: each kind of layer has cosines and sines of its own (Gemma 3).
+        names_all: what attention and the feed-forward find have names of their own, to a block's end (StableLM).
     """
 
     norm: str = "upcast"
@@ -60,34 +62,35 @@ class Written:
     partial: str = ""
     masks: tuple[str, ...] = ()
     tables_fp32: bool = False
+    tables_by_kind: bool = False
+    names_all: bool = False
 
 
 LLAMA = Written()
+WINDOWS = Written(masks=("full",))
 COHERE = Written(norm="centred", rotation="repeated-fp32")
 OLMO = Written(norm="upcast-late", queries="whole", tables_fp32=True)
 # By model_type, or the family that its parts are: the classes that are known.
 CLASSES: dict[str, Written] = {
-    **dict.fromkeys(("exaone", "internlm3", "iquestcoder", "llama", "mistral", "qwen2", "smollm3"), LLAMA),
-    **dict.fromkeys(("arcee", "bitnet", "cwm", "gemma", "gemma2", "gemma3_text", "granite", "hyperclovax"), LLAMA),
-    **dict.fromkeys(("jais2", "ministral", "ministral3", "qwen3", "seed_oss", "starcoder2", "vaultgemma"), LLAMA),
-    **dict.fromkeys(("granite_swa", "granitemoehybrid", "hunyuan_v1_dense", "nanochat"), LLAMA),
-    "apertus": Written(queries="transposed"),
-    "apertus1p5_text": Written(queries="transposed"),
+    **dict.fromkeys(("arcee", "bitnet", "exaone", "gemma", "granite", "granitemoehybrid", "hunyuan_v1_dense"), LLAMA),
+    **dict.fromkeys(("hyperclovax", "internlm3", "iquestcoder", "jais2", "llama", "mistral", "nanochat"), LLAMA),
+    **dict.fromkeys(("starcoder2",), LLAMA),
+    **dict.fromkeys(("cwm", "gemma2", "ministral", "qwen2", "qwen3", "smollm3", "vaultgemma"), WINDOWS),
     "cohere": replace(COHERE, queries="viewed"),
-    "cohere2": COHERE,
-    "cohere_compass_text": replace(COHERE, rotation="halves"),
+    "cohere2": replace(COHERE, masks=("full",)),
     "ernie4_5": Written(rotation="neighbours-fp32", tables_fp32=True),
-    "exaone4": Written(queries="transposed"),
+    "exaone4": Written(queries="transposed", masks=("full",)),
+    "gemma3_text": Written(masks=("full",), tables_by_kind=True),
     "glm": Written(rotation="neighbours", partial="inside"),
     "glm4": Written(rotation="neighbours", partial="inside"),
     "helium": Written(norm="upcast-late", rotation="neighbours"),
     "nemotron": Written(partial="returned"),
     "olmo": OLMO,
     "olmo2": OLMO,
-    "olmo3": OLMO,
+    "olmo3": replace(OLMO, masks=("full",), tables_by_kind=True),
     "phi": Written(queries="transposed", partial="before"),
     "phi3": Written(partial="whole"),
-    "stablelm": Written(queries="transposed", partial="before"),
+    "stablelm": Written(queries="transposed", partial="before", names_all=True),
 }
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from estimator.eager import ops
 from estimator.eager.letters import ONE
 from estimator.eager.pointwise import neg
-from estimator.eager.tensor import BOOL, FLOAT32, INT64, Locals, arguments
+from estimator.eager.tensor import BOOL, FLOAT32, INT64, Locals, arguments, op
 from estimator.eager.views import cast, concatenate, slice_last, stack_last, unsqueeze
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ def rotary_embedding(v: Locals, positions: Tensor, frequencies: Tensor, dtype: D
             v.cos, v.sin = cast(w.cos, dtype), cast(w.sin, dtype)
 
 
+@op
 def repeated(x: Tensor) -> Tensor:
     """x.repeat_interleave(2, -1) of what wants no gradient."""
     out = x.machine.empty((*x.shape[:-1], 2 * x.shape[-1]), x.dtype)
