@@ -134,5 +134,6 @@ def apply_rotary(v: Locals, q: str, k: str, cos: Tensor, sin: Tensor, written: W
                 w.of_q, w.of_k = w.q, w.k
             w.q = concatenate((w.q, w.q_pass))
             w.k = concatenate((w.k, w.k_pass))
-        setattr(v, q, cast(w.q, dtype))
-        setattr(v, k, cast(w.k, dtype))
+        casts_back = written.tables_fp32 or written.rotation.endswith("fp32")
+        setattr(v, q, cast(w.q, dtype) if casts_back else w.q)
+        setattr(v, k, cast(w.k, dtype) if casts_back else w.k)
