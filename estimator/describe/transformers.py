@@ -50,6 +50,7 @@ class Written:
         partial: where only a part of a head is rotated, "inside" (by the rotation: GLM), "whole" (in its expression:
             Phi-3) or "before" (by the attention: Phi).
         tables_fp32: cosines and sines stay in fp32 (OLMo).
+        decoder: the class whose statements these are, by a name in `estimator.models.hugging_face.classes`.
     """
 
     norm: str = "upcast"
@@ -57,6 +58,7 @@ class Written:
     rotation: str = "halves"
     partial: str = "inside"
     tables_fp32: bool = False
+    decoder: str = "llama"
 
 
 LLAMA = Written()
@@ -85,6 +87,9 @@ CLASSES: dict[str, Written] = {
     "phi": Written(queries="transposed", partial="before"),
     "phi3": Written(partial="whole"),
     "stablelm": Written(queries="transposed", partial="before"),
+    # Decoders with statements of their own.
+    "gpt-sw3": Written(decoder="gpt2"),
+    "gpt2": Written(decoder="gpt2"),
 }
 
 

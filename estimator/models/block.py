@@ -41,6 +41,7 @@ class Block(Module):
     """One layer."""
 
     build_attention = staticmethod(build_attention)
+    build_feed_forward = staticmethod(build_feed_forward)
 
     def __init__(self, machine: Machine, index: int, recipe: Recipe, kind: BlockKind) -> None:
         super().__init__(machine, f"blocks.{index}", index)
@@ -53,7 +54,7 @@ class Block(Module):
             self.ffn = self.child(
                 SparseFeedForward(machine, recipe)
                 if kind.layer.sparse
-                else build_feed_forward(machine, parts.mlp, size["d"], size["f"], recipe)
+                else self.build_feed_forward(machine, parts.mlp, size["d"], size["f"], recipe)
             )
             self.ffn_post_norm = self.norm("ffn_post_norm")
         if recipe.sequence_parallel:

@@ -6,19 +6,20 @@ from typing import TYPE_CHECKING
 
 from estimator.eager.losses import torch_cross_entropy
 from estimator.eager.tensor import FLOAT32, INT64, Locals, arguments
-from estimator.eager.views import cast
+from estimator.eager.views import cast, contiguous
 from estimator.models.decoder import Transformer
 from estimator.models.hugging_face.block import HFBlock
 from estimator.models.hugging_face.positions import look_for_packed_sequences, position_ids, rotary_embedding
 
 if TYPE_CHECKING:
     from estimator.eager.tensor import Tensor
+    from estimator.models.block import Block
 
 
 class HFDecoder(Transformer):
     """`LlamaForCausalLM`: ids (B, T), labels (B, T) -> their loss."""
 
-    build_block = HFBlock
+    build_block: type[Block] = HFBlock
 
     def rotary_tables(self) -> list[Tensor]:
         """The inverse frequencies, and their original."""
@@ -55,7 +56,6 @@ def causal_lm_loss(logits: Tensor, labels: Tensor) -> Tensor:
         v.logits = cast(logits, FLOAT32)
         v.labels = machine.empty((B, T + 1), INT64)
         machine.kernel("constant_pad_nd", (labels,), (v.labels,))
-        v.shifted = machine.empty((B, T), INT64)
-        machine.kernel("clone", (v.labels,), (v.shifted,))
+        v.shifted = contiguous(v.labels.view((B, T), v.labels.stride))
         results.append(torch_cross_entropy(v.logits, v.shifted))
     return results[0]
