@@ -47,8 +47,10 @@ class Written:
             then normed (Apertus); "whole": all are projected, normed or clamped, then heads (OLMo).
         rotation: "halves" (Llama), "neighbours" (GLM: cosines repeated), "neighbours-fp32" (ERNIE), "repeated-fp32"
             (Cohere).
-        partial: where only a part of a head is rotated, "inside" (by the rotation: GLM), "whole" (in its expression:
-            Phi-3) or "before" (by the attention: Phi).
+        partial: how a part of a head is rotated: "inside" (the rotation takes it apart, all of a head too: GLM),
+            "whole" (likewise, in one expression: Phi-3), "returned" (likewise, as it returns: Nemotron), "before" (the
+            attention does: Phi), "" (there are no such heads).
+        masks: kinds of attention whose masks are asked for though no layer may have it.
         tables_fp32: cosines and sines stay in fp32 (OLMo).
         decoder: the class whose statements these are, by a name in `estimator.models.hugging_face.classes`.
     """
@@ -56,7 +58,8 @@ class Written:
     norm: str = "upcast"
     queries: str = "each"
     rotation: str = "halves"
-    partial: str = "inside"
+    partial: str = ""
+    masks: tuple[str, ...] = ()
     tables_fp32: bool = False
     decoder: str = "llama"
 
@@ -77,10 +80,10 @@ CLASSES: dict[str, Written] = {
     "cohere_compass_text": replace(COHERE, rotation="halves"),
     "ernie4_5": Written(rotation="neighbours-fp32", tables_fp32=True),
     "exaone4": Written(queries="transposed"),
-    "glm": Written(rotation="neighbours"),
-    "glm4": Written(rotation="neighbours"),
+    "glm": Written(rotation="neighbours", partial="inside"),
+    "glm4": Written(rotation="neighbours", partial="inside"),
     "helium": Written(norm="upcast-late", rotation="neighbours"),
-    "nemotron": LLAMA,
+    "nemotron": Written(partial="returned"),
     "olmo": OLMO,
     "olmo2": OLMO,
     "olmo3": OLMO,

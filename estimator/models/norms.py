@@ -86,7 +86,8 @@ class PlusOneRMSNorm(ScaleAndShift):
         v.out = ops.mul(v.wide, ops.rsqrt(ops.add_number(ops.mean_last(power(v.wide)))))
         del v.wide
         v.out = ops.mul(v.out, ops.add_number(cast(self.weight, FLOAT32)))
-        return cast(v.out, x.dtype)
+        v.out = cast(v.out, x.dtype)
+        return v.take("out")
 
 
 class CentredNorm(ScaleAndShift):
@@ -99,7 +100,8 @@ class CentredNorm(ScaleAndShift):
         v.variance = ops.mean_last(power(ops.sub(v.x, v.mean)))
         v.x = ops.mul(ops.sub(v.x, v.mean), ops.rsqrt(ops.add_number(v.variance)))
         v.x = ops.mul(cast(self.weight, FLOAT32), v.x)
-        return cast(v.x, x.dtype)
+        v.x = cast(v.x, x.dtype)
+        return v.take("x")
 
 
 class LayerNormInFP32(ScaleAndShift):

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from estimator.eager.linalg import scaled_dot_product_attention
-from estimator.eager.tensor import Locals
-from estimator.eager.views import contiguous, reshape, transpose, unsqueeze, view
-from estimator.models.attention import Attention
-from estimator.models.hugging_face.positions import rotated
+from estimator.describe.transformers import Written
+from estimator.eager import ops
+from estimator.eager.linalg import matmul
+from estimator.eager.pointwise import soft_cap
+from estimator.eager.tensor import FLOAT32, Locals, arguments
+from estimator.eager.views import cast, concatenate, repeat_heads, reshape, slice_last, transpose, view
+from estimator.models.attention import Attention, attend
+from estimator.models.hugging_face.positions import apply_rotary
+from estimator.models.layers import dropout
 from estimator.models.norms import ScaleAndShift
 
 if TYPE_CHECKING:
+    from estimator.eager.letters import Size
     from estimator.eager.tensor import Machine, Tensor
     from estimator.models.layers import Recipe
 
@@ -21,7 +26,81 @@ class HFAttention(Attention):
 
     def __init__(self, machine: Machine, recipe: Recipe) -> None:
         super().__init__(machine, recipe)
+        self.written = recipe.written or Written()
         self.owned.sort(key=lambda x: isinstance(x, ScaleAndShift))  # projections, norms
+
+    def project(self, v: Locals, x: Tensor) -> None:
+        """Queries, keys and values as names of the frame, (B, heads, T, e) each."""
+        {"each": self.each, "viewed": self.viewed, "transposed": self.transposed, "whole": self.whole}[
+            self.written.queries
+        ](v, x)
+
+    def heads(self, x: Tensor, heads: Size) -> Tensor:
+        """(B, T, heads, e)."""
+        return view(x, (*x.shape[:2], heads, self.e))
+
+    def each(self, v: Locals, x: Tensor) -> None:
+        """One after the other, with its norm."""
+        normed = self.part.qk_norm != "none" and not self.part.qk_norm_late
+        if self.part.fused:
+            v.qkv = self.qkv(x)
+            v.q, v.k, v.v = (slice_last(v.qkv, width) for width in self.widths)
+            v.q = transpose(self.heads(v.q, self.h), 1, 2)
+            v.k = transpose(self.heads(v.k, self.k_heads), 1, 2)
+            v.v = transpose(self.heads(v.v, self.k_heads), 1, 2)
+            return
+        if normed:
+            v.q = transpose(self.q_norm(self.heads(self.q(x), self.h)), 1, 2)
+            v.k = transpose(self.k_norm(self.heads(self.k(x), self.k_heads)), 1, 2)
+        else:
+            v.q = transpose(self.heads(self.q(x), self.h), 1, 2)
+            v.k = transpose(self.heads(self.k(x), self.k_heads), 1, 2)
+        v.v = transpose(self.heads(self.v(x), self.k_heads), 1, 2)
+
+    def viewed(self, v: Locals, x: Tensor) -> None:
+        """All three, then the norms, then transposed."""
+        v.q = self.heads(self.q(x), self.h)
+        v.k = self.heads(self.k(x), self.k_heads)
+        v.v = self.heads(self.v(x), self.k_heads)
+        self.norms(v)
+        v.q = transpose(v.q, 1, 2)
+        v.k = transpose(v.k, 1, 2)
+        v.v = transpose(v.v, 1, 2)
+
+    def transposed(self, v: Locals, x: Tensor) -> None:
+        """All three, transposed, then the norms."""
+        v.q = transpose(self.heads(self.q(x), self.h), 1, 2)
+        v.k = transpose(self.heads(self.k(x), self.k_heads), 1, 2)
+        v.v = transpose(self.heads(self.v(x), self.k_heads), 1, 2)
+        self.norms(v)
+
+    def whole(self, v: Locals, x: Tensor) -> None:
+        """All three, normed over their whole width or clamped, then heads."""
+        normed = self.part.qk_norm == "width"
+        v.q = self.q_norm(self.q(x)) if normed else self.q(x)
+        v.k = self.k_norm(self.k(x)) if normed else self.k(x)
+        v.v = self.v(x)
+        v.q = transpose(self.heads(v.q, self.h), 1, 2)
+        v.k = transpose(self.heads(v.k, self.k_heads), 1, 2)
+        v.v = transpose(self.heads(v.v, self.k_heads), 1, 2)
+
+    def norms(self, v: Locals) -> None:
+        """Of queries, then of keys, if the part has them here."""
+        if self.part.qk_norm != "none":
+            v.q = self.q_norm(v.q)
+            v.k = self.k_norm(v.k)
+
+    def rotate(self, v: Locals, cos: Tensor, sin: Tensor) -> None:
+        """Queries and keys by their positions."""
+        if self.written.partial != "before":
+            apply_rotary(v, "q", "k", cos, sin, self.written)
+            return
+        width = cos.shape[-1]
+        v.q_rot, v.q_pass = slice_last(v.q, width), slice_last(v.q, self.e - width)
+        v.k_rot, v.k_pass = slice_last(v.k, width), slice_last(v.k, self.e - width)
+        apply_rotary(v, "q_rot", "k_rot", cos, sin, self.written)
+        v.q = concatenate((v.q_rot, v.q_pass))
+        v.k = concatenate((v.k_rot, v.k_pass))
 
     def forward(
         self,
@@ -34,15 +113,39 @@ class HFAttention(Attention):
         query_scale: Tensor | None,
     ) -> Tensor:
         B, T, _ = x.shape
-        v.q = transpose(view(self.q(x), (B, T, self.h, self.e)), 1, 2)
-        v.k = transpose(view(self.k(x), (B, T, self.k_heads, self.e)), 1, 2)
-        v.v = transpose(view(self.v(x), (B, T, self.k_heads, self.e)), 1, 2)
+        self.project(v, x)
         if cos is not None and sin is not None:
-            with Locals() as inner:
-                inner.cos, inner.sin = unsqueeze(cos, 1), unsqueeze(sin, 1)
-                inner.q, inner.k = rotated(v.q, inner.cos, inner.sin), rotated(v.k, inner.cos, inner.sin)
-                v.q, v.k = inner.q, inner.k
-        v.y = scaled_dot_product_attention(v.q, v.k, v.v, mask, drops=self.recipe.dropout)
-        v.y = contiguous(transpose(v.y, 1, 2))
+            self.rotate(v, cos, sin)
+        if self.part.qk_norm_late:
+            self.norms(v)
+        if query_scale is not None:
+            v.q = ops.mul(v.q, query_scale)
+        eager = self.recipe.attention.startswith("naive")
+        v.y = self.eager(v.q, v.k, v.v, mask) if eager else self.fused(v.q, v.k, v.v, mask)
         v.y = reshape(v.y, (B, T, self.widths[0]))
+        if self.out_norm is not None:
+            v.y = self.out_norm(v.y)
         return self.out(v.y)
+
+    def fused(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """`sdpa_attention_forward`, (B, T, h, e): keys and values are repeated for the queries' heads with a mask."""
+        with arguments((q, k, v, mask)) as results, Locals() as w:
+            w.k, w.v = (k, v) if mask is None else (repeat_heads(k, self.g), repeat_heads(v, self.g))
+            w.y = attend(q, w.k, w.v, mask, self.recipe)
+            results.append(reshape(transpose(w.y, 1, 2), (*w.y.shape[:1], w.y.shape[2], self.h, self.e)))
+        return results[0]
+
+    def eager(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """`eager_attention_forward`, (B, T, h, e)."""
+        assert mask is not None
+        with arguments((q, k, v, mask)) as results, Locals() as w:
+            w.k, w.v = repeat_heads(k, self.g), repeat_heads(v, self.g)
+            w.weights = ops.mul_number(matmul(q, transpose(w.k, 2, 3)))
+            if self.part.softcap is not None:
+                w.weights = soft_cap(w.weights)
+            w.weights = ops.add(w.weights, mask)
+            w.weights = cast(ops.softmax(w.weights, FLOAT32), q.dtype)
+            w.weights = dropout(w.weights, self.recipe)
+            w.y = matmul(w.weights, w.v)
+            results.append(reshape(transpose(w.y, 1, 2), (*w.y.shape[:1], w.y.shape[2], self.h, self.e)))
+        return results[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from estimator.eager import ops
 from estimator.models.block import Block
@@ -27,11 +27,27 @@ class HFBlock(Block):
     def forward(self, v: Locals, x: Tensor, *where: Tensor | None) -> Tensor:
         where = where[:-1]  # without the positions, which attention takes and leaves
         v.residual = x
-        v.x = self.attention_norm(x)
-        v.x = self.attention(v.x, *where)
-        v.x = ops.add(v.residual, v.x)
+        order = self.recipe.parts.order
+        if order.startswith("parallel"):
+            v.x = self.attention_norm(x)
+            v.attention = self.attention(v.x, *where)
+            v.ffn = self.ffn(v.x)
+            return ops.add(ops.add(v.residual, v.attention), v.ffn)
+        v.x = self.attention(self.before(v, x, self.attention_norm), *where)
+        self.after(v, self.attention_post_norm)
         v.residual = v.x
-        v.x = self.ffn_norm(v.x)
-        v.x = self.ffn(v.x)
-        v.x = ops.add(v.residual, v.x)
+        v.x = self.ffn(self.before(v, v.x, self.ffn_norm))
+        self.after(v, self.ffn_post_norm)
         return v.take("x")
+
+    def before(self, v: Locals, x: Tensor, norm: Any) -> Tensor:
+        """What goes into attention or the feed-forward, a name of the frame."""
+        v.x = x if norm is None else norm(x)
+        found: Tensor = v.x
+        return found
+
+    def after(self, v: Locals, norm: Any) -> None:
+        """What comes out of it is normed, where there is a norm, and added to the stream."""
+        if norm is not None:
+            v.x = norm(v.x)
+        v.x = ops.add(v.residual, self.scaled(v.x))

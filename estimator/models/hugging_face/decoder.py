@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from estimator.eager import ops
 from estimator.eager.losses import torch_cross_entropy
+from estimator.eager.pointwise import tanh
 from estimator.eager.tensor import FLOAT32, INT64, Locals, arguments
 from estimator.eager.views import cast, contiguous
 from estimator.models.decoder import Transformer
 from estimator.models.hugging_face.block import HFBlock
+from estimator.models.hugging_face.masks import attention_mask
 from estimator.models.hugging_face.positions import look_for_packed_sequences, position_ids, rotary_embedding
 
 if TYPE_CHECKING:
+    from estimator.eager.letters import Size
     from estimator.eager.tensor import Tensor
     from estimator.models.block import Block
 
@@ -28,8 +32,16 @@ class HFDecoder(Transformer):
 
     def forward(self, v: Locals, ids: Tensor, targets: Tensor | None = None) -> Tensor:
         assert targets is not None
+        ends = self.parts.ends
         v.x = self.decoded(ids)
         v.logits = self.head(v.x)
+        with self.machine.ledger.inside("head"):
+            if ends.logits_scale is not None:
+                v.logits = ops.mul_number(v.logits)
+            if ends.logits_softcap is not None:
+                v.logits = ops.div_number(v.logits)
+                v.logits = tanh(v.logits)
+                v.logits = ops.mul_number(v.logits)
         with self.machine.ledger.inside("loss"):
             return causal_lm_loss(v.logits, targets)
 
@@ -37,16 +49,33 @@ class HFDecoder(Transformer):
         """`LlamaModel`."""
         with Locals() as v:
             v.embeds = self.embedding(ids)
+            if self.parts.ends.embedding_scale is not None:
+                v.embeds = ops.mul_number(v.embeds)
             v.positions = position_ids(self.machine, ids.shape[1])
-            look_for_packed_sequences(v.positions, ids.shape[0])
+            masks = self.attention_masks(v, ids.shape[0])
             v.x = v.embeds
             v.cos = v.sin = None
+            assert self.recipe.written is not None
             if self.recipe.rotates:
-                rotary_embedding(v, v.positions, self.tables[0], v.x.dtype)
-            for block in self.blocks:
-                v.x = block(v.x, None, None, v.cos, v.sin, None, v.positions)
+                rotary_embedding(v, v.positions, self.tables[0], v.x.dtype, self.recipe.written)
+            for block, kind in zip(self.blocks, self.kinds, strict=True):
+                turn = (v.cos, v.sin) if kind.layer.rotates else (None, None)
+                v.x = block(v.x, masks[kind.layer.attention], None, *turn, None, v.positions)
             v.x = self.final_norm(v.x)
             return v.take("x")
+
+    def attention_masks(self, v: Locals, sequences: Size) -> dict[str, Tensor | None]:
+        """The mask of each kind of attention, held as names of the frame."""
+        written, eager = self.recipe.written, self.recipe.attention.startswith("naive")
+        used = {kind.layer.attention for kind in self.kinds}
+        assert written is not None
+        kinds = [kind for kind in ("full", "window", "chunk") if kind in used or kind in written.masks]
+        made: dict[str, Tensor | None] = {}
+        for kind in kinds:
+            look_for_packed_sequences(v.positions, sequences)
+            made[kind] = attention_mask(v.positions, sequences, kind, v.embeds.dtype, eager=eager)
+            setattr(v, f"{kind}_mask", made[kind])
+        return made
 
 
 def causal_lm_loss(logits: Tensor, labels: Tensor) -> Tensor:

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 from estimator.eager import ops
 from estimator.eager.letters import ONE
 from estimator.eager.pointwise import neg
-from estimator.eager.tensor import BOOL, INT64, Locals, arguments
-from estimator.eager.views import cast, concatenate, slice_last
+from estimator.eager.tensor import BOOL, FLOAT32, INT64, Locals, arguments
+from estimator.eager.views import cast, concatenate, slice_last, stack_last, unsqueeze
 
 if TYPE_CHECKING:
+    from estimator.describe.transformers import Written
     from estimator.eager.letters import Size
     from estimator.eager.tensor import Dtype, Machine, Shape, Tensor
 
@@ -54,7 +55,7 @@ def look_for_packed_sequences(positions: Tensor, sequences: Size) -> None:
             machine.empty((), BOOL).discard()
 
 
-def rotary_embedding(v: Locals, positions: Tensor, frequencies: Tensor, dtype: Dtype) -> None:
+def rotary_embedding(v: Locals, positions: Tensor, frequencies: Tensor, dtype: Dtype, written: Written) -> None:
     """`LlamaRotaryEmbedding`: `v.cos` and `v.sin`, (1, T, e) of `dtype`."""
     machine, (length,), (half,) = positions.machine, positions.shape, frequencies.shape
     with Locals() as w:
@@ -62,21 +63,70 @@ def rotary_embedding(v: Locals, positions: Tensor, frequencies: Tensor, dtype: D
         machine.kernel("_to_copy", (positions,), (w.positions,))
         w.freqs = ops.elementwise("mul", w.positions, frequencies)
         del w.positions
-        w.emb = concatenate((w.freqs, w.freqs), 2 * half)
+        if written.rotation == "repeated-fp32":
+            w.emb = repeated(w.freqs)
+        else:
+            w.emb = concatenate((w.freqs, w.freqs), 2 * half)
         w.cos = ops.with_number("mul", ops.elementwise("cos", w.emb))
         w.sin = ops.with_number("mul", ops.elementwise("sin", w.emb))
-        v.cos, v.sin = cast(w.cos, dtype), cast(w.sin, dtype)
+        if written.tables_fp32:
+            v.cos, v.sin = w.cos, w.sin
+        else:
+            v.cos, v.sin = cast(w.cos, dtype), cast(w.sin, dtype)
 
 
-def rotate_half(x: Tensor) -> Tensor:
-    """(-x2, x1) of the halves of the last dimension."""
+def repeated(x: Tensor) -> Tensor:
+    """x.repeat_interleave(2, -1) of what wants no gradient."""
+    out = x.machine.empty((*x.shape[:-1], 2 * x.shape[-1]), x.dtype)
+    x.machine.kernel("repeat_interleave", (x,), (out,))
+    return out
+
+
+def rotate_half(x: Tensor, written: Written) -> Tensor:
+    """(-x2, x1) of the halves of the last dimension, or of its odd and even places."""
     with arguments((x,)) as results, Locals() as v:
         half = x.shape[-1] / 2
-        v.x1, v.x2 = slice_last(x, half), slice_last(x, half)
-        results.append(concatenate((neg(v.x2), v.x1)))
+        if written.rotation == "halves":
+            v.x1, v.x2 = slice_last(x, half), slice_last(x, half)
+            results.append(concatenate((neg(v.x2), v.x1)))
+        else:
+            v.x1, v.x2 = slice_last(x, half, step=2), slice_last(x, half, step=2)
+            results.append(stack_last(neg(v.x2), v.x1))
     return results[0]
 
 
-def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotated(x: Tensor, cos: Tensor, sin: Tensor, written: Written) -> Tensor:
     """x cos + rotate_half(x) sin."""
-    return ops.add(ops.mul(x, cos), ops.mul(rotate_half(x), sin))
+    if written.rotation != "neighbours-fp32":
+        return ops.add(ops.mul(x, cos), ops.mul(rotate_half(x, written), sin))
+    return ops.add(ops.mul(cast(x, FLOAT32), cos), ops.mul(cast(rotate_half(x, written), FLOAT32), sin))
+
+
+def apply_rotary(v: Locals, q: str, k: str, cos: Tensor, sin: Tensor, written: Written) -> None:
+    """`apply_rotary_pos_emb`: the names `q` and `k` of the frame are rotated."""
+    before = getattr(v, q), getattr(v, k)
+    dtype, width = before[0].dtype, cos.shape[-1]
+    with Locals() as w:
+        if written.rotation == "repeated-fp32":
+            before = tuple(cast(x, FLOAT32) for x in before)
+            w.wide_q, w.wide_k = before
+        w.cos, w.sin = unsqueeze(cos, 1), unsqueeze(sin, 1)
+        if written.rotation.startswith("neighbours"):
+            w.cos = repeated(slice_last(w.cos, width / 2))
+            w.sin = repeated(slice_last(w.sin, width / 2))
+        if written.partial in ("", "before"):
+            w.q, w.k = (rotated(x, w.cos, w.sin, written) for x in before)
+        else:
+            w.q_rot, w.q_pass = (slice_last(before[0], n) for n in (width, before[0].shape[-1] - width))
+            w.k_rot, w.k_pass = (slice_last(before[1], n) for n in (width, before[1].shape[-1] - width))
+        if written.partial == "whole":
+            w.q = concatenate((rotated(w.q_rot, w.cos, w.sin, written), w.q_pass))
+            w.k = concatenate((rotated(w.k_rot, w.cos, w.sin, written), w.k_pass))
+        elif written.partial in ("inside", "returned"):
+            w.q, w.k = rotated(w.q_rot, w.cos, w.sin, written), rotated(w.k_rot, w.cos, w.sin, written)
+            if written.partial == "returned":
+                w.of_q, w.of_k = w.q, w.k
+            w.q = concatenate((w.q, w.q_pass))
+            w.k = concatenate((w.k, w.k_pass))
+        setattr(v, q, cast(w.q, dtype))
+        setattr(v, k, cast(w.k, dtype))

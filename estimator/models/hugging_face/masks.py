@@ -1,0 +1,45 @@
+"""`masking_utils`: which earlier tokens a token sees."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from estimator.eager.letters import ONE, ZERO, W
+from estimator.eager.tensor import BOOL, INT64, Locals
+from estimator.models.hugging_face.positions import integers, position_ids
+
+if TYPE_CHECKING:
+    from estimator.eager.letters import Size
+    from estimator.eager.tensor import Dtype, Tensor
+
+
+def attention_mask(positions: Tensor, sequences: Size, kind: str, dtype: Dtype, *, eager: bool) -> Tensor | None:
+    """`create_causal_mask` or `create_sliding_window_causal_mask`: (B, 1, T, T) bools of what is seen, or for eager
+    attention what is added to the scores; None where a fused kernel needs none.
+    """
+    machine, (length,) = positions.machine, positions.shape
+    if not eager and (kind == "full" or machine.at_most(length + 1, W)):
+        return None
+    square = (ONE, ONE, length, length)
+    with Locals() as v:
+        v.batch, v.head = machine.empty((sequences,), INT64), machine.empty((ONE,), INT64)
+        v.queries, v.keys = position_ids(machine, length), position_ids(machine, length)
+        if kind == "full":
+            v.seen = machine.empty(square, BOOL)
+            machine.kernel("le", (v.keys, v.queries), (v.seen,))
+        else:
+            v.result = machine.empty((), BOOL)
+            for compared in ("gt", "le"):
+                with Locals() as w:
+                    if compared == "gt":
+                        w.edge = integers(machine, "sub", (ONE, ONE, length, ONE), v.queries)
+                    w.mask = machine.empty(square, BOOL)
+                    machine.kernel(compared, (v.keys, v.queries), (w.mask,))
+                    w.edge = None
+                    w.both = machine.empty(square, BOOL)
+                    machine.kernel("bitwise_and", (v.result, w.mask), (w.both,))
+                    w.mask = None
+                    v.result = w.both
+            v.seen = v.result
+        stride = (ZERO, *v.seen.stride[1:])
+        return v.seen.view((sequences, *square[1:]), stride)
