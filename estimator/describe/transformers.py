@@ -93,6 +93,7 @@ CLASSES: dict[str, Written] = {
     # Decoders with statements of their own.
     "gpt-sw3": Written(decoder="gpt2"),
     "gpt2": Written(decoder="gpt2"),
+    "gpt_neox": Written(decoder="gpt_neox", partial="inside"),
 }
 
 

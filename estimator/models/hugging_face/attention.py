@@ -120,12 +120,15 @@ class HFAttention(Attention):
             self.norms(v)
         if query_scale is not None:
             v.q = ops.mul(v.q, query_scale)
-        eager = self.recipe.attention.startswith("naive")
-        v.y = self.eager(v.q, v.k, v.v, mask) if eager else self.fused(v.q, v.k, v.v, mask)
+        v.y = self.attended(v.q, v.k, v.v, mask)
         v.y = reshape(v.y, (B, T, self.widths[0]))
         if self.out_norm is not None:
             v.y = self.out_norm(v.y)
         return self.out(v.y)
+
+    def attended(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """(B, T, h, e) of (B, heads, T, e) each."""
+        return (self.eager if self.recipe.attention.startswith("naive") else self.fused)(q, k, v, mask)
 
     def fused(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """`sdpa_attention_forward`, (B, T, h, e): keys and values are repeated for the queries' heads with a mask."""

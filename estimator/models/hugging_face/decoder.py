@@ -13,6 +13,7 @@ from estimator.models.decoder import Transformer
 from estimator.models.hugging_face.block import HFBlock
 from estimator.models.hugging_face.masks import attention_mask
 from estimator.models.hugging_face.positions import look_for_packed_sequences, position_ids, rotary_embedding
+from estimator.models.layers import dropout
 
 if TYPE_CHECKING:
     from estimator.eager.letters import Size
@@ -24,6 +25,7 @@ class HFDecoder(Transformer):
     """`LlamaForCausalLM`: ids (B, T), labels (B, T) -> their loss."""
 
     build_block: type[Block] = HFBlock
+    drops_embedding = False
 
     def rotary_tables(self) -> list[Tensor]:
         """The inverse frequencies, and their original."""
@@ -53,7 +55,7 @@ class HFDecoder(Transformer):
                 v.embeds = ops.mul_number(v.embeds)
             v.positions = position_ids(self.machine, ids.shape[1])
             masks = self.attention_masks(v, ids.shape[0])
-            v.x = v.embeds
+            v.x = dropout(v.embeds, self.recipe) if self.drops_embedding else v.embeds
             v.cos = v.sin = None
             assert self.recipe.written is not None
             if self.recipe.rotates:

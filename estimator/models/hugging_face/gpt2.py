@@ -12,10 +12,9 @@ from estimator.eager.tensor import Locals
 from estimator.eager.views import reshape, split, transpose, unsqueeze, view
 from estimator.models.block import Block
 from estimator.models.feed_forward import PlainFeedForward
-from estimator.models.hugging_face.attended import fused
 from estimator.models.hugging_face.attention import HFAttention
 from estimator.models.hugging_face.decoder import HFDecoder
-from estimator.models.hugging_face.positions import look_for_packed_sequences, position_ids
+from estimator.models.hugging_face.positions import position_ids
 from estimator.models.layers import Linear, Module, dropout
 from estimator.models.positions import Positions
 
@@ -59,7 +58,7 @@ class GPT2Attention(HFAttention):
         v.k = transpose(view(v.k, (B, T, self.k_heads, self.e)), 1, 2)
         v.v = transpose(view(v.v, (B, T, self.k_heads, self.e)), 1, 2)
         v.q = transpose(view(v.q, (B, T, self.h, self.e)), 1, 2)
-        v.y = fused(v.q, v.k, v.v, mask, self.recipe)
+        v.y = self.attended(v.q, v.k, v.v, mask)
         v.y = reshape(v.y, (B, T, self.widths[0]))
         v.y = self.out(v.y)
         return dropout(v.take("y"), self.recipe)
@@ -112,10 +111,10 @@ class GPT2(HFDecoder):
             v.positions = position_ids(self.machine, T)
             v.position_embeds = embedded_positions(self.positions, unsqueeze(v.positions, 0))
             v.x = ops.add(v.embeds, v.position_embeds)
-            look_for_packed_sequences(v.positions, B)
+            masks = self.attention_masks(v, B)
             v.x = dropout(v.x, self.recipe)
             for block in self.blocks:
-                v.x = block(v.x, None, None, None, None, None, v.positions)
+                v.x = block(v.x, masks["full"], None, None, None, None, v.positions)
             v.x = self.final_norm(v.x)
             v.x = view(v.x, v.x.shape)
             return v.take("x")

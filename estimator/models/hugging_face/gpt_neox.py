@@ -1,0 +1,88 @@
+"""`GPTNeoXForCausalLM`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from estimator.eager import ops
+from estimator.eager.views import reshape, split, transpose, view
+from estimator.models.block import Block
+from estimator.models.feed_forward import PlainFeedForward
+from estimator.models.hugging_face.attention import HFAttention
+from estimator.models.hugging_face.decoder import HFDecoder
+from estimator.models.layers import dropout
+from estimator.models.norms import ScaleAndShift
+
+if TYPE_CHECKING:
+    from estimator.describe.parts import MLP
+    from estimator.eager.letters import Size
+    from estimator.eager.tensor import Locals, Machine, Tensor
+    from estimator.models.layers import BlockKind, Recipe
+
+
+class GPTNeoXAttention(HFAttention):
+    """`GPTNeoXAttention`: queries, keys and values of one head lie side by side."""
+
+    def forward(
+        self,
+        v: Locals,
+        x: Tensor,
+        mask: Tensor | None,
+        bias: Tensor | None,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        query_scale: Tensor | None,
+    ) -> Tensor:
+        shape = x.shape[:2]
+        v.qkv = transpose(view(self.qkv(x), (*shape, self.h, 3 * self.e)), 1, 2)
+        v.q, v.k, v.v = split(v.qkv, (self.e, self.e, self.e))
+        assert cos is not None and sin is not None
+        self.rotate(v, cos, sin)
+        v.y = self.attended(v.q, v.k, v.v, mask)
+        v.y = reshape(v.y, (*shape, self.widths[0]))
+        v.y = self.out(v.y)
+        return v.take("y")
+
+
+class MLPWithoutDropout(PlainFeedForward):
+    """`GPTNeoXMLP`: dropout is the block's."""
+
+    def forward(self, v: Locals, x: Tensor) -> Tensor:
+        v.x = self.up(x)
+        v.x = self.activation(v.x)
+        v.x = self.down(v.x)
+        return v.take("x")
+
+
+def build_feed_forward(machine: Machine, part: MLP, d: Size, f: Size, recipe: Recipe) -> MLPWithoutDropout:
+    """Its `mlp`."""
+    return MLPWithoutDropout(machine, "ffn", part, d, f, recipe)
+
+
+class GPTNeoXBlock(Block):
+    """`GPTNeoXLayer`."""
+
+    build_attention = staticmethod(GPTNeoXAttention)
+    build_feed_forward = staticmethod(build_feed_forward)
+    positional = 1
+
+    def __init__(self, machine: Machine, index: int, recipe: Recipe, kind: BlockKind) -> None:
+        super().__init__(machine, index, recipe, kind)
+        self.owned.sort(key=lambda x: not isinstance(x, ScaleAndShift))  # norms, attention, feed-forward
+
+    def forward(self, v: Locals, x: Tensor, *where: Tensor | None) -> Tensor:
+        v.y = self.attention(self.attention_norm(x), *where[:-1])
+        v.y = dropout(v.y, self.recipe)
+        if self.recipe.parts.order == "pre":
+            v.y = ops.add(v.y, x)
+        v.ffn = self.ffn(self.ffn_norm(v.y if self.recipe.parts.order == "pre" else x))
+        v.ffn = dropout(v.ffn, self.recipe)
+        v.x = ops.add(v.ffn, v.y)
+        return v.take("x") if self.recipe.parts.order == "pre" else ops.add(v.take("x"), x)
+
+
+class GPTNeoX(HFDecoder):
+    """`GPTNeoXForCausalLM`."""
+
+    build_block = GPTNeoXBlock
+    drops_embedding = True
