@@ -39,6 +39,7 @@ class Written:
     """What sets one class apart from another, beyond its parts.
 
     Attributes:
+        decoder: the class whose statements these are, by a name in `estimator.models.hugging_face.classes`.
         norm: an rms norm is "upcast" (in fp32, cast back, then multiplied with the weight: Llama) or "upcast-late"
             (multiplied, then cast back: OLMo 2); one that scales by 1 + w is Gemma's. A LayerNorm is one kernel, or
             with "centred" Cohere's, in operators.
@@ -52,48 +53,53 @@ class Written:
             attention does: Phi), "" (there are no such heads).
         masks: kinds of attention whose masks are asked for though no layer may have it.
         tables_fp32: cosines and sines stay in fp32 (OLMo).
-        decoder: the class whose statements these are, by a name in `estimator.models.hugging_face.classes`.
+        tables_by_kind: each kind of layer has cosines and sines of its own (Gemma 3).
+        names_all: what attention and the feed-forward find have names of their own, to a block's end (StableLM).
     """
 
+    decoder: str = "llama"
     norm: str = "upcast"
     queries: str = "each"
     rotation: str = "halves"
     partial: str = ""
     masks: tuple[str, ...] = ()
     tables_fp32: bool = False
-    decoder: str = "llama"
+    tables_by_kind: bool = False
+    names_all: bool = False
 
 
+# Decoders with statements of their own.
+OLDER: dict[str, Written] = {
+    "gpt-sw3": Written("gpt2"),
+    "gpt2": Written("gpt2"),
+    "gpt_neox": Written("gpt_neox", partial="inside"),
+}
 LLAMA = Written()
+WINDOWS = Written(masks=("full",))
 COHERE = Written(norm="centred", rotation="repeated-fp32")
 OLMO = Written(norm="upcast-late", queries="whole", tables_fp32=True)
 # By model_type, or the family that its parts are: the classes that are known.
 CLASSES: dict[str, Written] = {
-    **dict.fromkeys(("exaone", "internlm3", "iquestcoder", "llama", "mistral", "qwen2", "smollm3"), LLAMA),
-    **dict.fromkeys(("arcee", "bitnet", "cwm", "gemma", "gemma2", "gemma3_text", "granite", "hyperclovax"), LLAMA),
-    **dict.fromkeys(("jais2", "ministral", "ministral3", "qwen3", "seed_oss", "starcoder2", "vaultgemma"), LLAMA),
-    **dict.fromkeys(("granite_swa", "granitemoehybrid", "hunyuan_v1_dense", "nanochat"), LLAMA),
-    "apertus": Written(queries="transposed"),
-    "apertus1p5_text": Written(queries="transposed"),
+    **OLDER,
+    **dict.fromkeys(("arcee", "bitnet", "exaone", "gemma", "granite", "granitemoehybrid", "hunyuan_v1_dense"), LLAMA),
+    **dict.fromkeys(("hyperclovax", "internlm3", "iquestcoder", "jais2", "llama", "mistral", "nanochat"), LLAMA),
+    **dict.fromkeys(("starcoder2",), LLAMA),
+    **dict.fromkeys(("cwm", "gemma2", "ministral", "qwen2", "qwen3", "smollm3", "vaultgemma"), WINDOWS),
     "cohere": replace(COHERE, queries="viewed"),
-    "cohere2": COHERE,
-    "cohere_compass_text": replace(COHERE, rotation="halves"),
+    "cohere2": replace(COHERE, masks=("full",)),
     "ernie4_5": Written(rotation="neighbours-fp32", tables_fp32=True),
-    "exaone4": Written(queries="transposed"),
+    "exaone4": Written(queries="transposed", masks=("full",)),
+    "gemma3_text": Written(masks=("full",), tables_by_kind=True),
     "glm": Written(rotation="neighbours", partial="inside"),
     "glm4": Written(rotation="neighbours", partial="inside"),
     "helium": Written(norm="upcast-late", rotation="neighbours"),
     "nemotron": Written(partial="returned"),
     "olmo": OLMO,
     "olmo2": OLMO,
-    "olmo3": OLMO,
+    "olmo3": replace(OLMO, masks=("full",), tables_by_kind=True),
     "phi": Written(queries="transposed", partial="before"),
     "phi3": Written(partial="whole"),
-    "stablelm": Written(queries="transposed", partial="before"),
-    # Decoders with statements of their own.
-    "gpt-sw3": Written(decoder="gpt2"),
-    "gpt2": Written(decoder="gpt2"),
-    "gpt_neox": Written(decoder="gpt_neox", partial="inside"),
+    "stablelm": Written(queries="transposed", partial="before", names_all=True),
 }
 
 

@@ -21,6 +21,7 @@ from estimator.eager.tensor import BOOL, Locals, Tensor, arguments, empty_like, 
 from estimator.eager.views import cast
 
 if TYPE_CHECKING:
+    from estimator.eager.autograd import Backward
     from estimator.eager.ops import Gradients
 
 
@@ -79,10 +80,13 @@ def _power(x: Tensor) -> Tensor:
 
 @op
 def clamp(x: Tensor, *, both: bool) -> Tensor:
-    """x.clamp(min, max), or with one bound alone: saves its input.
+    """x.clamp(min, max), or with one bound alone: saves its input."""
+    node = record("ClampBackward1", (x,), clamp_backward(both=both), (x,))
+    return attach(node, elementwise("clamp", x))
 
-    Backward (`clamp_backward`) is where(within, grad, 0), the zero a tensor of its own.
-    """
+
+def clamp_backward(*, both: bool) -> Backward:
+    """`clamp_backward`: where(within, grad, 0), the zero a tensor of its own."""
 
     def backward(c: Context, grad: Tensor) -> Gradients:
         x, machine = c.saved[0], grad.machine
@@ -93,8 +97,19 @@ def clamp(x: Tensor, *, both: bool) -> Tensor:
             machine.kernel("logical_and_", (c.within, c.below), (c.within,))
         return [elementwise("where", c.within, grad)]
 
-    node = record("ClampBackward1", (x,), backward, (x,))
-    return attach(node, elementwise("clamp", x))
+    return backward
+
+
+def clamp_in_place(x: Tensor) -> None:
+    """x.clamp_(min, max): saves a copy of what x was (`original_self` of VariableType), and x is the new node's."""
+    original = empty_like(x).hold() if x.requires_grad and x.machine.grad_enabled else None
+    node = record("ClampBackward1", (x,), clamp_backward(both=True), (original,))
+    if original is not None:
+        original.drop()
+    x.machine.kernel("clamp_", (x,), (x,))
+    if node is not None and x.grad_fn is not None:
+        x.grad_fn.drop()
+    attach(node, x)
 
 
 def compared(name: str, x: Tensor) -> Tensor:

@@ -56,6 +56,7 @@ class Transformer(Module):
             self.positions = self.child(Positions(machine, "positions", length, d))
         elif parts.positions.kind == "sinusoidal":
             self.positions = self.child(Sinusoids(machine, "positions", size["C"], d))
+        self.build_scale()
         norm = parts.norm
         self.embedding_norm = self.child(
             build_norm(machine, recipe, "embedding_norm", norm, d) if parts.ends.embedding_norm and enters else None
@@ -97,6 +98,9 @@ class Transformer(Module):
             self.embedding.share(size["V"], scatters=scatters)
             self.head.share(size["V"], size["T"] if recipe.sequence_parallel else None)
         self.freeze()
+
+    def build_scale(self) -> None:
+        """A buffer of the embedding's scale, where it is one."""
 
     def rotary_tables(self) -> list[Tensor]:
         """Cosines and sines of every position."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from estimator.describe.transformers import Written
 from estimator.eager import ops
 from estimator.eager.linalg import matmul
-from estimator.eager.pointwise import soft_cap
+from estimator.eager.pointwise import clamp_in_place, soft_cap
 from estimator.eager.tensor import FLOAT32, Locals, arguments
 from estimator.eager.views import cast, concatenate, repeat_heads, reshape, slice_last, transpose, view
 from estimator.models.attention import Attention, attend
@@ -80,6 +80,9 @@ class HFAttention(Attention):
         v.q = self.q_norm(self.q(x)) if normed else self.q(x)
         v.k = self.k_norm(self.k(x)) if normed else self.k(x)
         v.v = self.v(x)
+        if self.part.clip is not None:
+            for clipped in (v.q, v.k, v.v):
+                clamp_in_place(clipped)
         v.q = transpose(self.heads(v.q, self.h), 1, 2)
         v.k = transpose(self.heads(v.k, self.k_heads), 1, 2)
         v.v = transpose(self.heads(v.v, self.k_heads), 1, 2)

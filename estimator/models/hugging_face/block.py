@@ -27,12 +27,18 @@ class HFBlock(Block):
     def forward(self, v: Locals, x: Tensor, *where: Tensor | None) -> Tensor:
         where = where[:-1]  # without the positions, which attention takes and leaves
         v.residual = x
-        order = self.recipe.parts.order
-        if order.startswith("parallel"):
+        if self.recipe.parts.order == "parallel":
             v.x = self.attention_norm(x)
             v.attention = self.attention(v.x, *where)
             v.ffn = self.ffn(v.x)
             return ops.add(ops.add(v.residual, v.attention), v.ffn)
+        if self.recipe.written is not None and self.recipe.written.names_all:
+            v.x = self.attention_norm(x)
+            v.attention = self.attention(v.x, *where)
+            v.residual = ops.add(v.residual, v.attention)
+            v.ffn = self.ffn(self.ffn_norm(v.residual))
+            v.x = ops.add(v.residual, v.ffn)
+            return v.take("x")
         v.x = self.attention(self.before(v, x, self.attention_norm), *where)
         self.after(v, self.attention_post_norm)
         v.residual = v.x

@@ -28,9 +28,22 @@ class HFDecoder(Transformer):
     drops_embedding = False
 
     def rotary_tables(self) -> list[Tensor]:
-        """The inverse frequencies, and their original."""
+        """The inverse frequencies, and their original, of each kind of layer that has its own."""
         half = self.machine.shapes.letters[self.recipe.rotated] / 2
-        return [self.buffer(half) for _ in ("inv_freq", "original_inv_freq")]
+        return [self.buffer(half) for _ in self.turns for _ in ("inv_freq", "original_inv_freq")]
+
+    @property
+    def turns(self) -> list[str]:
+        """The kinds of layers with cosines and sines of their own: one for all, or those that the model has."""
+        written = self.recipe.written
+        assert written is not None
+        return sorted({kind.layer.attention for kind in self.kinds}) if written.tables_by_kind else ["full"]
+
+    def build_scale(self) -> None:
+        """Gemma's scale of the embedding is a buffer."""
+        norm = self.parts.norm
+        gemma = norm.kind == "rms" and norm.weight == "plus-one" and self.parts.ends.embedding_scale is not None
+        self.embedding_scale = self.buffer() if gemma else None
 
     def forward(self, v: Locals, ids: Tensor, targets: Tensor | None = None) -> Tensor:
         assert targets is not None
@@ -51,20 +64,34 @@ class HFDecoder(Transformer):
         """`LlamaModel`."""
         with Locals() as v:
             v.embeds = self.embedding(ids)
-            if self.parts.ends.embedding_scale is not None:
+            if self.embedding_scale is not None:
+                v.embeds = ops.mul(v.embeds, self.embedding_scale)
+            elif self.parts.ends.embedding_scale is not None:
                 v.embeds = ops.mul_number(v.embeds)
             v.positions = position_ids(self.machine, ids.shape[1])
             masks = self.attention_masks(v, ids.shape[0])
             v.x = dropout(v.embeds, self.recipe) if self.drops_embedding else v.embeds
-            v.cos = v.sin = None
-            assert self.recipe.written is not None
-            if self.recipe.rotates:
-                rotary_embedding(v, v.positions, self.tables[0], v.x.dtype, self.recipe.written)
+            turns: dict[str, tuple[Tensor | None, Tensor | None]] = {}
+            for i, name in enumerate(self.turns if self.recipe.rotates else ()):
+                turns[name] = self.rotary(v, name, self.tables[2 * i])
+            if self.embedding_norm is not None:
+                v.x = self.embedding_norm(v.x)
             for block, kind in zip(self.blocks, self.kinds, strict=True):
-                turn = (v.cos, v.sin) if kind.layer.rotates else (None, None)
+                turn = turns.get(kind.layer.attention, turns.get("full", (None, None)))
+                turn = turn if kind.layer.rotates else (None, None)
                 v.x = block(v.x, masks[kind.layer.attention], None, *turn, None, v.positions)
             v.x = self.final_norm(v.x)
             return v.take("x")
+
+    def rotary(self, v: Locals, kind: str, frequencies: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Cosines and sines, held as names of the frame."""
+        assert self.recipe.written is not None
+        with Locals() as w:
+            rotary_embedding(w, v.positions, frequencies, v.x.dtype, self.recipe.written)
+            cos, sin = w.cos, w.sin
+            setattr(v, f"{kind}_cos", cos)
+            setattr(v, f"{kind}_sin", sin)
+        return cos, sin
 
     def attention_masks(self, v: Locals, sequences: Size) -> dict[str, Tensor | None]:
         """The mask of each kind of attention, held as names of the frame."""

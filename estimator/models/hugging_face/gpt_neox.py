@@ -36,8 +36,8 @@ class GPTNeoXAttention(HFAttention):
         shape = x.shape[:2]
         v.qkv = transpose(view(self.qkv(x), (*shape, self.h, 3 * self.e)), 1, 2)
         v.q, v.k, v.v = split(v.qkv, (self.e, self.e, self.e))
-        assert cos is not None and sin is not None
-        self.rotate(v, cos, sin)
+        if cos is not None and sin is not None:
+            self.rotate(v, cos, sin)
         v.y = self.attended(v.q, v.k, v.v, mask)
         v.y = reshape(v.y, (*shape, self.widths[0]))
         v.y = self.out(v.y)

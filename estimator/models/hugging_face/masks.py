@@ -14,12 +14,28 @@ if TYPE_CHECKING:
 
 
 def attention_mask(positions: Tensor, sequences: Size, kind: str, dtype: Dtype, *, eager: bool) -> Tensor | None:
-    """`create_causal_mask` or `create_sliding_window_causal_mask`: (B, 1, T, T) bools of what is seen, or for eager
-    attention what is added to the scores; None where a fused kernel needs none.
+    """`create_causal_mask` or `create_sliding_window_causal_mask`: (B, 1, T, T), None where a fused kernel needs none.
+
+    Bools of what is seen; for eager attention numbers of `dtype` that are added to the scores.
     """
-    machine, (length,) = positions.machine, positions.shape
-    if not eager and (kind == "full" or machine.at_most(length + 1, W)):
+    if not eager and (kind == "full" or positions.machine.at_most(positions.shape[0] + 1, W)):
         return None
+    if not eager:
+        return seen(positions, sequences, kind)
+    machine = positions.machine
+    with Locals() as v:
+        v.seen = seen(positions, sequences, kind)
+        zero, least = machine.empty((), dtype).hold(), machine.empty((), dtype).hold()
+        mask = machine.empty(v.seen.shape, dtype)
+        machine.kernel("where", (v.seen,), (mask,))
+        zero.drop()
+        least.drop()
+        return mask
+
+
+def seen(positions: Tensor, sequences: Size, kind: str) -> Tensor:
+    """`sdpa_mask`, a view of the same for all sequences."""
+    machine, (length,) = positions.machine, positions.shape
     square = (ONE, ONE, length, length)
     with Locals() as v:
         v.batch, v.head = machine.empty((sequences,), INT64), machine.empty((ONE,), INT64)

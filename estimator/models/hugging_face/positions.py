@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from estimator.eager import ops
 from estimator.eager.letters import ONE
 from estimator.eager.pointwise import neg
-from estimator.eager.tensor import BOOL, FLOAT32, INT64, Locals, arguments
+from estimator.eager.tensor import BOOL, FLOAT32, INT64, Locals, arguments, op
 from estimator.eager.views import cast, concatenate, slice_last, stack_last, unsqueeze
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ def rotary_embedding(v: Locals, positions: Tensor, frequencies: Tensor, dtype: D
             v.cos, v.sin = cast(w.cos, dtype), cast(w.sin, dtype)
 
 
+@op
 def repeated(x: Tensor) -> Tensor:
     """x.repeat_interleave(2, -1) of what wants no gradient."""
     out = x.machine.empty((*x.shape[:-1], 2 * x.shape[-1]), x.dtype)
@@ -128,5 +129,7 @@ def apply_rotary(v: Locals, q: str, k: str, cos: Tensor, sin: Tensor, written: W
                 w.of_q, w.of_k = w.q, w.k
             w.q = concatenate((w.q, w.q_pass))
             w.k = concatenate((w.k, w.k_pass))
-        setattr(v, q, cast(w.q, dtype))
-        setattr(v, k, cast(w.k, dtype))
+        if written.rotation.endswith("fp32"):
+            w.q, w.k = cast(w.q, dtype), cast(w.k, dtype)
+        setattr(v, q, w.q)
+        setattr(v, k, w.k)
