@@ -73,6 +73,7 @@ OLDER: dict[str, Written] = {
     "gpt-sw3": Written("gpt2"),
     "gpt2": Written("gpt2"),
     "gpt_neox": Written("gpt_neox", partial="inside"),
+    "opt": Written("opt", norm=""),
 }
 LLAMA = Written()
 WINDOWS = Written(masks=("full",))

@@ -131,7 +131,7 @@ def build_norm(machine: Machine, recipe: Recipe, name: str, norm: Norm, *shape: 
         kind = CentredNorm
     elif norm.kind == "rms":
         kind = RMSNorm
-    elif written is not None and norm.weight == "none":
+    elif written is not None and written.norm and norm.weight == "none":
         kind = LayerNormInFP32
     else:
         kind = LayerNorm if len(shape) == 1 else LayerNormOfHeads

@@ -5,5 +5,11 @@ from __future__ import annotations
 from estimator.models.hugging_face.decoder import HFDecoder
 from estimator.models.hugging_face.gpt2 import GPT2
 from estimator.models.hugging_face.gpt_neox import GPTNeoX
+from estimator.models.hugging_face.opt import OPT
 
-DECODERS: dict[str, type[HFDecoder]] = {"gpt2": GPT2, "gpt_neox": GPTNeoX, "llama": HFDecoder}
+DECODERS: dict[str, type[HFDecoder]] = {
+    "gpt2": GPT2,
+    "gpt_neox": GPTNeoX,
+    "llama": HFDecoder,
+    "opt": OPT,
+}

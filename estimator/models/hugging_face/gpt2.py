@@ -14,23 +14,15 @@ from estimator.models.block import Block
 from estimator.models.feed_forward import PlainFeedForward
 from estimator.models.hugging_face.attention import HFAttention
 from estimator.models.hugging_face.decoder import HFDecoder
+from estimator.models.hugging_face.learned import embedded_positions
 from estimator.models.hugging_face.positions import position_ids
 from estimator.models.layers import Linear, Module, dropout
-from estimator.models.positions import Positions
 
 if TYPE_CHECKING:
     from estimator.describe.parts import MLP
     from estimator.eager.letters import Size
     from estimator.eager.tensor import Machine, Tensor
     from estimator.models.layers import Recipe
-    from estimator.models.positions import Sinusoids
-
-
-def embedded_positions(table: Positions | Sinusoids | None, ids: Tensor) -> Tensor:
-    """Rows of a learned table by position."""
-    assert isinstance(table, Positions)
-    with table.inside():
-        return ops.embedding(ids, table.weight)
 
 
 class Conv1D(Linear):
