@@ -90,7 +90,7 @@ CLASSES: dict[str, Written] = {
     "cohere2": replace(COHERE, masks=("full",)),
     "ernie4_5": Written(rotation="neighbours-fp32", tables_fp32=True),
     "exaone4": Written(queries="transposed", masks=("full",)),
-    "gemma3_text": Written(masks=("full",), tables_by_kind=True),
+    "gemma3_text": Written(queries="transposed", masks=("full",), tables_by_kind=True),
     "glm": Written(rotation="neighbours", partial="inside"),
     "glm4": Written(rotation="neighbours", partial="inside"),
     "helium": Written(norm="upcast-late", rotation="neighbours"),

@@ -10,7 +10,7 @@ from estimator.eager.letters import ONE
 from estimator.eager.linalg import matmul
 from estimator.eager.ops import added, additive_mask, causal_mask, dropout, elementwise, with_number
 from estimator.eager.tensor import BOOL, FLOAT32, Locals, Tensor, empty_like, op
-from estimator.eager.views import cast, transpose
+from estimator.eager.views import cast, repeat_heads, transpose
 
 if TYPE_CHECKING:
     from estimator.eager.ops import Gradients
@@ -21,7 +21,7 @@ def attention_math(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, *, drop
     """`_scaled_dot_product_attention_math`: in float32 whatever comes in.
 
     Of a boolean mask `seen` every call makes one to add, in the inputs' dtype; without one it is causal, and every call
-    makes its own in float32.
+    makes its own in float32. Keys and values of fewer heads are repeated (`enable_gqa`).
     """
     q, k, v = lower(q, k, v)
     with q.machine.autocast(None), Locals() as c:  # inside an operator that it casts for, autocast is off
@@ -36,13 +36,18 @@ def _attention_math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, dro
         c.q, c.k, c.v = (cast(x, FLOAT32) for x in (q, k, v))
         c.query = _scaled(c.q)
         c.mask = additive_mask(causal_mask(q, q.shape[-2]), FLOAT32) if mask is None else mask
-        c.attn = matmul(c.query, _scaled(transpose(c.k, -2, -1)))
+        if q.shape[1] is not k.shape[1]:
+            groups = q.machine.shapes.letters["g"]
+            c.key_expanded, c.value_expanded = repeat_heads(c.k, groups), repeat_heads(c.v, groups)
+        else:
+            c.key_expanded, c.value_expanded = c.k, c.v
+        c.attn = matmul(c.query, _scaled(transpose(c.key_expanded, -2, -1)))
         c.attn = added(c.attn, c.mask)
         c.attn = _safe_softmax(c.attn)
         if drops:
             c.attn = dropout(c.attn)
         c.returned = cast(c.attn, dtype)  # the weights, which scaled_dot_product_attention throws away
-        return cast(matmul(c.attn, c.v), dtype)
+        return cast(matmul(c.attn, c.value_expanded), dtype)
 
 
 @op

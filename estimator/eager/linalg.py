@@ -301,6 +301,8 @@ def scaled_dot_product_attention(
 ) -> Tensor:
     """F.scaled_dot_product_attention by a fused kernel: the scores never exist. Causal, or with a mask of what is seen.
 
+    The CPU's flash and CUDA's take keys and values of fewer heads (`enable_gqa`).
+
     Saves its inputs, its output and the log-sum-exp of each row. On the CPU each thread has a scratch for one tile; on
     CUDA the backward of flash adds up dq in fp32. `efficient` is CUDA's memory-efficient kernel, which takes fp32 and
     masks too. Of a boolean mask every call makes one to add, in the inputs' dtype, and saves it; the memory-efficient
@@ -377,6 +379,8 @@ def _fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, dr
             )
         else:
             c.sums, c.accumulated = (machine.empty(x, FLOAT32) for x in flash_scratch(q.shape))
+            if k.shape[1] is not h:  # gradients of keys and values for every head, which are then summed
+                c.dk_expanded, c.dv_expanded = (machine.empty((b, k.shape[2], h, width), k.dtype) for _ in range(2))
         _attention_kernel(f"{name}_backward", (grad, *c.saved[:read]), (c.dq, c.dk, c.dv), products=5, again=1)
         return [c.take("dq"), c.take("dk"), c.take("dv")]
 

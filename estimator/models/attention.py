@@ -48,6 +48,8 @@ def attend(
     if (kernel, recipe.attention) == ("efficient", "flash"):  # in its place, if it takes heads of this width
         align = constant(alignment_on_cuda(half=True))
         kernel = "efficient" if machine.divides(align, q.shape[-1]) else "math"
+    if kernel == "efficient" and k.shape[1] is not q.shape[1]:  # it takes as many heads of keys as of queries
+        kernel = "math"
     if kernel == "math" or (kernel == "flash" and mask is not None and mask.dtype != BOOL):
         return attention_math(q, k, v, mask, drops=recipe.dropout)  # a mask of three dimensions is not flash's
     if not recipe.attention.startswith("naive"):

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 from estimator.describe.transformers import Written
 from estimator.eager import ops
 from estimator.eager.linalg import matmul
-from estimator.eager.pointwise import clamp_in_place, soft_cap
+from estimator.eager.pointwise import clamp_in_place, tanh
 from estimator.eager.tensor import FLOAT32, Locals, arguments
 from estimator.eager.views import cast, concatenate, repeat_heads, reshape, slice_last, transpose, view
 from estimator.models.attention import Attention, attend
-from estimator.models.hugging_face.positions import apply_rotary
+from estimator.models.hugging_face.positions import apply_rotary, taken_apart
 from estimator.models.layers import dropout
 from estimator.models.norms import ScaleAndShift
 
@@ -99,8 +99,8 @@ class HFAttention(Attention):
             apply_rotary(v, "q", "k", cos, sin, self.written)
             return
         width = cos.shape[-1]
-        v.q_rot, v.q_pass = slice_last(v.q, width), slice_last(v.q, self.e - width)
-        v.k_rot, v.k_pass = slice_last(v.k, width), slice_last(v.k, self.e - width)
+        v.q_rot, v.q_pass = taken_apart(v.q, width)
+        v.k_rot, v.k_pass = taken_apart(v.k, width)
         apply_rotary(v, "q_rot", "k_rot", cos, sin, self.written)
         v.q = concatenate((v.q_rot, v.q_pass))
         v.k = concatenate((v.k_rot, v.k_pass))
@@ -148,7 +148,9 @@ class HFAttention(Attention):
             w.k, w.v = repeat_heads(k, self.g), repeat_heads(v, self.g)
             w.weights = ops.mul_number(matmul(q, transpose(w.k, 2, 3)))
             if self.part.softcap is not None:
-                w.weights = soft_cap(w.weights)
+                w.weights = ops.div_number(w.weights)
+                w.weights = tanh(w.weights)
+                w.weights = ops.mul_number(w.weights)
             w.weights = ops.add(w.weights, mask)
             w.weights = cast(ops.softmax(w.weights, FLOAT32), q.dtype)
             w.weights = dropout(w.weights, self.recipe)

@@ -8,7 +8,7 @@ from estimator.eager import ops
 from estimator.eager.letters import ONE
 from estimator.eager.pointwise import neg
 from estimator.eager.tensor import BOOL, FLOAT32, INT64, Locals, arguments, op
-from estimator.eager.views import cast, concatenate, slice_last, stack_last, unsqueeze
+from estimator.eager.views import alias, cast, concatenate, slice_last, stack_last, unsqueeze
 
 if TYPE_CHECKING:
     from estimator.describe.transformers import Written
@@ -103,13 +103,18 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor, written: Written) -> Tensor:
     return ops.add(ops.mul(cast(x, FLOAT32), cos), ops.mul(cast(rotate_half(x, written), FLOAT32), sin))
 
 
+def taken_apart(x: Tensor, width: Size) -> tuple[Tensor, Tensor]:
+    """x[..., :width], x[..., width:], of which the second may be nothing."""
+    return alias(x) if width is x.shape[-1] else slice_last(x, width), slice_last(x, x.shape[-1] - width)
+
+
 def apply_rotary(v: Locals, q: str, k: str, cos: Tensor, sin: Tensor, written: Written) -> None:
     """`apply_rotary_pos_emb`: the names `q` and `k` of the frame are rotated."""
     before = getattr(v, q), getattr(v, k)
     dtype, width = before[0].dtype, cos.shape[-1]
     with Locals() as w:
         if written.rotation == "repeated-fp32":
-            before = tuple(cast(x, FLOAT32) for x in before)
+            before = cast(before[0], FLOAT32), cast(before[1], FLOAT32)
             w.wide_q, w.wide_k = before
         w.cos, w.sin = unsqueeze(cos, 1), unsqueeze(sin, 1)
         if written.rotation.startswith("neighbours"):
@@ -118,8 +123,8 @@ def apply_rotary(v: Locals, q: str, k: str, cos: Tensor, sin: Tensor, written: W
         if written.partial in ("", "before"):
             w.q, w.k = (rotated(x, w.cos, w.sin, written) for x in before)
         else:
-            w.q_rot, w.q_pass = (slice_last(before[0], n) for n in (width, before[0].shape[-1] - width))
-            w.k_rot, w.k_pass = (slice_last(before[1], n) for n in (width, before[1].shape[-1] - width))
+            w.q_rot, w.q_pass = taken_apart(before[0], width)
+            w.k_rot, w.k_pass = taken_apart(before[1], width)
         if written.partial == "whole":
             w.q = concatenate((rotated(w.q_rot, w.cos, w.sin, written), w.q_pass))
             w.k = concatenate((rotated(w.k_rot, w.cos, w.sin, written), w.k_pass))
