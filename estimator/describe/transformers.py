@@ -70,9 +70,11 @@ class Written:
 
 # Decoders with statements of their own.
 OLDER: dict[str, Written] = {
+    "codegen": Written("codegen", rotation="neighbours", tables_fp32=True),
     "gpt-sw3": Written("gpt2"),
     "gpt2": Written("gpt2"),
     "gpt_neox": Written("gpt_neox", partial="inside"),
+    "gptj": Written("gptj", rotation="neighbours"),
     "opt": Written("opt", norm=""),
 }
 LLAMA = Written()

@@ -9,7 +9,7 @@ from estimator.eager import ops
 from estimator.eager.autocast import lower
 from estimator.eager.linalg import addmm
 from estimator.eager.tensor import Locals
-from estimator.eager.views import reshape, split, transpose, unsqueeze, view
+from estimator.eager.views import split, transpose, unsqueeze, view
 from estimator.models.block import Block
 from estimator.models.feed_forward import PlainFeedForward
 from estimator.models.hugging_face.attention import HFAttention
@@ -43,17 +43,14 @@ class GPT2Attention(HFAttention):
     """`GPT2Attention`."""
 
     linear = Conv1D
+    drops = True
 
-    def forward(self, v: Locals, x: Tensor, mask: Tensor | None, *_: Tensor | None) -> Tensor:
-        B, T = x.shape[:2]
+    def project(self, v: Locals, x: Tensor) -> None:
+        """All three at once; keys and values become heads before queries do."""
         v.q, v.k, v.v = split(self.qkv(x), self.widths)
-        v.k = transpose(view(v.k, (B, T, self.k_heads, self.e)), 1, 2)
-        v.v = transpose(view(v.v, (B, T, self.k_heads, self.e)), 1, 2)
-        v.q = transpose(view(v.q, (B, T, self.h, self.e)), 1, 2)
-        v.y = self.attended(v.q, v.k, v.v, mask)
-        v.y = reshape(v.y, (B, T, self.widths[0]))
-        v.y = self.out(v.y)
-        return dropout(v.take("y"), self.recipe)
+        v.k = transpose(self.heads(v.k, self.k_heads), 1, 2)
+        v.v = transpose(self.heads(v.v, self.k_heads), 1, 2)
+        v.q = transpose(self.heads(v.q, self.h), 1, 2)
 
 
 class GPT2MLP(PlainFeedForward):
@@ -81,7 +78,7 @@ class GPT2Block(Block):
     def forward(self, v: Locals, x: Tensor, *where: Tensor | None) -> Tensor:
         v.residual = x
         v.x = self.attention_norm(x)
-        v.y = self.attention(v.x, *where)
+        v.y = self.attention(v.x, *where[:-1])
         v.x = ops.add(v.y, v.residual)
         v.residual = v.x
         v.x = self.ffn_norm(v.x)

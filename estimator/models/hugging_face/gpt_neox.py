@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from estimator.eager import ops
-from estimator.eager.views import reshape, split, transpose, view
+from estimator.eager.views import split, transpose, view
 from estimator.models.block import Block
 from estimator.models.feed_forward import PlainFeedForward
 from estimator.models.hugging_face.attention import HFAttention
@@ -23,25 +23,10 @@ if TYPE_CHECKING:
 class GPTNeoXAttention(HFAttention):
     """`GPTNeoXAttention`: queries, keys and values of one head lie side by side."""
 
-    def forward(
-        self,
-        v: Locals,
-        x: Tensor,
-        mask: Tensor | None,
-        bias: Tensor | None,
-        cos: Tensor | None,
-        sin: Tensor | None,
-        query_scale: Tensor | None,
-    ) -> Tensor:
-        shape = x.shape[:2]
-        v.qkv = transpose(view(self.qkv(x), (*shape, self.h, 3 * self.e)), 1, 2)
+    def project(self, v: Locals, x: Tensor) -> None:
+        """All three at once, head by head."""
+        v.qkv = transpose(view(self.qkv(x), (*x.shape[:2], self.h, 3 * self.e)), 1, 2)
         v.q, v.k, v.v = split(v.qkv, (self.e, self.e, self.e))
-        if cos is not None and sin is not None:
-            self.rotate(v, cos, sin)
-        v.y = self.attended(v.q, v.k, v.v, mask)
-        v.y = reshape(v.y, (*shape, self.widths[0]))
-        v.y = self.out(v.y)
-        return v.take("y")
 
 
 class MLPWithoutDropout(PlainFeedForward):

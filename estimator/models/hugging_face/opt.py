@@ -26,17 +26,14 @@ class OPTAttention(HFAttention):
         super().__init__(machine, recipe)
         self.owned = [self.k, self.v, self.q, self.out]
 
-    def forward(self, v: Locals, x: Tensor, mask: Tensor | None, *_: Tensor | None) -> Tensor:
+    def project(self, v: Locals, x: Tensor) -> None:
+        """Queries are scaled before they become heads."""
         v.q = ops.mul_number(self.q(x))
         v.q = transpose(self.heads(v.q, self.h), 1, 2)
         v.k = self.k(x)
         v.v = self.v(x)
         v.k = transpose(self.heads(v.k, self.k_heads), 1, 2)
         v.v = transpose(self.heads(v.v, self.k_heads), 1, 2)
-        v.y = self.attended(v.q, v.k, v.v, mask)
-        v.y = reshape(v.y, (*x.shape[:2], self.widths[0]))
-        v.y = self.out(v.y)
-        return v.take("y")
 
 
 class OPTBlock(Block):
