@@ -73,6 +73,7 @@ OLDER: dict[str, Written] = {
     "codegen": Written("codegen", rotation="neighbours", tables_fp32=True),
     "gpt-sw3": Written("gpt2"),
     "gpt2": Written("gpt2"),
+    "gpt_bigcode": Written("gpt_bigcode"),
     "gpt_neox": Written("gpt_neox", partial="inside"),
     "gptj": Written("gptj", rotation="neighbours"),
     "opt": Written("opt", norm=""),

@@ -68,12 +68,8 @@ def build_feed_forward(machine: Machine, part: MLP, d: Size, f: Size, recipe: Re
     return GPT2MLP(machine, "ffn", part, d, f, recipe)
 
 
-class GPT2Block(Block):
-    """`GPT2Block`."""
-
-    build_attention = staticmethod(GPT2Attention)
-    build_feed_forward = staticmethod(build_feed_forward)
-    positional = 2
+class NamedBlock(Block):
+    """A block before whose parts norms are, and whose names are those of `GPT2Block`."""
 
     def forward(self, v: Locals, x: Tensor, *where: Tensor | None) -> Tensor:
         v.residual = x
@@ -85,6 +81,14 @@ class GPT2Block(Block):
         v.ffn = self.ffn(v.x)
         v.x = ops.add(v.residual, v.ffn)
         return v.take("x")
+
+
+class GPT2Block(NamedBlock):
+    """`GPT2Block`."""
+
+    build_attention = staticmethod(GPT2Attention)
+    build_feed_forward = staticmethod(build_feed_forward)
+    positional = 2
 
 
 class GPT2(HFDecoder):
