@@ -40,9 +40,10 @@ class Written:
 
     Attributes:
         decoder: the class whose statements these are, by a name in `estimator.models.hugging_face.classes`.
-        norm: an rms norm is "upcast" (in fp32, cast back, then multiplied with the weight: Llama) or "upcast-late"
-            (multiplied, then cast back: OLMo 2); one that scales by 1 + w is Gemma's. A LayerNorm is one kernel, or
-            with "centred" Cohere's, in operators.
+        norm: an rms norm is "upcast" (in fp32, cast back, then multiplied with the weight: Llama), "upcast-late"
+            (multiplied, then cast back: OLMo 2) or "upcast-wide" (with the weight in fp32 too: Helium); one that
+            scales by 1 + w is Gemma's. A LayerNorm is one kernel, of a copy in fp32 where it has no weight, or
+            with "centred" Cohere's, in operators; with "" it is one kernel whatever it has.
         queries: when what is projected becomes heads. "each": one after the other (Llama), the norm among it (Qwen3);
             "viewed": all are heads, then normed, then transposed (Cohere); "transposed": all are heads and transposed,
             then normed (Apertus); "whole": all are projected, normed or clamped, then heads (OLMo).
@@ -96,7 +97,7 @@ CLASSES: dict[str, Written] = {
     "gemma3_text": Written(queries="transposed", masks=("full",), tables_by_kind=True),
     "glm": Written(rotation="neighbours", partial="inside"),
     "glm4": Written(rotation="neighbours", partial="inside"),
-    "helium": Written(norm="upcast-late", rotation="neighbours"),
+    "helium": Written(norm="upcast-wide", rotation="neighbours"),
     "nemotron": Written(partial="returned"),
     "olmo": OLMO,
     "olmo2": OLMO,
