@@ -134,6 +134,7 @@ def apply_rotary(v: Locals, q: str, k: str, cos: Tensor, sin: Tensor, written: W
                 w.of_q, w.of_k = w.q, w.k
             w.q = concatenate((w.q, w.q_pass))
             w.k = concatenate((w.k, w.k_pass))
-        casts_back = written.tables_fp32 or written.rotation.endswith("fp32")
-        setattr(v, q, cast(w.q, dtype) if casts_back else w.q)
-        setattr(v, k, cast(w.k, dtype) if casts_back else w.k)
+        if written.tables_fp32 or written.rotation.endswith("fp32"):
+            w.q, w.k = cast(w.q, dtype), cast(w.k, dtype)
+        setattr(v, q, w.q)
+        setattr(v, k, w.k)
