@@ -38,30 +38,25 @@ NEEDS = tuple(
 class Written:
     """What sets one class apart from another, beyond its parts.
 
-        Attributes:
-            decoder: the class whose statements these are, by a name in `estimator.models.hugging_face.classes`.
-            norm: an rms norm is "upcast" (in fp32, cast back, then multiplied with the weight: Llama), "upcast-late"
-    <<<<<<< HEAD
-                (multiplied, then cast back: OLMo 2) or "upcast-wide" (with the weight in fp32 too: Helium); one that scales
-                by 1 + w is Gemma's. A LayerNorm is one kernel, or with "centred" Cohere's, in operators.
-    =======
-                (multiplied, then cast back: OLMo 2) or "upcast-wide" (with the weight in fp32 too: Helium); one that
-                scales by 1 + w is Gemma's. A LayerNorm is one kernel, of a copy in fp32 where it has no weight, or
-                with "centred" Cohere's, in operators; with "" it is one kernel whatever it has.
-    >>>>>>> old
-            queries: when what is projected becomes heads. "each": one after the other (Llama), the norm among it (Qwen3);
-                "viewed": all are heads, then normed, then transposed (Cohere); "transposed": all are heads and transposed,
-                then normed (Apertus); "whole": all are projected, normed or clamped, then heads (OLMo).
-            rotation: "halves" (Llama), "neighbours" (GLM: cosines repeated), "neighbours-fp32" (ERNIE), "repeated-fp32"
-                (Cohere).
-            partial: how a part of a head is rotated: "inside" (the rotation takes it apart, all of a head too: GLM),
-                "whole" (likewise, in one expression: Phi-3), "returned" (likewise, as it returns: Nemotron), "before" (the
-                attention does: Phi), "" (there are no such heads).
-            masks: kinds of attention whose masks are asked for though no layer may have it.
-            tables_fp32: cosines and sines stay in fp32 (OLMo).
-            tables_by_kind: each kind of layer has cosines and sines of its own (Gemma 3).
-            passes_positions: blocks are given the positions' ids, which their checkpoints then keep.
-            names_all: what attention and the feed-forward find have names of their own, to a block's end (StableLM).
+    Attributes:
+        decoder: the class whose statements these are, by a name in `estimator.models.hugging_face.classes`.
+        norm: an rms norm is "upcast" (in fp32, cast back, then multiplied with the weight: Llama), "upcast-late"
+            (multiplied, then cast back: OLMo 2) or "upcast-wide" (with the weight in fp32 too: Helium); one that
+            scales by 1 + w is Gemma's. A LayerNorm is one kernel, of a copy in fp32 where it has no weight, or with
+            "centred" Cohere's, in operators; with "" it is one kernel whatever it has.
+        queries: when what is projected becomes heads. "each": one after the other (Llama), the norm among it (Qwen3);
+            "viewed": all are heads, then normed, then transposed (Cohere); "transposed": all are heads and transposed,
+            then normed (Apertus); "whole": all are projected, normed or clamped, then heads (OLMo).
+        rotation: "halves" (Llama), "neighbours" (GLM: cosines repeated), "neighbours-fp32" (ERNIE), "repeated-fp32"
+            (Cohere).
+        partial: how a part of a head is rotated: "inside" (the rotation takes it apart, all of a head too: GLM),
+            "whole" (likewise, in one expression: Phi-3), "returned" (likewise, as it returns: Nemotron), "before" (the
+            attention does: Phi), "" (there are no such heads).
+        masks: kinds of attention whose masks are asked for though no layer may have it.
+        tables_fp32: cosines and sines stay in fp32 (OLMo).
+        tables_by_kind: each kind of layer has cosines and sines of its own (Gemma 3).
+        passes_positions: blocks are given the positions' ids, which their checkpoints then keep.
+        names_all: what attention and the feed-forward find have names of their own, to a block's end (StableLM).
     """
 
     decoder: str = "llama"

@@ -169,7 +169,7 @@ def build_norm(machine: Machine, recipe: Recipe, name: str, norm: Norm, *shape: 
         kind = CentredNorm
     elif norm.kind == "rms":
         kind = RMSNorm
-elif written is not None and written.norm and norm.weight != "plain":
+    elif written is not None and written.norm and norm.weight != "plain":
         kind = LayerNormInFP32 if norm.weight == "none" else UncastLayerNorm
     else:
         kind = LayerNorm if len(shape) == 1 else LayerNormOfHeads
