@@ -21,7 +21,6 @@ VERSION = "5.24"
 NEEDS = tuple(
     Needs(name, known, f"transformers' classes are not known with {name} = {{{name}!r}}", values=("transformers",))
     for name, known in (
-        ("attention", ("naive-fp32", "sdpa", "sdpa-flash", "sdpa-math", "sdpa-efficient")),
         ("loss", ("bundled",)),
         ("checkpointing", ("none", "block")),
         ("balance", (0.0,)),
@@ -112,9 +111,28 @@ CLASSES: dict[str, Written] = {
 
 
 def check_model(p: Plan, m: ModelConfig) -> None:
-    """Raise ConfigError if the class of `m` is not among those that are known."""
-    if p.implementation == "transformers" and m.family not in CLASSES:
+    """Raise ConfigError if the class of `m` is not among those that are known, or not with a part that `m` has."""
+    if p.implementation != "transformers":
+        return
+    if m.family not in CLASSES:
         raise ConfigError(
             f"implementation = 'transformers': how its class for family = {m.family!r} is written is not known; "
             f"allowed are {', '.join(sorted(CLASSES))}; estimate check --hf runs any"
         )
+    parts = m.made_of
+    own_heads = parts.attention.qk_norm == "head-own" and m.family == "stablelm"  # one module for each head
+    unknown = (
+        ("attention.latent", parts.attention.latent, parts.attention.latent == "none"),
+        ("attention.sinks", parts.attention.sinks, not parts.attention.sinks),
+        ("attention.out_gate", parts.attention.out_gate, not parts.attention.out_gate),
+        ("attention.query_scaling", parts.attention.query_scaling, parts.attention.query_scaling == "none"),
+        ("attention.qk_norm", parts.attention.qk_norm, not own_heads),
+        ("mlp.activation", parts.mlp.activation, parts.mlp.activation != "xielu"),
+        ("experts", parts.experts is not None, parts.experts is None),
+    )
+    for name, value, known in unknown:
+        if not known:
+            raise ConfigError(
+                f"implementation = 'transformers': its class for family = {m.family!r} is not known with "
+                f"{name} = {value!r} of the model; estimate check --hf runs any"
+            )
