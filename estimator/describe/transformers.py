@@ -42,8 +42,8 @@ class Written:
         decoder: the class whose statements these are, by a name in `estimator.models.hugging_face.classes`.
         norm: an rms norm is "upcast" (in fp32, cast back, then multiplied with the weight: Llama), "upcast-late"
             (multiplied, then cast back: OLMo 2) or "upcast-wide" (with the weight in fp32 too: Helium); one that
-            scales by 1 + w is Gemma's. A LayerNorm is one kernel, of a copy in fp32 where it has no weight, or
-            with "centred" Cohere's, in operators; with "" it is one kernel whatever it has.
+            scales by 1 + w is Gemma's. A LayerNorm is one kernel, of a copy in fp32 where it has no weight, or with
+            "centred" Cohere's, in operators; with "" it is one kernel whatever it has.
         queries: when what is projected becomes heads. "each": one after the other (Llama), the norm among it (Qwen3);
             "viewed": all are heads, then normed, then transposed (Cohere); "transposed": all are heads and transposed,
             then normed (Apertus); "whole": all are projected, normed or clamped, then heads (OLMo).
@@ -55,6 +55,7 @@ class Written:
         masks: kinds of attention whose masks are asked for though no layer may have it.
         tables_fp32: cosines and sines stay in fp32 (OLMo).
         tables_by_kind: each kind of layer has cosines and sines of its own (Gemma 3).
+        passes_positions: blocks are given the positions' ids, which their checkpoints then keep.
         names_all: what attention and the feed-forward find have names of their own, to a block's end (StableLM).
     """
 
@@ -66,6 +67,7 @@ class Written:
     masks: tuple[str, ...] = ()
     tables_fp32: bool = False
     tables_by_kind: bool = False
+    passes_positions: bool = True
     names_all: bool = False
 
 
@@ -87,7 +89,7 @@ OLMO = Written(norm="upcast-late", queries="whole", tables_fp32=True)
 # By model_type, or the family that its parts are: the classes that are known.
 CLASSES: dict[str, Written] = {
     **OLDER,
-    **dict.fromkeys(("arcee", "bitnet", "exaone", "gemma", "granite", "granitemoehybrid", "hunyuan_v1_dense"), LLAMA),
+    **dict.fromkeys(("arcee", "bitnet", "exaone", "gemma", "granite", "hunyuan_v1_dense"), LLAMA),
     **dict.fromkeys(("hyperclovax", "internlm3", "iquestcoder", "jais2", "llama", "mistral", "nanochat"), LLAMA),
     **dict.fromkeys(("starcoder2",), LLAMA),
     **dict.fromkeys(("cwm", "gemma2", "ministral", "qwen2", "qwen3", "smollm3", "vaultgemma"), WINDOWS),
@@ -98,6 +100,7 @@ CLASSES: dict[str, Written] = {
     "gemma3_text": Written(queries="transposed", masks=("full",), tables_by_kind=True),
     "glm": Written(rotation="neighbours", partial="inside"),
     "glm4": Written(rotation="neighbours", partial="inside"),
+    "granitemoehybrid": Written(passes_positions=False),
     "helium": Written(norm="upcast-wide", rotation="neighbours"),
     "nemotron": Written(partial="returned"),
     "olmo": OLMO,

@@ -131,6 +131,20 @@ class LayerNormInFP32(ScaleAndShift):
         return cast(ops.layer_norm(cast(x, FLOAT32), None, None), x.dtype)
 
 
+class UncastLayerNorm(ScaleAndShift):
+    """`NemotronLayerNorm1P`: where autocast is on, of copies in its dtype (CUDA's would widen them)."""
+
+    def forward(self, v: Locals, x: Tensor) -> Tensor:
+        machine = x.machine
+        lower = machine.autocast_dtype if machine.device == "cuda" else None
+        assert self.weight is not None
+        v.x, v.weight, v.bias = x, ops.add_number(self.weight), self.bias
+        if lower is not None:
+            v.x, v.weight, v.bias = cast(v.x, lower), cast(v.weight, lower), cast(v.bias, lower)
+        with machine.autocast(None):
+            return ops.layer_norm(v.x, v.weight, v.bias)
+
+
 def normed(v: Locals, x: Tensor) -> None:
     """`v.x` is x in fp32 over its root mean square, `v.variance` stays."""
     v.x = cast(x, FLOAT32)
@@ -155,8 +169,8 @@ def build_norm(machine: Machine, recipe: Recipe, name: str, norm: Norm, *shape: 
         kind = CentredNorm
     elif norm.kind == "rms":
         kind = RMSNorm
-    elif written is not None and written.norm and norm.weight == "none":
-        kind = LayerNormInFP32
+    elif written is not None and written.norm and norm.weight != "plain":
+        kind = LayerNormInFP32 if norm.weight == "none" else UncastLayerNorm
     else:
         kind = LayerNorm if len(shape) == 1 else LayerNormOfHeads
     return kind(machine, name, norm, *shape)

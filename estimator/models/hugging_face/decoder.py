@@ -62,6 +62,7 @@ class HFDecoder(Transformer):
 
     def decoded(self, ids: Tensor) -> Tensor:
         """`LlamaModel`."""
+        assert self.recipe.written is not None
         with Locals() as v:
             v.embeds = self.embedding(ids)
             if self.embedding_scale is not None:
@@ -76,10 +77,11 @@ class HFDecoder(Transformer):
                 turns[name] = self.rotary(v, name, self.tables[2 * i])
             if self.embedding_norm is not None:
                 v.x = self.embedding_norm(v.x)
+            positions = v.positions if self.recipe.written.passes_positions else None
             for block, kind in zip(self.blocks, self.kinds, strict=True):
                 turn = turns.get(kind.layer.attention, turns.get("full", (None, None)))
                 turn = turn if kind.layer.rotates else (None, None)
-                v.x = block(v.x, masks[kind.layer.attention], None, *turn, None, v.positions)
+                v.x = block(v.x, masks[kind.layer.attention], None, *turn, None, positions)
             v.x = self.final_norm(v.x)
             return v.take("x")
 
