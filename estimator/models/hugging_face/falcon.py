@@ -152,5 +152,5 @@ class Falcon(HFDecoder):
     def attention_masks(self, v: Locals, sequences: Size) -> dict[str, Tensor | None]:
         """A mask is always made."""
         look_for_packed_sequences(v.positions, sequences)
-        v.mask = seen(v.positions, sequences, "full")
+        v.mask = seen(self.machine, v.positions.shape[0], sequences, "full")
         return {"full": v.mask}
