@@ -44,6 +44,7 @@ class Written:
             (multiplied, then cast back: OLMo 2) or "upcast-wide" (with the weight in fp32 too: Helium); one that
             scales by 1 + w is Gemma's. A LayerNorm is one kernel, of a copy in fp32 where it has no weight, or with
             "centred" Cohere's, in operators; with "" it is one kernel whatever it has.
+        undropped: the positions with which attention's weights have no dropout (Falcon: "rotary").
         queries: when what is projected becomes heads. "each": one after the other (Llama), the norm among it (Qwen3);
             "viewed": all are heads, then normed, then transposed (Cohere); "transposed": all are heads and transposed,
             then normed (Apertus); "whole": all are projected, normed or clamped, then heads (OLMo).
@@ -61,6 +62,7 @@ class Written:
 
     decoder: str = "llama"
     norm: str = "upcast"
+    undropped: str = ""
     queries: str = "each"
     rotation: str = "halves"
     partial: str = ""
@@ -74,7 +76,7 @@ class Written:
 # Decoders with statements of their own.
 OLDER: dict[str, Written] = {
     "codegen": Written("codegen", rotation="neighbours", tables_fp32=True),
-    "falcon": Written("falcon"),
+    "falcon": Written("falcon", undropped="rotary"),
     "gpt-sw3": Written("gpt2"),
     "gpt2": Written("gpt2"),
     "gpt_bigcode": Written("gpt_bigcode"),
