@@ -21,7 +21,6 @@ VERSION = "5.24"
 NEEDS = tuple(
     Needs(name, known, f"transformers' classes are not known with {name} = {{{name}!r}}", values=("transformers",))
     for name, known in (
-        ("attention", ("naive-fp32", "sdpa", "sdpa-flash", "sdpa-math", "sdpa-efficient")),
         ("loss", ("bundled",)),
         ("checkpointing", ("none", "block")),
         ("balance", (0.0,)),
@@ -44,6 +43,7 @@ class Written:
             (multiplied, then cast back: OLMo 2) or "upcast-wide" (with the weight in fp32 too: Helium); one that
             scales by 1 + w is Gemma's. A LayerNorm is one kernel, of a copy in fp32 where it has no weight, or with
             "centred" Cohere's, in operators; with "" it is one kernel whatever it has.
+        eager_alone: the class has no other attention.
         undropped: the positions with which attention's weights have no dropout (Falcon: "rotary").
         queries: when what is projected becomes heads. "each": one after the other (Llama), the norm among it (Qwen3);
             "viewed": all are heads, then normed, then transposed (Cohere); "transposed": all are heads and transposed,
@@ -63,6 +63,7 @@ class Written:
     decoder: str = "llama"
     norm: str = "upcast"
     undropped: str = ""
+    eager_alone: bool = False
     queries: str = "each"
     rotation: str = "halves"
     partial: str = ""
@@ -75,6 +76,7 @@ class Written:
 
 # Decoders with statements of their own.
 OLDER: dict[str, Written] = {
+    "bloom": Written("bloom", eager_alone=True),
     "codegen": Written("codegen", rotation="neighbours", tables_fp32=True),
     "falcon": Written("falcon", undropped="rotary"),
     "gpt-sw3": Written("gpt2"),
@@ -115,9 +117,33 @@ CLASSES: dict[str, Written] = {
 
 
 def check_model(p: Plan, m: ModelConfig) -> None:
-    """Raise ConfigError if the class of `m` is not among those that are known."""
-    if p.implementation == "transformers" and m.family not in CLASSES:
+    """Raise ConfigError if the class of `m` is not among those that are known, or not with a part that `m` has."""
+    if p.implementation != "transformers":
+        return
+    if m.family not in CLASSES:
         raise ConfigError(
             f"implementation = 'transformers': how its class for family = {m.family!r} is written is not known; "
             f"allowed are {', '.join(sorted(CLASSES))}; estimate check --hf runs any"
         )
+    if CLASSES[m.family].eager_alone and p.attention != "naive-fp32":
+        raise ConfigError(
+            f"attention = {p.attention!r}: transformers' class for family = {m.family!r} has eager attention alone; "
+            "allowed is naive-fp32"
+        )
+    parts = m.made_of
+    own_heads = parts.attention.qk_norm == "head-own" and m.family == "stablelm"  # one module for each head
+    unknown = (
+        ("attention.latent", parts.attention.latent, parts.attention.latent == "none"),
+        ("attention.sinks", parts.attention.sinks, not parts.attention.sinks),
+        ("attention.out_gate", parts.attention.out_gate, not parts.attention.out_gate),
+        ("attention.query_scaling", parts.attention.query_scaling, parts.attention.query_scaling == "none"),
+        ("attention.qk_norm", parts.attention.qk_norm, not own_heads),
+        ("mlp.activation", parts.mlp.activation, parts.mlp.activation != "xielu"),
+        ("experts", parts.experts is not None, parts.experts is None),
+    )
+    for name, value, known in unknown:
+        if not known:
+            raise ConfigError(
+                f"implementation = 'transformers': its class for family = {m.family!r} is not known with "
+                f"{name} = {value!r} of the model; estimate check --hf runs any"
+            )

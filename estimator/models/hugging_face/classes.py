@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from estimator.models.hugging_face.bloom import Bloom
 from estimator.models.hugging_face.decoder import HFDecoder
 from estimator.models.hugging_face.falcon import Falcon
 from estimator.models.hugging_face.gpt2 import GPT2
@@ -11,6 +12,7 @@ from estimator.models.hugging_face.gptj import GPTJ, CodeGen
 from estimator.models.hugging_face.opt import OPT
 
 DECODERS: dict[str, type[HFDecoder]] = {
+    "bloom": Bloom,
     "codegen": CodeGen,
     "falcon": Falcon,
     "gpt2": GPT2,

@@ -104,9 +104,8 @@ class HFDecoder(Transformer):
         made: dict[str, Tensor | None] = {}
         for kind in kinds:
             look_for_packed_sequences(v.positions, sequences)
-            made[kind] = attention_mask(
-                self.machine, v.positions.shape[0], sequences, kind, v.embeds.dtype, eager=eager
-            )
+            length = v.positions.shape[0]
+            made[kind] = attention_mask(self.machine, length, sequences, kind, v.embeds.dtype, eager=eager)
             setattr(v, f"{kind}_mask", made[kind])
         return made
 

@@ -11,6 +11,7 @@ from estimator.models.block import Block
 from estimator.models.hugging_face.attention import HFAttention
 from estimator.models.hugging_face.decoder import HFDecoder
 from estimator.models.hugging_face.learned import embedded_positions, positions_of_ones
+from estimator.models.hugging_face.masks import attention_mask
 from estimator.models.hugging_face.positions import integers
 from estimator.models.layers import dropout
 
@@ -86,10 +87,12 @@ class OPT(HFDecoder):
 
     def decoded(self, ids: Tensor) -> Tensor:
         """`OPTDecoder`."""
+        B, T = ids.shape
         with Locals() as v:
             v.embeds = self.embedding(ids)
             positions_of_ones(v, self.machine, ids.shape)
-            v.mask = None
+            eager = self.recipe.attention.startswith("naive")
+            v.mask = attention_mask(self.machine, T, B, "full", v.embeds.dtype, eager=eager)
             v.position_embeds = embedded_positions(
                 self.positions, integers(self.machine, "add", v.positions.shape, v.positions)
             )
