@@ -12,7 +12,7 @@ from estimator.eager.letters import ONE
 from estimator.eager.linalg import mm
 from estimator.eager.ops import additive_mask
 from estimator.eager.pointwise import compared
-from estimator.eager.tensor import BFLOAT16, INT64, Locals, converted, op
+from estimator.eager.tensor import BFLOAT16, INT64, Locals, op
 from estimator.eager.views import cast, expand, narrow, reshape, select, transpose, unsafe_view, view
 from estimator.models.attention import attend
 from estimator.models.block import Block
@@ -197,9 +197,7 @@ def falcon_bias(ones: Tensor, heads: Size, dtype: Dtype) -> Tensor:
         v.sums = ops.elementwise("mul", v.sums, ones)
         with Locals() as w:
             w.slopes = cast(v.slopes, BFLOAT16)
-            w.whole = converted(v.sums, BFLOAT16)
-            v.alibi = machine.empty((B, heads, ONE, T), BFLOAT16)
-            machine.kernel("mul", (w.slopes, w.whole), (v.alibi,))
+            v.alibi = ops.elementwise("mul", view(w.slopes, (heads, ONE, ONE)), view(v.sums, (B, ONE, ONE, T)))
         return cast(v.take("alibi"), dtype)
 
 
