@@ -183,7 +183,7 @@ class Attention(Module):
         cos: Tensor | None,
         sin: Tensor | None,
         query_scale: Tensor | None,
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, Tensor | None]:
         B, T, _ = x.shape
         self.project(v, x)
         v.q = view(v.q, (B, T, self.h, self.e))

@@ -31,8 +31,15 @@ if TYPE_CHECKING:
 class BloomAttention(HFAttention):
     """`BloomAttention`, with the residual: eager in any case."""
 
-    def forward(self, v: Locals, x: Tensor, *where: Tensor | None) -> Tensor:
-        residual, mask, alibi, *_ = where
+    def forward(
+        self,
+        v: Locals,
+        x: Tensor,
+        mask: Tensor | None,
+        alibi: Tensor | None,
+        residual: Tensor | None,
+        *_: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
         assert residual is not None
         assert alibi is not None
         (B, T), heads = x.shape[:2], self.machine.product((x.shape[0], self.h))
@@ -52,7 +59,7 @@ class BloomAttention(HFAttention):
         v.context = reshape(transpose(view(v.context, (B, self.h, T, self.e)), 1, 2), (B, T, self.widths[0]))
         v.out = self.out(v.context)
         v.out = dropout_add(v.out, residual, self.recipe)
-        return v.take("out")
+        return v.take("out"), v.take("probs")
 
     def by_head(self, v: Locals, shape: tuple[Size, ...]) -> None:
         """`_reshape`."""
@@ -138,14 +145,14 @@ class BloomBlock(Block):
     build_feed_forward = staticmethod(build_feed_forward)
     positional = 1
 
-    def forward(self, v: Locals, x: Tensor, *where: Tensor | None) -> Tensor:
+    def forward(self, v: Locals, x: Tensor, *where: Tensor | None) -> tuple[Tensor, Tensor | None]:
         v.normed = self.attention_norm(x)
         v.residual = x
-        v.y = self.attention(v.normed, v.residual, *where)
+        v.y, v.weights = self.attention(v.normed, *where, v.residual)
         v.normed = self.ffn_norm(v.y)
         v.residual = v.y
         v.x = self.ffn(v.normed, v.residual)
-        return v.take("x")
+        return v.take("x"), v.take("weights")
 
 
 class Bloom(HFDecoder):
@@ -173,6 +180,6 @@ class Bloom(HFDecoder):
             v.alibi = cast(repeat_all(v.alibi, 0, B), v.x.dtype)
             v.mask = attention_mask(machine, T, B, "full", v.embeds.dtype, eager=True)
             for block in self.blocks:
-                v.x = block(v.x, v.mask, v.alibi)
+                v.x, v.weights = block(v.x, v.mask, v.alibi)
             v.x = self.final_norm(v.x)
             return v.take("x")

@@ -135,7 +135,7 @@ class FalconBlock(Block):
         v.normed = self.attention_norm(x)
         if order == "parallel-two":
             v.normed_too = self.ffn_norm(x)
-        v.y = self.attention(v.normed, *where[:-1])
+        v.y, v.weights = self.attention(v.normed, *where[:-1])
         if order == "parallel":
             v.normed_too = v.normed
         elif order == "pre":

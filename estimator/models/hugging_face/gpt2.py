@@ -74,7 +74,7 @@ class NamedBlock(Block):
     def forward(self, v: Locals, x: Tensor, *where: Tensor | None) -> Tensor:
         v.residual = x
         v.x = self.attention_norm(x)
-        v.y = self.attention(v.x, *where[:-1])
+        v.y, v.weights = self.attention(v.x, *where[:-1])
         v.x = ops.add(v.y, v.residual)
         v.residual = v.x
         v.x = self.ffn_norm(v.x)

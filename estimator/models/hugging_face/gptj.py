@@ -66,7 +66,7 @@ class GPTJBlock(Block):
     def forward(self, v: Locals, x: Tensor, *where: Tensor | None) -> Tensor:
         v.residual = x
         v.x = self.attention_norm(x)
-        v.y = self.attention(v.x, *where[:-1])
+        v.y, v.weights = self.attention(v.x, *where[:-1])
         v.ffn = self.ffn(v.x)
         return ops.add(ops.add(v.y, v.ffn), v.residual)
 
