@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from estimator.describe.transformers import Written
-from estimator.eager import ops
+from estimator.eager import autocast, ops
 from estimator.eager.linalg import matmul
 from estimator.eager.pointwise import clamp_in_place, tanh
 from estimator.eager.tensor import FLOAT32, Locals, arguments
@@ -173,3 +173,24 @@ class HFAttention(Attention):
     def softmax(self, w: Locals, q: Tensor) -> None:
         """Of `w.weights`, in fp32 and back to the queries' dtype."""
         w.weights = cast(ops.softmax(w.weights, FLOAT32), q.dtype)
+
+
+class OwnSoftmax(HFAttention):
+    """Eager attention whose softmax is in the dtype of the scores, and goes to the values'."""
+
+    def softmax(self, w: Locals, q: Tensor) -> None:
+        """Of `w.weights`."""
+        w.weights = ops.softmax(w.weights, autocast.fp32(q.machine, "cuda"))
+        w.weights = cast(w.weights, w.v.dtype)
+
+
+class WideScores(HFAttention):
+    """Eager attention of queries and keys in fp32, and a softmax of what comes of them."""
+
+    def score(self, w: Locals, q: Tensor) -> None:
+        """`w.weights` of queries and keys."""
+        w.weights = ops.mul_number(matmul(cast(q, FLOAT32), transpose(cast(w.k, FLOAT32), 2, 3)))
+
+    def softmax(self, w: Locals, q: Tensor) -> None:
+        """Of `w.weights`, and to the values' dtype."""
+        w.weights = cast(ops.softmax(w.weights, autocast.fp32(q.machine, "cuda")), w.v.dtype)

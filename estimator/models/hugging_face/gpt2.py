@@ -12,7 +12,7 @@ from estimator.eager.tensor import Locals
 from estimator.eager.views import split, transpose, unsqueeze, view
 from estimator.models.block import Block
 from estimator.models.feed_forward import PlainFeedForward
-from estimator.models.hugging_face.attention import HFAttention
+from estimator.models.hugging_face.attention import OwnSoftmax
 from estimator.models.hugging_face.decoder import HFDecoder
 from estimator.models.hugging_face.learned import embedded_positions
 from estimator.models.hugging_face.positions import position_ids
@@ -39,7 +39,7 @@ class Conv1D(Linear):
         return view(v.x, shape)
 
 
-class GPT2Attention(HFAttention):
+class GPT2Attention(OwnSoftmax):
     """`GPT2Attention`."""
 
     linear = Conv1D

@@ -9,7 +9,7 @@ from estimator.eager.letters import ONE, constant
 from estimator.eager.tensor import Locals, arguments
 from estimator.eager.views import cast, clone, concatenate, split, transpose, unsqueeze, view
 from estimator.models.block import Block
-from estimator.models.hugging_face.attention import HFAttention
+from estimator.models.hugging_face.attention import WideScores
 from estimator.models.hugging_face.decoder import HFDecoder
 from estimator.models.hugging_face.positions import repeated, rotated, taken_apart
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 SHARDS = 4  # `CodeGenAttention.mp_num`
 
 
-class GPTJAttention(HFAttention):
+class GPTJAttention(WideScores):
     """`GPTJAttention`."""
 
     drops = True
