@@ -82,6 +82,7 @@ OLDER: dict[str, Written] = {
     "gpt-sw3": Written("gpt2"),
     "gpt2": Written("gpt2"),
     "gpt_bigcode": Written("gpt_bigcode"),
+    "gpt_neo": Written("gpt_neo", eager_alone=True),
     "gpt_neox": Written("gpt_neox", partial="inside"),
     "gptj": Written("gptj", rotation="neighbours"),
     "opt": Written("opt", norm=""),

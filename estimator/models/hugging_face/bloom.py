@@ -180,6 +180,7 @@ class Bloom(HFDecoder):
             v.alibi = cast(repeat_all(v.alibi, 0, B), v.x.dtype)
             v.mask = attention_mask(machine, T, B, "full", v.embeds.dtype, eager=True)
             for block in self.blocks:
-                v.x, v.weights = block(v.x, v.mask, v.alibi)
+                v.out, v.weights = block(v.x, v.mask, v.alibi)
+                v.x = v.out
             v.x = self.final_norm(v.x)
             return v.take("x")

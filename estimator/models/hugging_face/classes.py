@@ -7,6 +7,7 @@ from estimator.models.hugging_face.decoder import HFDecoder
 from estimator.models.hugging_face.falcon import Falcon
 from estimator.models.hugging_face.gpt2 import GPT2
 from estimator.models.hugging_face.gpt_bigcode import GPTBigCode
+from estimator.models.hugging_face.gpt_neo import GPTNeo
 from estimator.models.hugging_face.gpt_neox import GPTNeoX
 from estimator.models.hugging_face.gptj import GPTJ, CodeGen
 from estimator.models.hugging_face.opt import OPT
@@ -17,6 +18,7 @@ DECODERS: dict[str, type[HFDecoder]] = {
     "falcon": Falcon,
     "gpt2": GPT2,
     "gpt_bigcode": GPTBigCode,
+    "gpt_neo": GPTNeo,
     "gpt_neox": GPTNeoX,
     "gptj": GPTJ,
     "llama": HFDecoder,

@@ -71,7 +71,7 @@ def build_feed_forward(machine: Machine, part: MLP, d: Size, f: Size, recipe: Re
 class NamedBlock(Block):
     """A block before whose parts norms are, and whose names are those of `GPT2Block`."""
 
-    def forward(self, v: Locals, x: Tensor, *where: Tensor | None) -> Tensor:
+    def forward(self, v: Locals, x: Tensor, *where: Tensor | None) -> Tensor | tuple[Tensor, Tensor | None]:
         v.residual = x
         v.x = self.attention_norm(x)
         v.y, v.weights = self.attention(v.x, *where[:-1])
