@@ -44,6 +44,7 @@ class Written:
             scales by 1 + w is Gemma's. A LayerNorm is one kernel, of a copy in fp32 where it has no weight, or with
             "centred" Cohere's, in operators; with "" it is one kernel whatever it has.
         eager_alone: the class has no other attention.
+        checkpoints: the class has gradient checkpointing.
         undropped: the positions with which attention's weights have no dropout (Falcon: "rotary").
         queries: when what is projected becomes heads. "each": one after the other (Llama), the norm among it (Qwen3);
             "viewed": all are heads, then normed, then transposed (Cohere); "transposed": all are heads and transposed,
@@ -64,6 +65,7 @@ class Written:
     norm: str = "upcast"
     undropped: str = ""
     eager_alone: bool = False
+    checkpoints: bool = True
     queries: str = "each"
     rotation: str = "halves"
     partial: str = ""
@@ -85,6 +87,7 @@ OLDER: dict[str, Written] = {
     "gpt_neo": Written("gpt_neo", eager_alone=True),
     "gpt_neox": Written("gpt_neox", partial="inside"),
     "gptj": Written("gptj", rotation="neighbours"),
+    "openai-gpt": Written("openai-gpt", eager_alone=True, checkpoints=False),
     "opt": Written("opt", norm=""),
 }
 LLAMA = Written()
@@ -130,6 +133,11 @@ def check_model(p: Plan, m: ModelConfig) -> None:
         raise ConfigError(
             f"attention = {p.attention!r}: transformers' class for family = {m.family!r} has eager attention alone; "
             "allowed is naive-fp32"
+        )
+    if not CLASSES[m.family].checkpoints and p.checkpointing != "none":
+        raise ConfigError(
+            f"checkpointing = {p.checkpointing!r}: transformers' class for family = {m.family!r} has no checkpoints; "
+            "allowed is none"
         )
     parts = m.made_of
     own_heads = parts.attention.qk_norm == "head-own" and m.family == "stablelm"  # one module for each head

@@ -10,6 +10,7 @@ from estimator.models.hugging_face.gpt_bigcode import GPTBigCode
 from estimator.models.hugging_face.gpt_neo import GPTNeo
 from estimator.models.hugging_face.gpt_neox import GPTNeoX
 from estimator.models.hugging_face.gptj import GPTJ, CodeGen
+from estimator.models.hugging_face.openai import OpenAIGPT
 from estimator.models.hugging_face.opt import OPT
 
 DECODERS: dict[str, type[HFDecoder]] = {
@@ -22,5 +23,6 @@ DECODERS: dict[str, type[HFDecoder]] = {
     "gpt_neox": GPTNeoX,
     "gptj": GPTJ,
     "llama": HFDecoder,
+    "openai-gpt": OpenAIGPT,
     "opt": OPT,
 }
