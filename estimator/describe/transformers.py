@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from estimator.describe.checks import ConfigError
+from estimator.describe.routed import DEEPSEEK, MIXTRAL, QWEN, Routed
 from estimator.describe.settings import Needs
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ class Written:
         masks: kinds of attention whose masks are asked for though no layer may have it.
         tables_fp32: cosines and sines stay in fp32 (OLMo).
         tables_by_kind: each kind of layer has cosines and sines of its own (Gemma 3).
+        routed: its mixtures of experts.
         names_all: what attention and the feed-forward find have names of their own, to a block's end (StableLM).
     """
 
@@ -64,6 +66,7 @@ class Written:
     tables_fp32: bool = False
     tables_by_kind: bool = False
     names_all: bool = False
+    routed: Routed = MIXTRAL
 
 
 LLAMA = Written()
@@ -90,6 +93,13 @@ CLASSES: dict[str, Written] = {
     "olmo3": replace(OLMO, masks=("full",), tables_by_kind=True),
     "phi": Written(queries="transposed", partial="before"),
     "phi3": Written(partial="whole"),
+    "mixtral": Written(),
+    "dots1": Written(routed=DEEPSEEK),
+    "exaone_moe": Written(queries="transposed", routed=DEEPSEEK),
+    "glm4_moe": Written(queries="viewed", partial="inside", routed=DEEPSEEK),
+    "olmoe": Written(queries="whole", routed=replace(MIXTRAL, like_logits=True)),
+    "qwen2_moe": Written(masks=("full", "window"), routed=replace(MIXTRAL, like_logits=True, shared="first")),
+    "qwen3_moe": Written(routed=QWEN),
     "stablelm": Written(queries="transposed", partial="before", names_all=True),
 }
 

@@ -41,6 +41,7 @@ class Block(Module):
     """One layer."""
 
     build_attention = staticmethod(build_attention)
+    build_experts: type[SparseFeedForward] = SparseFeedForward
 
     def __init__(self, machine: Machine, index: int, recipe: Recipe, kind: BlockKind) -> None:
         super().__init__(machine, f"blocks.{index}", index)
@@ -51,7 +52,7 @@ class Block(Module):
             self.attention_post_norm = self.norm("attention_post_norm")
             self.ffn_norm = self.norm("ffn_norm")
             self.ffn = self.child(
-                SparseFeedForward(machine, recipe)
+                self.build_experts(machine, recipe)
                 if kind.layer.sparse
                 else build_feed_forward(machine, parts.mlp, size["d"], size["f"], recipe)
             )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from estimator.eager import ops
 from estimator.models.block import Block
 from estimator.models.hugging_face.attention import HFAttention
+from estimator.models.hugging_face.experts import HFSparseFeedForward
 from estimator.models.norms import ScaleAndShift
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ class HFBlock(Block):
     """`LlamaDecoderLayer`."""
 
     build_attention = staticmethod(HFAttention)
+    build_experts = HFSparseFeedForward
     positional = 1
 
     def __init__(self, machine: Machine, index: int, recipe: Recipe, kind: BlockKind) -> None:

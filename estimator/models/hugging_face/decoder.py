@@ -99,7 +99,7 @@ class HFDecoder(Transformer):
         made: dict[str, Tensor | None] = {}
         for kind in kinds:
             look_for_packed_sequences(v.positions, sequences)
-            made[kind] = attention_mask(v.positions, sequences, kind, v.embeds.dtype, eager=eager)
+            made[kind] = attention_mask(v.positions, sequences, kind, v.embeds.dtype, eager=eager, used=kind in used)
             setattr(v, f"{kind}_mask", made[kind])
         return made
 
