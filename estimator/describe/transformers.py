@@ -22,7 +22,6 @@ VERSION = "5.24"
 NEEDS = tuple(
     Needs(name, known, f"transformers' classes are not known with {name} = {{{name}!r}}", values=("transformers",))
     for name, known in (
-        ("attention", ("naive-fp32", "sdpa", "sdpa-flash", "sdpa-math", "sdpa-efficient")),
         ("loss", ("bundled",)),
         ("checkpointing", ("none", "block")),
         ("balance", (0.0,)),
@@ -40,9 +39,11 @@ class Written:
     """What sets one class apart from another, beyond its parts.
 
     Attributes:
-        norm: an rms norm is "upcast" (in fp32, cast back, then multiplied with the weight: Llama) or "upcast-late"
-            (multiplied, then cast back: OLMo 2); one that scales by 1 + w is Gemma's. A LayerNorm is one kernel, or
-            with "centred" Cohere's, in operators.
+        decoder: the class whose statements these are, by a name in `estimator.models.hugging_face.classes`.
+        norm: an rms norm is "upcast" (in fp32, cast back, then multiplied with the weight: Llama), "upcast-late"
+            (multiplied, then cast back: OLMo 2) or "upcast-wide" (with the weight in fp32 too: Helium); one that
+            scales by 1 + w is Gemma's. A LayerNorm is one kernel, of a copy in fp32 where it has no weight, or with
+            "centred" Cohere's, in operators; with "" it is one kernel whatever it has.
         queries: when what is projected becomes heads. "each": one after the other (Llama), the norm among it (Qwen3);
             "viewed": all are heads, then normed, then transposed (Cohere); "transposed": all are heads and transposed,
             then normed (Apertus); "whole": all are projected, normed or clamped, then heads (OLMo).
@@ -54,10 +55,12 @@ class Written:
         masks: kinds of attention whose masks are asked for though no layer may have it.
         tables_fp32: cosines and sines stay in fp32 (OLMo).
         tables_by_kind: each kind of layer has cosines and sines of its own (Gemma 3).
-        routed: its mixtures of experts.
+        passes_positions: blocks are given the positions' ids, which their checkpoints then keep.
+        routed: its mixtures of experts; None if how they are written is not known.
         names_all: what attention and the feed-forward find have names of their own, to a block's end (StableLM).
     """
 
+    decoder: str = "llama"
     norm: str = "upcast"
     queries: str = "each"
     rotation: str = "halves"
@@ -65,17 +68,40 @@ class Written:
     masks: tuple[str, ...] = ()
     tables_fp32: bool = False
     tables_by_kind: bool = False
+    passes_positions: bool = True
     names_all: bool = False
-    routed: Routed = MIXTRAL
+    routed: Routed | None = None
 
 
+# Decoders with statements of their own.
+OLDER: dict[str, Written] = {
+    "codegen": Written("codegen", rotation="neighbours", tables_fp32=True),
+    "gpt-sw3": Written("gpt2"),
+    "gpt2": Written("gpt2"),
+    "gpt_bigcode": Written("gpt_bigcode"),
+    "gpt_neox": Written("gpt_neox", partial="inside"),
+    "gptj": Written("gptj", rotation="neighbours"),
+    "opt": Written("opt", norm=""),
+}
+# Those with experts.
+MIXTURES: dict[str, Written] = {
+    "dots1": Written(routed=DEEPSEEK),
+    "exaone_moe": Written(queries="transposed", routed=DEEPSEEK),
+    "glm4_moe": Written(queries="viewed", partial="inside", routed=DEEPSEEK),
+    "mixtral": Written(routed=MIXTRAL),
+    "olmoe": Written(queries="whole", routed=replace(MIXTRAL, like_logits=True)),
+    "qwen2_moe": Written(masks=("full", "window"), routed=replace(MIXTRAL, like_logits=True, shared="first")),
+    "qwen3_moe": Written(routed=QWEN),
+}
 LLAMA = Written()
 WINDOWS = Written(masks=("full",))
 COHERE = Written(norm="centred", rotation="repeated-fp32")
 OLMO = Written(norm="upcast-late", queries="whole", tables_fp32=True)
 # By model_type, or the family that its parts are: the classes that are known.
 CLASSES: dict[str, Written] = {
-    **dict.fromkeys(("arcee", "bitnet", "exaone", "gemma", "granite", "granitemoehybrid", "hunyuan_v1_dense"), LLAMA),
+    **OLDER,
+    **MIXTURES,
+    **dict.fromkeys(("arcee", "bitnet", "exaone", "gemma", "granite", "hunyuan_v1_dense"), LLAMA),
     **dict.fromkeys(("hyperclovax", "internlm3", "iquestcoder", "jais2", "llama", "mistral", "nanochat"), LLAMA),
     **dict.fromkeys(("starcoder2",), LLAMA),
     **dict.fromkeys(("cwm", "gemma2", "ministral", "qwen2", "qwen3", "smollm3", "vaultgemma"), WINDOWS),
@@ -86,28 +112,41 @@ CLASSES: dict[str, Written] = {
     "gemma3_text": Written(queries="transposed", masks=("full",), tables_by_kind=True),
     "glm": Written(rotation="neighbours", partial="inside"),
     "glm4": Written(rotation="neighbours", partial="inside"),
-    "helium": Written(norm="upcast-late", rotation="neighbours"),
+    "granitemoehybrid": Written(passes_positions=False),
+    "helium": Written(norm="upcast-wide", rotation="neighbours"),
     "nemotron": Written(partial="returned"),
     "olmo": OLMO,
     "olmo2": OLMO,
     "olmo3": replace(OLMO, masks=("full",), tables_by_kind=True),
     "phi": Written(queries="transposed", partial="before"),
     "phi3": Written(partial="whole"),
-    "mixtral": Written(),
-    "dots1": Written(routed=DEEPSEEK),
-    "exaone_moe": Written(queries="transposed", routed=DEEPSEEK),
-    "glm4_moe": Written(queries="viewed", partial="inside", routed=DEEPSEEK),
-    "olmoe": Written(queries="whole", routed=replace(MIXTRAL, like_logits=True)),
-    "qwen2_moe": Written(masks=("full", "window"), routed=replace(MIXTRAL, like_logits=True, shared="first")),
-    "qwen3_moe": Written(routed=QWEN),
     "stablelm": Written(queries="transposed", partial="before", names_all=True),
 }
 
 
 def check_model(p: Plan, m: ModelConfig) -> None:
-    """Raise ConfigError if the class of `m` is not among those that are known."""
-    if p.implementation == "transformers" and m.family not in CLASSES:
+    """Raise ConfigError if the class of `m` is not among those that are known, or not with a part that `m` has."""
+    if p.implementation != "transformers":
+        return
+    if m.family not in CLASSES:
         raise ConfigError(
             f"implementation = 'transformers': how its class for family = {m.family!r} is written is not known; "
             f"allowed are {', '.join(sorted(CLASSES))}; estimate check --hf runs any"
         )
+    parts = m.made_of
+    own_heads = parts.attention.qk_norm == "head-own" and m.family == "stablelm"  # one module for each head
+    unknown = (
+        ("attention.latent", parts.attention.latent, parts.attention.latent == "none"),
+        ("attention.sinks", parts.attention.sinks, not parts.attention.sinks),
+        ("attention.out_gate", parts.attention.out_gate, not parts.attention.out_gate),
+        ("attention.query_scaling", parts.attention.query_scaling, parts.attention.query_scaling == "none"),
+        ("attention.qk_norm", parts.attention.qk_norm, not own_heads),
+        ("mlp.activation", parts.mlp.activation, parts.mlp.activation != "xielu"),
+        ("experts", parts.experts is not None, parts.experts is None or CLASSES[m.family].routed is not None),
+    )
+    for name, value, known in unknown:
+        if not known:
+            raise ConfigError(
+                f"implementation = 'transformers': its class for family = {m.family!r} is not known with "
+                f"{name} = {value!r} of the model; estimate check --hf runs any"
+            )

@@ -10,9 +10,10 @@ from estimator.eager.letters import ONE
 from estimator.eager.linalg import matmul
 from estimator.eager.ops import added, additive_mask, causal_mask, dropout, elementwise, with_number
 from estimator.eager.tensor import BOOL, FLOAT32, Locals, Tensor, empty_like, op
-from estimator.eager.views import cast, repeat_heads, transpose
+from estimator.eager.views import cast, clone, expand, transpose, unsqueeze, view
 
 if TYPE_CHECKING:
+    from estimator.eager.letters import Size
     from estimator.eager.ops import Gradients
 
 
@@ -38,7 +39,7 @@ def _attention_math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, dro
         c.mask = additive_mask(causal_mask(q, q.shape[-2]), FLOAT32) if mask is None else mask
         if q.shape[1] is not k.shape[1]:
             groups = q.machine.shapes.letters["g"]
-            c.key_expanded, c.value_expanded = repeat_heads(c.k, groups), repeat_heads(c.v, groups)
+            c.key_expanded, c.value_expanded = (_repeat_interleave(x, groups) for x in (c.k, c.v))
         else:
             c.key_expanded, c.value_expanded = c.k, c.v
         c.attn = matmul(c.query, _scaled(transpose(c.key_expanded, -2, -1)))
@@ -48,6 +49,13 @@ def _attention_math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, dro
             c.attn = dropout(c.attn)
         c.returned = cast(c.attn, dtype)  # the weights, which scaled_dot_product_attention throws away
         return cast(matmul(c.attn, c.value_expanded), dtype)
+
+
+@op
+def _repeat_interleave(x: Tensor, times: Size) -> Tensor:
+    """x.repeat_interleave(times, 1) of four dimensions: a copy, of one head too."""
+    b, k, t, e = x.shape
+    return view(clone(expand(unsqueeze(x, 2), (b, k, times, t, e))), (b, x.machine.product((k, times)), t, e))
 
 
 @op

@@ -389,7 +389,7 @@ def _fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, dr
     node = record("ScaledDotProductFlashAttentionBackward0", (q, k, v), backward, inputs)
 
     def compute() -> tuple[Tensor, ...]:
-        out = empty_like(q)
+        out = _heads_inside(q) if efficient else empty_like(q)
         lse = machine.empty((b, rounded_up(t, 32) if efficient else t, h), FLOAT32)
         if machine.device == "cpu":  # a tile of scores, its rows' maximum and sum, and a tile of the output
             n, s, w = threads, tile_rows(t), tile_keys(k.shape[2])

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from estimator.eager.autocast import fp32
 from estimator.eager.autograd import Context, attach, record, summed
-from estimator.eager.indexing import ROW_ALIGNMENT
+from estimator.eager.indexing import ROW_ALIGNMENT, moved_in_fp32
 from estimator.eager.ledger import Gemm
 from estimator.eager.letters import ONE, ZERO, ceiling, constant
 from estimator.eager.letters import n as threads
 from estimator.eager.ops import elementwise
-from estimator.eager.tensor import BFLOAT16, BOOL, FLOAT32, INT32, INT64, Locals, empty_like, op
+from estimator.eager.tensor import BFLOAT16, BOOL, INT32, INT64, Locals, empty_like, op
 from estimator.eager.views import cast
 
 if TYPE_CHECKING:
@@ -37,11 +38,10 @@ def top_k_with_values(x: Tensor, count: Size) -> tuple[Tensor, Tensor]:
 
 
 def scattered(shape: Shape, source: Tensor, index: Tensor) -> Tensor:
-    """zeros(shape).scatter_(-1, index, source); the CPU moves half precision through a copy of all in fp32."""
+    """zeros(shape).scatter_(-1, index, source)."""
     machine = source.machine
     out = machine.empty(shape, source.dtype)
-    if machine.device == "cpu" and source.dtype.itemsize < FLOAT32.itemsize:
-        machine.empty(shape, FLOAT32).discard()
+    moved_in_fp32(out)
     machine.kernel("scatter_", (source, index), (out,))
     return out
 
@@ -49,8 +49,7 @@ def scattered(shape: Shape, source: Tensor, index: Tensor) -> Tensor:
 @op
 def put_number(x: Tensor, index: Tensor) -> None:
     """x.scatter_(-1, index, number), of what wants no gradient."""
-    if x.machine.device == "cpu" and x.dtype.itemsize < FLOAT32.itemsize:
-        x.machine.empty(x.shape, FLOAT32).discard()
+    moved_in_fp32(x)
     x.machine.kernel("scatter_", (index,), (x,))
 
 
@@ -126,14 +125,14 @@ def inverse(order: Tensor) -> Tensor:
 
 @op
 def sum_over(x: Tensor, dim: int) -> Tensor:
-    """x.sum(dim): backward expands."""
+    """x.sum(dim), under CUDA's autocast in fp32: backward expands."""
     shape = x.shape
 
     def backward(_: Context, grad: Tensor) -> Gradients:
         return [grad.view(shape, (*grad.stride[:dim], ZERO, *grad.stride[dim:]))]
 
     node = record("SumBackward1", (x,), backward)
-    kept = summed(x, (*shape[:dim], ONE, *shape[dim + 1 :])).hold()
+    kept = summed(x, (*shape[:dim], ONE, *shape[dim + 1 :]), fp32(x.machine, "cuda")).hold()
     out = kept.alias()
     out.shape = (*shape[:dim], *shape[dim + 1 :])
     out.stride = (*kept.stride[:dim], *kept.stride[dim + 1 :])

@@ -223,6 +223,12 @@ def contiguous(x: Tensor) -> Tensor:
 
 
 @op
+def contiguous_of(x: Tensor) -> Tensor:
+    """x.contiguous() of a model: x itself, or a clone."""
+    return x if x.is_contiguous else clone(x)
+
+
+@op
 def unsqueeze(x: Tensor, dim: int) -> Tensor:
     """x.unsqueeze(dim)."""
     after = x.machine.product((x.shape[dim], x.stride[dim])) if dim < len(x.shape) else ONE

@@ -83,6 +83,8 @@ def attend(
 class Attention(Module):
     """Attention with one projection each for queries, keys and values, or one for all."""
 
+    linear = Linear
+
     def __init__(self, machine: Machine, recipe: Recipe) -> None:
         super().__init__(machine, "attention")
         self.recipe, a = recipe, recipe.parts.attention
@@ -96,11 +98,11 @@ class Attention(Module):
         self.widths = (wide, narrow, narrow)
         with self.inside():
             if a.fused:
-                self.qkv = self.child(Linear(machine, "qkv", size["d"], wide + 2 * narrow, bias=a.bias))
+                self.qkv = self.child(self.linear(machine, "qkv", size["d"], wide + 2 * narrow, bias=a.bias))
             else:
-                self.q = self.child(Linear(machine, "q", size["d"], wide, bias=a.bias))
-                self.k = self.child(Linear(machine, "k", size["d"], narrow, bias=a.bias))
-                self.v = self.child(Linear(machine, "v", size["d"], narrow, bias=a.bias))
+                self.q = self.child(self.linear(machine, "q", size["d"], wide, bias=a.bias))
+                self.k = self.child(self.linear(machine, "k", size["d"], narrow, bias=a.bias))
+                self.v = self.child(self.linear(machine, "v", size["d"], narrow, bias=a.bias))
             if a.qk_norm != "none":
                 shapes = {
                     "head": ((self.e,), (self.e,)),
@@ -117,7 +119,7 @@ class Attention(Module):
             self.out_norm = self.child(
                 build_norm(machine, recipe, "out_norm", Norm("rms"), wide) if a.out_norm else None
             )
-            self.out = self.child(Linear(machine, "out", wide, size["d"], bias=a.out_bias))
+            self.out = self.child(self.linear(machine, "out", wide, size["d"], bias=a.out_bias))
         self.sinks = self.parameter(self.h) if a.sinks else None
         if recipe.tensor_parallel:
             self.cut(size)

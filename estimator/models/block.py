@@ -15,6 +15,10 @@ from estimator.models.norms import build_norm
 from estimator.parallel.sequence import of_whole, over_part
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from estimator.describe.parts import MLP
+    from estimator.eager.letters import Size
     from estimator.eager.tensor import Locals, Machine, Tensor
     from estimator.models.layers import BlockKind, Recipe
 
@@ -40,8 +44,9 @@ def build_attention(machine: Machine, recipe: Recipe) -> Attention | LatentAtten
 class Block(Module):
     """One layer."""
 
-    build_attention = staticmethod(build_attention)
+    build_attention: Callable[[Machine, Recipe], Any] = staticmethod(build_attention)
     build_experts: type[SparseFeedForward] = SparseFeedForward
+    build_feed_forward: Callable[[Machine, MLP, Size, Size, Recipe], Any] = staticmethod(build_feed_forward)
 
     def __init__(self, machine: Machine, index: int, recipe: Recipe, kind: BlockKind) -> None:
         super().__init__(machine, f"blocks.{index}", index)
@@ -54,7 +59,7 @@ class Block(Module):
             self.ffn = self.child(
                 self.build_experts(machine, recipe)
                 if kind.layer.sparse
-                else build_feed_forward(machine, parts.mlp, size["d"], size["f"], recipe)
+                else self.build_feed_forward(machine, parts.mlp, size["d"], size["f"], recipe)
             )
             self.ffn_post_norm = self.norm("ffn_post_norm")
         if recipe.sequence_parallel:

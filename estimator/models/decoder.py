@@ -32,7 +32,7 @@ letter("T_l", "positions at the end of a sequence whose logits are computed")
 class Transformer(Module):
     """ids (B, T) -> logits (B, T, V), or with targets (B, T) their loss; a stage from or to (B, T, d) between."""
 
-    build_block = Block
+    build_block: type[Block] = Block
 
     def __init__(self, machine: Machine, recipe: Recipe, like: Transformer | None = None) -> None:
         """Of several stages on one accelerator that which comes after `like`, whose tables it has too."""

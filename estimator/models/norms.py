@@ -69,12 +69,32 @@ class UpcastRMSNorm(ScaleAndShift):
 
 
 class LateRMSNorm(ScaleAndShift):
-    """As `Olmo2RMSNorm` has it: multiplied with the weight, then cast back; `HeliumRMSNorm` widens the weight."""
+    """As `Olmo2RMSNorm` has it: multiplied with the weight, then cast back."""
 
     def forward(self, v: Locals, x: Tensor) -> Tensor:
         normed(v, x)
         assert self.weight is not None
         return cast(ops.mul(self.weight, v.x), x.dtype)
+
+
+class WideRMSNorm(ScaleAndShift):
+    """As `HeliumRMSNorm` has it: multiplied with the weight in fp32, then cast back."""
+
+    def forward(self, v: Locals, x: Tensor) -> Tensor:
+        normed(v, x)
+        assert self.weight is not None
+        return cast(ops.mul(cast(self.weight, FLOAT32), v.x), x.dtype)
+
+
+class BareRMSNorm(ScaleAndShift):
+    """As `NanoChatRMSNorm` has it: without a weight."""
+
+    def forward(self, v: Locals, x: Tensor) -> Tensor:
+        v.wide = cast(x, FLOAT32)
+        v.out = ops.mul(v.wide, ops.rsqrt(ops.add_number(ops.mean_last(power(v.wide)))))
+        del v.wide
+        v.out = cast(v.out, x.dtype)
+        return v.take("out")
 
 
 class PlusOneRMSNorm(ScaleAndShift):
@@ -111,6 +131,20 @@ class LayerNormInFP32(ScaleAndShift):
         return cast(ops.layer_norm(cast(x, FLOAT32), None, None), x.dtype)
 
 
+class UncastLayerNorm(ScaleAndShift):
+    """`NemotronLayerNorm1P`: where autocast is on, of copies in its dtype (CUDA's would widen them)."""
+
+    def forward(self, v: Locals, x: Tensor) -> Tensor:
+        machine = x.machine
+        lower = machine.autocast_dtype if machine.device == "cuda" else None
+        assert self.weight is not None
+        v.x, v.weight, v.bias = x, ops.add_number(self.weight), self.bias
+        if lower is not None:
+            v.x, v.weight, v.bias = cast(v.x, lower), cast(v.weight, lower), cast(v.bias, lower)
+        with machine.autocast(None):
+            return ops.layer_norm(v.x, v.weight, v.bias)
+
+
 def normed(v: Locals, x: Tensor) -> None:
     """`v.x` is x in fp32 over its root mean square, `v.variance` stays."""
     v.x = cast(x, FLOAT32)
@@ -119,20 +153,24 @@ def normed(v: Locals, x: Tensor) -> None:
 
 
 # By `Written.norm`, what transformers has in place of an rms norm, of a LayerNorm without a weight, and of others.
-WRITTEN: dict[str, type[ScaleAndShift]] = {"upcast": UpcastRMSNorm, "upcast-late": LateRMSNorm}
+WRITTEN: dict[str, type[ScaleAndShift]] = {
+    "upcast": UpcastRMSNorm,
+    "upcast-late": LateRMSNorm,
+    "upcast-wide": WideRMSNorm,
+}
 
 
 def build_norm(machine: Machine, recipe: Recipe, name: str, norm: Norm, *shape: Size) -> ScaleAndShift:
     """The module of a declared norm over the last dimension, its weight of this shape."""
     written = recipe.written
-    if written is not None and norm.kind == "rms" and norm.weight != "none":
-        kind = PlusOneRMSNorm if norm.weight == "plus-one" else WRITTEN[written.norm]
+    if written is not None and norm.kind == "rms":
+        kind = {"plus-one": PlusOneRMSNorm, "none": BareRMSNorm}.get(norm.weight, WRITTEN[written.norm])
     elif written is not None and written.norm == "centred":
         kind = CentredNorm
     elif norm.kind == "rms":
         kind = RMSNorm
-    elif written is not None and norm.weight == "none":
-        kind = LayerNormInFP32
+    elif written is not None and written.norm and norm.weight != "plain":
+        kind = LayerNormInFP32 if norm.weight == "none" else UncastLayerNorm
     else:
         kind = LayerNorm if len(shape) == 1 else LayerNormOfHeads
     return kind(machine, name, norm, *shape)

@@ -12,7 +12,7 @@ from estimator.eager.tensor import FLOAT32, Locals, arguments
 from estimator.eager.views import cast, concatenate, repeat_heads, reshape, slice_last, transpose, view
 from estimator.models.attention import Attention, attend
 from estimator.models.hugging_face.positions import apply_rotary, taken_apart
-from estimator.models.layers import dropout
+from estimator.models.layers import dropout, dropout_at
 from estimator.models.norms import ScaleAndShift
 
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 class HFAttention(Attention):
     """`LlamaAttention`; queries, keys and values are names of its frame to the end."""
+
+    drops = False  # what comes out, in here
 
     def __init__(self, machine: Machine, recipe: Recipe) -> None:
         super().__init__(machine, recipe)
@@ -123,12 +125,16 @@ class HFAttention(Attention):
             self.norms(v)
         if query_scale is not None:
             v.q = ops.mul(v.q, query_scale)
-        eager = self.recipe.attention.startswith("naive")
-        v.y = self.eager(v.q, v.k, v.v, mask) if eager else self.fused(v.q, v.k, v.v, mask)
+        v.y = self.attended(v.q, v.k, v.v, mask)
         v.y = reshape(v.y, (B, T, self.widths[0]))
         if self.out_norm is not None:
             v.y = self.out_norm(v.y)
-        return self.out(v.y)
+        v.y = self.out(v.y)
+        return dropout_at(v.take("y"), drops=self.recipe.dropout and self.drops)
+
+    def attended(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """(B, T, h, e) of (B, heads, T, e) each."""
+        return (self.eager if self.recipe.attention.startswith("naive") else self.fused)(q, k, v, mask)
 
     def fused(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """`sdpa_attention_forward`, (B, T, h, e): keys and values are repeated for the queries' heads with a mask."""

@@ -8,21 +8,24 @@ from estimator.eager import ops
 from estimator.eager.losses import torch_cross_entropy
 from estimator.eager.pointwise import tanh
 from estimator.eager.tensor import FLOAT32, INT64, Locals, arguments
-from estimator.eager.views import cast
+from estimator.eager.views import cast, contiguous
 from estimator.models.decoder import Transformer
 from estimator.models.hugging_face.block import HFBlock
 from estimator.models.hugging_face.masks import attention_mask
 from estimator.models.hugging_face.positions import look_for_packed_sequences, position_ids, rotary_embedding
+from estimator.models.layers import dropout
 
 if TYPE_CHECKING:
     from estimator.eager.letters import Size
     from estimator.eager.tensor import Tensor
+    from estimator.models.block import Block
 
 
 class HFDecoder(Transformer):
     """`LlamaForCausalLM`: ids (B, T), labels (B, T) -> their loss."""
 
-    build_block = HFBlock
+    build_block: type[Block] = HFBlock
+    drops_embedding = False
 
     def rotary_tables(self) -> list[Tensor]:
         """The inverse frequencies, and their original, of each kind of layer that has its own."""
@@ -59,6 +62,7 @@ class HFDecoder(Transformer):
 
     def decoded(self, ids: Tensor) -> Tensor:
         """`LlamaModel`."""
+        assert self.recipe.written is not None
         with Locals() as v:
             v.embeds = self.embedding(ids)
             if self.embedding_scale is not None:
@@ -67,16 +71,17 @@ class HFDecoder(Transformer):
                 v.embeds = ops.mul_number(v.embeds)
             v.positions = position_ids(self.machine, ids.shape[1])
             masks = self.attention_masks(v, ids.shape[0])
-            v.x = v.embeds
+            v.x = dropout(v.embeds, self.recipe) if self.drops_embedding else v.embeds
             turns: dict[str, tuple[Tensor | None, Tensor | None]] = {}
             for i, name in enumerate(self.turns if self.recipe.rotates else ()):
                 turns[name] = self.rotary(v, name, self.tables[2 * i])
             if self.embedding_norm is not None:
                 v.x = self.embedding_norm(v.x)
+            positions = v.positions if self.recipe.written.passes_positions else None
             for block, kind in zip(self.blocks, self.kinds, strict=True):
                 turn = turns.get(kind.layer.attention, turns.get("full", (None, None)))
                 turn = turn if kind.layer.rotates else (None, None)
-                v.x = block(v.x, masks[kind.layer.attention], None, *turn, None, v.positions)
+                v.x = block(v.x, masks[kind.layer.attention], None, *turn, None, positions)
             v.x = self.final_norm(v.x)
             return v.take("x")
 
@@ -99,7 +104,9 @@ class HFDecoder(Transformer):
         made: dict[str, Tensor | None] = {}
         for kind in kinds:
             look_for_packed_sequences(v.positions, sequences)
-            made[kind] = attention_mask(v.positions, sequences, kind, v.embeds.dtype, eager=eager, used=kind in used)
+            made[kind] = attention_mask(
+                self.machine, v.positions.shape[0], sequences, kind, v.embeds.dtype, eager=eager, used=kind in used
+            )
             setattr(v, f"{kind}_mask", made[kind])
         return made
 
@@ -111,7 +118,6 @@ def causal_lm_loss(logits: Tensor, labels: Tensor) -> Tensor:
         v.logits = cast(logits, FLOAT32)
         v.labels = machine.empty((B, T + 1), INT64)
         machine.kernel("constant_pad_nd", (labels,), (v.labels,))
-        v.shifted = machine.empty((B, T), INT64)
-        machine.kernel("clone", (v.labels,), (v.shifted,))
+        v.shifted = contiguous(v.labels.view((B, T), v.labels.stride))
         results.append(torch_cross_entropy(v.logits, v.shifted))
     return results[0]

@@ -72,6 +72,7 @@ class HFSparseFeedForward(SparseFeedForward):
     def __init__(self, machine: Machine, recipe: Recipe) -> None:
         super().__init__(machine, recipe)
         assert recipe.written is not None
+        assert recipe.written.routed is not None
         self.routed_as = recipe.written.routed
         first = [getattr(self, name) for name in self.routed_as.order]
         self.owned.sort(key=lambda x: first.index(x) if x in first else len(first))

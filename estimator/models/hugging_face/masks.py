@@ -10,24 +10,23 @@ from estimator.models.hugging_face.positions import integers, position_ids
 
 if TYPE_CHECKING:
     from estimator.eager.letters import Size
-    from estimator.eager.tensor import Dtype, Tensor
+    from estimator.eager.tensor import Dtype, Machine, Tensor
 
 
 def attention_mask(
-    positions: Tensor, sequences: Size, kind: str, dtype: Dtype, *, eager: bool, used: bool = True
+    machine: Machine, length: Size, sequences: Size, kind: str, dtype: Dtype, *, eager: bool, used: bool = True
 ) -> Tensor | None:
     """`create_causal_mask` or `create_sliding_window_causal_mask`: (B, 1, T, T), None where a fused kernel needs none.
 
     Bools of what is seen; for eager attention numbers of `dtype` that are added to the scores. The window that no layer
     uses is 0 wide.
     """
-    if not eager and (kind == "full" or (used and positions.machine.at_most(positions.shape[0] + 1, W))):
+    if not eager and (kind == "full" or (used and machine.at_most(length + 1, W))):
         return None
     if not eager:
-        return seen(positions, sequences, kind)
-    machine = positions.machine
+        return seen(machine, length, sequences, kind)
     with Locals() as v:
-        v.seen = seen(positions, sequences, kind)
+        v.seen = seen(machine, length, sequences, kind)
         zero, least = machine.empty((), dtype).hold(), machine.empty((), dtype).hold()
         mask = machine.empty(v.seen.shape, dtype)
         machine.kernel("where", (v.seen,), (mask,))
@@ -36,9 +35,8 @@ def attention_mask(
         return mask
 
 
-def seen(positions: Tensor, sequences: Size, kind: str) -> Tensor:
+def seen(machine: Machine, length: Size, sequences: Size, kind: str) -> Tensor:
     """`sdpa_mask`, a view of the same for all sequences."""
-    machine, (length,) = positions.machine, positions.shape
     square = (ONE, ONE, length, length)
     with Locals() as v:
         v.batch, v.head = machine.empty((sequences,), INT64), machine.empty((ONE,), INT64)

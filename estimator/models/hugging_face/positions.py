@@ -134,5 +134,7 @@ def apply_rotary(v: Locals, q: str, k: str, cos: Tensor, sin: Tensor, written: W
                 w.of_q, w.of_k = w.q, w.k
             w.q = concatenate((w.q, w.q_pass))
             w.k = concatenate((w.k, w.k_pass))
-        setattr(v, q, cast(w.q, dtype))
-        setattr(v, k, cast(w.k, dtype))
+        if written.tables_fp32 or written.rotation.endswith("fp32"):
+            w.q, w.k = cast(w.q, dtype), cast(w.k, dtype)
+        setattr(v, q, w.q)
+        setattr(v, k, w.k)

@@ -26,6 +26,7 @@ class HFRouter(Router):
     def __init__(self, machine: Machine, recipe: Recipe) -> None:
         super().__init__(machine, recipe)
         assert recipe.written is not None
+        assert recipe.written.routed is not None
         self.routed_as = recipe.written.routed
 
     def forward(self, v: Locals, x: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
@@ -64,8 +65,8 @@ def in_best_groups(router: HFRouter, v: Locals) -> None:
     """`v.choice`, minus infinity but in the groups whose two best add up to most."""
     rows, inside = v.choice.shape[0], ceiling(router.E, router.G)
     values, indices = top_k_with_values(view(v.choice, (rows, router.G, inside)), 2 * ONE)
-    v.group_scores = sum_over(values, 2)
     indices.discard()
+    v.group_scores = sum_over(values, 2)
     v.group = chosen(v.group_scores, router.groups)
     v.group_mask = empty_like(v.group_scores)
     put_number(v.group_mask, v.group)
