@@ -83,15 +83,23 @@ OLDER: dict[str, Written] = {
     "gptj": Written("gptj", rotation="neighbours"),
     "opt": Written("opt", norm=""),
 }
-# Those with experts.
+# Those with experts or latent attention.
 MIXTURES: dict[str, Written] = {
+    "axk1": Written(routed=DEEPSEEK),
+    "deepseek_v3": Written(routed=DEEPSEEK),
     "dots1": Written(routed=DEEPSEEK),
     "exaone_moe": Written(queries="transposed", routed=DEEPSEEK),
     "glm4_moe": Written(queries="viewed", partial="inside", routed=DEEPSEEK),
+    "glm4_moe_lite": Written(routed=DEEPSEEK),
+    "minicpm3": Written(),
     "mixtral": Written(routed=MIXTRAL),
     "olmoe": Written(queries="whole", routed=replace(MIXTRAL, like_logits=True)),
     "qwen2_moe": Written(masks=("full", "window"), routed=replace(MIXTRAL, like_logits=True, shared="first")),
     "qwen3_moe": Written(routed=QWEN),
+    "sarvam_mla": Written(routed=DEEPSEEK),
+    "sarvam_moe": Written(routed=DEEPSEEK),
+    "solar_open": Written(routed=DEEPSEEK),
+    "youtu": Written(),
 }
 LLAMA = Written()
 WINDOWS = Written(masks=("full",))
@@ -136,7 +144,6 @@ def check_model(p: Plan, m: ModelConfig) -> None:
     parts = m.made_of
     own_heads = parts.attention.qk_norm == "head-own" and m.family == "stablelm"  # one module for each head
     unknown = (
-        ("attention.latent", parts.attention.latent, parts.attention.latent == "none"),
         ("attention.sinks", parts.attention.sinks, not parts.attention.sinks),
         ("attention.out_gate", parts.attention.out_gate, not parts.attention.out_gate),
         ("attention.query_scaling", parts.attention.query_scaling, parts.attention.query_scaling == "none"),

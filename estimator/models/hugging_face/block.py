@@ -8,6 +8,7 @@ from estimator.eager import ops
 from estimator.models.block import Block
 from estimator.models.hugging_face.attention import HFAttention
 from estimator.models.hugging_face.experts import HFSparseFeedForward
+from estimator.models.hugging_face.latent import HFLatentAttention
 from estimator.models.norms import ScaleAndShift
 
 if TYPE_CHECKING:
@@ -15,10 +16,15 @@ if TYPE_CHECKING:
     from estimator.models.layers import BlockKind, Recipe
 
 
+def build_attention(machine: Machine, recipe: Recipe) -> HFAttention | HFLatentAttention:
+    """The module of the declared attention."""
+    return (HFAttention if recipe.parts.attention.latent == "none" else HFLatentAttention)(machine, recipe)
+
+
 class HFBlock(Block):
     """`LlamaDecoderLayer`."""
 
-    build_attention = staticmethod(HFAttention)
+    build_attention = staticmethod(build_attention)
     build_experts = HFSparseFeedForward
     positional = 1
 

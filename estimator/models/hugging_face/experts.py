@@ -98,4 +98,6 @@ class HFSparseFeedForward(SparseFeedForward):
             if self.shared_gate is not None:
                 v.shared = ops.mul(sigmoid(self.shared_gate(v.rows)), v.shared)
             v.y = ops.add(v.y, self.shared(given) if as_written.shared == "last" else v.shared)
+        if self.out_norm is not None:
+            return self.out_norm(v.y)
         return v.take("y") if v.y.shape == x.shape else view(v.y, x.shape)
