@@ -76,6 +76,7 @@ class Written:
 # Decoders with statements of their own.
 OLDER: dict[str, Written] = {
     "codegen": Written("codegen", rotation="neighbours", tables_fp32=True),
+    "falcon": Written("falcon"),
     "gpt-sw3": Written("gpt2"),
     "gpt2": Written("gpt2"),
     "gpt_bigcode": Written("gpt_bigcode"),

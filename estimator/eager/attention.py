@@ -18,26 +18,29 @@ if TYPE_CHECKING:
 
 
 @op
-def attention_math(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, *, drops: bool) -> Tensor:
+def attention_math(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, *, drops: bool, repeats: bool = True
+) -> Tensor:
     """`_scaled_dot_product_attention_math`: in float32 whatever comes in.
 
     Of a boolean mask `seen` every call makes one to add, in the inputs' dtype; without one it is causal, and every call
-    makes its own in float32. Keys and values of fewer heads are repeated (`enable_gqa`).
+    makes its own in float32. Keys and values of fewer heads are repeated (`enable_gqa`), or
+    those of a single one, without that, expanded by its products.
     """
     q, k, v = lower(q, k, v)
     with q.machine.autocast(None), Locals() as c:  # inside an operator that it casts for, autocast is off
         c.mask = additive_mask(seen, q.dtype) if seen is not None and seen.dtype == BOOL else seen
-        return _attention_math(q, k, v, c.mask, drops=drops)
+        return _attention_math(q, k, v, c.mask, drops=drops, repeats=repeats)
 
 
 @op
-def _attention_math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, drops: bool) -> Tensor:
+def _attention_math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, drops: bool, repeats: bool) -> Tensor:
     dtype = q.dtype
     with Locals() as c:
         c.q, c.k, c.v = (cast(x, FLOAT32) for x in (q, k, v))
         c.query = _scaled(c.q)
         c.mask = additive_mask(causal_mask(q, q.shape[-2]), FLOAT32) if mask is None else mask
-        if q.shape[1] is not k.shape[1]:
+        if repeats and q.shape[1] is not k.shape[1]:
             groups = q.machine.shapes.letters["g"]
             c.key_expanded, c.value_expanded = (_repeat_interleave(x, groups) for x in (c.k, c.v))
         else:

@@ -40,6 +40,24 @@ def index_select(x: Tensor, index: Tensor) -> Tensor:
 
 
 @op
+def pick(x: Tensor, dim: int) -> Tensor:
+    """x[..., [i], ...], one of a dimension: a copy; the index is a tensor, which is saved."""
+    machine, before = x.machine, x.shape
+
+    def backward(_: Context, grad: Tensor) -> Gradients:
+        out = machine.empty(before, grad.dtype)
+        machine.kernel("index_put_", (grad,), (out,))
+        return [out]
+
+    index = machine.empty((ONE,), INT64).hold()
+    node = record("IndexBackward0", (x,), backward, (index,))
+    out = machine.empty((*before[:dim], ONE, *before[dim + 1 :]), x.dtype)
+    machine.kernel("index", (index, out), (out,))
+    index.drop()
+    return attach(node, out)
+
+
+@op
 def gather_last(x: Tensor, index: Tensor) -> Tensor:
     """x.gather(-1, index): saves x and the index; backward adds into zeros of x's shape.
 

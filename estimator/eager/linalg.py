@@ -195,7 +195,10 @@ def _fold_mm(x: Tensor, flat: Shape, weight: Tensor) -> Tensor:
 
 @op
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """(B, h, m, k) @ (B, h, k, n): both folded to three dimensions, which copies what is not contiguous enough."""
+    """(B, h, m, k) @ (B, h, k, n): both folded to three dimensions, which copies what is not contiguous enough.
+
+    One of a single head is expanded to as many as the other has.
+    """
     return _matmul(*lower(a, b))
 
 
@@ -203,6 +206,8 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
     batch = a.machine.product(a.shape[:-2])
     left = reshape(a, (batch, *a.shape[-2:])).hold()
+    if b.shape[:-2] != a.shape[:-2]:
+        b = expand(b, (*a.shape[:-2], *b.shape[-2:]))
     right = reshape(b, (batch, *b.shape[-2:])).hold()
     try:
         return unsafe_view(bmm(left, right), (*a.shape[:-1], b.shape[-1]))

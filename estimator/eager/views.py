@@ -243,6 +243,20 @@ def narrow(x: Tensor, length: Size, dim: int = 0) -> Tensor:
 
 
 @op
+def select(x: Tensor, dim: int) -> Tensor:
+    """x.select(dim, i): a view; backward is the gradient in a tensor of zeros."""
+    before = x.shape
+
+    def backward(_: Context, grad: Tensor) -> Gradients:
+        out = grad.machine.empty(before, grad.dtype)
+        grad.machine.kernel("select_backward", (grad,), (out,))
+        return [out]
+
+    node = record("SelectBackward0", (x,), backward)
+    return attach(node, _squeeze(x, dim))
+
+
+@op
 def contiguous(x: Tensor) -> Tensor:
     """x.contiguous(), of which autograd knows nothing."""
     if x.is_contiguous:

@@ -87,7 +87,7 @@ class Transformer(Module):
         elif parts.positions.kind == "rotary":
             self.tables = self.rotary_tables()
         elif parts.positions.kind == "alibi":
-            self.tables = [self.buffer(size["h"])]
+            self.tables = self.alibi_tables()
         self.query_scale: Tensor | None = None if like is None else like.query_scale
         if like is None and parts.attention.query_scaling != "none":
             self.query_scale = self.buffer(size["C"])
@@ -106,6 +106,10 @@ class Transformer(Module):
         """Cosines and sines of every position."""
         size = self.machine.shapes.letters
         return [self.buffer(size["C"], size[self.recipe.rotated] / 2) for _ in ("cos", "sin")]
+
+    def alibi_tables(self) -> list[Tensor]:
+        """The slope of each head."""
+        return [self.buffer(self.machine.shapes.letters["h"])]
 
     def freeze(self) -> None:
         """Parameters that the recipe does not train want no gradient."""

@@ -222,7 +222,8 @@ class Module:
     """A named module. Calling it runs `forward` in a frame of its own, as `nn.Module.__call__` does.
 
     Attributes:
-        positional: how many of its arguments a checkpoint is given; None for all. Others are the function's own.
+        positional: of a module that checkpoints its forward, inside of its hooks, how many arguments the checkpoint is
+            given: others are the function's own. None where checkpoints are around the module.
     """
 
     positional: int | None = None
@@ -266,9 +267,9 @@ class Module:
 
     def called(self, *args: Any) -> Any:
         """`run`, checkpointed or not."""
-        if not self.checkpointed:
+        if not self.checkpointed or self.positional is not None:
             return self.run(*args)
-        return checkpoint(self.run, *args, selective=self.selective, saves=self.positional)
+        return checkpoint(self.run, *args, selective=self.selective)
 
     def run(self, *args: Any) -> Any:
         """`forward` in its frame, between the hooks of the unit that shards this module."""
@@ -280,11 +281,19 @@ class Module:
                 args = unit.before_forward(args)
             elif self.unit is not None:
                 self.unit.before_recomputation()
-            with arguments(args) as inner, Locals() as v:
-                inner.append(self.forward(v, *args))
+            if self.checkpointed and self.positional is not None:
+                out = checkpoint(self.framed, *args, saves=self.positional)
+            else:
+                out = self.framed(*args)
             if unit is not None:
-                unit.after_forward(inner[0])
-            results.append(inner[0])
+                unit.after_forward(out)
+            results.append(out)
+        return results[0]
+
+    def framed(self, *args: Any) -> Any:
+        """`forward` in its frame."""
+        with arguments(args) as results, Locals() as v:
+            results.append(self.forward(v, *args))
         return results[0]
 
     def forward(self, v: Locals, *args: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from estimator.models.hugging_face.decoder import HFDecoder
+from estimator.models.hugging_face.falcon import Falcon
 from estimator.models.hugging_face.gpt2 import GPT2
 from estimator.models.hugging_face.gpt_bigcode import GPTBigCode
 from estimator.models.hugging_face.gpt_neox import GPTNeoX
@@ -11,6 +12,7 @@ from estimator.models.hugging_face.opt import OPT
 
 DECODERS: dict[str, type[HFDecoder]] = {
     "codegen": CodeGen,
+    "falcon": Falcon,
     "gpt2": GPT2,
     "gpt_bigcode": GPTBigCode,
     "gpt_neox": GPTNeoX,
