@@ -56,6 +56,7 @@ class Written:
         tables_fp32: cosines and sines stay in fp32 (OLMo).
         tables_by_kind: each kind of layer has cosines and sines of its own (Gemma 3).
         passes_positions: blocks are given the positions' ids, which their checkpoints then keep.
+        whole_scale: the embedding's scale is a buffer of an integer (MiniCPM 3).
         routed: its mixtures of experts; None if how they are written is not known.
         names_all: what attention and the feed-forward find have names of their own, to a block's end (StableLM).
     """
@@ -70,6 +71,7 @@ class Written:
     tables_by_kind: bool = False
     passes_positions: bool = True
     names_all: bool = False
+    whole_scale: bool = False
     routed: Routed | None = None
 
 
@@ -84,21 +86,22 @@ OLDER: dict[str, Written] = {
     "gptj": Written("gptj", rotation="neighbours"),
     "opt": Written("opt", norm=""),
 }
+GLM = Written(queries="viewed", partial="inside", routed=DEEPSEEK)
 # Those with experts or latent attention.
 MIXTURES: dict[str, Written] = {
     "axk1": Written(routed=DEEPSEEK),
     "deepseek_v3": Written(routed=DEEPSEEK),
     "dots1": Written(routed=DEEPSEEK),
     "exaone_moe": Written(queries="transposed", routed=DEEPSEEK),
-    "glm4_moe": Written(queries="viewed", partial="inside", routed=DEEPSEEK),
+    "glm4_moe": GLM,
     "glm4_moe_lite": Written(routed=DEEPSEEK),
-    "minicpm3": Written(),
+    "minicpm3": Written(whole_scale=True),
     "mixtral": Written(routed=MIXTRAL),
     "olmoe": Written(queries="whole", routed=replace(MIXTRAL, like_logits=True)),
     "qwen2_moe": Written(masks=("full", "window"), routed=replace(MIXTRAL, like_logits=True, shared="first")),
     "qwen3_moe": Written(routed=QWEN),
     "sarvam_mla": Written(routed=DEEPSEEK),
-    "sarvam_moe": Written(routed=DEEPSEEK),
+    "sarvam_moe": GLM,
     "solar_open": Written(routed=DEEPSEEK),
     "youtu": Written(),
 }

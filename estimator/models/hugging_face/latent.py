@@ -88,7 +88,7 @@ class HFLatentAttention(LatentAttention):
 
 
 def rotate_apart(v: Locals, cos: Tensor, sin: Tensor) -> None:
-    """`apply_rotary_pos_emb_interleave`: the neighbours in `v.q_rot` and `v.k_rot` are rotated, and end up in halves."""
+    """`apply_rotary_pos_emb_interleave`: neighbours in `v.q_rot` and `v.k_rot` are rotated, and end up in halves."""
     with Locals() as w:
         half = cos.shape[-1] / 2
         w.cos, w.sin = unsqueeze(slice_last(cos, half), 1), unsqueeze(slice_last(sin, half), 1)
