@@ -154,10 +154,10 @@ def check_model(p: Plan, m: ModelConfig) -> None:
             f"implementation = 'transformers': how its class for family = {m.family!r} is written is not known; "
             f"allowed are {', '.join(sorted(CLASSES))}; estimate check --hf runs any"
         )
-    if CLASSES[m.family].eager_alone and p.attention != "naive-fp32":
+    if CLASSES[m.family].eager_alone and not p.attention.startswith("naive"):
         raise ConfigError(
             f"attention = {p.attention!r}: transformers' class for family = {m.family!r} has eager attention alone; "
-            "allowed is naive-fp32"
+            "allowed are naive, naive-fp32"
         )
     if not CLASSES[m.family].checkpoints and p.checkpointing != "none":
         raise ConfigError(
@@ -166,7 +166,9 @@ def check_model(p: Plan, m: ModelConfig) -> None:
         )
     parts = m.made_of
     own_heads = parts.attention.qk_norm == "head-own" and m.family == "stablelm"  # one module for each head
+    latent, eager = parts.attention.latent, p.attention.startswith("naive")
     unknown = (
+        ("attention.latent", f"{latent}, attention = {p.attention}", latent == "none" or not eager),
         ("attention.sinks", parts.attention.sinks, not parts.attention.sinks),
         ("attention.out_gate", parts.attention.out_gate, not parts.attention.out_gate),
         ("attention.query_scaling", parts.attention.query_scaling, parts.attention.query_scaling == "none"),
