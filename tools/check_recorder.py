@@ -1,6 +1,6 @@
 """Hold the recorder against real steps of other people's modules, and against the symbolic step, on this CPU.
 
-    python tools/check_recorder.py table                 # every module, at three sizes, with its recipes: an hour
+    python tools/check_recorder.py table                 # every module, at three sizes, with its recipes: ten minutes
     python tools/check_recorder.py table --seconds 600   # as much of it as that allows; the same again goes on
     python tools/check_recorder.py table --only bert t5  # some of the modules
     python tools/check_recorder.py report                # docs/recorder.md, from what is on file
@@ -80,6 +80,8 @@ def _row(case: Case) -> dict[str, Any]:
         truth = judged(*prepared(*case))
     except Exception as error:  # noqa: BLE001 - whatever it is, it goes into the table
         return row | {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
+    if truth.own_routing is not None:
+        row["own_routing"] = truth.peak[0] - truth.own_routing
     return row | {
         "peak": truth.peak[1],
         "differences": truth.differences,

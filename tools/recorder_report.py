@@ -54,11 +54,31 @@ def report(file: Path, formed: Path, symbolic: Path) -> str:
         "",
         said,
         "",
+        *_routed([r for r in done if "own_routing" in r]),
         "| module | equal | every event | recipes | assumed | what differs |",
         "|---|---:|---:|---|---:|---|",
     ]
     lines += [_line(name, own) for name, own in modules.items()]
     return "\n".join([*lines, *_symbolic(symbolic), *_forms(formed)]) + "\n"
+
+
+def _routed(rows: Sequence[Row]) -> list[str]:
+    """What was assumed of routers, and how far off it is where they choose for themselves."""
+    if not rows:
+        return []
+    off = [r for r in rows if r["own_routing"]]
+    largest = max(off, key=lambda r: abs(r["own_routing"]) / r["peak"], default=None)
+    said = (
+        f"{len(rows)} of them have experts whose rows follow from what a router chooses, which a recording does not "
+        "know: it deals the choices out evenly, and says so with the line. The real step's choices are then dealt out "
+        "likewise, so that like is compared with like: what is equal is the mechanism, given the assumption. With the "
+        f"choices of the router itself, at random weights, {len(rows) - len(off)} of the {len(rows)} real steps have "
+        "the recording's peak all the same"
+    )
+    if largest is not None:
+        share = largest["own_routing"] / (largest["peak"] - largest["own_routing"])
+        said += f"; of the others {largest['module']} is furthest off ({largest['own_routing']:+,} bytes, {share:+.1%})"
+    return [said + ".", ""]
 
 
 def _symbolic(file: Path) -> list[str]:

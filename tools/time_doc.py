@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from estimator.describe.catalogue import read_data
-from estimator.studies import ablation, cards, operators, published_report
+from estimator.studies import ablation, cards, nearness, operators, published_report
 
 ROOT = Path(__file__).parents[1]
 
@@ -33,6 +33,7 @@ def text() -> str:
         after=published_report.table(),
         plain=published_report.plain(),
         before=kept[kept.index("| stack |") :],
+        nearness=nearness.table(),
         calibrated=published_report.calibrated_table(),
         ablation=ablation.table(),
         operators=operators.report().split("\n", 1)[0] + "\n\n" + operators.speeds(),

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from estimator.accounting.accounts import account
+from estimator.accounting.accounts import account, sizes_for
 from estimator.describe.run import WIDE
 from estimator.hardware.accelerators import cluster
 from estimator.hardware.networks import network, slowest
 from estimator.timing.kernels import FUSED
 from estimator.timing.mesh import between
 from estimator.timing.roofline import efficiency
-from estimator.timing.speed import FUSED_ATTENTION, Setup, step_times
+from estimator.timing.speed import FUSED_ATTENTION, Setup, shape_of, step_times
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -73,11 +73,11 @@ def assumptions(m: ModelConfig, p: Plan, a: Accelerator, setup: Setup) -> tuple[
         ConfigError: as for `estimator.timing.speed.step_times`.
     """
     setup = setup.of(p)
-    own = setup.stack_factor
+    own, shape = setup.stack_factor, shape_of(sizes_for(m, p, threads=1), p)
 
     def seconds(changed: Setup) -> float:
         spent = step_times(m, p, a, replace(changed, stack_factor=None))
-        return sum(float(x[0]) for x in (spent if own is None else own.by_parts(spent)).values())
+        return sum(float(x[0]) for x in (spent if own is None else own.by_parts(spent, shape)).values())
 
     now = seconds(setup)
 
@@ -131,6 +131,8 @@ def assumptions(m: ModelConfig, p: Plan, a: Accelerator, setup: Setup) -> tuple[
         found.append(Assumption("clock", f"{clock / 1e6:,.0f} MHz", origin, others(slower)))
     if own is not None:
         spent = step_times(m, p, a, replace(setup, stack_factor=None))
-        factor = sum(float(x[0]) for x in own.calibrated(spent).values()) / sum(float(x[0]) for x in spent.values())
+        factor = sum(float(x[0]) for x in own.calibrated(spent, shape).values()) / sum(
+            float(x[0]) for x in spent.values()
+        )
         found.append(Assumption("factor of your stack", f"{factor:.3f}", own.source, {"none": 1 / factor - 1}))
     return tuple(found)

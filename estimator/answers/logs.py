@@ -17,17 +17,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from estimator.accounting.accounts import sizes_for
 from estimator.describe.catalogue import number
 from estimator.describe.checks import ConfigError
 from estimator.timing.intervals import regime
 from estimator.timing.roofline import PARTS
-from estimator.timing.stack import NINE_OF_TEN, Logged, StackFactor
+from estimator.timing.speed import shape_of
+from estimator.timing.stack import NINE_OF_TEN, Logged, Shape, StackFactor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from estimator.answers.estimates import Estimate
-    from estimator.timing.speed import Time
 
 LEAST = 3  # steps that a median needs
 KNOWN = 0.6  # a factor is known whose deviation is below so much of what it was beforehand
@@ -199,21 +200,23 @@ def _column(text: str) -> Log | None:
 # ---- the factor
 
 
-def logged(log: Log, time: Time, tokens: float, source: str) -> Logged:
-    """What the log's steps take, beside what `time` predicts for them without any factor.
+def logged(log: Log, r: Estimate, source: str) -> Logged:
+    """What the log's steps take, beside what was predicted for them.
 
     Args:
         log: of a run.
-        time: its prediction.
-        tokens: of a step of the whole job.
+        r: its prediction, without any factor.
         source: what to call the log.
     """
-    measured = log.seconds(tokens, time.count)
+    time = r.time
+    assert time is not None
+    measured = log.seconds(time.tokens_per_second * time.seconds_per_step, time.count)
     # The deviation of a median of n values of a normal distribution is sqrt(pi / 2n) of theirs.
     several = len(measured) > 1
     spread = statistics.stdev(map(math.log, measured)) * math.sqrt(math.pi / 2 / len(measured)) if several else 0.0
     parts = tuple(time.parts[name] for name in PARTS)
-    return Logged(parts, statistics.median(measured), spread, len(measured) * log.together, source)
+    shape = shape_of(sizes_for(r.model, r.plan, threads=1), r.plan)
+    return Logged(shape, parts, statistics.median(measured), spread, len(measured) * log.together, source)
 
 
 def explanation(found: StackFactor, r: Estimate) -> str:
@@ -249,7 +252,7 @@ def explanation(found: StackFactor, r: Estimate) -> str:
             "Logs of other sizes tell the parts apart: another batch, sequence or number of nodes, each given with "
             "--stack-factor and what was written before."
         )
-    low, high = found.spread(time.parts)
+    low, high = found.spread(time.parts, last.shape)
     said.append(f"Carried into further predictions; of this run, within {low:.2f} to {high:.2f} of it.")
     said.append(f"The step is {regime(time.parts)}.")
     said += [f"{assumption}." for assumption in r.assumptions if assumption.origin != "given"]
@@ -267,8 +270,9 @@ def save(found: StackFactor, path: str | Path) -> None:
         plain = {name: getattr(run, name) for name in ("measured", "spread", "steps", "source")}
         lines.append("\n[[runs]]\n")
         lines += [f"{name} = {json.dumps(value, allow_nan=False)}\n" for name, value in plain.items()]
-        parts = ", ".join(f"{name} = {x!r}" for name, x in zip(PARTS, run.parts, strict=True))
-        lines.append(f"parts = {{ {parts} }}\n")
+        for name, names, values in (("shape", Shape._fields, run.shape), ("parts", PARTS, run.parts)):
+            inside = ", ".join(f"{key} = {x!r}" for key, x in zip(names, values, strict=True))
+            lines.append(f"{name} = {{ {inside} }}\n")
     try:
         Path(path).write_text("".join(lines), encoding="utf-8")
     except OSError as error:
@@ -285,6 +289,7 @@ def load(path: str | Path) -> StackFactor:
         runs = tomllib.loads(Path(path).read_text(encoding="utf-8"))["runs"]
         found = tuple(
             Logged(
+                Shape(*(number(name, run["shape"][name], above=True) for name in Shape._fields)),
                 tuple(number(name, run["parts"][name]) for name in PARTS),
                 number("measured", run["measured"], above=True),
                 number("spread", run["spread"]),

@@ -44,6 +44,9 @@ class Written:
             (multiplied, then cast back: OLMo 2) or "upcast-wide" (with the weight in fp32 too: Helium); one that
             scales by 1 + w is Gemma's. A LayerNorm is one kernel, of a copy in fp32 where it has no weight, or with
             "centred" Cohere's, in operators; with "" it is one kernel whatever it has.
+        eager_alone: the class has no other attention.
+        checkpoints: the class has gradient checkpointing.
+        undropped: the positions with which attention's weights have no dropout (Falcon: "rotary").
         queries: when what is projected becomes heads. "each": one after the other (Llama), the norm among it (Qwen3);
             "viewed": all are heads, then normed, then transposed (Cohere); "transposed": all are heads and transposed,
             then normed (Apertus); "whole": all are projected, normed or clamped, then heads (OLMo).
@@ -64,6 +67,9 @@ class Written:
 
     decoder: str = "llama"
     norm: str = "upcast"
+    undropped: str = ""
+    eager_alone: bool = False
+    checkpoints: bool = True
     queries: str = "each"
     rotation: str = "halves"
     partial: str = ""
@@ -79,13 +85,16 @@ class Written:
 
 # Decoders with statements of their own.
 OLDER: dict[str, Written] = {
+    "bloom": Written("bloom", eager_alone=True),
     "codegen": Written("codegen", rotation="neighbours", tables_fp32=True),
-    "falcon": Written("falcon"),
+    "falcon": Written("falcon", undropped="rotary"),
     "gpt-sw3": Written("gpt2"),
     "gpt2": Written("gpt2"),
     "gpt_bigcode": Written("gpt_bigcode"),
+    "gpt_neo": Written("gpt_neo", eager_alone=True),
     "gpt_neox": Written("gpt_neox", partial="inside"),
     "gptj": Written("gptj", rotation="neighbours"),
+    "openai-gpt": Written("openai-gpt", eager_alone=True, checkpoints=False),
     "opt": Written("opt", norm=""),
 }
 GLM = Written(queries="viewed", partial="inside", routed=DEEPSEEK)
@@ -146,6 +155,16 @@ def check_model(p: Plan, m: ModelConfig) -> None:
         raise ConfigError(
             f"implementation = 'transformers': how its class for family = {m.family!r} is written is not known; "
             f"allowed are {', '.join(sorted(CLASSES))}; estimate check --hf runs any"
+        )
+    if CLASSES[m.family].eager_alone and p.attention != "naive-fp32":
+        raise ConfigError(
+            f"attention = {p.attention!r}: transformers' class for family = {m.family!r} has eager attention alone; "
+            "allowed is naive-fp32"
+        )
+    if not CLASSES[m.family].checkpoints and p.checkpointing != "none":
+        raise ConfigError(
+            f"checkpointing = {p.checkpointing!r}: transformers' class for family = {m.family!r} has no checkpoints; "
+            "allowed is none"
         )
     parts = m.made_of
     own_heads = parts.attention.qk_norm == "head-own" and m.family == "stablelm"  # one module for each head

@@ -27,7 +27,8 @@ def attention_math(
     makes its own in float32. Keys and values of fewer heads are repeated (`enable_gqa`), or
     those of a single one, without that, expanded by its products.
     """
-    q, k, v = lower(q, k, v)
+    numbers = seen is not None and seen.dtype != BOOL
+    q, k, v, seen = lower(q, k, v, seen) if numbers else (*lower(q, k, v), seen)
     with q.machine.autocast(None), Locals() as c:  # inside an operator that it casts for, autocast is off
         c.mask = additive_mask(seen, q.dtype) if seen is not None and seen.dtype == BOOL else seen
         return _attention_math(q, k, v, c.mask, drops=drops, repeats=repeats)

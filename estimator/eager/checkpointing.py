@@ -155,7 +155,10 @@ class Frame:
                 args = [a.unpack() if isinstance(a, OnHost) else a for a in self.args]
                 try:
                     with arguments(args):
-                        self.function(*args).discard()
+                        out = self.function(*args)
+                        for t in out if isinstance(out, tuple) else (out,):
+                            if t is not None:
+                                t.discard()
                 finally:
                     for a, given in zip(self.args, args, strict=True):
                         if isinstance(a, OnHost) and given is not None:

@@ -311,8 +311,8 @@ def scaled_dot_product_attention(
     Saves its inputs, its output and the log-sum-exp of each row. On the CPU each thread has a scratch for one tile; on
     CUDA the backward of flash adds up dq in fp32. `efficient` is CUDA's memory-efficient kernel, which takes fp32 and
     masks too, and whose values may have a width of their own, which is the result's. Of a boolean mask every call makes
-    one to add, in the inputs' dtype, and saves it; the memory-efficient kernel `pads` rows that are no multiple of 8
-    elements in a copy (`preprocess_mask` in attention.cpp).
+    one to add, in the inputs' dtype, and saves it; autocast casts one of numbers; the memory-efficient kernel `pads`
+    rows that are no multiple of 8 elements in a copy (`preprocess_mask` in attention.cpp).
 
     CUDA's flash saves the generator's state in CUDA memory, with dropout or without: seed and offset in one tensor, and
     one that nothing uses. The memory-efficient kernel's are on the CPU, unless a CUDA graph is captured. Heads whose
@@ -320,12 +320,14 @@ def scaled_dot_product_attention(
     (`pad_last_dim<8, false>` and `post_process_flash_output` in attention.cpp).
     """
     with Locals() as c:
-        q, k, v = lower(q, k, v)
+        numbers = seen is not None and seen.dtype.is_floating
+        q, k, v, c.mask = lower(q, k, v, seen) if numbers else (*lower(q, k, v), None)
         width, flash = q.shape[-1], q.machine.device == "cuda" and not efficient
         if flash and not q.machine.divides(constant(HEAD_ALIGNMENT), width):
             c.q, c.k, c.v = (_wider(x) for x in (q, k, v))
             return slice_last(_fused_attention(c.q, c.k, c.v, None, drops=drops, efficient=False), width)
-        c.mask = additive_mask(seen, q.dtype) if seen is not None else None
+        if seen is not None and not numbers:
+            c.mask = additive_mask(seen, q.dtype)
         if pads:
             c.mask = _padded(c.mask)
         if efficient and c.mask is not None and q.machine.saves_on_host:

@@ -11,7 +11,7 @@ from estimator.eager.attention import attention_math
 from estimator.eager.letters import ONE, constant
 from estimator.eager.linalg import MASK_ALIGNMENT, matmul, scaled_dot_product_attention
 from estimator.eager.pointwise import clamp, sigmoid, soft_cap
-from estimator.eager.tensor import BOOL, FLOAT32, Locals, Tensor, arguments
+from estimator.eager.tensor import FLOAT32, Locals, Tensor, arguments
 from estimator.eager.views import cast, concatenate, expand, repeat_heads, reshape, slice_last, split, transpose, view
 from estimator.models.layers import Linear, Module, dropout
 from estimator.models.norms import build_norm
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from estimator.models.layers import Recipe
 
 
+FLASH_HAS_NONE = 3  # dimensions of a mask: `check_attn_mask_shape` of aten/src/ATen/native/transformers/sdp_utils_cpp.h
+
+
 def fused_kernel(kernel: str, device: str, *, masked: bool) -> str:
     """`kernel`, but that on CUDA flash takes no mask, and the memory-efficient kernel comes next."""
     return fused_on_cuda(half=True, masked=masked) if (kernel, device) == ("flash", "cuda") else kernel
@@ -41,17 +44,19 @@ def attend(
     recipe: Recipe,
     bias: Tensor | None = None,
     sinks: Tensor | None = None,
+    *,
+    repeats: bool = True,
 ) -> Tensor:
-    """By separate ops or by SDPA."""
+    """By separate ops or by SDPA, with `enable_gqa` if it `repeats` keys and values of fewer heads."""
     machine = q.machine
     kernel = fused_kernel(recipe.attention, machine.device, masked=mask is not None)
     if (kernel, recipe.attention) == ("efficient", "flash"):  # in its place, if it takes heads of this width
         align = constant(alignment_on_cuda(half=True))
         kernel = "efficient" if machine.divides(align, q.shape[-1]) else "math"
-    if kernel == "efficient" and k.shape[1] is not q.shape[1]:  # it takes as many heads of keys as of queries
-        kernel = "math"
-    if kernel == "math" or (kernel == "flash" and mask is not None and mask.dtype != BOOL):
-        return attention_math(q, k, v, mask, drops=recipe.dropout)  # a mask of three dimensions is not flash's
+    if k.shape[1] is not q.shape[1] and (kernel == "efficient" or (kernel == "flash" and not repeats)):
+        kernel = "math"  # that takes as many heads of keys as of queries
+    if kernel == "math" or (kernel == "flash" and mask is not None and len(mask.shape) == FLASH_HAS_NONE):
+        return attention_math(q, k, v, mask, drops=recipe.dropout, repeats=repeats)
     if not recipe.attention.startswith("naive"):
         efficient = kernel == "efficient"
         pads = efficient and mask is not None and not machine.divides(constant(MASK_ALIGNMENT), q.shape[-2])
@@ -178,7 +183,7 @@ class Attention(Module):
         cos: Tensor | None,
         sin: Tensor | None,
         query_scale: Tensor | None,
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, Tensor | None]:
         B, T, _ = x.shape
         self.project(v, x)
         v.q = view(v.q, (B, T, self.h, self.e))

@@ -79,7 +79,7 @@ class Block(Module):
             over_part(norm, local="post" in name)
         return self.child(norm)
 
-    def forward(self, v: Locals, x: Tensor, *where: Tensor | None) -> Tensor:
+    def forward(self, v: Locals, x: Tensor, *where: Tensor | None) -> Tensor | tuple[Tensor, Tensor | None]:
         v.x = x
         match self.recipe.parts.order:
             case "pre":

@@ -292,8 +292,13 @@ class Module:
 
     def framed(self, *args: Any) -> Any:
         """`forward` in its frame."""
-        with arguments(args) as results, Locals() as v:
-            results.append(self.forward(v, *args))
+        with arguments(args) as results:
+            with Locals() as v:
+                out = self.forward(v, *args)
+                held = [t.hold() for t in (out if isinstance(out, tuple) else (out,)) if t is not None]
+            for t in held:
+                t.owners -= 1
+            results.append(out)
         return results[0]
 
     def forward(self, v: Locals, *args: Any) -> Any:

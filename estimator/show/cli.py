@@ -166,8 +166,7 @@ def _calibrate_by_log(args: argparse.Namespace) -> int:
     r = asked(args)
     if r.time is None or not r.time.predicted:
         raise ConfigError(f"log = {args.log!r}: no time is predicted for this run: {' '.join(r.notes)}")
-    tokens = r.time.tokens_per_second * r.time.seconds_per_step
-    found = StackFactor((*earlier, logged(log, r.time, tokens, f"{args.log} ({log.format})")))
+    found = StackFactor((*earlier, logged(log, r, f"{args.log} ({log.format})")))
     sys.stdout.write(explanation(found, r) + "\n")
     if args.out:
         save(found, args.out)

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from estimator.accounting.accounts import sizes_for
 from estimator.studies.runs import Run, runs
 from estimator.timing.intervals import regime
 from estimator.timing.kernels import Variant
 from estimator.timing.roofline import PARTS
-from estimator.timing.speed import Setup, step_times
-from estimator.timing.stack import Logged, StackFactor
+from estimator.timing.speed import Setup, shape_of, step_times
+from estimator.timing.stack import Logged, Shape, StackFactor, most_telling
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 SIX = 6  # rows of a stack, of which three calibrate the rest
 COMPILED = {"compiled"}  # in the name of a software, which a plan says too
 DRAWS = 40  # of three rows
+FACTORS = 401  # that are tried
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,18 @@ class Judged:
     def error(self) -> float:
         """Predicted over measured, less 1."""
         return self.predicted / self.run.measured - 1
+
+    @property
+    def shape(self) -> Shape:
+        """How large its kernels and messages are."""
+        m, p = self.run.model, self.run.plan
+        return shape_of(sizes_for(m, p, threads=1), p)
+
+    @property
+    def logged(self) -> Logged:
+        """It, as a log would have it."""
+        parts = tuple(self.parts[name] for name in PARTS)
+        return Logged(self.shape, parts, self.run.tokens / self.run.measured, 0.0, 1, self.run.stack)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,28 +142,30 @@ class Calibrated:
 
     Attributes:
         errors: of those at a quarter, a half and three quarters of the order of publication.
-        covered: part of those that lie within the interval that was given for nine of ten.
+        covered: part of all drawn rows that lie within the interval that was given for nine of ten.
         before: the median error of a row without factors.
         others: the median error of the rest, the middle of `DRAWS` draws of three rows, and the ninth worst in ten.
+        telling: the median error of the rest after the three that `most_telling` picks, before any was measured.
+        one_factor: the least median error that any one factor leaves of all rows: how far they scatter.
     """
 
     errors: Summary
     covered: float
     before: float
     others: tuple[float, float]
+    telling: float
+    one_factor: float
 
 
 def calibrate(known: Iterable[Judged], rest: Iterable[Judged]) -> list[tuple[Judged, bool]]:
     """The rest as those that are known have it, each with whether it is within its interval."""
-    stack = StackFactor(
-        tuple(Logged(tuple(j.parts[x] for x in PARTS), j.run.tokens / j.run.measured, 0.0, 1, "") for j in known)
-    )
+    stack = StackFactor(tuple(j.logged for j in known))
     found = []
     for j in rest:
-        again = stack.calibrated({name: np.array([x]) for name, x in j.parts.items()})
+        again = stack.calibrated({name: np.array([x]) for name, x in j.parts.items()}, j.shape)
         parts = {name: float(x[0]) for name, x in again.items()}
         predicted = j.run.tokens / sum(parts.values())
-        low, high = stack.spread(j.parts)
+        low, high = stack.spread(j.parts, j.shape)
         found.append((replace(j, predicted=predicted, parts=parts), low <= predicted / j.run.measured <= high))
     return found
 
@@ -165,19 +181,28 @@ def calibrated() -> dict[str, Calibrated]:
         draws = [random.choice(len(members), 3, replace=False) for _ in range(DRAWS)]
         by_draw = [_rest(members, set(draw.tolist())) for draw in draws]
         medians = [summary([j for j, _ in rest], stack).median for rest in by_draw]
-        rest = _rest(members, {len(members) * q // 4 for q in (1, 2, 3)})
-        weights = np.array([j.run.weight for j, _ in rest])
+        drawn = [(j.run.weight, within) for rest in by_draw for j, within in rest]
+        telling = set(most_telling([(j.logged.shape, j.logged.parts) for j in members], 3))
         found[stack] = Calibrated(
-            summary([j for j, _ in rest], stack),
-            float(weights @ [within for _, within in rest] / weights.sum()),
+            summary([j for j, _ in _rest(members, {len(members) * q // 4 for q in (1, 2, 3)})], stack),
+            sum(weight for weight, within in drawn if within) / sum(weight for weight, _ in drawn),
             summary(members, stack).median,
             (float(np.median(medians)), float(np.quantile(medians, 0.9))),
+            summary([j for j, _ in _rest(members, telling)], stack).median,
+            _one_factor(members),
         )
     return found
 
 
 def _rest(members: list[Judged], at: set[int]) -> list[tuple[Judged, bool]]:
     return calibrate([members[i] for i in sorted(at)], [j for i, j in enumerate(members) if i not in at])
+
+
+def _one_factor(members: list[Judged]) -> float:
+    """The least median error of some runs with any one factor on the predictions."""
+    ratios, weights = np.array([1 + j.error for j in members]), np.array([j.run.weight for j in members])
+    factors = np.geomspace(1 / ratios.max(), 1 / ratios.min(), FACTORS)
+    return min(quantile(np.abs(factor * ratios - 1), weights, 0.5) for factor in factors)
 
 
 def worst(count: int = 10) -> tuple[Judged, ...]:

@@ -62,11 +62,12 @@ def plain() -> str:
 
 def calibrated_table() -> str:
     """Those errors as a Markdown table, beside what they were."""
-    header = "| stack | rows | median error before | after three rows of it | 90th percentile | within the interval "
-    lines = [f"{header}| any three: middle | ninth of ten |\n|---|---:|---:|---:|---:|---:|---:|---:|\n"]
+    names = ["stack", "rows", "median error before", "any three: middle", "ninth of ten", "within the interval"]
+    names += ["at a quarter, half, three quarters", "90th percentile", "the most telling three", "best one factor"]
+    lines = [f"| {' | '.join(names)} |\n|---{'|---:' * (len(names) - 1)}|\n"]
     lines += [
-        f"| {stack} | {c.errors.count} | {c.before:.1%} | {c.errors.median:.1%} | {c.errors.percentile_90:.1%} "
-        f"| {c.covered:.0%} | {c.others[0]:.1%} | {c.others[1]:.1%} |\n"
+        f"| {stack} | {c.errors.count} | {c.before:.1%} | {c.others[0]:.1%} | {c.others[1]:.1%} | {c.covered:.0%} "
+        f"| {c.errors.median:.1%} | {c.errors.percentile_90:.1%} | {c.telling:.1%} | {c.one_factor:.1%} |\n"
         for stack, c in calibrated().items()
     ]
     return "".join(lines)

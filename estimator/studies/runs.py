@@ -255,6 +255,10 @@ def _megatron(row: Mapping[str, str]) -> Run | str:
 # between keeping all and keeping none. Left out is what no plan describes: LoRA, 8-bit Adam, products in blocks of 8
 # bits (mxfp8), with gradients of weights in 16, or on a card whose products in 8 bits nobody has timed, offloading,
 # padded data, a card with an unstated power limit; and rows without a sequence length.
+# torchtitan clips gradients to 1.0 (torchtitan/config_manager.py: training.max_norm); its AdamW goes over lists until
+# February 2025 (pytorch/torchtitan#881 makes the fused one its default), when float8nocompile's table was a month old,
+# which has micro-batches of one sequence (pytorch/torchtitan#778).
+LISTED = "torchao/prototype/float8nocompile"
 FUSED_PARTS = frozenset({"model", "loss"})
 TUNED = {
     "cumulative technique +packed": (frozenset[str](), "none"),
@@ -308,18 +312,19 @@ def _torchtune(row: Mapping[str, str]) -> Run | str:
         eight_bit = "fp8" in row["dtype"]
         return "products in 8 bits" if eight_bit else row["notes"].removeprefix("cumulative technique ").lstrip("+")
     gpus = _count(row, "gpus")
+    trainer = "torchtune" if row["notes"] in TUNED else "torchtitan"
     plan = Plan(
         # Where none is stated, the memory that is printed is that of one sequence.
         batch_size=_count(row, "micro_batch") if row["micro_batch"] else 1,
         precision=precision,
         attention="sdpa",
         loss="torch-fp32",
-        optimizer_impl="fused",
+        max_grad_norm=1.0 if trainer == "torchtitan" else None,
+        optimizer_impl="foreach" if LISTED in row["source"] else "fused",
         data_parallel=gpus,
         sharding="zero3" if gpus > 1 else "none",
     )
     plans = tuple(plan.replace(**change) for change in changes)
-    trainer = "torchtune" if row["notes"] in TUNED else "torchtitan"
     # Both normalize and rotate in fp32; torchtitan rotates complex numbers, which the compiler leaves to eager kernels.
     whole = frozenset({"rotation"}) if trainer == "torchtitan" else frozenset[str]()
     scales = EIGHT_BITS.get(row["dtype"], "")

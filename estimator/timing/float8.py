@@ -7,6 +7,11 @@ each of its rows. A product wants both factors along its sum, so an input and a 
 layouts, for the two products that they are in, and a weight again in backward. What several layers read is cast once:
 the compiler finds equal expressions. The first step of a scale, the greatest element, is part of the fused kernel that
 makes the tensor, if such a one does.
+
+With a scale for each row, products in backward go another way: without fast accumulation, which torchao leaves off
+there (`Float8LinearConfig`), the kernel for such scales is so slow that the one without any is taken, and a kernel of
+its own multiplies what it wrote by both scales (torchao/float8/float8_ops.py, addmm_float8_unwrapped; pytorch/ao#2184:
+one kernel more for each product).
 """
 
 from __future__ import annotations
@@ -68,6 +73,14 @@ class Casts:
             weight = id(factor.storage) in self._weights
             for nbytes in self._moved(factor, weight=weight, forward=forward):
                 yield product._replace(name="float8_cast", gemm=None, operands=(factor,), nbytes=nbytes, leading=())
+
+    def after(self, product: Kernel) -> Iterator[Kernel]:
+        """The kernel that scales what a product has written, where it has not done so itself."""
+        forward = product.where.phase is Phase.FORWARD or product.recompute
+        if self._rowwise and not forward:
+            out = product.operands[-1]
+            moved = out.nbytes + out.nbytes
+            yield product._replace(name="float8_rescale", gemm=None, operands=(out, out), nbytes=moved, leading=())
 
     def _moved(self, x: Operand, *, weight: bool, forward: bool) -> Iterator[Size]:
         """Bytes of each kernel that a factor still needs."""

@@ -139,6 +139,8 @@ def _rows(traced: Trace, variant: Variant) -> Iterator[tuple[Row, int | None]]:
             for cast in casts.before(kernel):
                 yield _row(cast), cast.where.block
             yield _row(casts.product(kernel))._replace(float8=True), kernel.where.block
+            for scaled in casts.after(kernel):
+                yield _row(scaled), scaled.where.block
             continue
         yield _row(kernel, _wide_bytes(kernel) if part else None), kernel.where.block
     if group:

@@ -19,6 +19,7 @@ from estimator.timing.intervals import spread
 from estimator.timing.kernels import EAGER, FUSED, Variant, table
 from estimator.timing.mesh import axes, between
 from estimator.timing.roofline import busy, efficiency, in_a_rank, parts
+from estimator.timing.stack import Shape, StackFactor
 from estimator.timing.stages import pipeline_times
 from estimator.timing.waiting import exposed
 
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from estimator.describe.model import ModelConfig
     from estimator.describe.plan import Plan
     from estimator.timing.roofline import Efficiency
-    from estimator.timing.stack import StackFactor
 
     Array = NDArray[np.float64]
 
@@ -277,7 +277,12 @@ def times(
             raise ConfigError(f"pcie_bandwidth = None: {a.id} has no figure for its link to the host; give one")
         waited = waited + copied(form, sizes, turns) / a.pcie_bandwidth
     found = parts(work, waited)
-    return found if setup.stack_factor is None else setup.stack_factor.calibrated(found)
+    return found if setup.stack_factor is None else setup.stack_factor.calibrated(found, shape_of(sizes, p))
+
+
+def shape_of(sizes: Mapping[str, Any], p: Plan) -> Shape:
+    """How large the kernels and messages of a run are, which decides how alike runs of one stack are."""
+    return Shape(sizes["B"] * sizes["T"], sizes["d"], p.accelerators)
 
 
 def predicted(
@@ -316,8 +321,9 @@ def predicted(
     spent = step_times(m, run, a, plain)
     within, rows = spread({name: float(x[0]) for name, x in spent.items()}, stated=_stated(m, run, a, plain))
     if (own := setup.stack_factor) is not None:
-        within = own.spread({name: float(x[0]) for name, x in spent.items()})
-        spent = own.calibrated(spent)
+        shape = shape_of(sizes_for(m, run, threads=1), run)
+        within = own.spread({name: float(x[0]) for name, x in spent.items()}, shape)
+        spent = own.calibrated(spent, shape)
         rows = f"By {len(own.runs)} logged runs of your stack, {own.source}: nine runs of ten of it."
     found = {name: float(x[0]) for name, x in spent.items()}
     seconds = sum(found.values())

@@ -19,7 +19,7 @@ from trainer.referee.first_difference import Event, real_events
 from trainer.referee.measure import build_step
 from trainer.referee.recorder.check import unknown
 from trainer.referee.recorder.steps import as_step
-from trainer.referee.recorder.truth import judged
+from trainer.referee.recorder.truth import compare, judged
 
 transformers.logging.set_verbosity_error()
 B, T, V = 2, 40, 200
@@ -288,17 +288,30 @@ def test_what_is_compiled_is_recorded_without_the_compiler():
     assert trainer.record(compiled).peak_bytes == trainer.record(tagger).peak_bytes
 
 
+def mixture():
+    """A module whose experts' rows are values: 2 x 40 tokens, two choices each, four experts."""
+    torch.manual_seed(0)
+    ids = torch.randint(V, (B, T))
+    return Mixture(), lambda module, ids: F.cross_entropy(module(ids), ids.flatten()), (ids,)
+
+
 def test_the_choices_of_a_router_are_dealt_out():
-    """Every expert has as many rows: 2 x 40 tokens, two choices each, four experts."""
-
-    def build():
-        ids = torch.randint(V, (B, T))
-        return Mixture(), lambda module, ids: F.cross_entropy(module(ids), ids.flatten()), (ids,)
-
-    recording = trainer.record(build)
+    """Every expert has as many rows."""
+    recording = trainer.record(mixture)
     assert {a.what for a in recording.assumptions} == {"each chosen as often as any other, for the choices of topk"}
     rows = [e.storage.nbytes.number for e in recording.ledger.events if e.sign > 0 and e.where.op == "addmm"]
     assert rows.count(4 * 32 * B * T * 2 // 4) == 4
+
+
+def test_a_step_whose_choices_are_dealt_out_is_recorded_event_by_event():
+    """Its experts, with rows as many as is assumed; where the router chooses for itself they have others."""
+    truth = judged(mixture)
+    assert truth.first is None
+    assert not any(truth.differences.values())
+    assert truth.own_routing == truth.peak[1]  # which is in the loss
+    chosen = {e.nbytes for e in real_events(as_step(mixture()))}
+    assert chosen - {e.nbytes for run in truth.runs[1] for e in run}
+    assert "whose router's choices are dealt out as is assumed: all" in compare(mixture)
 
 
 def test_code_whose_shapes_are_values_is_refused_with_its_line():

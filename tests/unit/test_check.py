@@ -110,8 +110,8 @@ def test_a_rank_of_a_world_that_is_not_there_holds_its_shards(code, capsys):
             from torch.distributed.device_mesh import init_device_mesh
             from torch.distributed.fsdp import fully_shard
 
-            def sharded(batch_size):
-                model, mesh = Model(64), init_device_mesh("cpu", (8,))
+            def sharded(device):
+                model, mesh = Model(64).to(device), init_device_mesh(device, (8,))
                 for block in model.blocks:
                     fully_shard(block, mesh=mesh)
                 return fully_shard(model, mesh=mesh)

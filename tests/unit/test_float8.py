@@ -41,6 +41,22 @@ def test_a_layers_casts_are_those_of_torchaos_account(scales):
     assert sum(storage is gradient for storage, _ in done) == len(MOVED[scales, "input"])
 
 
+def test_with_a_scale_for_each_row_a_kernel_of_its_own_scales_what_each_product_of_backward_wrote():
+    a = account(LLAMA, PLAN.replace(checkpointing="block"))
+    products = [k for k in a.traced.ledger.kernels if multiplies(k)]
+    assert {(k.where.phase == "backward", k.recompute) for k in products} == {
+        (False, False),
+        (True, True),
+        (True, False),
+    }
+    for product in products:
+        m, n, b = product.gemm.m, product.gemm.n, product.gemm.b
+        found = [x.nbytes for x in Casts("rowwise").after(product)]
+        scaled = product.where.phase == "backward" and not product.recompute
+        assert found == ([4 * b * m * n] if scaled else [])  # read and written, in 16 bits
+        assert not list(Casts("tensorwise").after(product))
+
+
 def test_an_input_of_several_layers_is_cast_once_and_not_read_for_its_scale_where_it_is_made_by_a_fused_kernel():
     kernels = account(LLAMA, PLAN).traced.ledger.kernels
     q, k, _ = (x for x in kernels if x.where.module.startswith("blocks.1.attention.") and multiplies(x)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,9 +12,9 @@ from estimator.answers.logs import PER_ACCELERATOR, SECONDS, explanation, load, 
 from estimator.describe.catalogue import read_data
 from estimator.describe.checks import ConfigError
 from estimator.show import commands
-from estimator.studies import published
+from estimator.studies import nearness, published
 from estimator.timing.roofline import PARTS
-from estimator.timing.stack import NINE_OF_TEN, Logged, StackFactor
+from estimator.timing.stack import NINE_OF_TEN, Logged, Shape, StackFactor, covariance, most_telling
 
 COLUMN = "0.52\n0.50\n0.51\n"
 TABLE = "step,step_time\n1,0.52\n2,0.50\n3,0.51\n"
@@ -88,8 +89,7 @@ def test_a_plain_trainer_state_has_the_mean_of_all_steps_in_its_last_line(tmp_pa
     log = read_log(written(tmp_path, json.dumps({"global_step": 30, "log_history": [*lines, last]})))
     assert (log.format, log.what, log.steps) == ("transformers", SECONDS, 30)
     assert log.seconds(1, 1) == pytest.approx((0.51,), rel=1e-3)
-    time = est.estimate("gpt2").time
-    found = logged(log, time, 1024, "mine")
+    found = logged(log, est.estimate("gpt2"), "mine")
     assert (found.measured, found.spread, found.steps) == (pytest.approx(0.51, rel=1e-3), 0, 30)
 
 
@@ -117,7 +117,7 @@ def test_the_factor_is_carried_into_the_prediction_and_its_interval(tmp_path):
     asked = est.estimate("gpt2", p, "a100-80gb-sxm")
     plain = asked.time
     log = read_log(written(tmp_path, "\n".join(str(x * plain.seconds_per_step) for x in (1.19, 1.2, 1.21))))
-    found = StackFactor((logged(log, plain, plain.tokens_per_second * plain.seconds_per_step, "mine"),))
+    found = StackFactor((logged(log, asked, "mine"),))
     assert found.runs[0].ratio == pytest.approx(1.2)
     save(found, tmp_path / "stack.toml")
     assert load(tmp_path / "stack.toml") == found
@@ -138,9 +138,12 @@ def test_the_factor_is_carried_into_the_prediction_and_its_interval(tmp_path):
             load(tmp_path / "bad.toml")
 
 
+SHAPE = Shape(8192, 1024, 8)
+
+
 def run_of(measured, **seconds):
     parts = tuple(seconds.get(name, 0.0) for name in PARTS)
-    return Logged(parts, measured, 0.0, 3, "made up")
+    return Logged(SHAPE, parts, measured, 0.0, 3, "made up")
 
 
 def test_runs_of_different_make_tell_a_slow_network_from_slow_kernels():
@@ -160,8 +163,8 @@ def test_one_run_moves_every_part_a_little_and_leaves_other_runs_uncertain():
     stack = StackFactor((slow,))
     factors = stack.factors()
     assert 1 < factors["matmul"][0] < factors["communication"][0] < 2
-    of_itself = stack.spread(dict(zip(PARTS, slow.parts, strict=True)))
-    of_another = stack.spread(dict.fromkeys(PARTS, 0.0) | {"launch": 1.0})
+    of_itself = stack.spread(dict(zip(PARTS, slow.parts, strict=True)), SHAPE)
+    of_another = stack.spread(dict.fromkeys(PARTS, 0.0) | {"launch": 1.0}, SHAPE)
     assert of_itself[1] - of_itself[0] < 0.01
     assert of_another[1] > math.exp(NINE_OF_TEN * read_data("prior")["host"])
 
@@ -171,7 +174,43 @@ def test_a_factor_is_never_negative_however_far_a_log_is_off():
         stack = StackFactor((run_of(measured, matmul=0.7, launch=0.3),))
         assert all(factor > 0 for factor, _, _ in stack.factors().values())
         parts = {name: np.array([x]) for name, x in zip(PARTS, stack.runs[0].parts, strict=True)}
-        assert sum(x[0] for x in stack.calibrated(parts).values()) == pytest.approx(measured, rel=1e-6)
+        assert sum(x[0] for x in stack.calibrated(parts, SHAPE).values()) == pytest.approx(measured, rel=1e-6)
+
+
+def test_a_log_says_more_of_runs_of_its_own_size():
+    """And of one far away what all kernels of a stack share, still."""
+    slow = run_of(1.2, matmul=1.0)
+    factors = [StackFactor((slow,)).factors(SHAPE._replace(rows=8192 * 2**n))["matmul"] for n in (0, 1, 3, 40)]
+    assert factors[0][0] > factors[1][0] > factors[2][0] > factors[3][0] > 1
+    assert factors[0][1] < factors[1][1] < factors[2][1] < factors[3][1] < factors[3][2]
+    wider = StackFactor((slow,)).factors(SHAPE._replace(width=2048))["matmul"]
+    assert wider[0] < factors[1][0]  # two of a product's sizes go with the width
+    more = StackFactor((run_of(1.2, communication=1.0),))
+    assert more.factors()["communication"][0] > more.factors(SHAPE._replace(accelerators=64))["communication"][0]
+
+
+def test_the_posterior_of_two_runs_is_that_of_a_normal_distribution():
+    """By its own definition, over all factors of the two runs and of a third: conditioning a joint normal."""
+    shapes = [SHAPE, SHAPE._replace(rows=16384), SHAPE._replace(width=4096)]
+    runs = (run_of(1.02, matmul=1.0), replace(run_of(1.94, matmul=2.0), shape=shapes[1]))
+    prior = read_data("prior")
+    distance = np.array([[0, 1, 8**0.5], [1, 0, 3], [8**0.5, 3, 0]])
+    joint = prior["kernels"] ** 2 + prior["each"] ** 2 * np.exp(-distance / prior["octaves"])
+    known = joint[:2, :2] + prior["configuration"] ** 2 * np.eye(2)
+    mean = joint[2, :2] @ np.linalg.solve(known, np.log([1.02, 0.97]))
+    variance = joint[2, 2] - joint[2, :2] @ np.linalg.solve(known, joint[:2, 2])
+    factor, now, before = StackFactor(runs).factors(shapes[2])["matmul"]
+    assert np.log(factor) == pytest.approx(mean, rel=1e-6)
+    assert now == pytest.approx(variance**0.5, rel=1e-6)
+    assert before == pytest.approx(joint[2, 2] ** 0.5) == pytest.approx(covariance()[0, 0] ** 0.5)
+
+
+def test_the_most_telling_runs_are_of_different_make():
+    kernels, near, far = run_of(1, matmul=1.0), run_of(1, matmul=0.999, launch=0.001), run_of(1, communication=1.0)
+    candidates = [(run.shape, run.parts) for run in (kernels, near, near, far)]
+    assert most_telling(candidates, 2)[0] in (0, 1, 2, 3)
+    assert 3 in most_telling(candidates, 2)
+    assert sorted(most_telling(candidates, 9)) == [0, 1, 2, 3]
 
 
 def test_two_logs_of_one_run_know_no_more_of_its_stack_than_their_mean():
@@ -199,7 +238,24 @@ def test_three_rows_of_a_published_stack_calibrate_the_rest():
     found = published.calibrated().values()
     assert len(found) >= 5
     # Any three, the middle of 40 draws: what three happen to be taken decides little.
-    assert sum(c.others[0] for c in found) / len(found) <= 0.05
-    assert all(c.others[0] < c.before + 0.01 for c in found)
+    assert sum(c.others[0] for c in found) / len(found) <= 0.04
+    assert sum(c.others[0] <= 0.05 for c in found) >= 8
+    assert all(c.others[0] < c.before + 0.02 for c in found)
     # Nine of ten were promised to lie within the interval.
-    assert 0.85 <= sum(c.covered for c in found) / len(found) <= 0.97
+    assert 0.83 <= sum(c.covered for c in found) / len(found) <= 0.97
+
+
+def test_how_alike_errors_are_is_what_single_kernels_say():
+    """The prior's octaves are those of the timings on file, and near kernels' errors are more alike than far ones'."""
+    found = nearness.variograms()
+    assert read_data("prior")["octaves"] == pytest.approx(
+        np.median([nearness.octaves(x) for x in found.values()]), abs=0.05
+    )
+    for near in found.values():
+        assert near[0].deviation < near[-1].deviation
+    at = np.arange(64.0)[:, None]
+    walk = np.cumsum(
+        np.random.default_rng(0).normal(size=(64, 200)), axis=0
+    )  # whose semivariogram is half the distance
+    by_hand = nearness.variogram([(at, errors) for errors in walk.T])
+    assert [x.deviation for x in by_hand] == pytest.approx([(x.octaves / 2) ** 0.5 for x in by_hand], rel=0.03)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from estimator.describe.transformers import Written
-from estimator.eager import ops
+from estimator.eager import autocast, ops
 from estimator.eager.linalg import matmul
 from estimator.eager.pointwise import clamp_in_place, tanh
 from estimator.eager.tensor import FLOAT32, Locals, arguments
-from estimator.eager.views import cast, concatenate, repeat_heads, reshape, slice_last, transpose, view
+from estimator.eager.views import cast, concatenate, contiguous_of, repeat_heads, reshape, slice_last, transpose, view
 from estimator.models.attention import Attention, attend
 from estimator.models.hugging_face.positions import apply_rotary, taken_apart
 from estimator.models.layers import dropout, dropout_at
@@ -116,7 +116,8 @@ class HFAttention(Attention):
         cos: Tensor | None,
         sin: Tensor | None,
         query_scale: Tensor | None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
+        """What comes out, and the weights of eager attention, which a block has a name for."""
         B, T, _ = x.shape
         self.project(v, x)
         if cos is not None and sin is not None:
@@ -125,38 +126,71 @@ class HFAttention(Attention):
             self.norms(v)
         if query_scale is not None:
             v.q = ops.mul(v.q, query_scale)
-        v.y = self.attended(v.q, v.k, v.v, mask)
+        v.y, v.weights = self.attended(v.q, v.k, v.v, mask)
         v.y = reshape(v.y, (B, T, self.widths[0]))
         if self.out_norm is not None:
             v.y = self.out_norm(v.y)
         v.y = self.out(v.y)
-        return dropout_at(v.take("y"), drops=self.recipe.dropout and self.drops)
+        v.y = dropout_at(v.y, drops=self.recipe.dropout and self.drops)
+        return v.take("y"), None if v.weights is None else v.take("weights")
 
-    def attended(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """(B, T, h, e) of (B, heads, T, e) each."""
-        return (self.eager if self.recipe.attention.startswith("naive") else self.fused)(q, k, v, mask)
+    def attended(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """(B, T, h, e) of (B, heads, T, e) each, and the weights that eager attention returns."""
+        if self.recipe.attention.startswith("naive"):
+            return self.eager(q, k, v, mask)
+        return self.fused(q, k, v, mask), None
 
     def fused(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """`sdpa_attention_forward`, (B, T, h, e): keys and values are repeated for the queries' heads with a mask."""
+        """`sdpa_attention_forward`: keys and values are repeated for the queries' heads with a mask."""
         with arguments((q, k, v, mask)) as results, Locals() as w:
             w.k, w.v = (k, v) if mask is None else (repeat_heads(k, self.g), repeat_heads(v, self.g))
             w.y = attend(q, w.k, w.v, mask, self.recipe)
-            results.append(reshape(transpose(w.y, 1, 2), (*w.y.shape[:1], w.y.shape[2], self.h, self.e)))
+            results.append(contiguous_of(transpose(w.y, 1, 2)))
         return results[0]
 
-    def eager(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """`eager_attention_forward`, (B, T, h, e)."""
-        assert mask is not None
+    def eager(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`eager_attention_forward`."""
         with arguments((q, k, v, mask)) as results, Locals() as w:
             w.k, w.v = repeat_heads(k, self.g), repeat_heads(v, self.g)
-            w.weights = ops.mul_number(matmul(q, transpose(w.k, 2, 3)))
-            if self.part.softcap is not None:
-                w.weights = ops.div_number(w.weights)
-                w.weights = tanh(w.weights)
-                w.weights = ops.mul_number(w.weights)
-            w.weights = ops.add(w.weights, mask)
-            w.weights = cast(ops.softmax(w.weights, FLOAT32), q.dtype)
+            self.score(w, q)
+            if mask is not None:
+                w.weights = ops.add(w.weights, mask)
+            self.softmax(w, q)
             w.weights = dropout(w.weights, self.recipe)
             w.y = matmul(w.weights, w.v)
-            results.append(reshape(transpose(w.y, 1, 2), (*w.y.shape[:1], w.y.shape[2], self.h, self.e)))
-        return results[0]
+            results.append((contiguous_of(transpose(w.y, 1, 2)), w.take("weights")))
+        found: tuple[Tensor, Tensor] = results[0]
+        return found
+
+    def score(self, w: Locals, q: Tensor) -> None:
+        """`w.weights` of queries and keys, before the mask."""
+        w.weights = ops.mul_number(matmul(q, transpose(w.k, 2, 3)))
+        if self.part.softcap is not None:
+            w.weights = ops.div_number(w.weights)
+            w.weights = tanh(w.weights)
+            w.weights = ops.mul_number(w.weights)
+
+    def softmax(self, w: Locals, q: Tensor) -> None:
+        """Of `w.weights`, in fp32 and back to the queries' dtype."""
+        w.weights = cast(ops.softmax(w.weights, FLOAT32), q.dtype)
+
+
+class OwnSoftmax(HFAttention):
+    """Eager attention whose softmax is in the dtype of the scores, and goes to the values'."""
+
+    def softmax(self, w: Locals, q: Tensor) -> None:
+        """Of `w.weights`."""
+        w.weights = ops.softmax(w.weights, autocast.fp32(q.machine, "cuda"))
+        w.weights = cast(w.weights, w.v.dtype)
+
+
+class WideScores(HFAttention):
+    """Eager attention of queries and keys in fp32, and a softmax of what comes of them."""
+
+    def score(self, w: Locals, q: Tensor) -> None:
+        """`w.weights` of queries and keys."""
+        w.weights = ops.mul_number(matmul(cast(q, FLOAT32), transpose(cast(w.k, FLOAT32), 2, 3)))
+
+    def softmax(self, w: Locals, q: Tensor) -> None:
+        """Of `w.weights`, and to the values' dtype."""
+        w.weights = cast(ops.softmax(w.weights, autocast.fp32(q.machine, "cuda")), w.v.dtype)

@@ -37,17 +37,17 @@ class HFBlock(Block):
         v.residual = x
         if self.recipe.parts.order == "parallel":
             v.x = self.attention_norm(x)
-            v.attention = self.attention(v.x, *where)
+            v.attention, v.weights = self.attention(v.x, *where)
             v.ffn = self.ffn(v.x)
             return ops.add(ops.add(v.residual, v.attention), v.ffn)
         if self.recipe.written is not None and self.recipe.written.names_all:
             v.x = self.attention_norm(x)
-            v.attention = self.attention(v.x, *where)
+            v.attention, v.weights = self.attention(v.x, *where)
             v.residual = ops.add(v.residual, v.attention)
             v.ffn = self.ffn(self.ffn_norm(v.residual))
             v.x = ops.add(v.residual, v.ffn)
             return v.take("x")
-        v.x = self.attention(self.before(v, x, self.attention_norm), *where)
+        v.x, v.weights = self.attention(self.before(v, x, self.attention_norm), *where)
         self.after(v, self.attention_post_norm)
         v.residual = v.x
         v.x = self.ffn(self.before(v, v.x, self.ffn_norm))

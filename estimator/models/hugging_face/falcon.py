@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from estimator.eager import ops
-from estimator.eager.attention import attention_math
 from estimator.eager.autocast import lower
 from estimator.eager.indexing import pick
 from estimator.eager.letters import ONE
-from estimator.eager.linalg import mm, scaled_dot_product_attention
-from estimator.eager.tensor import Locals, op
-from estimator.eager.views import expand, narrow, reshape, select, transpose, unsafe_view, view
+from estimator.eager.linalg import mm
+from estimator.eager.ops import additive_mask
+from estimator.eager.pointwise import compared
+from estimator.eager.tensor import BFLOAT16, INT64, Locals, op
+from estimator.eager.views import cast, expand, narrow, reshape, select, transpose, unsafe_view, view
+from estimator.models.attention import attend
 from estimator.models.block import Block
+from estimator.models.hugging_face.alibi import alibi_slopes
 from estimator.models.hugging_face.attention import HFAttention
 from estimator.models.hugging_face.decoder import HFDecoder
 from estimator.models.hugging_face.gpt_neox import MLPWithoutDropout
 from estimator.models.hugging_face.masks import seen
-from estimator.models.hugging_face.positions import look_for_packed_sequences
+from estimator.models.hugging_face.positions import integers, look_for_packed_sequences, position_ids
 from estimator.models.layers import Linear, dropout
 
 if TYPE_CHECKING:
     from estimator.describe.parts import MLP
     from estimator.eager.letters import Size
-    from estimator.eager.tensor import Machine, Tensor
+    from estimator.eager.tensor import Dtype, Machine, Tensor
     from estimator.models.layers import BlockKind, Recipe
 
 
@@ -51,6 +55,11 @@ class FalconAttention(HFAttention):
     """`FalconAttention`."""
 
     linear = FalconLinear
+
+    def __init__(self, machine: Machine, recipe: Recipe) -> None:
+        super().__init__(machine, recipe)
+        undropped = self.written.undropped == recipe.parts.positions.kind
+        self.scores = replace(recipe, dropout=recipe.dropout and not undropped)
 
     def project(self, v: Locals, x: Tensor) -> None:
         """All three at once, of which those of a group of heads are together."""
@@ -80,12 +89,14 @@ class FalconAttention(HFAttention):
                 w.v = expand(w.v, grouped)
                 v.q, v.k, v.v = (reshape(x, (*shape, self.h, self.e)) for x in (w.q, w.k, w.v))
 
+    def rotate(self, v: Locals, cos: Tensor, sin: Tensor) -> None:
+        """If there is no bias, which comes with cosines and sines all the same."""
+        if self.recipe.rotates:
+            super().rotate(v, cos, sin)
+
     def fused(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """One head of keys is left to SDPA, whose fused kernels do not take it."""
-        drops = self.recipe.dropout and not self.recipe.rotates
-        if self.k_heads is ONE:
-            return transpose(attention_math(q, k, v, mask, drops=drops, repeats=False), 1, 2)
-        return transpose(scaled_dot_product_attention(q, k, v, mask, drops=drops), 1, 2)
+        """Without `enable_gqa`: one head of keys is for SDPA to expand."""
+        return transpose(attend(q, k, v, mask, self.scores, repeats=False), 1, 2)
 
 
 def build_feed_forward(machine: Machine, part: MLP, d: Size, f: Size, recipe: Recipe) -> FalconMLP:
@@ -124,7 +135,7 @@ class FalconBlock(Block):
         v.normed = self.attention_norm(x)
         if order == "parallel-two":
             v.normed_too = self.ffn_norm(x)
-        v.y = self.attention(v.normed, *where[:-1])
+        v.y, v.weights = self.attention(v.normed, *where[:-1])
         if order == "parallel":
             v.normed_too = v.normed
         elif order == "pre":
@@ -149,8 +160,55 @@ class Falcon(HFDecoder):
 
     build_block = FalconBlock
 
-    def attention_masks(self, v: Locals, sequences: Size) -> dict[str, Tensor | None]:
-        """A mask is always made."""
-        look_for_packed_sequences(v.positions, sequences)
-        v.mask = seen(self.machine, v.positions.shape[0], sequences, "full")
-        return {"full": v.mask}
+    def alibi_tables(self) -> list[Tensor]:
+        """Frequencies are there all the same."""
+        return self.rotary_tables()
+
+    def decoded(self, ids: Tensor) -> Tensor:
+        """`FalconModel`."""
+        B, T = ids.shape
+        with Locals() as v:
+            v.embeds = self.embedding(ids)
+            v.alibi = None
+            if not self.recipe.rotates:
+                v.ones = self.machine.empty((B, T), INT64)
+                v.alibi = falcon_bias(v.ones, self.machine.shapes.letters["h"], v.embeds.dtype)
+            v.positions = position_ids(self.machine, T)
+            look_for_packed_sequences(v.positions, B)
+            v.mask = seen(self.machine, T, B, "full")
+            if v.alibi is not None:
+                masked_bias(v)
+            v.x = v.embeds
+            turn = self.rotary(v, "full", self.tables[0])
+            for block in self.blocks:
+                v.x = block(v.x, v.mask, v.alibi, *turn, None, v.positions)
+            v.x = self.final_norm(v.x)
+            return v.take("x")
+
+
+def falcon_bias(ones: Tensor, heads: Size, dtype: Dtype) -> Tensor:
+    """`build_alibi_tensor`: slopes times positions in bfloat16, (B, h, 1, T) of `dtype`."""
+    machine, (B, T) = ones.machine, ones.shape
+    with Locals() as v:
+        alibi_slopes(v, machine, heads)
+        v.sums = machine.empty((B, T), INT64)
+        machine.kernel("cumsum", (ones,), (v.sums,))
+        v.sums = integers(machine, "sub", (B, T), v.sums)
+        v.sums = ops.elementwise("mul", v.sums, ones)
+        with Locals() as w:
+            w.slopes = cast(v.slopes, BFLOAT16)
+            v.alibi = ops.elementwise("mul", view(w.slopes, (heads, ONE, ONE)), view(v.sums, (B, ONE, ONE, T)))
+        return cast(v.take("alibi"), dtype)
+
+
+def masked_bias(v: Locals) -> None:
+    """`v.mask` becomes `v.alibi` over the root of the head's width where a token is seen, a least number elsewhere."""
+    machine, dtype, shape = v.mask.machine, v.alibi.dtype, v.mask.shape
+    v.mask = additive_mask(v.mask, dtype)
+    with Locals() as w:
+        w.scaled = ops.with_number("div", v.alibi)
+        w.hidden = compared("lt", v.mask)
+        w.mask = machine.empty((shape[0], v.alibi.shape[1], *shape[2:]), dtype)
+        machine.kernel("masked_fill", (w.scaled, w.hidden), (w.mask,))
+        del w.scaled, w.hidden
+        v.mask = w.mask

@@ -12,7 +12,7 @@ from estimator.eager.tensor import Locals
 from estimator.eager.views import split, transpose, unsqueeze, view
 from estimator.models.block import Block
 from estimator.models.feed_forward import PlainFeedForward
-from estimator.models.hugging_face.attention import HFAttention
+from estimator.models.hugging_face.attention import OwnSoftmax
 from estimator.models.hugging_face.decoder import HFDecoder
 from estimator.models.hugging_face.learned import embedded_positions
 from estimator.models.hugging_face.positions import position_ids
@@ -39,7 +39,7 @@ class Conv1D(Linear):
         return view(v.x, shape)
 
 
-class GPT2Attention(HFAttention):
+class GPT2Attention(OwnSoftmax):
     """`GPT2Attention`."""
 
     linear = Conv1D
@@ -71,10 +71,10 @@ def build_feed_forward(machine: Machine, part: MLP, d: Size, f: Size, recipe: Re
 class NamedBlock(Block):
     """A block before whose parts norms are, and whose names are those of `GPT2Block`."""
 
-    def forward(self, v: Locals, x: Tensor, *where: Tensor | None) -> Tensor:
+    def forward(self, v: Locals, x: Tensor, *where: Tensor | None) -> Tensor | tuple[Tensor, Tensor | None]:
         v.residual = x
         v.x = self.attention_norm(x)
-        v.y = self.attention(v.x, *where[:-1])
+        v.y, v.weights = self.attention(v.x, *where[:-1])
         v.x = ops.add(v.y, v.residual)
         v.residual = v.x
         v.x = self.ffn_norm(v.x)

@@ -56,7 +56,7 @@ class GPTNeoXBlock(Block):
         self.owned.sort(key=lambda x: not isinstance(x, ScaleAndShift))  # norms, attention, feed-forward
 
     def forward(self, v: Locals, x: Tensor, *where: Tensor | None) -> Tensor:
-        v.y = self.attention(self.attention_norm(x), *where[:-1])
+        v.y, v.weights = self.attention(self.attention_norm(x), *where[:-1])
         v.y = dropout(v.y, self.recipe)
         if self.recipe.parts.order == "pre":
             v.y = ops.add(v.y, x)

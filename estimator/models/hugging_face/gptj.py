@@ -9,7 +9,7 @@ from estimator.eager.letters import ONE, constant
 from estimator.eager.tensor import Locals, arguments
 from estimator.eager.views import cast, clone, concatenate, split, transpose, unsqueeze, view
 from estimator.models.block import Block
-from estimator.models.hugging_face.attention import HFAttention
+from estimator.models.hugging_face.attention import WideScores
 from estimator.models.hugging_face.decoder import HFDecoder
 from estimator.models.hugging_face.positions import repeated, rotated, taken_apart
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 SHARDS = 4  # `CodeGenAttention.mp_num`
 
 
-class GPTJAttention(HFAttention):
+class GPTJAttention(WideScores):
     """`GPTJAttention`."""
 
     drops = True
@@ -66,7 +66,7 @@ class GPTJBlock(Block):
     def forward(self, v: Locals, x: Tensor, *where: Tensor | None) -> Tensor:
         v.residual = x
         v.x = self.attention_norm(x)
-        v.y = self.attention(v.x, *where[:-1])
+        v.y, v.weights = self.attention(v.x, *where[:-1])
         v.ffn = self.ffn(v.x)
         return ops.add(ops.add(v.y, v.ffn), v.residual)
 

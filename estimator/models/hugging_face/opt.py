@@ -54,7 +54,7 @@ class OPTBlock(Block):
         v.residual = v.x = x
         if before:
             v.x = self.attention_norm(v.x)
-        v.x = self.attention(v.x, *where[:-1])
+        v.x, v.weights = self.attention(v.x, *where[:-1])
         v.x = dropout(v.x, self.recipe)
         v.x = ops.add(v.residual, v.x)
         if not before:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 NO = ("any", "isnan", "isinf", "isneginf", "isposinf")  # operators that look for what is not expected
 AGAIN_AND_AGAIN = 100_000
+DEALT = "each chosen as often as any other"  # what is assumed of a router's choices
 
 
 class Assumption(NamedTuple):
@@ -78,7 +79,7 @@ class Assumptions:
         """
         name, _ = operator(made)
         if kind == "Dealt":
-            self.make(f"each chosen as often as any other, for the choices of {name}")
+            self.make(f"{DEALT}, for the choices of {name}")
             return 0.0
         value = 0.0 if kind == "Bool" and name in NO else 1.0
         answer = ("false", "true")[int(value)] if kind == "Bool" else "1"

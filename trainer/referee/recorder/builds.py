@@ -27,8 +27,8 @@ LABELS = ("labels", "targets")  # what a module calls what its loss compares wit
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "encoder_layers", "decoder_layers", "num_decoder_layers")
 
 
-def of_file(named: str, sizes: Mapping[str, int]) -> Callable[[], Any]:
-    """The function that `FILE.py:name` names, with those of `sizes` that it takes. This runs the file.
+def of_file(named: str, sizes: Mapping[str, int], device: str = "cpu") -> Callable[[], Any]:
+    """The function that `FILE.py:name` names, with those of `sizes` and `device` that it takes. This runs the file.
 
     Raises:
         ConfigError: there is no such file or function, or it wants an argument that is not given.
@@ -51,21 +51,22 @@ def of_file(named: str, sizes: Mapping[str, int]) -> Callable[[], Any]:
         raise ConfigError(
             f"code = {shown(named)}: {file.name} has no function {shown(name)}; its functions are {found}"
         )
-    return with_sizes(function, sizes)
+    return with_sizes(function, sizes, device)
 
 
-OFFERED = ("batch_size", "seq_len")  # to every function, taken or not
+OFFERED = ("batch_size", "seq_len", "device")  # to every function, taken or not
 
 
-def with_sizes(function: Callable[..., Any], sizes: Mapping[str, int]) -> Callable[[], Any]:
-    """`function` with those of `sizes` that it has parameters for.
+def with_sizes(function: Callable[..., Any], sizes: Mapping[str, int], device: str = "cpu") -> Callable[[], Any]:
+    """`function` with those of `sizes`, and `device`, that it has parameters for.
 
     Raises:
         ConfigError: a parameter without a default is not among them, or one of them is no parameter.
     """
     parameters = inspect.signature(function).parameters.values()
     anything = any(x.kind is inspect.Parameter.VAR_KEYWORD for x in parameters)
-    taken = dict(sizes) if anything else {x.name: sizes[x.name] for x in parameters if x.name in sizes}
+    given = {**sizes, "device": device}
+    taken = given if anything else {x.name: given[x.name] for x in parameters if x.name in given}
     names = [x.name for x in parameters if x.kind is not x.VAR_POSITIONAL]
     for name in sizes.keys() - {*names, *OFFERED}:
         if not anything:

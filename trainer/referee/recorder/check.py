@@ -6,15 +6,12 @@ Nothing else of this project runs code that it is given: the page and `from_hf` 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import linecache
 import resource
 import sys
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
-
-import torch.distributed as dist
 
 from estimator.answers.recorded import estimate_recorded
 from estimator.answers.snapshots import read_snapshot
@@ -30,6 +27,7 @@ from trainer.referee.recorder.recording import DEVICES, record
 from trainer.referee.recorder.remedies import remedies
 from trainer.referee.recorder.steps import PRECISIONS
 from trainer.referee.recorder.truth import compare
+from trainer.referee.recorder.world import one_rank
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -70,7 +68,9 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--gpu", default="a100-80gb-sxm", help="the accelerator (estimate list)")
     p.add_argument(
-        "--device", choices=DEVICES, help="whose rules: by default the accelerator's; with --fake-world, cpu"
+        "--device",
+        choices=DEVICES,
+        help="whose rules: by default the accelerator's; given to FUNCTION as device, if it takes it",
     )
     p.add_argument(
         "--batch-size", type=int, default=1, metavar="B", help="given to FUNCTION as batch_size, if it takes it"
@@ -92,7 +92,8 @@ def parser() -> argparse.ArgumentParser:
         help="try what makes a step fit that does not",
     )
     p.add_argument("--measure", action="store_true", help="run a real step on this CPU too, and compare every event")
-    p.add_argument("--fake-world", type=int, metavar="N", help="as rank 0 of N, in PyTorch's fake process group")
+    p.add_argument("--fake-world", type=int, metavar="N", help="as one rank of N, without the others")
+    p.add_argument("--fake-rank", type=int, default=0, metavar="R", help="which of them: the first is 0")
     p.add_argument("--snapshot", metavar="FILE", help="of torch.cuda.memory._dump_snapshot: what a card really held")
     p.add_argument("--json", action="store_true", help="everything as JSON")
     return p
@@ -106,14 +107,14 @@ def run(argv: Sequence[str]) -> int:
     """
     args = parser().parse_args(argv)
     if args.fake_world is not None:
-        fake_world(args.fake_world)
-    build, name = _build(args)
+        one_rank(args.fake_world, args.fake_rank)
+    gpu = accelerator(args.gpu)
+    device = args.device or (gpu.device if gpu.device in DEVICES else "cpu")
+    build, name = _build(args, device)
     given = {f.name: getattr(args, f.name) for f in fields(Plan) if getattr(args, f.name, None) is not None}
     plan = Plan(**{name: value for name, value in given.items() if name not in ("batch_size", "seq_len")})
-    gpu = accelerator(args.gpu)
     if not args.json:
         sys.stdout.write(RUNS.format(name) + "\n\n")
-    device = args.device or (gpu.device if gpu.device in DEVICES and args.fake_world is None else "cpu")
     recording = record(build, plan, device)
     answer = estimate_recorded(recording, plan, gpu)
     memory = answer.memory
@@ -138,18 +139,6 @@ def run(argv: Sequence[str]) -> int:
     return 0 if memory.fits else 1
 
 
-def fake_world(ranks: int) -> None:
-    """Be rank 0 of so many, whose messages go nowhere: DTensor's layouts and `fully_shard` on a "cpu" mesh.
-
-    Raises:
-        ConfigError: fewer than one.
-    """
-    if ranks < 1:
-        raise ConfigError(f"fake_world = {ranks}: must be 1 or more")
-    store = importlib.import_module("torch.testing._internal.distributed.fake_pg").FakeStore()
-    dist.init_process_group("fake", store=store, rank=0, world_size=ranks)
-
-
 def beside_snapshot(memory: Memory, snapshot: Snapshot) -> str:
     """What the allocator of a card held at most, by line, and what was expected of it."""
     off = snapshot.peak / memory.peak - 1
@@ -162,14 +151,14 @@ def beside_snapshot(memory: Memory, snapshot: Snapshot) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _build(args: argparse.Namespace) -> tuple[Callable[[], Any], str]:
+def _build(args: argparse.Namespace, device: str) -> tuple[Callable[[], Any], str]:
     """(what builds the step, what it is called)."""
     if (args.code is None) == (args.hf is None):
         raise ConfigError("code: give FILE.py:FUNCTION or --hf CONFIG, one of them")
     sizes = _sizes(args)
     if args.hf is not None:
         return of_config(args.hf, args.batch_size, args.seq_len, **sizes), f"transformers' class of {args.hf}"
-    return of_file(args.code, {"batch_size": args.batch_size, "seq_len": args.seq_len} | sizes), args.code
+    return of_file(args.code, {"batch_size": args.batch_size, "seq_len": args.seq_len} | sizes, device), args.code
 
 
 def _sizes(args: argparse.Namespace) -> dict[str, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
@@ -49,6 +49,55 @@ def attention_kernel(
     return (SDPBackend.EFFICIENT_ATTENTION if efficient else SDPBackend.MATH).value
 
 
+class Stream:
+    """A stream on which nothing runs."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def wait_event(self, event: Any) -> None:
+        """At once."""
+
+    def wait_stream(self, stream: Any) -> None:
+        """At once."""
+
+    def synchronize(self) -> None:
+        """At once."""
+
+    def query(self) -> bool:
+        """Whether it has nothing to do."""
+        return True
+
+    def record_event(self, event: Event | None = None) -> Event:
+        """One that has happened."""
+        return event or Event()
+
+
+class Event:
+    """What has happened as soon as it is there."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def record(self, stream: Any = None) -> None:
+        """At once."""
+
+    def wait(self, stream: Any = None) -> None:
+        """At once."""
+
+    def synchronize(self) -> None:
+        """At once."""
+
+    def query(self) -> bool:
+        """Whether it has happened."""
+        return True
+
+    def elapsed_time(self, end: Any) -> float:  # noqa: ARG002 - nothing takes any time
+        """Milliseconds."""
+        return 0.0
+
+
+CURRENT = Stream()
+
+
 def _state(*_: Any, **__: Any) -> torch.Tensor:
     return torch.zeros(STATE_BYTES, dtype=torch.uint8, device="cpu")
 
@@ -73,11 +122,18 @@ ANSWERS: dict[str, Any] = {
     "empty_cache": lambda: None,
     "get_device_name": lambda *_: "a card that is not there",
     "memory_stats": lambda *_: {},
+    "Stream": Stream,
+    "Event": Event,
+    "current_stream": lambda *_: CURRENT,
+    "default_stream": lambda *_: CURRENT,
+    "stream": nullcontext,
+    "set_stream": lambda _: None,
     "reset_peak_memory_stats": lambda *_: None,
     **dict.fromkeys(
         ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"), lambda *_: 0
     ),
 }
+LOGGER: Any = torch._C._distributed_c10d.Logger  # noqa: SLF001 - DDP's, which reads CUDA's clock
 RANGES = ("range_push", "range_pop", "mark")  # of torch.cuda.nvtx, for a profiler that does not look on
 
 
@@ -85,9 +141,19 @@ RANGES = ("range_push", "range_pop", "mark")  # of torch.cuda.nvtx, for a profil
 def cuda(native: Any) -> Iterator[None]:
     """One card, as far as Python sees. Backward runs on the thread that asks for it, in the order of CUDA's own."""
     native.set_choose(attention_kernel)
+    resize = torch.UntypedStorage.resize_
+
+    def resized(storage: torch.UntypedStorage, size: int) -> Any:
+        if storage.device.type != "cuda":
+            return resize(storage, size)
+        native.resize(storage._cdata, size)  # noqa: SLF001 - the storage's identity
+        return storage
+
     with ExitStack() as stack:
         for name, answer in ANSWERS.items():
             stack.enter_context(patch.object(torch.cuda, name, answer))
+        stack.enter_context(patch.object(torch.UntypedStorage, "resize_", resized))
+        stack.enter_context(patch.object(LOGGER, "set_runtime_stats_and_log", lambda _: None))
         stack.enter_context(patch.object(torch.backends.cudnn, "is_acceptable", lambda _: False))
         for name in RANGES:
             stack.enter_context(patch.object(torch.cuda.nvtx, name, lambda *_: 0))

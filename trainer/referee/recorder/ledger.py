@@ -10,7 +10,7 @@ from estimator.eager.ledger import Category, Event, Ledger, Phase, Storage, Wher
 from estimator.eager.letters import Size, constant
 from trainer.referee.recorder.kernels import Turn, kernel_of
 from trainer.referee.recorder.log import ENGINE, LEFT_OUT, NODE, RUN, Kind, Mark
-from trainer.referee.recorder.scratch import scratch_of
+from trainer.referee.recorder.scratch import scratch_of, turns_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -177,6 +177,10 @@ class Reader:
         if operands >= 0 and (self.kernels or kind == LEFT_OUT):
             running.inputs = self.log.values(operands)
         if kind == LEFT_OUT:
+            for n in turns_of(self.device, named, running.inputs or ()):
+                storage = Storage(size(n), 1, Category.TEMPORARY, self._here)
+                self._event(1, storage, storage.where, 0)
+                self._event(-1, storage, storage.where, 0)
             held = scratch_of(self.device, named, running.inputs or (), self.threads)
             running.scratch = [Storage(size(n), 1, Category.TEMPORARY, self._here) for n in held]
             for storage in running.scratch:

@@ -156,6 +156,15 @@ Held* held_of(const at::Tensor& t) {
   return data.get_deleter() == &free_held ? static_cast<Held*>(data.get_context()) : nullptr;
 }
 
+// `UntypedStorage.resize_` of CUDA, which PyTorch's library for CUDA has: other memory, with the same values in it.
+void resize(c10::StorageImpl& storage, size_t nbytes) {
+  const size_t kept = std::min(nbytes, storage.nbytes());
+  c10::DataPtr to = cuda_.allocate(nbytes);
+  if (kept && nbytes <= REAL && storage.nbytes() <= REAL) std::memcpy(to.mutable_get(), storage.data(), kept);
+  storage.set_data_ptr_noswap(std::move(to));
+  storage.set_nbytes(nbytes);
+}
+
 int64_t number_of(const c10::StorageImpl& storage) {
   const auto& data = storage.data_ptr();
   return data.get_deleter() == &free_held ? static_cast<Held*>(data.get_context())->id : 0;
@@ -807,14 +816,15 @@ std::unique_ptr<at::ObserverContext> begin(const at::RecordFunction& f) {
   int64_t operands = -1;
   const bool node = f.scope() == at::RecordScope::BACKWARD_FUNCTION;
   bool kernel = op && !log.kernel && log.kernels.count(name);
-  if (kernel && log.cuda) {
-    bool any = false, cuda = false;
+  if (kernel) {
+    bool any = false, cuda = false, wrapped = false;
     for (const auto& x : f.inputs())
       each_tensor(x, [&](const at::Tensor& t) {
         any = true;
         cuda |= t.is_cuda();
+        wrapped |= t.key_set().has(DispatchKey::Python);  // a DTensor, whose kernels are those that it asks for within
       });
-    kernel = cuda || !any;
+    kernel = !wrapped && (!log.cuda || cuda || !any);
   }
   if (kernel) {
     log.kernel = log.depth;
@@ -897,6 +907,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   });
   m.def("number_of", [](int64_t cdata) { return number_of(*reinterpret_cast<c10::StorageImpl*>(cdata)); },
         "The number of a storage, from its `_cdata`; 0 of one that was made before `install`.");
+  m.def("resize", [](int64_t cdata, size_t nbytes) { resize(*reinterpret_cast<c10::StorageImpl*>(cdata), nbytes); },
+        "Give a storage of CUDA's so many bytes.");
   m.def("made_of", [](int64_t cdata) -> std::optional<std::string> {
     const auto& data = reinterpret_cast<c10::StorageImpl*>(cdata)->data_ptr();
     if (data.get_deleter() != &free_held) return std::nullopt;

@@ -18,6 +18,8 @@ operators = torch._C._dispatch_get_all_op_names  # noqa: SLF001 - likewise
 # other operators and run as they are.
 FORMS = ("empty", "empty_strided", "resize_", "set_", "resize_as_", "_resize_output_", "record_stream", "pin_memory")
 WRITTEN = ("mean", "roll")
+# Written in Python in terms of aten's: messages go to the process group, `fully_shard` copies by operators of its own.
+WRAPPED = ("c10d::", "_c10d_functional::", "fsdp::")
 # Kernels that answer with values, or whose results have a shape that depends on values.
 DEPENDENT = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_consecutive", "bincount", "equal")
 COMPUTING = ("aten::copy_",)  # composites of all devices that compute nevertheless
@@ -36,7 +38,7 @@ def kernels_of(device: str = "cpu") -> list[str]:
         name
         for name, schema in schemas().items()
         if (has_kernel(name, "CPU") or name in COMPUTING or name in cuda)
-        and "c10d" not in name  # messages go to the process group, which may be PyTorch's fake one
+        and not name.startswith(WRAPPED)
         and not any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
         and name.removeprefix("aten::").partition(".")[0] not in forms
     ]

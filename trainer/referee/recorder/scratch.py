@@ -42,6 +42,20 @@ def scratch_of(device: str, name: str, inputs: Sequence[Any], threads: int) -> S
     return rule(inputs, threads)
 
 
+def turns_of(device: str, name: str, inputs: Sequence[Any]) -> Sequence[int]:
+    """Bytes that a kernel has for itself one after the other, each let go before the next: of `cat` into another dtype.
+
+    What the common dtype of a TensorIterator's inputs is not, an output is written through a copy in that dtype
+    (`cat_out_cpu` of aten/src/ATen/native/TensorShape.cpp takes one tensor after the other).
+    """
+    if device != "cpu" or name.removeprefix("aten::") not in ("cat", "cat.out"):
+        return ()
+    parts = [x for x in inputs[0] if isinstance(x, Operand) and x.numel]
+    out = inputs[2] if name.endswith("out") else None
+    dtype = out.dtype if isinstance(out, Operand) else common_dtype(parts)
+    return [x.nbytes for x in parts if x.dtype != dtype]
+
+
 def _casts(inputs: Sequence[Any], _: int) -> Sequence[int]:
     """TensorIterator reads an operand of another dtype than the computation's through a copy.
 

@@ -78,6 +78,12 @@ def as_step(built: Any, plan: Plan | None = None, device: str = "cpu") -> Any:
         raise ConfigError(f"precision = {p.precision!r}: allowed for a module of your own are {', '.join(PRECISIONS)}")
     if p.precision in PARAMETERS:
         module, inputs = module.to(PARAMETERS[p.precision]), in_dtype(inputs, PARAMETERS[p.precision])
+    for name, mesh in ((n, getattr(x, "device_mesh", None)) for n, x in module.named_parameters()):
+        if mesh is not None and mesh.device_type != device:
+            raise ConfigError(
+                f"{name} is shared out on a mesh of {mesh.device_type}, and the rules are {device}'s: let build take "
+                "`device` and give it to init_device_mesh, or choose the mesh's rules with --device"
+            )
     if device != "cpu":
         module, inputs = module.to(device), tree_map_only(torch.Tensor, lambda x: x.to(device), inputs)
     return ModuleStep(module, loss, inputs if isinstance(inputs, tuple) else (inputs,), p, device)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import weakref
-from itertools import groupby
+from contextlib import nullcontext
+from itertools import accumulate, groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -14,7 +15,9 @@ from torch.utils._pytree import tree_leaves
 from estimator.eager.ledger import Category, Phase
 from trainer.referee.first_difference import Event, real_events
 from trainer.referee.measure import Saved, kept_by_selective_checkpoints, nbytes, onednn
+from trainer.referee.recorder.assumptions import DEALT
 from trainer.referee.recorder.recording import record
+from trainer.referee.recorder.routing import dealt_out
 from trainer.referee.recorder.steps import as_step, eager
 
 if TYPE_CHECKING:
@@ -38,6 +41,8 @@ class Truth(NamedTuple):
         runs: those of both.
         held: bytes of what autograd saves in a forward, of parameters and of the optimizer's state: of the recording
             and of the real step. What autograd saves is known of a step that has a `forward` alone.
+        own_routing: the peak of a real step whose router chooses for itself; None where the recording has not dealt
+            out a router's choices. All else is of a real step in which they are dealt out likewise.
     """
 
     peak: tuple[int, int]
@@ -46,6 +51,7 @@ class Truth(NamedTuple):
     recording: Recording
     runs: tuple[list[list[Event]], list[list[Event]]]
     held: dict[str, tuple[int, int]]
+    own_routing: int | None = None
 
     @property
     def differences(self) -> dict[str, int]:
@@ -54,32 +60,42 @@ class Truth(NamedTuple):
 
 
 def judged(build: Callable[[], Any], plan: Plan | None = None) -> Truth:
-    """Record the step, by the CPU's rules, and run it for real under the profiler."""
+    """Record the step, by the CPU's rules, and run it for real under the profiler.
+
+    Where the recording deals out a router's choices, so does the real step (`dealt_out`): like is compared with like.
+    """
     recording = record(build, plan, "cpu")
     setup = sum(e.where.phase is Phase.SETUP for e in recording.ledger.events)
     ours = [
         Event(int(delta), f"{e.where.phase} {e.where.module} {e.where.op}")
         for e, delta in zip(recording.ledger.events, recording.account.delta, strict=True)
     ]
+    routes = any(said.what.startswith(DEALT) for said in recording.assumptions)
     step = as_step(build(), plan)
     with eager(step):
-        real = _real(step)
-        saved = saved_bytes(step) if hasattr(step, "forward") else None
+        with dealt_out() if routes else nullcontext():
+            real = _real(step)
+            saved = saved_bytes(step) if hasattr(step, "forward") else None
+        own = _real(step) if routes else None
     runs = in_runs(ours[setup:]), in_runs(real)
     first = next((i for i, (a, b) in enumerate(zip(*runs, strict=False)) if _bytes(a) != _bytes(b)), None)
     if first is None and len(runs[0]) != len(runs[1]):
         first = min(map(len, runs))
-    live = most = sum(e.nbytes for e in ours[:setup])
-    for event in real:
-        live += event.nbytes
-        most = max(most, live)
+    before = sum(e.nbytes for e in ours[:setup])
     held = {
         "parameters": (recording.bytes_before(Category.PARAMETER), nbytes(step.model.parameters())),
         "states": (recording.bytes_before(Category.OPTIMIZER), nbytes(states(step))),
     }
     if saved is not None and recording.saved_bytes is not None:
         held["saved"] = recording.saved_bytes, saved
-    return Truth((recording.peak_bytes, most), (len(ours) - setup, len(real)), first, recording, runs, held)
+    peaks = recording.peak_bytes, _peak(before, real)
+    routed = None if own is None else _peak(before, own)
+    return Truth(peaks, (len(ours) - setup, len(real)), first, recording, runs, held, routed)
+
+
+def _peak(before: int, events: Iterable[Event]) -> int:
+    """The most bytes alive, of so many before the events."""
+    return max(accumulate((e.nbytes for e in events), initial=before))
 
 
 def states(step: Any) -> list[Tensor]:
@@ -130,14 +146,21 @@ def compare(build: Callable[[], Any], plan: Plan | None = None) -> str:
     """`judged` in words, with the first difference where there is one."""
     truth = judged(build, plan)
     ours, real = truth.peak
+    routed, own = "", ""
+    if truth.own_routing is not None:
+        routed = " whose router's choices are dealt out as is assumed"
+        own = f" Where it chooses for itself the peak is {truth.own_routing:,} bytes ({ours - truth.own_routing:+,})."
     if truth.first is None:
-        return f"A real step on this CPU: all {truth.events[1]:,} events are equal, and so is the peak, {real:,} bytes."
+        equal = f"all {truth.events[1]:,} events are equal, and so is the peak, {real:,} bytes."
+        return f"A real step on this CPU{routed}: {equal}{own}"
     differs = (
-        f"A real step on this CPU: its peak is {real:,} bytes, the recording's {ours:,} ({ours - real:+,}); of "
+        f"A real step on this CPU{routed}: its peak is {real:,} bytes, the recording's {ours:,} ({ours - real:+,}); of "
         f"{truth.events[1]:,} events the first that differs is of a run of {len(truth.runs[1][truth.first])}:"
     )
     lines = [differs]
     for name, runs in zip(("recorded", "real"), truth.runs, strict=True):
         run = runs[truth.first] if truth.first < len(runs) else []
         lines += [f"  {name:8} {e.nbytes:>14,}  {e.place}" for e in run[:6]]
+    if own:
+        lines.append(own.strip())
     return "\n".join(lines)

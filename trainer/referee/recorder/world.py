@@ -1,0 +1,202 @@
+"""One rank of a world whose other ranks are not there: collectives allocate what a backend's do, and send nothing.
+
+PyTorch's own fake process group allocates nothing, and its answer is none that DDP's reducer takes. Here a tensor of
+the CPU is treated by the statements of gloo (torch/csrc/distributed/c10d/ProcessGroupGloo.cpp): what it copies is
+copied. A tensor of CUDA is NCCL's, which sends from and receives into the tensors that it is given.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch.futures import Future
+
+from estimator.describe.checks import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+
+NAME = "one_rank"  # of the backend
+c10d: Any = torch._C._distributed_c10d  # noqa: SLF001 - what torch's stubs have half of
+
+
+def one_rank(ranks: int, rank: int = 0) -> None:
+    """Be `rank` of so many, as `init_process_group` would: DTensor's layouts, `fully_shard` and DDP are built on it.
+
+    Raises:
+        ConfigError: fewer than one rank, or a rank that is not among them.
+    """
+    if ranks < 1:
+        raise ConfigError(f"fake_world = {ranks}: must be 1 or more")
+    if not 0 <= rank < ranks:
+        raise ConfigError(f"fake_rank = {rank}: must be from 0 to {ranks - 1}, the ranks of fake_world = {ranks}")
+    if not hasattr(dist.Backend, NAME.upper()):
+        dist.Backend.register_backend(NAME, _create, devices=["cpu", "cuda"])
+    dist.init_process_group(NAME, store=c10d.HashStore(), rank=rank, world_size=ranks)
+
+
+def _done(result: Any) -> dist.Work:
+    """Work that is over; DDP takes the sums from its future."""
+    future: Future[Any] = Future()
+    future.set_result(result)
+    work: dist.Work = c10d._create_work_from_future(future)  # noqa: SLF001 - as PyTorch's own groups in Python do
+    return work
+
+
+def _receive(into: Tensor, own: Tensor) -> None:
+    """What others send is taken to be what this rank does: whole numbers, which are read, are there."""
+    if not own.is_floating_point():
+        into.copy_(own.view_as(into))
+
+
+def told(outputs: Sequence[Tensor]) -> None:
+    """The flight recorder is shown a tensor like what a gather will have given, made for it (`getOutputTensors`)."""
+    outputs[0].new_empty((len(outputs), *outputs[0].shape))
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    """`flattenDenseTensors`: of one a view."""
+    return tensors[0].contiguous().view(-1) if len(tensors) == 1 else torch.cat([x.reshape(-1) for x in tensors])
+
+
+class Collectives:
+    """What PyTorch asks a process group for."""
+
+    rank: Callable[[], int]  # of `ProcessGroup`
+    size: Callable[[], int]
+
+    @property
+    def group_name(self) -> str:
+        """The name under which PyTorch has registered it."""
+        names: Any = dist.distributed_c10d._world.pg_names  # noqa: SLF001 - as PyTorch's own groups in Python do
+        return str(names[self])
+
+    def getBackendName(self) -> str:
+        """What it is called."""
+        return NAME
+
+    def _reduce(self, x: Tensor, options: Any) -> None:
+        """In place; gloo has no mean, and divides the sum by a number."""
+        if x.is_cpu and options.reduceOp == c10d.ReduceOp.RedOpType.AVG:
+            with torch.no_grad():
+                x.div_(self.size())
+
+    def allreduce(self, tensors: list[Tensor], options: Any) -> dist.Work:
+        """`AsyncAllreduceWork`."""
+        for x in tensors:
+            self._reduce(x, options)
+        return _done(tensors)
+
+    def allreduce_coalesced(self, tensors: list[Tensor], _: Any = None) -> dist.Work:
+        """`AsyncAllreduceCoalescedWork`: through one flat tensor."""
+        with torch.no_grad():
+            if tensors[0].is_cpu:
+                flat = _flat(tensors)
+                for x, part in zip(tensors, torch.split(flat, [x.numel() for x in tensors]), strict=True):
+                    x.copy_(part.view_as(x))
+        return _done(tensors)
+
+    def broadcast(self, tensors: list[Tensor], _: Any = None) -> dist.Work:
+        """In place."""
+        return _done(tensors)
+
+    def reduce(self, tensors: list[Tensor], _: Any = None) -> dist.Work:
+        """In place."""
+        return _done(tensors)
+
+    def barrier(self, _: Any = None) -> dist.Work:
+        """Nothing is waited for."""
+        return _done([])
+
+    def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], _: Any = None) -> dist.Work:
+        """`AsyncAllgatherWork`: gloo receives into one flat tensor of its own, and copies what came out of it."""
+        with torch.no_grad():
+            if inputs[0].is_cpu:
+                told(outputs[0])
+                own = _flat(inputs)
+                received = own.new_empty((len(outputs[0]), *outputs[0][0].shape))
+                for x, part in zip(outputs[0], received, strict=True):
+                    _receive(part, own)
+                    x.copy_(part)
+            else:
+                for x in outputs[0]:
+                    _receive(x, inputs[0])
+        return _done(outputs)
+
+    def all_gather_single(self, output: Tensor, own: Tensor, options: Any = None) -> dist.Work:
+        """`_allgather_base`: of the parts of one tensor."""
+        self.allgather([list(output.detach().chunk(self.size()))], [own], options)
+        return _done([output])
+
+    def all_gather_single_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], _: Any = None) -> dist.Work:
+        """`AsyncAllgatherCoalescedWork`: all of them in one flat tensor, and what all send in another."""
+        with torch.no_grad():
+            if inputs[0].is_cpu:
+                told([x.chunk(self.size())[0] for x in outputs])
+                own = _flat(inputs)
+                received = own.new_empty(own.numel() * self.size())
+                parts = torch.split(received, [x.numel() for x in outputs])
+                for x, part in zip(outputs, parts, strict=True):
+                    x.copy_(part.view_as(x))
+        return _done(outputs)
+
+    def reduce_scatter_single(self, output: Tensor, whole: Tensor, options: Any) -> dist.Work:
+        """`_reduce_scatter_base`."""
+        return self.reduce_scatter_single_coalesced([output], [whole], options)
+
+    def reduce_scatter_single_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], options: Any) -> dist.Work:
+        """`reduce_scatter_tensor_coalesced`: gloo reduces all of it in a copy, and takes this rank's part of that."""
+        with torch.no_grad():
+            if inputs[0].is_cpu:
+                copies = [x.clone() for x in inputs]
+                for copy in copies:
+                    self._reduce(copy, options)
+                for output, copy in zip(outputs, copies, strict=True):
+                    output.copy_(copy.chunk(self.size())[self.rank()])
+        return _done(outputs)
+
+    def all_to_all_single(self, output: Tensor, *_: Any) -> dist.Work:
+        """gloo receives straight into it."""
+        return _done([output])
+
+    def alltoall(self, outputs: list[Tensor], *_: Any) -> dist.Work:
+        """Likewise."""
+        return _done(outputs)
+
+    def scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], *_: Any) -> dist.Work:
+        """From and to where they lie."""
+        with torch.no_grad():
+            for x in inputs[:1]:
+                _receive(outputs[0], x[self.rank()])
+        return _done(outputs)
+
+    def gather(self, outputs: list[list[Tensor]], inputs: list[Tensor], *_: Any) -> dist.Work:
+        """`AsyncGatherWork`: where they come to, through one flat tensor."""
+        return self.allgather(outputs, inputs) if outputs else _done(inputs)
+
+    def send(self, tensors: list[Tensor], *_: Any) -> dist.Work:
+        """From where it lies."""
+        return _done(tensors)
+
+    def recv(self, tensors: list[Tensor], *_: Any) -> dist.Work:
+        """To where it will lie."""
+        return _done(tensors)
+
+    # Names before 2.12.
+    _allgather_base = all_gather_single
+    _reduce_scatter_base = reduce_scatter_single
+    allgather_into_tensor_coalesced = all_gather_single_coalesced
+    reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
+    alltoall_base = all_to_all_single
+
+
+Alone: Any = type("Alone", (Collectives, dist.ProcessGroup), {})  # torch's stubs have other signatures
+
+
+def _create(_: Any, rank: int, ranks: int, __: Any) -> Any:
+    """As `register_backend` has it."""
+    return Alone(rank, ranks)
