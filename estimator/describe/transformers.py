@@ -60,6 +60,7 @@ class Written:
         tables_by_kind: each kind of layer has cosines and sines of its own (Gemma 3).
         passes_positions: blocks are given the positions' ids, which their checkpoints then keep.
         whole_scale: the embedding's scale is a buffer of an integer (MiniCPM 3).
+        divides_hidden: what goes into the head is divided by a number, not its logits multiplied (MiniCPM 3).
         routed: its mixtures of experts; None if how they are written is not known.
         names_all: what attention and the feed-forward find have names of their own, to a block's end (StableLM).
     """
@@ -78,6 +79,7 @@ class Written:
     passes_positions: bool = True
     names_all: bool = False
     whole_scale: bool = False
+    divides_hidden: bool = False
     routed: Routed | None = None
 
 
@@ -104,7 +106,7 @@ MIXTURES: dict[str, Written] = {
     "exaone_moe": Written(queries="transposed", routed=DEEPSEEK),
     "glm4_moe": GLM,
     "glm4_moe_lite": Written(routed=DEEPSEEK),
-    "minicpm3": Written(whole_scale=True),
+    "minicpm3": Written(whole_scale=True, divides_hidden=True),
     "mixtral": Written(routed=MIXTRAL),
     "olmoe": Written(queries="whole", routed=replace(MIXTRAL, like_logits=True)),
     "qwen2_moe": Written(masks=("full", "window"), routed=replace(MIXTRAL, like_logits=True, shared="first")),
