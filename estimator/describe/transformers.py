@@ -78,6 +78,7 @@ class Written:
 
 # Decoders with statements of their own.
 OLDER: dict[str, Written] = {
+    "biogpt": Written("biogpt"),
     "bloom": Written("bloom", eager_alone=True),
     "codegen": Written("codegen", rotation="neighbours", tables_fp32=True),
     "falcon": Written("falcon", undropped="rotary"),
@@ -89,6 +90,7 @@ OLDER: dict[str, Written] = {
     "gptj": Written("gptj", rotation="neighbours"),
     "openai-gpt": Written("openai-gpt", eager_alone=True, checkpoints=False),
     "opt": Written("opt", norm=""),
+    "xglm": Written("xglm", eager_alone=True),
 }
 LLAMA = Written()
 WINDOWS = Written(masks=("full",))
