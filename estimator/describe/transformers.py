@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from estimator.describe.checks import ConfigError
+from estimator.describe.routed import DEEPSEEK, MIXTRAL, QWEN, Routed
 from estimator.describe.settings import Needs
 
 if TYPE_CHECKING:
@@ -58,6 +59,8 @@ class Written:
         tables_fp32: cosines and sines stay in fp32 (OLMo).
         tables_by_kind: each kind of layer has cosines and sines of its own (Gemma 3).
         passes_positions: blocks are given the positions' ids, which their checkpoints then keep.
+        whole_scale: the embedding's scale is a buffer of an integer (MiniCPM 3).
+        routed: its mixtures of experts; None if how they are written is not known.
         names_all: what attention and the feed-forward find have names of their own, to a block's end (StableLM).
     """
 
@@ -74,6 +77,8 @@ class Written:
     tables_by_kind: bool = False
     passes_positions: bool = True
     names_all: bool = False
+    whole_scale: bool = False
+    routed: Routed | None = None
 
 
 # Decoders with statements of their own.
@@ -92,6 +97,25 @@ OLDER: dict[str, Written] = {
     "opt": Written("opt", norm=""),
     "xglm": Written("xglm", eager_alone=True),
 }
+GLM = Written(queries="viewed", partial="inside", routed=DEEPSEEK)
+# Those with experts or latent attention.
+MIXTURES: dict[str, Written] = {
+    "axk1": Written(routed=DEEPSEEK),
+    "deepseek_v3": Written(routed=DEEPSEEK),
+    "dots1": Written(routed=DEEPSEEK),
+    "exaone_moe": Written(queries="transposed", routed=DEEPSEEK),
+    "glm4_moe": GLM,
+    "glm4_moe_lite": Written(routed=DEEPSEEK),
+    "minicpm3": Written(whole_scale=True),
+    "mixtral": Written(routed=MIXTRAL),
+    "olmoe": Written(queries="whole", routed=replace(MIXTRAL, like_logits=True)),
+    "qwen2_moe": Written(masks=("full", "window"), routed=replace(MIXTRAL, like_logits=True, shared="first")),
+    "qwen3_moe": Written(routed=QWEN),
+    "sarvam_mla": Written(routed=DEEPSEEK),
+    "sarvam_moe": GLM,
+    "solar_open": Written(routed=DEEPSEEK),
+    "youtu": Written(),
+}
 LLAMA = Written()
 WINDOWS = Written(masks=("full",))
 COHERE = Written(norm="centred", rotation="repeated-fp32")
@@ -99,6 +123,7 @@ OLMO = Written(norm="upcast-late", queries="whole", tables_fp32=True)
 # By model_type, or the family that its parts are: the classes that are known.
 CLASSES: dict[str, Written] = {
     **OLDER,
+    **MIXTURES,
     **dict.fromkeys(("arcee", "bitnet", "exaone", "gemma", "granite", "hunyuan_v1_dense"), LLAMA),
     **dict.fromkeys(("hyperclovax", "internlm3", "iquestcoder", "jais2", "llama", "mistral", "nanochat"), LLAMA),
     **dict.fromkeys(("starcoder2",), LLAMA),
@@ -144,13 +169,12 @@ def check_model(p: Plan, m: ModelConfig) -> None:
     parts = m.made_of
     own_heads = parts.attention.qk_norm == "head-own" and m.family == "stablelm"  # one module for each head
     unknown = (
-        ("attention.latent", parts.attention.latent, parts.attention.latent == "none"),
         ("attention.sinks", parts.attention.sinks, not parts.attention.sinks),
         ("attention.out_gate", parts.attention.out_gate, not parts.attention.out_gate),
         ("attention.query_scaling", parts.attention.query_scaling, parts.attention.query_scaling == "none"),
         ("attention.qk_norm", parts.attention.qk_norm, not own_heads),
         ("mlp.activation", parts.mlp.activation, parts.mlp.activation != "xielu"),
-        ("experts", parts.experts is not None, parts.experts is None),
+        ("experts", parts.experts is not None, parts.experts is None or CLASSES[m.family].routed is not None),
     )
     for name, value, known in unknown:
         if not known:

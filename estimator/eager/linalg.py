@@ -310,9 +310,9 @@ def scaled_dot_product_attention(
 
     Saves its inputs, its output and the log-sum-exp of each row. On the CPU each thread has a scratch for one tile; on
     CUDA the backward of flash adds up dq in fp32. `efficient` is CUDA's memory-efficient kernel, which takes fp32 and
-    masks too. Of a boolean mask every call makes one to add, in the inputs' dtype, and saves it; autocast casts one of
-    numbers; the memory-efficient kernel `pads` rows that are no multiple of 8 elements in a copy (`preprocess_mask` in
-    attention.cpp).
+    masks too, and whose values may have a width of their own, which is the result's. Of a boolean mask every call makes
+    one to add, in the inputs' dtype, and saves it; autocast casts one of numbers; the memory-efficient kernel `pads`
+    rows that are no multiple of 8 elements in a copy (`preprocess_mask` in attention.cpp).
 
     CUDA's flash saves the generator's state in CUDA memory, with dropout or without: seed and offset in one tensor, and
     one that nothing uses. The memory-efficient kernel's are on the CPU, unless a CUDA graph is captured. Heads whose
@@ -397,7 +397,7 @@ def _fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, dr
     node = record("ScaledDotProductFlashAttentionBackward0", (q, k, v), backward, inputs)
 
     def compute() -> tuple[Tensor, ...]:
-        out = _heads_inside(q) if efficient else empty_like(q)
+        out = _heads_inside(q, v.shape[-1]) if efficient else empty_like(q)
         lse = machine.empty((b, rounded_up(t, 32) if efficient else t, h), FLOAT32)
         if machine.device == "cpu":  # a tile of scores, its rows' maximum and sum, and a tile of the output
             n, s, w = threads, tile_rows(t), tile_keys(k.shape[2])
@@ -427,11 +427,11 @@ def _generator_state(machine: Machine, *, drops: bool) -> tuple[Tensor, Tensor]:
     return state, unused
 
 
-def _heads_inside(x: Tensor) -> Tensor:
-    """A new tensor of x's shape (B, h, T, e), stored as (B, T, h, e)."""
-    b, h, t, e = x.shape
+def _heads_inside(x: Tensor, width: Size | None = None) -> Tensor:
+    """A new tensor of x's shape (B, h, T, e), or of another `width`, stored as (B, T, h, e)."""
+    b, h, t, e = (*x.shape[:3], width or x.shape[3])
     stride = x.machine.contiguous((b, t, h, e))
-    return x.machine.empty(x.shape, x.dtype, stride=(stride[0], stride[2], stride[1], stride[3]))
+    return x.machine.empty((b, h, t, e), x.dtype, stride=(stride[0], stride[2], stride[1], stride[3]))
 
 
 def _attention_kernel(

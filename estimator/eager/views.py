@@ -199,6 +199,36 @@ def slice_last(x: Tensor, length: Size, step: int = 1) -> Tensor:
 
 
 @op
+def copy_into_last(base: Tensor, source: Tensor) -> None:
+    """base[..., start : start + n].copy_(source), as wide as the source: base becomes the result of `CopySlices`.
+
+    Backward (torch/csrc/autograd/functions/tensor.cpp) copies the gradient, and the slice out of it; where what base
+    was wants a gradient, zeros take the slice's place.
+    """
+    shape, before = source.shape, source.dtype
+
+    def backward(c: Context, grad: Tensor) -> Gradients:
+        machine = grad.machine
+        c.whole = machine.empty(base_shape, dtype)
+        machine.kernel("copy_", (grad,), (c.whole,))
+        c.part = machine.empty(shape, dtype)
+        machine.kernel("clone", (c.part,), (c.part,))
+        if c.needs[0]:
+            c.zeros = machine.empty(shape, dtype)
+            machine.kernel("copy_", (c.zeros,), (c.part,))
+        if before != dtype:
+            c.part = converted(c.part, before)
+        return [c.take("whole") if c.needs[0] else None, c.take("part")]
+
+    base_shape, dtype = base.shape, base.dtype
+    node = record("CopySlices", (base, source), backward)
+    base.machine.kernel("copy_", (source,), (base,))
+    if node is not None and base.grad_fn is not None:
+        base.grad_fn.drop()
+    attach(node, base)
+
+
+@op
 def narrow(x: Tensor, length: Size, dim: int = 0) -> Tensor:
     """x.narrow(dim, start, length): a view; backward is the gradient in a tensor of zeros."""
     before = x.shape

@@ -45,6 +45,7 @@ class Block(Module):
     """One layer."""
 
     build_attention: Callable[[Machine, Recipe], Any] = staticmethod(build_attention)
+    build_experts: type[SparseFeedForward] = SparseFeedForward
     build_feed_forward: Callable[[Machine, MLP, Size, Size, Recipe], Any] = staticmethod(build_feed_forward)
 
     def __init__(self, machine: Machine, index: int, recipe: Recipe, kind: BlockKind) -> None:
@@ -56,7 +57,7 @@ class Block(Module):
             self.attention_post_norm = self.norm("attention_post_norm")
             self.ffn_norm = self.norm("ffn_norm")
             self.ffn = self.child(
-                SparseFeedForward(machine, recipe)
+                self.build_experts(machine, recipe)
                 if kind.layer.sparse
                 else self.build_feed_forward(machine, parts.mlp, size["d"], size["f"], recipe)
             )

@@ -228,6 +228,9 @@ class Experts(Module):
 class SparseFeedForward(Module):
     """Each token through K of E experts, and all through the shared one."""
 
+    build_router: type[Router] = Router
+    build_experts: type[Experts] = Experts
+
     def __init__(self, machine: Machine, recipe: Recipe) -> None:
         super().__init__(machine, "ffn")
         self.recipe, part, size = recipe, recipe.parts.experts, machine.shapes.letters
@@ -235,8 +238,8 @@ class SparseFeedForward(Module):
         self.weighs_inputs, self.averages = part.score == "sigmoid-all", part.averaged
         self.shared = self.shared_gate = None
         with self.inside():
-            self.router = self.child(Router(machine, recipe))
-            self.experts = self.child(Experts(machine, recipe))
+            self.router = self.child(self.build_router(machine, recipe))
+            self.experts = self.child(self.build_experts(machine, recipe))
             if part.shared != "none":
                 mlp = MLP(activation=part.activation, fused=part.shared_fused)
                 shared = GatedFeedForward(machine, "shared", mlp, size["d"], size["f_s"], recipe, drops=False)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 from estimator.eager import ops
 from estimator.models.block import Block
 from estimator.models.hugging_face.attention import HFAttention
+from estimator.models.hugging_face.experts import HFSparseFeedForward
+from estimator.models.hugging_face.latent import HFLatentAttention
 from estimator.models.norms import ScaleAndShift
 
 if TYPE_CHECKING:
@@ -14,10 +16,16 @@ if TYPE_CHECKING:
     from estimator.models.layers import BlockKind, Recipe
 
 
+def build_attention(machine: Machine, recipe: Recipe) -> HFAttention | HFLatentAttention:
+    """The module of the declared attention."""
+    return (HFAttention if recipe.parts.attention.latent == "none" else HFLatentAttention)(machine, recipe)
+
+
 class HFBlock(Block):
     """`LlamaDecoderLayer`."""
 
-    build_attention = staticmethod(HFAttention)
+    build_attention = staticmethod(build_attention)
+    build_experts = HFSparseFeedForward
     positional = 1
 
     def __init__(self, machine: Machine, index: int, recipe: Recipe, kind: BlockKind) -> None:

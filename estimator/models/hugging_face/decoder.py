@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from estimator.eager import ops
+from estimator.eager.ledger import Category
 from estimator.eager.losses import torch_cross_entropy
 from estimator.eager.pointwise import tanh
 from estimator.eager.tensor import FLOAT32, INT64, Locals, arguments
@@ -40,10 +41,13 @@ class HFDecoder(Transformer):
         return sorted({kind.layer.attention for kind in self.kinds}) if written.tables_by_kind else ["full"]
 
     def build_scale(self) -> None:
-        """Gemma's scale of the embedding is a buffer."""
+        """Gemma's scale of the embedding is a buffer, and MiniCPM 3's is one of an integer."""
+        assert self.recipe.written is not None
         norm = self.parts.norm
         gemma = norm.kind == "rms" and norm.weight == "plus-one" and self.parts.ends.embedding_scale is not None
         self.embedding_scale = self.buffer() if gemma else None
+        if self.recipe.written.whole_scale:
+            self.embedding_scale = self.machine.empty((), INT64, category=Category.BUFFER).hold()
 
     def forward(self, v: Locals, ids: Tensor, targets: Tensor | None = None) -> Tensor:
         assert targets is not None
@@ -66,7 +70,7 @@ class HFDecoder(Transformer):
         with Locals() as v:
             v.embeds = self.embedding(ids)
             if self.embedding_scale is not None:
-                v.embeds = ops.mul(v.embeds, self.embedding_scale)
+                v.embeds = ops.mul(v.embeds, cast(self.embedding_scale, self.embedding.weight.dtype))
             elif self.parts.ends.embedding_scale is not None:
                 v.embeds = ops.mul_number(v.embeds)
             v.positions = position_ids(self.machine, ids.shape[1])
@@ -104,8 +108,9 @@ class HFDecoder(Transformer):
         made: dict[str, Tensor | None] = {}
         for kind in kinds:
             look_for_packed_sequences(v.positions, sequences)
-            length = v.positions.shape[0]
-            made[kind] = attention_mask(self.machine, length, sequences, kind, v.embeds.dtype, eager=eager)
+            made[kind] = attention_mask(
+                self.machine, v.positions.shape[0], sequences, kind, v.embeds.dtype, eager=eager, used=kind in used
+            )
             setattr(v, f"{kind}_mask", made[kind])
         return made
 

@@ -15,13 +15,14 @@ if TYPE_CHECKING:
 
 
 def attention_mask(
-    machine: Machine, length: Size, sequences: Size, kind: str, dtype: Dtype, *, eager: bool
+    machine: Machine, length: Size, sequences: Size, kind: str, dtype: Dtype, *, eager: bool, used: bool = True
 ) -> Tensor | None:
     """`create_causal_mask` or `create_sliding_window_causal_mask`: (B, 1, T, T), None where a fused kernel needs none.
 
-    Bools of what is seen; for eager attention numbers of `dtype` that are added to the scores.
+    Bools of what is seen; for eager attention numbers of `dtype` that are added to the scores. The window that no layer
+    uses is 0 wide.
     """
-    if not eager and (kind == "full" or machine.at_most(length + 1, W)):
+    if not eager and (kind == "full" or (used and machine.at_most(length + 1, W))):
         return None
     if not eager:
         return seen(machine, length, sequences, kind)
