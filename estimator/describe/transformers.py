@@ -85,6 +85,7 @@ class Written:
 
 # Decoders with statements of their own.
 OLDER: dict[str, Written] = {
+    "biogpt": Written("biogpt"),
     "bloom": Written("bloom", eager_alone=True),
     "codegen": Written("codegen", rotation="neighbours", tables_fp32=True),
     "falcon": Written("falcon", undropped="rotary"),
@@ -96,6 +97,7 @@ OLDER: dict[str, Written] = {
     "gptj": Written("gptj", rotation="neighbours"),
     "openai-gpt": Written("openai-gpt", eager_alone=True, checkpoints=False),
     "opt": Written("opt", norm=""),
+    "xglm": Written("xglm", eager_alone=True),
 }
 GLM = Written(queries="viewed", partial="inside", routed=DEEPSEEK)
 # Those with experts or latent attention.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from estimator.models.hugging_face.biogpt import XGLM, BioGpt
 from estimator.models.hugging_face.bloom import Bloom
 from estimator.models.hugging_face.decoder import HFDecoder
 from estimator.models.hugging_face.falcon import Falcon
@@ -14,6 +15,7 @@ from estimator.models.hugging_face.openai import OpenAIGPT
 from estimator.models.hugging_face.opt import OPT
 
 DECODERS: dict[str, type[HFDecoder]] = {
+    "biogpt": BioGpt,
     "bloom": Bloom,
     "codegen": CodeGen,
     "falcon": Falcon,
@@ -25,4 +27,5 @@ DECODERS: dict[str, type[HFDecoder]] = {
     "llama": HFDecoder,
     "openai-gpt": OpenAIGPT,
     "opt": OPT,
+    "xglm": XGLM,
 }
