@@ -75,16 +75,19 @@ class HFSparseFeedForward(SparseFeedForward):
         assert recipe.written.routed is not None
         self.routed_as = recipe.written.routed
         first = [getattr(self, name) for name in self.routed_as.order]
+        self.beside = self.shared if self.routed_as.shared == "beside" else None
         self.owned.sort(key=lambda x: first.index(x) if x in first else len(first))
 
     def forward(self, v: Locals, x: Tensor) -> Tensor:
         as_written = self.routed_as
         rows = (x.machine.product(x.shape[:-1]), x.shape[-1])
         routed_whole, shared_whole = ("router" in as_written.whole), ("shared" in as_written.whole)
+        if self.shared is not None and as_written.shared == "first" and shared_whole:
+            v.shared = self.shared(x)
         if not routed_whole:
             v.rows = view(x, rows)
         given = x if shared_whole else v.rows
-        if self.shared is not None and as_written.shared == "first":
+        if self.shared is not None and as_written.shared == "first" and not shared_whole:
             v.shared = self.shared(given)
         v.logits, v.weights, v.experts = self.router(x if routed_whole else v.rows)
         if routed_whole:
@@ -92,12 +95,18 @@ class HFSparseFeedForward(SparseFeedForward):
         if self.shared is not None and as_written.shared == "between":
             v.shared = self.shared(given)
         v.y = self.experts(v.rows, v.experts, v.weights)
-        if self.shared is not None:
+        if self.shared is not None and self.beside is None:
             if shared_whole:
                 v.y = view(v.y, x.shape)
             if self.shared_gate is not None:
                 v.shared = ops.mul(sigmoid(self.shared_gate(v.rows)), v.shared)
-            v.y = ops.add(v.y, self.shared(given) if as_written.shared == "last" else v.shared)
+            if as_written.adds_fp32:
+                v.wide = cast(v.y, FLOAT32)
+                v.wide = ops.add(v.wide, cast(self.shared(given), FLOAT32))
+                v.y = cast(v.wide, x.dtype)
+                del v.wide
+            else:
+                v.y = ops.add(v.y, self.shared(given) if as_written.shared == "last" else v.shared)
         if self.out_norm is not None:
             return self.out_norm(v.y)
         return v.take("y") if v.y.shape == x.shape else view(v.y, x.shape)

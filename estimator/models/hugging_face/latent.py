@@ -10,6 +10,7 @@ from estimator.eager.letters import ONE
 from estimator.eager.tensor import Locals, arguments
 from estimator.eager.views import (
     concatenate,
+    contiguous_of,
     copy_into_last,
     expand,
     reshape,
@@ -35,7 +36,7 @@ class HFLatentAttention(LatentAttention):
         super().__init__(machine, recipe)
         self.written = recipe.written or Written()
 
-    def forward(
+    def forward(  # type: ignore[override]  # with the weights, as `HFAttention`
         self,
         v: Locals,
         x: Tensor,
@@ -44,7 +45,7 @@ class HFLatentAttention(LatentAttention):
         cos: Tensor | None,
         sin: Tensor | None,
         query_scale: Tensor | None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
         B, T, _ = x.shape
         v.q = transpose(view(self.queries(x), (B, T, self.h, self.nope + self.rope)), 1, 2)
         v.q_pass, v.q_rot = split(v.q, (self.nope, self.rope))
@@ -64,7 +65,7 @@ class HFLatentAttention(LatentAttention):
         v.y = self.attended(v.query, v.key, v.value, mask)
         v.y = reshape(v.y, (B, T, self.wide))
         v.y = self.out(v.y)
-        return v.take("y")
+        return v.take("y"), None
 
     def expanded(self, kv: Tensor, k_rot: Tensor) -> tuple[Tensor, Tensor]:
         """`expand_kv`: keys and values, (B, h, T, e_n + e_r) and (B, h, T, e_v)."""
@@ -83,7 +84,7 @@ class HFLatentAttention(LatentAttention):
         """`sdpa_attention_forward`, (B, T, h, e_v)."""
         with arguments((q, k, v, mask)) as results, Locals() as w:
             w.y = attend(q, k, v, mask, self.recipe)
-            results.append(reshape(transpose(w.y, 1, 2), (*w.y.shape[:1], w.y.shape[2], self.h, self.value)))
+            results.append(contiguous_of(transpose(w.y, 1, 2)))
         return results[0]
 
 
