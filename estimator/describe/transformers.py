@@ -94,6 +94,7 @@ OLDER: dict[str, Written] = {
     "gpt_neo": Written("gpt_neo", eager_alone=True),
     "gpt_neox": Written("gpt_neox", partial="inside"),
     "gptj": Written("gptj", rotation="neighbours"),
+    "mpt": Written("mpt", eager_alone=True),
     "openai-gpt": Written("openai-gpt", eager_alone=True, checkpoints=False),
     "opt": Written("opt", norm=""),
     "persimmon": Written("persimmon", partial="before"),

@@ -12,6 +12,7 @@ from estimator.models.hugging_face.gpt_bigcode import GPTBigCode
 from estimator.models.hugging_face.gpt_neo import GPTNeo
 from estimator.models.hugging_face.gpt_neox import GPTNeoX
 from estimator.models.hugging_face.gptj import GPTJ, CodeGen
+from estimator.models.hugging_face.mpt import Mpt
 from estimator.models.hugging_face.openai import OpenAIGPT
 from estimator.models.hugging_face.opt import OPT
 from estimator.models.hugging_face.persimmon import Persimmon
@@ -28,6 +29,7 @@ DECODERS: dict[str, type[HFDecoder]] = {
     "gpt_neox": GPTNeoX,
     "gptj": GPTJ,
     "llama": HFDecoder,
+    "mpt": Mpt,
     "openai-gpt": OpenAIGPT,
     "opt": OPT,
     "persimmon": Persimmon,
