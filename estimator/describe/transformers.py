@@ -60,6 +60,7 @@ class Written:
         tables_by_kind: each kind of layer has cosines and sines of its own (Gemma 3).
         passes_positions: blocks are given the positions' ids, which their checkpoints then keep.
         whole_scale: the embedding's scale is a buffer of an integer (MiniCPM 3).
+        divides_hidden: what goes into the head is divided by a number, not its logits multiplied (MiniCPM 3).
         routed: its mixtures of experts; None if how they are written is not known.
         names_all: what attention and the feed-forward find have names of their own, to a block's end (StableLM).
     """
@@ -78,6 +79,7 @@ class Written:
     passes_positions: bool = True
     names_all: bool = False
     whole_scale: bool = False
+    divides_hidden: bool = False
     routed: Routed | None = None
 
 
@@ -109,7 +111,7 @@ MIXTURES: dict[str, Written] = {
     "exaone_moe": Written(queries="transposed", routed=DEEPSEEK),
     "glm4_moe": GLM,
     "glm4_moe_lite": Written(routed=DEEPSEEK),
-    "minicpm3": Written(whole_scale=True),
+    "minicpm3": Written(whole_scale=True, divides_hidden=True),
     "mixtral": Written(routed=MIXTRAL),
     "olmoe": Written(queries="whole", routed=replace(MIXTRAL, like_logits=True)),
     "qwen2_moe": Written(masks=("full", "window"), routed=replace(MIXTRAL, like_logits=True, shared="first")),
@@ -159,10 +161,10 @@ def check_model(p: Plan, m: ModelConfig) -> None:
             f"implementation = 'transformers': how its class for family = {m.family!r} is written is not known; "
             f"allowed are {', '.join(sorted(CLASSES))}; estimate check --hf runs any"
         )
-    if CLASSES[m.family].eager_alone and p.attention != "naive-fp32":
+    if CLASSES[m.family].eager_alone and not p.attention.startswith("naive"):
         raise ConfigError(
             f"attention = {p.attention!r}: transformers' class for family = {m.family!r} has eager attention alone; "
-            "allowed is naive-fp32"
+            "allowed are naive, naive-fp32"
         )
     if not CLASSES[m.family].checkpoints and p.checkpointing != "none":
         raise ConfigError(
@@ -171,7 +173,9 @@ def check_model(p: Plan, m: ModelConfig) -> None:
         )
     parts = m.made_of
     own_heads = parts.attention.qk_norm == "head-own" and m.family == "stablelm"  # one module for each head
+    latent, eager = parts.attention.latent, p.attention.startswith("naive")
     unknown = (
+        ("attention.latent", f"{latent}, attention = {p.attention}", latent == "none" or not eager),
         ("attention.sinks", parts.attention.sinks, not parts.attention.sinks),
         ("attention.out_gate", parts.attention.out_gate, not parts.attention.out_gate),
         ("attention.query_scaling", parts.attention.query_scaling, parts.attention.query_scaling == "none"),

@@ -314,6 +314,32 @@ def test_a_step_whose_choices_are_dealt_out_is_recorded_event_by_event():
     assert "whose router's choices are dealt out as is assumed: all" in compare(mixture)
 
 
+class Scaled:
+    """A step with a loss scaler, as a user writes it."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        self.model, self.inputs = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32)), (torch.rand(4, 32),)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), foreach=False)
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+
+    def __call__(self):
+        with torch.autocast("cpu", torch.float16):
+            loss = self.model(*self.inputs).square().mean()
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+
+
+def test_a_loss_scaler_finds_no_overflow():
+    """It asks before it updates: the update is not skipped, and the states are there."""
+    truth = judged(Scaled)
+    assert truth.first is None
+    assert not any(truth.differences.values())
+    assert {a.what.partition(" ")[0] for a in truth.recording.assumptions} == {"0"}
+
+
 def test_code_whose_shapes_are_values_is_refused_with_its_line():
     with pytest.raises(ConfigError, match=r"test_recorder.py:\d+: `return y\[y > 0\]` wants values"):
         trainer.record(routed(chosen))

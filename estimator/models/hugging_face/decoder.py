@@ -51,11 +51,14 @@ class HFDecoder(Transformer):
 
     def forward(self, v: Locals, ids: Tensor, targets: Tensor | None = None) -> Tensor:
         assert targets is not None
-        ends = self.parts.ends
-        v.x = self.decoded(ids)
+        assert self.recipe.written is not None
+        ends, divides_hidden = self.parts.ends, self.recipe.written.divides_hidden
+        v.x = v.last = self.decoded(ids)
+        if divides_hidden:
+            v.x = ops.div_number(v.x)
         v.logits = self.head(v.x)
         with self.machine.ledger.inside("head"):
-            if ends.logits_scale is not None:
+            if ends.logits_scale is not None and not divides_hidden:
                 v.logits = ops.mul_number(v.logits)
             if ends.logits_softcap is not None:
                 v.logits = ops.div_number(v.logits)

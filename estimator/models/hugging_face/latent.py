@@ -35,7 +35,7 @@ class HFLatentAttention(LatentAttention):
         super().__init__(machine, recipe)
         self.written = recipe.written or Written()
 
-    def forward(
+    def forward(  # type: ignore[override]  # its block takes the weights too
         self,
         v: Locals,
         x: Tensor,
@@ -44,7 +44,8 @@ class HFLatentAttention(LatentAttention):
         cos: Tensor | None,
         sin: Tensor | None,
         query_scale: Tensor | None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, None]:
+        """What comes out; fused attention returns no weights."""
         B, T, _ = x.shape
         v.q = transpose(view(self.queries(x), (B, T, self.h, self.nope + self.rope)), 1, 2)
         v.q_pass, v.q_rot = split(v.q, (self.nope, self.rope))
@@ -64,7 +65,7 @@ class HFLatentAttention(LatentAttention):
         v.y = self.attended(v.query, v.key, v.value, mask)
         v.y = reshape(v.y, (B, T, self.wide))
         v.y = self.out(v.y)
-        return v.take("y")
+        return v.take("y"), None
 
     def expanded(self, kv: Tensor, k_rot: Tensor) -> tuple[Tensor, Tensor]:
         """`expand_kv`: keys and values, (B, h, T, e_n + e_r) and (B, h, T, e_v)."""
