@@ -46,7 +46,7 @@ class Written:
             "centred" Cohere's, in operators; with "" it is one kernel whatever it has.
         eager_alone: the class has no other attention.
         checkpoints: the class has gradient checkpointing.
-        undropped: the positions with which attention's weights have no dropout (Falcon: "rotary").
+        undropped: the positions with which attention's weights have no dropout (Falcon: rotary).
         queries: when what is projected becomes heads. "each": one after the other (Llama), the norm among it (Qwen3);
             "viewed": all are heads, then normed, then transposed (Cohere); "transposed": all are heads and transposed,
             then normed (Apertus); "whole": all are projected, normed or clamped, then heads (OLMo).
@@ -88,6 +88,7 @@ OLDER: dict[str, Written] = {
     "biogpt": Written("biogpt"),
     "bloom": Written("bloom", eager_alone=True),
     "codegen": Written("codegen", rotation="neighbours", tables_fp32=True),
+    "ctrl": Written("ctrl", undropped="sinusoidal", checkpoints=False),
     "falcon": Written("falcon", undropped="rotary"),
     "gpt-sw3": Written("gpt2"),
     "gpt2": Written("gpt2"),
@@ -95,8 +96,10 @@ OLDER: dict[str, Written] = {
     "gpt_neo": Written("gpt_neo", eager_alone=True),
     "gpt_neox": Written("gpt_neox", partial="inside"),
     "gptj": Written("gptj", rotation="neighbours"),
+    "mpt": Written("mpt", eager_alone=True),
     "openai-gpt": Written("openai-gpt", eager_alone=True, checkpoints=False),
     "opt": Written("opt", norm=""),
+    "persimmon": Written("persimmon", partial="before"),
     "xglm": Written("xglm", eager_alone=True),
 }
 GLM = Written(queries="viewed", partial="inside", routed=DEEPSEEK)
