@@ -21,6 +21,7 @@ from estimator.describe.deepspeed import SUB_GROUP
 from estimator.describe.plan import FULLY_SHARDED
 from estimator.describe.schedules import accumulation
 from estimator.describe.selection import part_of
+from estimator.describe.transformers import CLASSES
 from estimator.eager.ledger import Category, Phase
 from estimator.eager.letters import LETTERS, SYMBOLS, ZERO, Size, Sizes, as_sizes, expression, substituted
 from estimator.eager.repetition import TURNS
@@ -230,6 +231,8 @@ def recipe_of(m: ModelConfig, p: Plan, device: str, rank: int = 0) -> Recipe:
         raise ConfigError(
             f"offload = {p.offload!r}: data_parallel is 1, and it is known of several accelerators; allowed is none"
         )
+    written = CLASSES.get(m.family) if p.implementation == "transformers" else None
+    undropped = written is not None and written.undropped == m.made_of.positions.kind
     recipe = Recipe(
         parts=m.made_of.statements(),
         pattern=m.rotating_pattern,
@@ -238,7 +241,7 @@ def recipe_of(m: ModelConfig, p: Plan, device: str, rank: int = 0) -> Recipe:
         projects=m.embedding_dim is not None,
         precision=p.precision,
         fp32_gradients=p.fp32_gradients,
-        attention=p.attention_kernel(device, m),
+        attention=(p.replace(dropout=0.0) if undropped else p).attention_kernel(device, m),
         dropout=p.dropout > 0,
         keeps_last=p.kept_logits(m) is not None,
         loss=p.loss,
@@ -280,6 +283,7 @@ def recipe_of(m: ModelConfig, p: Plan, device: str, rank: int = 0) -> Recipe:
         pipeline=p.pipeline_schedule if p.is_pipeline else "",
         stage=_stage(p, rank),
         megatron=p.implementation == "megatron",
+        written=written,
         sequence_parallel=p.sequence_parallel,
         vocabulary_parallel=p.vocabulary_parallel,
         virtual_stages=p.virtual_stages,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from estimator.describe import transformers
 from estimator.describe.plan import FULLY_SHARDED
 from estimator.describe.units import GIB
 
@@ -38,6 +39,15 @@ def notes(m: ModelConfig, p: Plan, global_batch_size: int | None) -> Iterator[st
         yield (
             "Products with a scale for each row are taken to be as fast as those with one for a tensor, which alone "
             "were timed; on two published runs that was 6 and 10 % too fast."
+        )
+    if p.implementation == "transformers":
+        picks = (
+            "" if p.attention.startswith("sdpa") else f"; attention = {p.attention!r} is its eager one, it picks sdpa"
+        )
+        yield (
+            f"The statements are those of transformers {transformers.VERSION}, whose other releases differ: a batch of "
+            f"input_ids and labels, no cache of keys{picks}. An attention_mask with padding in it would make a mask of "
+            f"T x T for each sequence, which flash does not take."
         )
     if p.implementation == "megatron":
         yield "Megatron-LM's implementation is a model after its source and papers, not compared with a run of it."

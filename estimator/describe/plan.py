@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from estimator.describe import context, deepspeed, expert, megatron, pipeline, tensor
+from estimator.describe import context, deepspeed, expert, megatron, pipeline, tensor, transformers
 from estimator.describe.adapters import ALL, EXPERTS, saved_listed, targets_listed
 from estimator.describe.bundled import known_with
 from estimator.describe.checks import ConfigError, known_fields
@@ -511,9 +511,13 @@ class Plan:
                 "DeepSpeed's ZeRO 1 to 3: parameters and gradients of 16 bits, masters and states in fp32 shared out, "
                 "gradients summed in buckets. A model after its source, within a few per cent of small runs"
             ),
+            "transformers": (
+                "transformers' own class of the model's family, with the loss that it returns, as its Trainer, TRL and "
+                f"most fine-tuning scripts run it ({transformers.VERSION}): equal to recordings of these classes"
+            ),
         },
         draws=("bundled",),
-        needs=(*megatron.NEEDS, *deepspeed.NEEDS),
+        needs=(*megatron.NEEDS, *deepspeed.NEEDS, *transformers.NEEDS),
     )
     reduce_bucket_size: int = integer(
         deepspeed.BUCKET,
@@ -680,6 +684,7 @@ class Plan:
         context.check_model(self, model)
         expert.check_model(self, model)
         megatron.check_model(self, model)
+        transformers.check_model(self, model)
         parts = model.made_of
         most = 1.0
         if model.num_experts is not None and model.experts_per_token is not None:

@@ -341,14 +341,16 @@ def sum_to(x: Tensor, shape: Shape) -> Tensor:
     return total.view(shape, total.stride[leading:]) if leading else total
 
 
-def summed(x: Tensor, kept: Shape) -> Tensor:
+def summed(x: Tensor, kept: Shape, dtype: Dtype | None = None) -> Tensor:
     """x.sum to `kept`, a shape with 1 in place of each dimension that goes; autograd knows nothing of it.
+
+    CUDA's autocast asks for a `dtype`, in which its kernel adds up what it reads as it is.
 
     The CPU sums half precision in fp32, from a copy, where the two innermost dimensions of its loop are both summed
     (`should_use_acc_buffer` in aten/src/ATen/native/ReduceOps.cpp): where what is summed is not one run of strides.
     """
     machine = x.machine
-    total = machine.empty(kept, x.dtype)
+    total = machine.empty(kept, dtype or x.dtype)
     if machine.device == "cpu" and x.dtype.itemsize < FLOAT32.itemsize and _runs_summed(x, kept) > 1:
         wide = machine.empty(kept, FLOAT32).hold()
         copy = converted(x, FLOAT32).hold()

@@ -94,9 +94,14 @@ class OnHost:
 
 
 class Frame:
-    """One checkpointed call: its function, the arguments that it saved and, in backward, what it recomputed."""
+    """One checkpointed call: its function, the arguments that it saved and, in backward, what it recomputed.
 
-    def __init__(self, function: Callable[..., Tensor], args: tuple[Tensor | None, ...], *, selective: bool) -> None:
+    Of the arguments only the first few may be saved; the function itself holds the others (`functools.partial`).
+    """
+
+    def __init__(
+        self, function: Callable[..., Tensor], args: tuple[Tensor | None, ...], *, selective: bool, saves: int | None
+    ) -> None:
         self.machine = next(a for a in args if a is not None).machine
         self.function = function
         self.module, self.block = self.machine.ledger.module, self.machine.ledger.block
@@ -107,7 +112,9 @@ class Frame:
         self.kept: deque[tuple[Tensor, ...]] = deque()  # results of the operators that a selective one does not repeat
         self.rng_state = self._save_rng_state()
         self.autocast_dtype = self.machine.autocast_dtype
-        self.args: tuple[Tensor | OnHost | None, ...] = tuple(None if a is None else kept(a) for a in args)
+        self.args: tuple[Tensor | OnHost | None, ...] = tuple(
+            None if a is None else kept(a) if saves is None or i < saves else a.hold() for i, a in enumerate(args)
+        )
 
     def _save_rng_state(self) -> Tensor | None:
         if self.machine.device != "cpu":
@@ -148,7 +155,10 @@ class Frame:
                 args = [a.unpack() if isinstance(a, OnHost) else a for a in self.args]
                 try:
                     with arguments(args):
-                        self.function(*args).discard()
+                        out = self.function(*args)
+                        for t in out if isinstance(out, tuple) else (out,):
+                            if t is not None:
+                                t.discard()
                 finally:
                     for a, given in zip(self.args, args, strict=True):
                         if isinstance(a, OnHost) and given is not None:
@@ -174,10 +184,12 @@ class Frame:
         self.kept.clear()
 
 
-def checkpoint(function: Callable[..., Tensor], *args: Tensor | None, selective: bool = False) -> Tensor:
-    """`function(*args)` without its saved tensors, which backward recomputes."""
+def checkpoint(
+    function: Callable[..., Tensor], *args: Tensor | None, selective: bool = False, saves: int | None = None
+) -> Tensor:
+    """`function(*args)` without its saved tensors, which backward recomputes; `saves` are the arguments it is given."""
     with arguments(args) as results:
-        frame = Frame(function, args, selective=selective)
+        frame = Frame(function, args, selective=selective, saves=saves)
         frame.machine.frames.append(frame)
         frame.holders += 1  # its hooks are on: what is saved and forgotten again in there does not end it
         results.append(function(*args))

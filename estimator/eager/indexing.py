@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from estimator.eager.autocast import fp32
 from estimator.eager.autograd import Context, attach, record, summed
 from estimator.eager.ledger import Gemm
 from estimator.eager.letters import ONE, ceiling, constant
@@ -39,19 +40,49 @@ def index_select(x: Tensor, index: Tensor) -> Tensor:
 
 
 @op
+def pick(x: Tensor, dim: int) -> Tensor:
+    """x[..., [i], ...], one of a dimension: a copy; the index is a tensor, which is saved."""
+    machine, before = x.machine, x.shape
+
+    def backward(_: Context, grad: Tensor) -> Gradients:
+        out = machine.empty(before, grad.dtype)
+        machine.kernel("index_put_", (grad,), (out,))
+        return [out]
+
+    index = machine.empty((ONE,), INT64).hold()
+    node = record("IndexBackward0", (x,), backward, (index,))
+    out = machine.empty((*before[:dim], ONE, *before[dim + 1 :]), x.dtype)
+    machine.kernel("index", (index, out), (out,))
+    index.drop()
+    return attach(node, out)
+
+
+@op
 def gather_last(x: Tensor, index: Tensor) -> Tensor:
-    """x.gather(-1, index): saves x and the index; backward adds into zeros of x's shape."""
+    """x.gather(-1, index): saves x and the index; backward adds into zeros of x's shape.
+
+    The CPU moves half precision through a buffer in fp32 as large as the result (`create_acc_buffer` in
+    aten/src/ATen/native/cpu/ScatterGatherKernel.cpp).
+    """
 
     def backward(c: Context, grad: Tensor) -> Gradients:
         x, index = c.saved
         out = grad.machine.empty(x.shape, grad.dtype)
+        moved_in_fp32(out)
         grad.machine.kernel("scatter_add_", (grad, index), (out,))
         return [out]
 
     node = record("GatherBackward0", (x,), backward, (x, index))
     out = x.machine.empty(index.shape, x.dtype)
+    moved_in_fp32(out)
     x.machine.kernel("gather", (index, out), (out,))
     return attach(node, out)
+
+
+def moved_in_fp32(out: Tensor) -> None:
+    """The buffer of a CPU kernel that gathers or scatters half precision into `out`."""
+    if out.machine.device == "cpu" and out.dtype.itemsize < FLOAT32.itemsize:
+        out.machine.empty(out.shape, FLOAT32).discard()
 
 
 @op
@@ -159,7 +190,7 @@ def whole_number_divided(x: Tensor) -> Tensor:
 
 @op
 def sum_last(x: Tensor) -> Tensor:
-    """x.sum(-1, keepdim=True): backward expands."""
+    """x.sum(-1, keepdim=True), under CUDA's autocast in fp32: backward expands."""
     shape = x.shape
 
     def backward(_: Context, grad: Tensor) -> Gradients:
@@ -169,7 +200,7 @@ def sum_last(x: Tensor) -> Tensor:
         return [grad.view(shape, stride)]
 
     node = record("SumBackward1", (x,), backward)
-    return attach(node, summed(x, (*x.shape[:-1], ONE)))
+    return attach(node, summed(x, (*x.shape[:-1], ONE), fp32(x.machine, "cuda")))
 
 
 @op

@@ -30,14 +30,20 @@ TINY = 400  # multiplications of a matrix in a batch, from which on the CPU does
 
 
 @op
-def product(name: str, a: Tensor, b: Tensor, *more: Tensor) -> Tensor:
-    """One GEMM, (m, k) x (k, n) or (b, m, k) x (b, k, n), into a new contiguous tensor."""
+def product(name: str, a: Tensor, b: Tensor, added: Callable[[], Tensor] | None = None) -> Tensor:
+    """One GEMM, (m, k) x (k, n) or (b, m, k) x (b, k, n), into a new contiguous tensor.
+
+    What `added` makes is read too; a selective checkpoint that has kept the result makes it no second time.
+    """
     batch = a.shape[0] if len(a.shape) == 3 else ONE
     m, k, n = a.shape[-2], a.shape[-1], b.shape[-1]
 
     def compute() -> tuple[Tensor]:
+        more = [] if added is None else [added().hold()]
         out = a.machine.empty((*a.shape[:-1], n), a.dtype)
         a.machine.kernel(name, (a, b, *more), (out,), gemm=Gemm(batch, m, n, k))
+        for x in more:
+            x.drop()
         return (out,)
 
     return compute()[0] if name == "bmm" else not_repeated(a.machine, compute)[0]
@@ -148,7 +154,7 @@ def addmm(bias: Tensor, a: Tensor, b: Tensor, read: Callable[[Tensor], Tensor] |
         return [grad, c.take("grad_a") if b is not None else None, grad_b]
 
     node = record("AddmmBackward0", (bias, a, b), backward, _saved_factors(a, b))
-    return attach(node, product("addmm", a, b, bias if read is None else read(bias)))
+    return attach(node, product("addmm", a, b, lambda: bias if read is None else read(bias)))
 
 
 @op
@@ -195,7 +201,10 @@ def _fold_mm(x: Tensor, flat: Shape, weight: Tensor) -> Tensor:
 
 @op
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """(B, h, m, k) @ (B, h, k, n): both folded to three dimensions, which copies what is not contiguous enough."""
+    """(B, h, m, k) @ (B, h, k, n): both folded to three dimensions, which copies what is not contiguous enough.
+
+    One of a single head is expanded to as many as the other has.
+    """
     return _matmul(*lower(a, b))
 
 
@@ -203,6 +212,8 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
     batch = a.machine.product(a.shape[:-2])
     left = reshape(a, (batch, *a.shape[-2:])).hold()
+    if b.shape[:-2] != a.shape[:-2]:
+        b = expand(b, (*a.shape[:-2], *b.shape[-2:]))
     right = reshape(b, (batch, *b.shape[-2:])).hold()
     try:
         return unsafe_view(bmm(left, right), (*a.shape[:-1], b.shape[-1]))
@@ -301,10 +312,13 @@ def scaled_dot_product_attention(
 ) -> Tensor:
     """F.scaled_dot_product_attention by a fused kernel: the scores never exist. Causal, or with a mask of what is seen.
 
+    The CPU's flash and CUDA's take keys and values of fewer heads (`enable_gqa`).
+
     Saves its inputs, its output and the log-sum-exp of each row. On the CPU each thread has a scratch for one tile; on
     CUDA the backward of flash adds up dq in fp32. `efficient` is CUDA's memory-efficient kernel, which takes fp32 and
-    masks too. Of a boolean mask every call makes one to add, in the inputs' dtype, and saves it; the memory-efficient
-    kernel `pads` rows that are no multiple of 8 elements in a copy (`preprocess_mask` in attention.cpp).
+    masks too, and whose values may have a width of their own, which is the result's. Of a boolean mask every call makes
+    one to add, in the inputs' dtype, and saves it; autocast casts one of numbers; the memory-efficient kernel `pads`
+    rows that are no multiple of 8 elements in a copy (`preprocess_mask` in attention.cpp).
 
     CUDA's flash saves the generator's state in CUDA memory, with dropout or without: seed and offset in one tensor, and
     one that nothing uses. The memory-efficient kernel's are on the CPU, unless a CUDA graph is captured. Heads whose
@@ -312,12 +326,14 @@ def scaled_dot_product_attention(
     (`pad_last_dim<8, false>` and `post_process_flash_output` in attention.cpp).
     """
     with Locals() as c:
-        q, k, v = lower(q, k, v)
+        numbers = seen is not None and seen.dtype.is_floating
+        q, k, v, c.mask = lower(q, k, v, seen) if numbers else (*lower(q, k, v), None)
         width, flash = q.shape[-1], q.machine.device == "cuda" and not efficient
         if flash and not q.machine.divides(constant(HEAD_ALIGNMENT), width):
             c.q, c.k, c.v = (_wider(x) for x in (q, k, v))
             return slice_last(_fused_attention(c.q, c.k, c.v, None, drops=drops, efficient=False), width)
-        c.mask = additive_mask(seen, q.dtype) if seen is not None else None
+        if seen is not None and not numbers:
+            c.mask = additive_mask(seen, q.dtype)
         if pads:
             c.mask = _padded(c.mask)
         if efficient and c.mask is not None and q.machine.saves_on_host:
@@ -377,6 +393,8 @@ def _fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, dr
             )
         else:
             c.sums, c.accumulated = (machine.empty(x, FLOAT32) for x in flash_scratch(q.shape))
+            if k.shape[1] is not h:  # gradients of keys and values for every head, which are then summed
+                c.dk_expanded, c.dv_expanded = (machine.empty((b, k.shape[2], h, width), k.dtype) for _ in range(2))
         _attention_kernel(f"{name}_backward", (grad, *c.saved[:read]), (c.dq, c.dk, c.dv), products=5, again=1)
         return [c.take("dq"), c.take("dk"), c.take("dv")]
 
@@ -385,7 +403,7 @@ def _fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, dr
     node = record("ScaledDotProductFlashAttentionBackward0", (q, k, v), backward, inputs)
 
     def compute() -> tuple[Tensor, ...]:
-        out = empty_like(q)
+        out = _heads_inside(q, v.shape[-1]) if efficient else empty_like(q)
         lse = machine.empty((b, rounded_up(t, 32) if efficient else t, h), FLOAT32)
         if machine.device == "cpu":  # a tile of scores, its rows' maximum and sum, and a tile of the output
             n, s, w = threads, tile_rows(t), tile_keys(k.shape[2])
@@ -415,11 +433,11 @@ def _generator_state(machine: Machine, *, drops: bool) -> tuple[Tensor, Tensor]:
     return state, unused
 
 
-def _heads_inside(x: Tensor) -> Tensor:
-    """A new tensor of x's shape (B, h, T, e), stored as (B, T, h, e)."""
-    b, h, t, e = x.shape
+def _heads_inside(x: Tensor, width: Size | None = None) -> Tensor:
+    """A new tensor of x's shape (B, h, T, e), or of another `width`, stored as (B, T, h, e)."""
+    b, h, t, e = (*x.shape[:3], width or x.shape[3])
     stride = x.machine.contiguous((b, t, h, e))
-    return x.machine.empty(x.shape, x.dtype, stride=(stride[0], stride[2], stride[1], stride[3]))
+    return x.machine.empty((b, h, t, e), x.dtype, stride=(stride[0], stride[2], stride[1], stride[3]))
 
 
 def _attention_kernel(

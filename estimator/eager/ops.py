@@ -54,13 +54,13 @@ def broadcast(a: Shape, b: Shape) -> Shape:
 def elementwise(name: str, *operands: Tensor) -> Tensor:
     """TensorIterator: one output of the broadcast shape, laid out in the order of its operands' strides.
 
-    Operands of different floating dtypes meet in the widest; a mask is read as it is.
+    Operands of different dtypes meet in the widest floating one, or the widest; a mask is read as it is.
     """
     machine = operands[0].machine
     shape: Shape = ()
     for x in operands:
         shape = broadcast(shape, x.shape)
-    dtype = max((x.dtype for x in operands), key=lambda dtype: dtype.itemsize)
+    dtype = max((x.dtype for x in operands), key=lambda dtype: (dtype.is_floating, dtype.itemsize))
     read = [
         x.hold() if x.dtype in (dtype, BOOL) or not machine.casts_operands else converted(x, dtype).hold()
         for x in operands

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from estimator.eager import autocast
@@ -10,6 +11,7 @@ from estimator.eager.ops import (
     activation,
     add,
     add_number,
+    cast_number,
     div_number,
     elementwise,
     mul,
@@ -21,6 +23,9 @@ from estimator.eager.tensor import BOOL, Locals, Tensor, arguments, empty_like, 
 from estimator.eager.views import cast
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from estimator.eager.autograd import Backward
     from estimator.eager.ops import Gradients
 
 
@@ -53,6 +58,13 @@ def _of_its_result(name: str, x: Tensor) -> Tensor:
 
 
 @op
+def neg(x: Tensor) -> Tensor:
+    """-x."""
+    node = record("NegBackward0", (x,), lambda _, grad: [elementwise("neg", grad)])
+    return attach(node, elementwise("neg", x))
+
+
+@op
 def power(x: Tensor) -> Tensor:
     """x.pow(number): saves its input. On CUDA it is among the operators that autocast runs in fp32."""
     wide = autocast.fp32(x.machine, "cuda")
@@ -72,10 +84,13 @@ def _power(x: Tensor) -> Tensor:
 
 @op
 def clamp(x: Tensor, *, both: bool) -> Tensor:
-    """x.clamp(min, max), or with one bound alone: saves its input.
+    """x.clamp(min, max), or with one bound alone: saves its input."""
+    node = record("ClampBackward1", (x,), clamp_backward(both=both), (x,))
+    return attach(node, elementwise("clamp", x))
 
-    Backward (`clamp_backward`) is where(within, grad, 0), the zero a tensor of its own.
-    """
+
+def clamp_backward(*, both: bool) -> Backward:
+    """`clamp_backward`: where(within, grad, 0), the zero a tensor of its own."""
 
     def backward(c: Context, grad: Tensor) -> Gradients:
         x, machine = c.saved[0], grad.machine
@@ -86,8 +101,49 @@ def clamp(x: Tensor, *, both: bool) -> Tensor:
             machine.kernel("logical_and_", (c.within, c.below), (c.within,))
         return [elementwise("where", c.within, grad)]
 
-    node = record("ClampBackward1", (x,), backward, (x,))
-    return attach(node, elementwise("clamp", x))
+    return backward
+
+
+def clamp_in_place(x: Tensor) -> None:
+    """x.clamp_(min, max): saves a copy of what x was (`original_self` of VariableType), and x is the new node's."""
+    original = empty_like(x).hold() if x.requires_grad and x.machine.grad_enabled else None
+    node = record("ClampBackward1", (x,), clamp_backward(both=True), (original,))
+    if original is not None:
+        original.drop()
+    x.machine.kernel("clamp_", (x,), (x,))
+    if node is not None and x.grad_fn is not None:
+        x.grad_fn.drop()
+    attach(node, x)
+
+
+@op
+def maximum(x: Tensor, least: Tensor) -> Tensor:
+    """torch.max(x, a number in a tensor), which wants no gradient: saves both."""
+    machine = x.machine
+
+    def read() -> AbstractContextManager[None]:
+        return cast_number(machine, x.dtype) if least.dtype != x.dtype else nullcontext()
+
+    def against(name: str, x: Tensor) -> Tensor:
+        with read():
+            out = empty_like(x, BOOL)
+            machine.kernel(name, (x,), (out,))
+            return out
+
+    def backward(
+        c: Context, grad: Tensor
+    ) -> Gradients:  # where(self == other, grad / 2, grad).masked_fill_(self < other, 0)
+        x = c.saved[1]
+        c.half = with_number("div", grad)
+        c.same = against("eq", x)
+        c.out = elementwise("where", c.same, c.half, grad)
+        c.less = against("lt", x)
+        machine.kernel("masked_fill_", (c.less,), (c.out,))
+        return [c.take("out"), None]
+
+    node = record("MaximumBackward0", (x, least), backward, (least, x))
+    with read():
+        return attach(node, elementwise("maximum", x))
 
 
 def compared(name: str, x: Tensor) -> Tensor:

@@ -178,6 +178,13 @@ def stack_last(a: Tensor, b: Tensor) -> Tensor:
 
 
 @op
+def alias(x: Tensor) -> Tensor:
+    """x[:], what a slice of all of it is."""
+    node = record("AliasBackward0", (x,), lambda _, grad: [grad])
+    return attach(node, x.view(x.shape, x.stride))
+
+
+@op
 def slice_last(x: Tensor, length: Size, step: int = 1) -> Tensor:
     """x[..., start : end : step], of `length`: a view; backward is the gradient in a tensor of zeros."""
     before = x.shape
@@ -189,6 +196,36 @@ def slice_last(x: Tensor, length: Size, step: int = 1) -> Tensor:
 
     node = record("SliceBackward0", (x,), backward)
     return attach(node, x.view((*x.shape[:-1], length), (*x.stride[:-1], step * x.stride[-1])))
+
+
+@op
+def copy_into_last(base: Tensor, source: Tensor) -> None:
+    """base[..., start : start + n].copy_(source), as wide as the source: base becomes the result of `CopySlices`.
+
+    Backward (torch/csrc/autograd/functions/tensor.cpp) copies the gradient, and the slice out of it; where what base
+    was wants a gradient, zeros take the slice's place.
+    """
+    shape, before = source.shape, source.dtype
+
+    def backward(c: Context, grad: Tensor) -> Gradients:
+        machine = grad.machine
+        c.whole = machine.empty(base_shape, dtype)
+        machine.kernel("copy_", (grad,), (c.whole,))
+        c.part = machine.empty(shape, dtype)
+        machine.kernel("clone", (c.part,), (c.part,))
+        if c.needs[0]:
+            c.zeros = machine.empty(shape, dtype)
+            machine.kernel("copy_", (c.zeros,), (c.part,))
+        if before != dtype:
+            c.part = converted(c.part, before)
+        return [c.take("whole") if c.needs[0] else None, c.take("part")]
+
+    base_shape, dtype = base.shape, base.dtype
+    node = record("CopySlices", (base, source), backward)
+    base.machine.kernel("copy_", (source,), (base,))
+    if node is not None and base.grad_fn is not None:
+        base.grad_fn.drop()
+    attach(node, base)
 
 
 @op
@@ -206,6 +243,20 @@ def narrow(x: Tensor, length: Size, dim: int = 0) -> Tensor:
 
 
 @op
+def select(x: Tensor, dim: int) -> Tensor:
+    """x.select(dim, i): a view; backward is the gradient in a tensor of zeros."""
+    before = x.shape
+
+    def backward(_: Context, grad: Tensor) -> Gradients:
+        out = grad.machine.empty(before, grad.dtype)
+        grad.machine.kernel("select_backward", (grad,), (out,))
+        return [out]
+
+    node = record("SelectBackward0", (x,), backward)
+    return attach(node, _squeeze(x, dim))
+
+
+@op
 def contiguous(x: Tensor) -> Tensor:
     """x.contiguous(), of which autograd knows nothing."""
     if x.is_contiguous:
@@ -213,6 +264,12 @@ def contiguous(x: Tensor) -> Tensor:
     out = x.machine.empty(x.shape, x.dtype)
     x.machine.kernel("clone", (x,), (out,))
     return out
+
+
+@op
+def contiguous_of(x: Tensor) -> Tensor:
+    """x.contiguous() of a model: x itself, or a clone."""
+    return x if x.is_contiguous else clone(x)
 
 
 @op

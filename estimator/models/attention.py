@@ -11,7 +11,7 @@ from estimator.eager.attention import attention_math
 from estimator.eager.letters import ONE, constant
 from estimator.eager.linalg import MASK_ALIGNMENT, matmul, scaled_dot_product_attention
 from estimator.eager.pointwise import clamp, sigmoid, soft_cap
-from estimator.eager.tensor import BOOL, FLOAT32, Locals, Tensor, arguments
+from estimator.eager.tensor import FLOAT32, Locals, Tensor, arguments
 from estimator.eager.views import cast, concatenate, expand, repeat_heads, reshape, slice_last, split, transpose, view
 from estimator.models.layers import Linear, Module, dropout
 from estimator.models.norms import build_norm
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from estimator.models.layers import Recipe
 
 
+FLASH_HAS_NONE = 3  # dimensions of a mask: `check_attn_mask_shape` of aten/src/ATen/native/transformers/sdp_utils_cpp.h
+
+
 def fused_kernel(kernel: str, device: str, *, masked: bool) -> str:
     """`kernel`, but that on CUDA flash takes no mask, and the memory-efficient kernel comes next."""
     return fused_on_cuda(half=True, masked=masked) if (kernel, device) == ("flash", "cuda") else kernel
@@ -41,15 +44,19 @@ def attend(
     recipe: Recipe,
     bias: Tensor | None = None,
     sinks: Tensor | None = None,
+    *,
+    repeats: bool = True,
 ) -> Tensor:
-    """By separate ops or by SDPA."""
+    """By separate ops or by SDPA, with `enable_gqa` if it `repeats` keys and values of fewer heads."""
     machine = q.machine
     kernel = fused_kernel(recipe.attention, machine.device, masked=mask is not None)
     if (kernel, recipe.attention) == ("efficient", "flash"):  # in its place, if it takes heads of this width
         align = constant(alignment_on_cuda(half=True))
         kernel = "efficient" if machine.divides(align, q.shape[-1]) else "math"
-    if kernel == "math" or (kernel == "flash" and mask is not None and mask.dtype != BOOL):
-        return attention_math(q, k, v, mask, drops=recipe.dropout)  # a mask of three dimensions is not flash's
+    if k.shape[1] is not q.shape[1] and (kernel == "efficient" or (kernel == "flash" and not repeats)):
+        kernel = "math"  # that takes as many heads of keys as of queries
+    if kernel == "math" or (kernel == "flash" and mask is not None and len(mask.shape) == FLASH_HAS_NONE):
+        return attention_math(q, k, v, mask, drops=recipe.dropout, repeats=repeats)
     if not recipe.attention.startswith("naive"):
         efficient = kernel == "efficient"
         pads = efficient and mask is not None and not machine.divides(constant(MASK_ALIGNMENT), q.shape[-2])
@@ -81,6 +88,8 @@ def attend(
 class Attention(Module):
     """Attention with one projection each for queries, keys and values, or one for all."""
 
+    linear = Linear
+
     def __init__(self, machine: Machine, recipe: Recipe) -> None:
         super().__init__(machine, "attention")
         self.recipe, a = recipe, recipe.parts.attention
@@ -94,11 +103,11 @@ class Attention(Module):
         self.widths = (wide, narrow, narrow)
         with self.inside():
             if a.fused:
-                self.qkv = self.child(Linear(machine, "qkv", size["d"], wide + 2 * narrow, bias=a.bias))
+                self.qkv = self.child(self.linear(machine, "qkv", size["d"], wide + 2 * narrow, bias=a.bias))
             else:
-                self.q = self.child(Linear(machine, "q", size["d"], wide, bias=a.bias))
-                self.k = self.child(Linear(machine, "k", size["d"], narrow, bias=a.bias))
-                self.v = self.child(Linear(machine, "v", size["d"], narrow, bias=a.bias))
+                self.q = self.child(self.linear(machine, "q", size["d"], wide, bias=a.bias))
+                self.k = self.child(self.linear(machine, "k", size["d"], narrow, bias=a.bias))
+                self.v = self.child(self.linear(machine, "v", size["d"], narrow, bias=a.bias))
             if a.qk_norm != "none":
                 shapes = {
                     "head": ((self.e,), (self.e,)),
@@ -106,14 +115,16 @@ class Attention(Module):
                     "width": ((wide,), (narrow,)),
                 }[a.qk_norm]
                 self.q_norm, self.k_norm = (
-                    self.child(build_norm(machine, name, a.qk_norm_kind, *shape))
+                    self.child(build_norm(machine, recipe, name, a.qk_norm_kind, *shape))
                     for name, shape in zip(("q_norm", "k_norm"), shapes, strict=True)
                 )
             self.out_gate = None
             if a.out_gate:
                 self.out_gate = self.child(Linear(machine, "out_gate", size["d"], wide, bias=False))
-            self.out_norm = self.child(build_norm(machine, "out_norm", Norm("rms"), wide) if a.out_norm else None)
-            self.out = self.child(Linear(machine, "out", wide, size["d"], bias=a.out_bias))
+            self.out_norm = self.child(
+                build_norm(machine, recipe, "out_norm", Norm("rms"), wide) if a.out_norm else None
+            )
+            self.out = self.child(self.linear(machine, "out", wide, size["d"], bias=a.out_bias))
         self.sinks = self.parameter(self.h) if a.sinks else None
         if recipe.tensor_parallel:
             self.cut(size)
@@ -172,7 +183,7 @@ class Attention(Module):
         cos: Tensor | None,
         sin: Tensor | None,
         query_scale: Tensor | None,
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, Tensor | None]:
         B, T, _ = x.shape
         self.project(v, x)
         v.q = view(v.q, (B, T, self.h, self.e))

@@ -15,6 +15,10 @@ from estimator.models.norms import build_norm
 from estimator.parallel.sequence import of_whole, over_part
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from estimator.describe.parts import MLP
+    from estimator.eager.letters import Size
     from estimator.eager.tensor import Locals, Machine, Tensor
     from estimator.models.layers import BlockKind, Recipe
 
@@ -40,18 +44,22 @@ def build_attention(machine: Machine, recipe: Recipe) -> Attention | LatentAtten
 class Block(Module):
     """One layer."""
 
+    build_attention: Callable[[Machine, Recipe], Any] = staticmethod(build_attention)
+    build_experts: type[SparseFeedForward] = SparseFeedForward
+    build_feed_forward: Callable[[Machine, MLP, Size, Size, Recipe], Any] = staticmethod(build_feed_forward)
+
     def __init__(self, machine: Machine, index: int, recipe: Recipe, kind: BlockKind) -> None:
         super().__init__(machine, f"blocks.{index}", index)
         self.recipe, parts, size = recipe, recipe.parts, machine.shapes.letters
         with self.inside():
             self.attention_norm = self.norm("attention_norm")
-            self.attention = self.child(build_attention(machine, recipe))
+            self.attention = self.child(self.build_attention(machine, recipe))
             self.attention_post_norm = self.norm("attention_post_norm")
             self.ffn_norm = self.norm("ffn_norm")
             self.ffn = self.child(
-                SparseFeedForward(machine, recipe)
+                self.build_experts(machine, recipe)
                 if kind.layer.sparse
-                else build_feed_forward(machine, parts.mlp, size["d"], size["f"], recipe)
+                else self.build_feed_forward(machine, parts.mlp, size["d"], size["f"], recipe)
             )
             self.ffn_post_norm = self.norm("ffn_post_norm")
         if recipe.sequence_parallel:
@@ -66,12 +74,12 @@ class Block(Module):
         """The norm of this name, if blocks of this order have one."""
         if name not in NORMS[self.recipe.parts.order]:
             return None
-        norm = build_norm(self.machine, name, self.recipe.parts.norm, self.machine.shapes.letters["d"])
+        norm = build_norm(self.machine, self.recipe, name, self.recipe.parts.norm, self.machine.shapes.letters["d"])
         if self.recipe.sequence_parallel:
             over_part(norm, local="post" in name)
         return self.child(norm)
 
-    def forward(self, v: Locals, x: Tensor, *where: Tensor | None) -> Tensor:
+    def forward(self, v: Locals, x: Tensor, *where: Tensor | None) -> Tensor | tuple[Tensor, Tensor | None]:
         v.x = x
         match self.recipe.parts.order:
             case "pre":

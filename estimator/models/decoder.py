@@ -32,6 +32,9 @@ letter("T_l", "positions at the end of a sequence whose logits are computed")
 class Transformer(Module):
     """ids (B, T) -> logits (B, T, V), or with targets (B, T) their loss; a stage from or to (B, T, d) between."""
 
+    build_block: type[Block] = Block
+    extra_sinusoids = 0
+
     def __init__(self, machine: Machine, recipe: Recipe, like: Transformer | None = None) -> None:
         """Of several stages on one accelerator that which comes after `like`, whose tables it has too."""
         super().__init__(machine, "")
@@ -53,10 +56,11 @@ class Transformer(Module):
             length = size["C"] + parts.positions.extra_rows
             self.positions = self.child(Positions(machine, "positions", length, d))
         elif parts.positions.kind == "sinusoidal":
-            self.positions = self.child(Sinusoids(machine, "positions", size["C"], d))
+            self.positions = self.child(Sinusoids(machine, "positions", size["C"] + self.extra_sinusoids, d))
+        self.build_scale()
         norm = parts.norm
         self.embedding_norm = self.child(
-            build_norm(machine, "embedding_norm", norm, d) if parts.ends.embedding_norm and enters else None
+            build_norm(machine, recipe, "embedding_norm", norm, d) if parts.ends.embedding_norm and enters else None
         )
         self.kinds: list[BlockKind] = []
         self.blocks: list[Block] = []
@@ -66,9 +70,9 @@ class Transformer(Module):
             kind = machine.stack.kinds[index]
             assert isinstance(kind, BlockKind)
             self.kinds.append(kind)
-            self.blocks.append(self.child(Block(machine, index, recipe, kind)))
+            self.blocks.append(self.child(self.build_block(machine, index, recipe, kind)))
         normed = parts.ends.final_norm and leaves
-        self.final_norm = self.child(build_norm(machine, "final_norm", norm, d) if normed else None)
+        self.final_norm = self.child(build_norm(machine, recipe, "final_norm", norm, d) if normed else None)
         self.cuts = recipe.sequence_parallel
         if self.final_norm is not None and recipe.sequence_parallel:
             if shares:
@@ -82,9 +86,9 @@ class Transformer(Module):
         if like is not None:
             self.tables = like.tables
         elif parts.positions.kind == "rotary":
-            self.tables = [self.buffer(size["C"], size[recipe.rotated] / 2) for _ in ("cos", "sin")]
+            self.tables = self.rotary_tables()
         elif parts.positions.kind == "alibi":
-            self.tables = [self.buffer(size["h"])]
+            self.tables = self.alibi_tables()
         self.query_scale: Tensor | None = None if like is None else like.query_scale
         if like is None and parts.attention.query_scaling != "none":
             self.query_scale = self.buffer(size["C"])
@@ -95,6 +99,18 @@ class Transformer(Module):
             self.embedding.share(size["V"], scatters=scatters)
             self.head.share(size["V"], size["T"] if recipe.sequence_parallel else None)
         self.freeze()
+
+    def build_scale(self) -> None:
+        """A buffer of the embedding's scale, where it is one."""
+
+    def rotary_tables(self) -> list[Tensor]:
+        """Cosines and sines of every position."""
+        size = self.machine.shapes.letters
+        return [self.buffer(size["C"], size[self.recipe.rotated] / 2) for _ in ("cos", "sin")]
+
+    def alibi_tables(self) -> list[Tensor]:
+        """The slope of each head."""
+        return [self.buffer(self.machine.shapes.letters["h"])]
 
     def freeze(self) -> None:
         """Parameters that the recipe does not train want no gradient."""

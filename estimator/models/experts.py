@@ -228,6 +228,9 @@ class Experts(Module):
 class SparseFeedForward(Module):
     """Each token through K of E experts, and all through the shared one."""
 
+    build_router: type[Router] = Router
+    build_experts: type[Experts] = Experts
+
     def __init__(self, machine: Machine, recipe: Recipe) -> None:
         super().__init__(machine, "ffn")
         self.recipe, part, size = recipe, recipe.parts.experts, machine.shapes.letters
@@ -235,15 +238,15 @@ class SparseFeedForward(Module):
         self.weighs_inputs, self.averages = part.score == "sigmoid-all", part.averaged
         self.shared = self.shared_gate = None
         with self.inside():
-            self.router = self.child(Router(machine, recipe))
-            self.experts = self.child(Experts(machine, recipe))
+            self.router = self.child(self.build_router(machine, recipe))
+            self.experts = self.child(self.build_experts(machine, recipe))
             if part.shared != "none":
                 mlp = MLP(activation=part.activation, fused=part.shared_fused)
                 shared = GatedFeedForward(machine, "shared", mlp, size["d"], size["f_s"], recipe, drops=False)
                 self.shared = self.child(shared)
             if part.shared == "gated":
                 self.shared_gate = self.child(Linear(machine, "shared_gate", size["d"], ONE, bias=False))
-            norm = build_norm(machine, "out_norm", Norm("rms"), size["d"]) if part.out_norm else None
+            norm = build_norm(machine, recipe, "out_norm", Norm("rms"), size["d"]) if part.out_norm else None
             self.out_norm = self.child(norm)
         self.out_bias = self.parameter(size["d"]) if part.out_bias else None
 

@@ -67,14 +67,18 @@ def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 class PlainFeedForward(Module):
     """down(f(up(x)))."""
 
+    linear = Linear
+
     def __init__(self, machine: Machine, name: str, part: MLP, d: Size, f: Size, recipe: Recipe) -> None:
         super().__init__(machine, name)
         self.recipe = recipe
         with self.inside():
             self.activation = build_activation(self, part.activation)
-            self.up = self.child(Linear(machine, "up", d, f, bias=part.bias))
-            self.down_norm = self.child(build_norm(machine, "down_norm", Norm("rms"), f) if part.down_norm else None)
-            self.down = self.child(Linear(machine, "down", f, d, bias=part.bias))
+            self.up = self.child(self.linear(machine, "up", d, f, bias=part.bias))
+            self.down_norm = self.child(
+                build_norm(machine, recipe, "down_norm", Norm("rms"), f) if part.down_norm else None
+            )
+            self.down = self.child(self.linear(machine, "down", f, d, bias=part.bias))
 
     def forward(self, v: Locals, x: Tensor) -> Tensor:
         y = self.activation(self.up(x))
@@ -96,7 +100,9 @@ class GatedFeedForward(Module):
             else:
                 self.gate = self.child(Linear(machine, "gate", d, f, bias=part.bias))
                 self.up = self.child(Linear(machine, "up", d, f, bias=part.bias))
-            self.down_norm = self.child(build_norm(machine, "down_norm", Norm("rms"), f) if part.down_norm else None)
+            self.down_norm = self.child(
+                build_norm(machine, recipe, "down_norm", Norm("rms"), f) if part.down_norm else None
+            )
             self.down = self.child(Linear(machine, "down", f, d, bias=part.bias))
 
     def forward(self, v: Locals, x: Tensor) -> Tensor:

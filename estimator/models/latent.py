@@ -32,10 +32,10 @@ class LatentAttention(Module):
                 self.q = self.child(Linear(machine, "q", size["d"], queries, bias=False))
             else:
                 self.q_down = self.child(Linear(machine, "q_down", size["d"], size["d_q"], bias=a.bias))
-                self.q_norm = self.child(build_norm(machine, "q_norm", norm, size["d_q"]))
+                self.q_norm = self.child(build_norm(machine, recipe, "q_norm", norm, size["d_q"]))
                 self.q_up = self.child(Linear(machine, "q_up", size["d_q"], queries, bias=False))
             self.kv_down = self.child(Linear(machine, "kv_down", size["d"], self.rank + self.rope, bias=a.bias))
-            self.kv_norm = self.child(build_norm(machine, "kv_norm", norm, self.rank))
+            self.kv_norm = self.child(build_norm(machine, recipe, "kv_norm", norm, self.rank))
             both = machine.product((self.h, self.nope + self.value))
             self.kv_up = self.child(Linear(machine, "kv_up", self.rank, both, bias=False))
             self.wide = machine.product((self.h, self.value))

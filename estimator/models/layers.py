@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from estimator.describe.parts import Layer, Parts, Pattern
     from estimator.describe.schedules import Part, Schedule
+    from estimator.describe.transformers import Written
     from estimator.eager.letters import Size
     from estimator.eager.repetition import Layout
     from estimator.parallel.unit import Unit
@@ -155,6 +156,7 @@ class Recipe:
     tensor_parallel: bool = False
     pipeline: str = ""  # the schedule of a pipeline
     megatron: bool = False
+    written: Written | None = None  # how transformers' class is; None for the trainer's own
     sequence_parallel: bool = False
     vocabulary_parallel: bool = False
     virtual_stages: int = 1
@@ -217,7 +219,14 @@ class Recipe:
 
 
 class Module:
-    """A named module. Calling it runs `forward` in a frame of its own, as `nn.Module.__call__` does."""
+    """A named module. Calling it runs `forward` in a frame of its own, as `nn.Module.__call__` does.
+
+    Attributes:
+        positional: of a module that checkpoints its forward, inside of its hooks, how many arguments the checkpoint is
+            given: others are the function's own. None where checkpoints are around the module.
+    """
+
+    positional: int | None = None
 
     def __init__(self, machine: Machine, name: str, block: int | None = None) -> None:
         self.machine, self.name, self.block = machine, name, block
@@ -258,7 +267,9 @@ class Module:
 
     def called(self, *args: Any) -> Any:
         """`run`, checkpointed or not."""
-        return checkpoint(self.run, *args, selective=self.selective) if self.checkpointed else self.run(*args)
+        if not self.checkpointed or self.positional is not None:
+            return self.run(*args)
+        return checkpoint(self.run, *args, selective=self.selective)
 
     def run(self, *args: Any) -> Any:
         """`forward` in its frame, between the hooks of the unit that shards this module."""
@@ -270,11 +281,24 @@ class Module:
                 args = unit.before_forward(args)
             elif self.unit is not None:
                 self.unit.before_recomputation()
-            with arguments(args) as inner, Locals() as v:
-                inner.append(self.forward(v, *args))
+            if self.checkpointed and self.positional is not None:
+                out = checkpoint(self.framed, *args, saves=self.positional)
+            else:
+                out = self.framed(*args)
             if unit is not None:
-                unit.after_forward(inner[0])
-            results.append(inner[0])
+                unit.after_forward(out)
+            results.append(out)
+        return results[0]
+
+    def framed(self, *args: Any) -> Any:
+        """`forward` in its frame."""
+        with arguments(args) as results:
+            with Locals() as v:
+                out = self.forward(v, *args)
+                held = [t.hold() for t in (out if isinstance(out, tuple) else (out,)) if t is not None]
+            for t in held:
+                t.owners -= 1
+            results.append(out)
         return results[0]
 
     def forward(self, v: Locals, *args: Any) -> Any:

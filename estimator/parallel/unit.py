@@ -233,8 +233,9 @@ class Unit:
     def before_recomputation(self) -> None:
         """`pre_forward` in a checkpoint's second forward: a block's unit is in its backward already, and whole."""
 
-    def after_forward(self, out: Tensor) -> None:
-        """`post_forward`; before the result's backward the unit will be whole."""
+    def after_forward(self, out: Tensor | tuple[Tensor, Tensor | None]) -> None:
+        """`post_forward`; before the result's backward the unit will be whole, and of several the first's."""
+        out = out[0] if isinstance(out, tuple) else out
         if self.root:
             self.fsdp.keep(None)
         elif self.fsdp.reshards and self.fsdp.sharing.reshard is not None:

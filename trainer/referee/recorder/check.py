@@ -21,6 +21,7 @@ from estimator.describe.settings import choices
 from estimator.eager.ledger import Phase
 from estimator.hardware.accelerators import accelerator
 from estimator.show.formatting import count, duration, size
+from trainer.referee.recorder.beside import beside
 from trainer.referee.recorder.builds import of_config, of_file
 from trainer.referee.recorder.recording import DEVICES, record
 from trainer.referee.recorder.remedies import remedies
@@ -50,6 +51,7 @@ UNKNOWN = {
     "sort": "What a sort has for itself is left out.",
     "embedding_dense_backward": "What the gradient of an embedding sorts indices in is left out.",
 }
+OTHERS = "Of the other ranks nothing is known: whole numbers that are read of what they send are this rank's own.\n"
 MODULES = 12  # lines of the table of modules
 
 
@@ -121,7 +123,13 @@ def run(argv: Sequence[str]) -> int:
         sys.stdout.write(json.dumps(_plain(recording, answer), indent=1) + "\n")
     else:
         sys.stdout.write(report(recording, memory, name, gpu.name))
+        if args.fake_world is not None:
+            sys.stdout.write(OTHERS)
         sys.stdout.write(timed(answer.time, gpu.name, plan, alone=args.fake_world is None))
+        if args.hf is not None and args.fake_world is None:
+            sys.stdout.write("\nBeside the models here, of the same config.json:\n")
+            for said in beside(args.hf, _sizes(args), recording, plan, (args.batch_size, args.seq_len)):
+                sys.stdout.write(f"  {said}\n")
         if args.remedies and not memory.fits:
             sys.stdout.write("\nWhat it needs with these changes (each is recorded; --no-remedies leaves them out):\n")
             for said in remedies(build, plan, device, gpu):
@@ -150,6 +158,14 @@ def _build(args: argparse.Namespace, device: str) -> tuple[Callable[[], Any], st
     """(what builds the step, what it is called)."""
     if (args.code is None) == (args.hf is None):
         raise ConfigError("code: give FILE.py:FUNCTION or --hf CONFIG, one of them")
+    sizes = _sizes(args)
+    if args.hf is not None:
+        return of_config(args.hf, args.batch_size, args.seq_len, **sizes), f"transformers' class of {args.hf}"
+    return of_file(args.code, {"batch_size": args.batch_size, "seq_len": args.seq_len} | sizes, device), args.code
+
+
+def _sizes(args: argparse.Namespace) -> dict[str, int]:
+    """What --set gives."""
     sizes = {}
     for pair in args.set:
         name, _, value = pair.partition("=")
@@ -157,9 +173,7 @@ def _build(args: argparse.Namespace, device: str) -> tuple[Callable[[], Any], st
             sizes[name] = int(value)
         except ValueError as error:
             raise ConfigError(f"set = {shown(pair)}: must be NAME=NUMBER") from error
-    if args.hf is not None:
-        return of_config(args.hf, args.batch_size, args.seq_len, **sizes), f"transformers' class of {args.hf}"
-    return of_file(args.code, {"batch_size": args.batch_size, "seq_len": args.seq_len} | sizes, device), args.code
+    return sizes
 
 
 def report(recording: Recording, memory: Memory, name: str, gpu: str) -> str:

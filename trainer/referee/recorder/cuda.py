@@ -141,7 +141,14 @@ RANGES = ("range_push", "range_pop", "mark")  # of torch.cuda.nvtx, for a profil
 def cuda(native: Any) -> Iterator[None]:
     """One card, as far as Python sees. Backward runs on the thread that asks for it, in the order of CUDA's own."""
     native.set_choose(attention_kernel)
-    resize = torch.UntypedStorage.resize_
+    resize: Any = torch.UntypedStorage.resize_
+    clone: Any = torch.UntypedStorage.clone
+
+    def cloned(storage: torch.UntypedStorage) -> Any:
+        if storage.device.type != "cuda":
+            return clone(storage)
+        whole = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+        return whole.clone().untyped_storage()
 
     def resized(storage: torch.UntypedStorage, size: int) -> Any:
         if storage.device.type != "cuda":
@@ -153,6 +160,7 @@ def cuda(native: Any) -> Iterator[None]:
         for name, answer in ANSWERS.items():
             stack.enter_context(patch.object(torch.cuda, name, answer))
         stack.enter_context(patch.object(torch.UntypedStorage, "resize_", resized))
+        stack.enter_context(patch.object(torch.UntypedStorage, "clone", cloned))
         stack.enter_context(patch.object(LOGGER, "set_runtime_stats_and_log", lambda _: None))
         stack.enter_context(patch.object(torch.backends.cudnn, "is_acceptable", lambda _: False))
         for name in RANGES:

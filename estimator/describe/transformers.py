@@ -1,0 +1,188 @@
+"""How transformers' classes write the parts of a decoder down, and what that is known with.
+
+Read in transformers 5.24 (`src/transformers/models/*/modeling_*.py`), with `use_cache` off as its Trainer has it, and
+compared with recordings of those classes: `tests/exact/test_transformers.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from estimator.describe.checks import ConfigError
+from estimator.describe.routed import DEEPSEEK, MIXTRAL, QWEN, Routed
+from estimator.describe.settings import Needs
+
+if TYPE_CHECKING:
+    from estimator.describe.model import ModelConfig
+    from estimator.describe.plan import Plan
+
+VERSION = "5.24"
+
+NEEDS = tuple(
+    Needs(name, known, f"transformers' classes are not known with {name} = {{{name}!r}}", values=("transformers",))
+    for name, known in (
+        ("loss", ("bundled",)),
+        ("checkpointing", ("none", "block")),
+        ("balance", (0.0,)),
+        ("context_parallel", (1,)),
+        ("expert_parallel", (1,)),
+        ("tensor_parallel", (1,)),
+        ("pipeline_parallel", (1,)),
+        ("logits_to_keep", (0, None)),
+    )
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What sets one class apart from another, beyond its parts.
+
+    Attributes:
+        decoder: the class whose statements these are, by a name in `estimator.models.hugging_face.classes`.
+        norm: an rms norm is "upcast" (in fp32, cast back, then multiplied with the weight: Llama), "upcast-late"
+            (multiplied, then cast back: OLMo 2) or "upcast-wide" (with the weight in fp32 too: Helium); one that
+            scales by 1 + w is Gemma's. A LayerNorm is one kernel, of a copy in fp32 where it has no weight, or with
+            "centred" Cohere's, in operators; with "" it is one kernel whatever it has.
+        eager_alone: the class has no other attention.
+        checkpoints: the class has gradient checkpointing.
+        undropped: the positions with which attention's weights have no dropout (Falcon: "rotary").
+        queries: when what is projected becomes heads. "each": one after the other (Llama), the norm among it (Qwen3);
+            "viewed": all are heads, then normed, then transposed (Cohere); "transposed": all are heads and transposed,
+            then normed (Apertus); "whole": all are projected, normed or clamped, then heads (OLMo).
+        rotation: "halves" (Llama), "neighbours" (GLM: cosines repeated), "neighbours-fp32" (ERNIE), "repeated-fp32"
+            (Cohere).
+        partial: how a part of a head is rotated: "inside" (the rotation takes it apart, all of a head too: GLM),
+            "whole" (likewise, in one expression: Phi-3), "returned" (likewise, as it returns: Nemotron), "before" (the
+            attention does: Phi), "" (there are no such heads).
+        masks: kinds of attention whose masks are asked for though no layer may have it.
+        tables_fp32: cosines and sines stay in fp32 (OLMo).
+        tables_by_kind: each kind of layer has cosines and sines of its own (Gemma 3).
+        passes_positions: blocks are given the positions' ids, which their checkpoints then keep.
+        whole_scale: the embedding's scale is a buffer of an integer (MiniCPM 3).
+        divides_hidden: what goes into the head is divided by a number, not its logits multiplied (MiniCPM 3).
+        routed: its mixtures of experts; None if how they are written is not known.
+        names_all: what attention and the feed-forward find have names of their own, to a block's end (StableLM).
+    """
+
+    decoder: str = "llama"
+    norm: str = "upcast"
+    undropped: str = ""
+    eager_alone: bool = False
+    checkpoints: bool = True
+    queries: str = "each"
+    rotation: str = "halves"
+    partial: str = ""
+    masks: tuple[str, ...] = ()
+    tables_fp32: bool = False
+    tables_by_kind: bool = False
+    passes_positions: bool = True
+    names_all: bool = False
+    whole_scale: bool = False
+    divides_hidden: bool = False
+    routed: Routed | None = None
+
+
+# Decoders with statements of their own.
+OLDER: dict[str, Written] = {
+    "biogpt": Written("biogpt"),
+    "bloom": Written("bloom", eager_alone=True),
+    "codegen": Written("codegen", rotation="neighbours", tables_fp32=True),
+    "falcon": Written("falcon", undropped="rotary"),
+    "gpt-sw3": Written("gpt2"),
+    "gpt2": Written("gpt2"),
+    "gpt_bigcode": Written("gpt_bigcode"),
+    "gpt_neo": Written("gpt_neo", eager_alone=True),
+    "gpt_neox": Written("gpt_neox", partial="inside"),
+    "gptj": Written("gptj", rotation="neighbours"),
+    "openai-gpt": Written("openai-gpt", eager_alone=True, checkpoints=False),
+    "opt": Written("opt", norm=""),
+    "xglm": Written("xglm", eager_alone=True),
+}
+GLM = Written(queries="viewed", partial="inside", routed=DEEPSEEK)
+# Those with experts or latent attention.
+MIXTURES: dict[str, Written] = {
+    "axk1": Written(routed=DEEPSEEK),
+    "deepseek_v3": Written(routed=DEEPSEEK),
+    "dots1": Written(routed=DEEPSEEK),
+    "exaone_moe": Written(queries="transposed", routed=DEEPSEEK),
+    "glm4_moe": GLM,
+    "glm4_moe_lite": Written(routed=DEEPSEEK),
+    "minicpm3": Written(whole_scale=True, divides_hidden=True),
+    "mixtral": Written(routed=MIXTRAL),
+    "olmoe": Written(queries="whole", routed=replace(MIXTRAL, like_logits=True)),
+    "qwen2_moe": Written(masks=("full", "window"), routed=replace(MIXTRAL, like_logits=True, shared="first")),
+    "qwen3_moe": Written(routed=QWEN),
+    "sarvam_mla": Written(routed=DEEPSEEK),
+    "sarvam_moe": GLM,
+    "solar_open": Written(routed=DEEPSEEK),
+    "youtu": Written(),
+}
+LLAMA = Written()
+WINDOWS = Written(masks=("full",))
+COHERE = Written(norm="centred", rotation="repeated-fp32")
+OLMO = Written(norm="upcast-late", queries="whole", tables_fp32=True)
+# By model_type, or the family that its parts are: the classes that are known.
+CLASSES: dict[str, Written] = {
+    **OLDER,
+    **MIXTURES,
+    **dict.fromkeys(("arcee", "bitnet", "exaone", "gemma", "granite", "hunyuan_v1_dense"), LLAMA),
+    **dict.fromkeys(("hyperclovax", "internlm3", "iquestcoder", "jais2", "llama", "mistral", "nanochat"), LLAMA),
+    **dict.fromkeys(("starcoder2",), LLAMA),
+    **dict.fromkeys(("cwm", "gemma2", "ministral", "qwen2", "qwen3", "smollm3", "vaultgemma"), WINDOWS),
+    "cohere": replace(COHERE, queries="viewed"),
+    "cohere2": replace(COHERE, masks=("full",)),
+    "ernie4_5": Written(rotation="neighbours-fp32", tables_fp32=True),
+    "exaone4": Written(queries="transposed", masks=("full",)),
+    "gemma3_text": Written(queries="transposed", masks=("full",), tables_by_kind=True),
+    "glm": Written(rotation="neighbours", partial="inside"),
+    "glm4": Written(rotation="neighbours", partial="inside"),
+    "granitemoehybrid": Written(passes_positions=False),
+    "helium": Written(norm="upcast-wide", rotation="neighbours"),
+    "nemotron": Written(partial="returned"),
+    "olmo": OLMO,
+    "olmo2": OLMO,
+    "olmo3": replace(OLMO, masks=("full",), tables_by_kind=True),
+    "phi": Written(queries="transposed", partial="before"),
+    "phi3": Written(partial="whole"),
+    "stablelm": Written(queries="transposed", partial="before", names_all=True),
+}
+
+
+def check_model(p: Plan, m: ModelConfig) -> None:
+    """Raise ConfigError if the class of `m` is not among those that are known, or not with a part that `m` has."""
+    if p.implementation != "transformers":
+        return
+    if m.family not in CLASSES:
+        raise ConfigError(
+            f"implementation = 'transformers': how its class for family = {m.family!r} is written is not known; "
+            f"allowed are {', '.join(sorted(CLASSES))}; estimate check --hf runs any"
+        )
+    if CLASSES[m.family].eager_alone and not p.attention.startswith("naive"):
+        raise ConfigError(
+            f"attention = {p.attention!r}: transformers' class for family = {m.family!r} has eager attention alone; "
+            "allowed are naive, naive-fp32"
+        )
+    if not CLASSES[m.family].checkpoints and p.checkpointing != "none":
+        raise ConfigError(
+            f"checkpointing = {p.checkpointing!r}: transformers' class for family = {m.family!r} has no checkpoints; "
+            "allowed is none"
+        )
+    parts = m.made_of
+    own_heads = parts.attention.qk_norm == "head-own" and m.family == "stablelm"  # one module for each head
+    latent, eager = parts.attention.latent, p.attention.startswith("naive")
+    unknown = (
+        ("attention.latent", f"{latent}, attention = {p.attention}", latent == "none" or not eager),
+        ("attention.sinks", parts.attention.sinks, not parts.attention.sinks),
+        ("attention.out_gate", parts.attention.out_gate, not parts.attention.out_gate),
+        ("attention.query_scaling", parts.attention.query_scaling, parts.attention.query_scaling == "none"),
+        ("attention.qk_norm", parts.attention.qk_norm, not own_heads),
+        ("mlp.activation", parts.mlp.activation, parts.mlp.activation != "xielu"),
+        ("experts", parts.experts is not None, parts.experts is None or CLASSES[m.family].routed is not None),
+    )
+    for name, value, known in unknown:
+        if not known:
+            raise ConfigError(
+                f"implementation = 'transformers': its class for family = {m.family!r} is not known with "
+                f"{name} = {value!r} of the model; estimate check --hf runs any"
+            )

@@ -1,0 +1,67 @@
+"""`LlamaDecoderLayer`, and blocks that are written like it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from estimator.eager import ops
+from estimator.models.block import Block
+from estimator.models.hugging_face.attention import HFAttention
+from estimator.models.hugging_face.experts import HFSparseFeedForward
+from estimator.models.hugging_face.latent import HFLatentAttention
+from estimator.models.norms import ScaleAndShift
+
+if TYPE_CHECKING:
+    from estimator.eager.tensor import Locals, Machine, Tensor
+    from estimator.models.layers import BlockKind, Recipe
+
+
+def build_attention(machine: Machine, recipe: Recipe) -> HFAttention | HFLatentAttention:
+    """The module of the declared attention."""
+    return (HFAttention if recipe.parts.attention.latent == "none" else HFLatentAttention)(machine, recipe)
+
+
+class HFBlock(Block):
+    """`LlamaDecoderLayer`."""
+
+    build_attention = staticmethod(build_attention)
+    build_experts = HFSparseFeedForward
+    positional = 1
+
+    def __init__(self, machine: Machine, index: int, recipe: Recipe, kind: BlockKind) -> None:
+        super().__init__(machine, index, recipe, kind)
+        self.owned.sort(key=lambda x: isinstance(x, ScaleAndShift))  # attention, feed-forward, norms
+
+    def forward(self, v: Locals, x: Tensor, *where: Tensor | None) -> Tensor:
+        where = where[:-1]  # without the positions, which attention takes and leaves
+        v.residual = x
+        if self.recipe.parts.order == "parallel":
+            v.x = self.attention_norm(x)
+            v.attention, v.weights = self.attention(v.x, *where)
+            v.ffn = self.ffn(v.x)
+            return ops.add(ops.add(v.residual, v.attention), v.ffn)
+        if self.recipe.written is not None and self.recipe.written.names_all:
+            v.x = self.attention_norm(x)
+            v.attention, v.weights = self.attention(v.x, *where)
+            v.residual = ops.add(v.residual, v.attention)
+            v.ffn = self.ffn(self.ffn_norm(v.residual))
+            v.x = ops.add(v.residual, v.ffn)
+            return v.take("x")
+        v.x, v.weights = self.attention(self.before(v, x, self.attention_norm), *where)
+        self.after(v, self.attention_post_norm)
+        v.residual = v.x
+        v.x = self.ffn(self.before(v, v.x, self.ffn_norm))
+        self.after(v, self.ffn_post_norm)
+        return v.take("x")
+
+    def before(self, v: Locals, x: Tensor, norm: Any) -> Tensor:
+        """What goes into attention or the feed-forward, a name of the frame."""
+        v.x = x if norm is None else norm(x)
+        found: Tensor = v.x
+        return found
+
+    def after(self, v: Locals, norm: Any) -> None:
+        """What comes out of it is normed, where there is a norm, and added to the stream."""
+        if norm is not None:
+            v.x = norm(v.x)
+        v.x = ops.add(v.residual, self.scaled(v.x))

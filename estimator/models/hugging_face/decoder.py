@@ -1,0 +1,130 @@
+"""`LlamaForCausalLM` with the loss that it returns, and decoders that are written like it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from estimator.eager import ops
+from estimator.eager.ledger import Category
+from estimator.eager.losses import torch_cross_entropy
+from estimator.eager.pointwise import tanh
+from estimator.eager.tensor import FLOAT32, INT64, Locals, arguments
+from estimator.eager.views import cast, contiguous
+from estimator.models.decoder import Transformer
+from estimator.models.hugging_face.block import HFBlock
+from estimator.models.hugging_face.masks import attention_mask
+from estimator.models.hugging_face.positions import look_for_packed_sequences, position_ids, rotary_embedding
+from estimator.models.layers import dropout
+
+if TYPE_CHECKING:
+    from estimator.eager.letters import Size
+    from estimator.eager.tensor import Tensor
+    from estimator.models.block import Block
+
+
+class HFDecoder(Transformer):
+    """`LlamaForCausalLM`: ids (B, T), labels (B, T) -> their loss."""
+
+    build_block: type[Block] = HFBlock
+    drops_embedding = False
+
+    def rotary_tables(self) -> list[Tensor]:
+        """The inverse frequencies, and their original, of each kind of layer that has its own."""
+        half = self.machine.shapes.letters[self.recipe.rotated] / 2
+        return [self.buffer(half) for _ in self.turns for _ in ("inv_freq", "original_inv_freq")]
+
+    @property
+    def turns(self) -> list[str]:
+        """The kinds of layers with cosines and sines of their own: one for all, or those that the model has."""
+        written = self.recipe.written
+        assert written is not None
+        return sorted({kind.layer.attention for kind in self.kinds}) if written.tables_by_kind else ["full"]
+
+    def build_scale(self) -> None:
+        """Gemma's scale of the embedding is a buffer, and MiniCPM 3's is one of an integer."""
+        assert self.recipe.written is not None
+        norm = self.parts.norm
+        gemma = norm.kind == "rms" and norm.weight == "plus-one" and self.parts.ends.embedding_scale is not None
+        self.embedding_scale = self.buffer() if gemma else None
+        if self.recipe.written.whole_scale:
+            self.embedding_scale = self.machine.empty((), INT64, category=Category.BUFFER).hold()
+
+    def forward(self, v: Locals, ids: Tensor, targets: Tensor | None = None) -> Tensor:
+        assert targets is not None
+        assert self.recipe.written is not None
+        ends, divides_hidden = self.parts.ends, self.recipe.written.divides_hidden
+        v.x = v.last = self.decoded(ids)
+        if divides_hidden:
+            v.x = ops.div_number(v.x)
+        v.logits = self.head(v.x)
+        with self.machine.ledger.inside("head"):
+            if ends.logits_scale is not None and not divides_hidden:
+                v.logits = ops.mul_number(v.logits)
+            if ends.logits_softcap is not None:
+                v.logits = ops.div_number(v.logits)
+                v.logits = tanh(v.logits)
+                v.logits = ops.mul_number(v.logits)
+        with self.machine.ledger.inside("loss"):
+            return causal_lm_loss(v.logits, targets)
+
+    def decoded(self, ids: Tensor) -> Tensor:
+        """`LlamaModel`."""
+        assert self.recipe.written is not None
+        with Locals() as v:
+            v.embeds = self.embedding(ids)
+            if self.embedding_scale is not None:
+                v.embeds = ops.mul(v.embeds, cast(self.embedding_scale, self.embedding.weight.dtype))
+            elif self.parts.ends.embedding_scale is not None:
+                v.embeds = ops.mul_number(v.embeds)
+            v.positions = position_ids(self.machine, ids.shape[1])
+            masks = self.attention_masks(v, ids.shape[0])
+            v.x = dropout(v.embeds, self.recipe) if self.drops_embedding else v.embeds
+            turns: dict[str, tuple[Tensor | None, Tensor | None]] = {}
+            for i, name in enumerate(self.turns if self.recipe.rotates else ()):
+                turns[name] = self.rotary(v, name, self.tables[2 * i])
+            if self.embedding_norm is not None:
+                v.x = self.embedding_norm(v.x)
+            positions = v.positions if self.recipe.written.passes_positions else None
+            for block, kind in zip(self.blocks, self.kinds, strict=True):
+                turn = turns.get(kind.layer.attention, turns.get("full", (None, None)))
+                turn = turn if kind.layer.rotates else (None, None)
+                v.x = block(v.x, masks[kind.layer.attention], None, *turn, None, positions)
+            v.x = self.final_norm(v.x)
+            return v.take("x")
+
+    def rotary(self, v: Locals, kind: str, frequencies: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Cosines and sines, held as names of the frame."""
+        assert self.recipe.written is not None
+        with Locals() as w:
+            rotary_embedding(w, v.positions, frequencies, v.x.dtype, self.recipe.written)
+            cos, sin = w.cos, w.sin
+            setattr(v, f"{kind}_cos", cos)
+            setattr(v, f"{kind}_sin", sin)
+        return cos, sin
+
+    def attention_masks(self, v: Locals, sequences: Size) -> dict[str, Tensor | None]:
+        """The mask of each kind of attention, held as names of the frame."""
+        written, eager = self.recipe.written, self.recipe.attention.startswith("naive")
+        used = {kind.layer.attention for kind in self.kinds}
+        assert written is not None
+        kinds = [kind for kind in ("full", "window", "chunk") if kind in used or kind in written.masks]
+        made: dict[str, Tensor | None] = {}
+        for kind in kinds:
+            look_for_packed_sequences(v.positions, sequences)
+            made[kind] = attention_mask(
+                self.machine, v.positions.shape[0], sequences, kind, v.embeds.dtype, eager=eager, used=kind in used
+            )
+            setattr(v, f"{kind}_mask", made[kind])
+        return made
+
+
+def causal_lm_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """`ForCausalLMLoss`: the cross entropy of logits in fp32 and of labels moved by one."""
+    machine, (B, T) = logits.machine, labels.shape
+    with arguments((logits, labels)) as results, Locals() as v:
+        v.logits = cast(logits, FLOAT32)
+        v.labels = machine.empty((B, T + 1), INT64)
+        machine.kernel("constant_pad_nd", (labels,), (v.labels,))
+        v.shifted = contiguous(v.labels.view((B, T), v.labels.stride))
+        results.append(torch_cross_entropy(v.logits, v.shifted))
+    return results[0]

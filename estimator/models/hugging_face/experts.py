@@ -1,0 +1,103 @@
+"""Mixtures of experts: their blocks, and `grouped_mm_experts_forward`, which is how transformers runs experts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from estimator.eager import ops
+from estimator.eager.indexing import whole_number_divided
+from estimator.eager.pointwise import sigmoid
+from estimator.eager.routing import (
+    grouped_linear,
+    histogram,
+    index_rows,
+    inverse,
+    running_sum,
+    sort,
+    sum_over,
+)
+from estimator.eager.tensor import FLOAT32, INT32, Locals, arguments, converted
+from estimator.eager.views import cast, reshape, split, transpose, unsqueeze, view
+from estimator.models.experts import Experts, SparseFeedForward
+from estimator.models.feed_forward import gated
+from estimator.models.hugging_face.routers import HFRouter
+
+if TYPE_CHECKING:
+    from estimator.eager.tensor import Machine, Tensor
+    from estimator.models.layers import Recipe
+
+
+class HFExperts(Experts):
+    """Rows of tokens (N, d), their experts and weights (N, K) -> (N, d)."""
+
+    def forward(self, v: Locals, x: Tensor, experts: Tensor, weights: Tensor | None) -> Tensor:
+        assert weights is not None
+        machine, (rows, d), K = x.machine, x.shape, experts.shape[1]
+        pairs = (experts.numel,)
+        v.weights, v.ids = reshape(weights, pairs), reshape(experts, pairs)
+        v.sorted, v.order = sort(v.ids)
+        v.rows = index_rows(x, whole_number_divided(v.order))
+        v.weights_sorted = index_rows(v.weights, v.order)
+        v.binned = converted(v.sorted, FLOAT32 if machine.device == "cpu" else INT32)
+        v.count = histogram(v.binned, self.E)
+        v.ends = running_sum(v.count)
+        v.y = self.product(v.rows, self.gate_up, v.ends)
+        v.y = self.gate(v.y)
+        v.y = self.product(v.y, self.down, v.ends)
+        v.weighted = ops.mul(v.y, unsqueeze(v.weights_sorted, 1))
+        v.inverse = inverse(v.order)
+        v.weighted = index_rows(v.weighted, v.inverse)
+        v.out = sum_over(view(v.weighted, (rows, K, d)), 1)
+        v.out = cast(v.out, x.dtype)
+        return v.take("out")
+
+    def product(self, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+        """`_grouped_linear` of a weight (E, out, in)."""
+        return grouped_linear(x, transpose(weight, 1, 2), ends)
+
+    def gate(self, x: Tensor) -> Tensor:
+        """`_default_apply_gate`."""
+        with arguments((x,)) as results, Locals() as v:
+            v.gate, v.up = split(x, (self.f, self.f))
+            results.append(gated(v.gate, v.up, self.activation))
+        return results[0]
+
+
+class HFSparseFeedForward(SparseFeedForward):
+    """A block of experts, with a shared one where there is one."""
+
+    build_router = HFRouter
+    build_experts = HFExperts
+
+    def __init__(self, machine: Machine, recipe: Recipe) -> None:
+        super().__init__(machine, recipe)
+        assert recipe.written is not None
+        assert recipe.written.routed is not None
+        self.routed_as = recipe.written.routed
+        first = [getattr(self, name) for name in self.routed_as.order]
+        self.owned.sort(key=lambda x: first.index(x) if x in first else len(first))
+
+    def forward(self, v: Locals, x: Tensor) -> Tensor:
+        as_written = self.routed_as
+        rows = (x.machine.product(x.shape[:-1]), x.shape[-1])
+        routed_whole, shared_whole = ("router" in as_written.whole), ("shared" in as_written.whole)
+        if not routed_whole:
+            v.rows = view(x, rows)
+        given = x if shared_whole else v.rows
+        if self.shared is not None and as_written.shared == "first":
+            v.shared = self.shared(given)
+        v.logits, v.weights, v.experts = self.router(x if routed_whole else v.rows)
+        if routed_whole:
+            v.rows = view(x, rows)
+        if self.shared is not None and as_written.shared == "between":
+            v.shared = self.shared(given)
+        v.y = self.experts(v.rows, v.experts, v.weights)
+        if self.shared is not None:
+            if shared_whole:
+                v.y = view(v.y, x.shape)
+            if self.shared_gate is not None:
+                v.shared = ops.mul(sigmoid(self.shared_gate(v.rows)), v.shared)
+            v.y = ops.add(v.y, self.shared(given) if as_written.shared == "last" else v.shared)
+        if self.out_norm is not None:
+            return self.out_norm(v.y)
+        return v.take("y") if v.y.shape == x.shape else view(v.y, x.shape)
