@@ -5,6 +5,7 @@
     python tools/check_recorder.py table --only bert t5  # some of the modules
     python tools/check_recorder.py report                # docs/recorder.md, from what is on file
     python tools/check_recorder.py recipes 200           # our own models: random decoders and recipes, so many seeds
+    python tools/check_recorder.py layouts 10            # ranks of random layouts of ours, each recorded alone
     python tools/check_recorder.py forms                 # closed forms of 14 modules, each at sizes not used
 
 `table` keeps each result in validation/recorder.jsonl as soon as there is one, and leaves out what is there already.
@@ -38,10 +39,12 @@ sys.path[:0] = [str(ROOT / "tests" / "exact"), str(ROOT / "tools")]
 from random_parts import draw  # noqa: E402 - a module of the tests
 from recorder_cases import prepared, table  # noqa: E402 - lies beside this
 from recorder_forms import FORMS  # noqa: E402 - likewise
+from recorder_layouts import LAYOUTS, against_account  # noqa: E402 - likewise
 from recorder_report import key, on_file, report  # noqa: E402 - likewise
 from recorder_symbolic import FIGURES, against_symbolic  # noqa: E402 - likewise
 
 FILE = ROOT / "validation" / "recorder.jsonl"
+LAID_OUT = ROOT / "validation" / "recorder_layouts.jsonl"
 FORMED = ROOT / "validation" / "recorder_forms.jsonl"
 SYMBOLIC = ROOT / "validation" / "recorder_symbolic.jsonl"
 Case = tuple[str, tuple[int, int], str]
@@ -117,6 +120,28 @@ def recipes(count: int, device: str, *, keep: bool) -> bool:
     return all(alike[name] == total for name in FIGURES if name != "events")
 
 
+def layouts(count: int, device: str, only: list[str], seed: int, *, keep: bool) -> bool:
+    """Ranks of random layouts of ours: the recorder and the symbolic step; whether all figures are equal."""
+    unknown = set(only) - set(LAYOUTS)
+    if unknown:
+        raise SystemExit(f"only = {', '.join(sorted(unknown))}: the layouts are {', '.join(LAYOUTS)}")
+    alike = True
+    for name in only or LAYOUTS:
+        found = against_account(name, range(seed, seed + count), device)
+        done = [x for x in found if x.recorded is not None]
+        equal = [x for x in done if x.recorded == x.accounted]
+        row = {"layout": name, "device": device, "ranks": LAYOUTS[name][0], "torch": torch.__version__}
+        row |= {"compared": len(done), "equal": len(equal), "refused": len(found) - len(done)}
+        print(row, flush=True)
+        for x in set(done) - set(equal):
+            alike = False
+            print(f"  seed {x.seed} rank {x.rank}: {x.recorded} recorded, {x.accounted} in the account: {x.said}")
+        if keep:
+            with LAID_OUT.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+    return alike
+
+
 def forms(only: list[str]) -> bool:
     """The closed forms of others' modules, each against a real step at sizes not used; whether all peaks are equal."""
     equal = True
@@ -155,14 +180,22 @@ def main() -> int:
     drawn.add_argument("count", type=int)
     drawn.add_argument("--device", choices=DEVICES, default="cpu", help="whose rules")
     drawn.add_argument("--keep", action="store_true", help=f"in validation/{SYMBOLIC.name}")
+    laid = what.add_parser("layouts", help="ranks of layouts against the symbolic step")
+    laid.add_argument("count", type=int, help="random cases of each, the first and the last rank of each")
+    laid.add_argument("--device", choices=DEVICES, default="cpu", help="whose rules")
+    laid.add_argument("--only", nargs="*", default=[], metavar="LAYOUT")
+    laid.add_argument("--seed", type=int, default=0, help="of the first case")
+    laid.add_argument("--keep", action="store_true", help=f"in validation/{LAID_OUT.name}")
     formed = what.add_parser("forms", help="closed forms against real steps at sizes not used")
     formed.add_argument("--only", nargs="*", default=[], metavar="MODULE")
     args = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     if args.what == "report":
-        (ROOT / "docs" / "recorder.md").write_text(report(FILE, FORMED, SYMBOLIC), encoding="utf-8")
+        (ROOT / "docs" / "recorder.md").write_text(report(FILE, FORMED, SYMBOLIC, LAID_OUT), encoding="utf-8")
         return 0
+    if args.what == "layouts":
+        return 0 if layouts(args.count, args.device, args.only, args.seed, keep=args.keep) else 1
     if args.what == "forms":
         return 0 if forms(args.only) else 1
     if args.what == "table":

@@ -25,7 +25,7 @@ def on_file(file: Path) -> dict[str, Row]:
     return {key(r["module"], (r["batch_size"], r["seq_len"]), r["recipe"]): r for r in rows}
 
 
-def report(file: Path, formed: Path, symbolic: Path) -> str:
+def report(file: Path, formed: Path, symbolic: Path, laid_out: Path) -> str:
     """The page: the comparisons with real steps, of our own with the symbolic step, and of closed forms."""
     rows = list(on_file(file).values())
     modules: dict[str, list[Row]] = {}
@@ -59,7 +59,7 @@ def report(file: Path, formed: Path, symbolic: Path) -> str:
         "|---|---:|---:|---|---:|---|",
     ]
     lines += [_line(name, own) for name, own in modules.items()]
-    return "\n".join([*lines, *_symbolic(symbolic), *_forms(formed)]) + "\n"
+    return "\n".join([*lines, *_symbolic(symbolic), *_layouts(laid_out), *_forms(formed)]) + "\n"
 
 
 def _routed(rows: Sequence[Row]) -> list[str]:
@@ -105,6 +105,25 @@ def _drawn(row: Row) -> str:
         f"the byte: {equal}{last}"
     )
     return how + what
+
+
+def _layouts(file: Path) -> list[str]:
+    if not file.exists():
+        return []
+    rows = {(r["layout"], r["device"]): r for r in map(json.loads, file.read_text(encoding="utf-8").splitlines())}
+    said = (
+        "`python tools/check_recorder.py layouts N --device DEVICE --keep` draws layouts of ours, by seed, and records "
+        "their first and last rank, each alone, in a world whose other ranks are not there. Compared with the account "
+        "of that rank, which the symbolic step makes: the peak, parameters and states. What the trainer refuses on "
+        "CUDA is offload."
+    )
+    lines = ["", "## Layouts", "", said, ""]
+    lines += ["| layout | ranks | whose rules | compared | equal | refused |", "|---|---:|---|---:|---:|---:|"]
+    lines += [
+        f"| {r['layout']} | {r['ranks']} | {r['device']} | {r['compared']} | {r['equal']} | {r['refused']} |"
+        for r in rows.values()
+    ]
+    return lines
 
 
 def _forms(file: Path) -> list[str]:

@@ -32,6 +32,7 @@ def text() -> str:
     return template.format(
         after=published_report.table(),
         plain=published_report.plain(),
+        coverage=published_report.coverage(),
         before=kept[kept.index("| stack |") :],
         nearness=nearness.table(),
         calibrated=published_report.calibrated_table(),

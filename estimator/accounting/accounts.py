@@ -231,7 +231,7 @@ def recipe_of(m: ModelConfig, p: Plan, device: str, rank: int = 0) -> Recipe:
         raise ConfigError(
             f"offload = {p.offload!r}: data_parallel is 1, and it is known of several accelerators; allowed is none"
         )
-    written = CLASSES[m.family] if p.implementation == "transformers" else None
+    written = CLASSES.get(m.family) if p.implementation == "transformers" else None
     undropped = written is not None and written.undropped == m.made_of.positions.kind
     recipe = Recipe(
         parts=m.made_of.statements(),

@@ -46,7 +46,7 @@ class Written:
             "centred" Cohere's, in operators; with "" it is one kernel whatever it has.
         eager_alone: the class has no other attention.
         checkpoints: the class has gradient checkpointing.
-        undropped: the positions with which attention's weights have no dropout (Falcon: "rotary").
+        undropped: the positions with which attention's weights have no dropout (Falcon: rotary).
         queries: when what is projected becomes heads. "each": one after the other (Llama), the norm among it (Qwen3);
             "viewed": all are heads, then normed, then transposed (Cohere); "transposed": all are heads and transposed,
             then normed (Apertus); "whole": all are projected, normed or clamped, then heads (OLMo).
@@ -92,8 +92,10 @@ class Written:
 
 # Decoders with statements of their own.
 OLDER: dict[str, Written] = {
+    "biogpt": Written("biogpt"),
     "bloom": Written("bloom", eager_alone=True),
     "codegen": Written("codegen", rotation="neighbours", tables_fp32=True),
+    "ctrl": Written("ctrl", undropped="sinusoidal", checkpoints=False),
     "falcon": Written("falcon", undropped="rotary"),
     "gpt-sw3": Written("gpt2"),
     "gpt2": Written("gpt2"),
@@ -101,8 +103,11 @@ OLDER: dict[str, Written] = {
     "gpt_neo": Written("gpt_neo", eager_alone=True),
     "gpt_neox": Written("gpt_neox", partial="inside"),
     "gptj": Written("gptj", rotation="neighbours"),
+    "mpt": Written("mpt", eager_alone=True),
     "openai-gpt": Written("openai-gpt", eager_alone=True, checkpoints=False),
     "opt": Written("opt", norm=""),
+    "persimmon": Written("persimmon", partial="before"),
+    "xglm": Written("xglm", eager_alone=True),
 }
 LLAMA = Written()
 WINDOWS = Written(masks=("full",))
@@ -178,10 +183,10 @@ def check_model(p: Plan, m: ModelConfig) -> None:
             f"implementation = 'transformers': how its class for family = {m.family!r} is written is not known; "
             f"allowed are {', '.join(sorted(CLASSES))}; estimate check --hf runs any"
         )
-    if CLASSES[m.family].eager_alone and p.attention != "naive-fp32":
+    if CLASSES[m.family].eager_alone and not p.attention.startswith("naive"):
         raise ConfigError(
             f"attention = {p.attention!r}: transformers' class for family = {m.family!r} has eager attention alone; "
-            "allowed is naive-fp32"
+            "allowed are naive, naive-fp32"
         )
     if not CLASSES[m.family].checkpoints and p.checkpointing != "none":
         raise ConfigError(
@@ -190,7 +195,9 @@ def check_model(p: Plan, m: ModelConfig) -> None:
         )
     parts = m.made_of
     own_heads = parts.attention.qk_norm == "head-own" and m.family == "stablelm"  # one module for each head
+    latent, eager = parts.attention.latent, p.attention.startswith("naive")
     unknown = (
+        ("attention.latent", f"{latent}, attention = {p.attention}", latent == "none" or not eager),
         ("attention.sinks", parts.attention.sinks, not parts.attention.sinks),
         ("attention.out_gate", parts.attention.out_gate, not parts.attention.out_gate),
         ("attention.query_scaling", parts.attention.query_scaling, parts.attention.query_scaling == "none"),

@@ -30,14 +30,20 @@ TINY = 400  # multiplications of a matrix in a batch, from which on the CPU does
 
 
 @op
-def product(name: str, a: Tensor, b: Tensor, *more: Tensor) -> Tensor:
-    """One GEMM, (m, k) x (k, n) or (b, m, k) x (b, k, n), into a new contiguous tensor."""
+def product(name: str, a: Tensor, b: Tensor, added: Callable[[], Tensor] | None = None) -> Tensor:
+    """One GEMM, (m, k) x (k, n) or (b, m, k) x (b, k, n), into a new contiguous tensor.
+
+    What `added` makes is read too; a selective checkpoint that has kept the result makes it no second time.
+    """
     batch = a.shape[0] if len(a.shape) == 3 else ONE
     m, k, n = a.shape[-2], a.shape[-1], b.shape[-1]
 
     def compute() -> tuple[Tensor]:
+        more = [] if added is None else [added().hold()]
         out = a.machine.empty((*a.shape[:-1], n), a.dtype)
         a.machine.kernel(name, (a, b, *more), (out,), gemm=Gemm(batch, m, n, k))
+        for x in more:
+            x.drop()
         return (out,)
 
     return compute()[0] if name == "bmm" else not_repeated(a.machine, compute)[0]
@@ -148,7 +154,7 @@ def addmm(bias: Tensor, a: Tensor, b: Tensor, read: Callable[[Tensor], Tensor] |
         return [grad, c.take("grad_a") if b is not None else None, grad_b]
 
     node = record("AddmmBackward0", (bias, a, b), backward, _saved_factors(a, b))
-    return attach(node, product("addmm", a, b, bias if read is None else read(bias)))
+    return attach(node, product("addmm", a, b, lambda: bias if read is None else read(bias)))
 
 
 @op

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from estimator.eager import autocast
@@ -10,6 +11,7 @@ from estimator.eager.ops import (
     activation,
     add,
     add_number,
+    cast_number,
     div_number,
     elementwise,
     mul,
@@ -21,6 +23,8 @@ from estimator.eager.tensor import BOOL, Locals, Tensor, arguments, empty_like, 
 from estimator.eager.views import cast
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from estimator.eager.autograd import Backward
     from estimator.eager.ops import Gradients
 
@@ -110,6 +114,36 @@ def clamp_in_place(x: Tensor) -> None:
     if node is not None and x.grad_fn is not None:
         x.grad_fn.drop()
     attach(node, x)
+
+
+@op
+def maximum(x: Tensor, least: Tensor) -> Tensor:
+    """torch.max(x, a number in a tensor), which wants no gradient: saves both."""
+    machine = x.machine
+
+    def read() -> AbstractContextManager[None]:
+        return cast_number(machine, x.dtype) if least.dtype != x.dtype else nullcontext()
+
+    def against(name: str, x: Tensor) -> Tensor:
+        with read():
+            out = empty_like(x, BOOL)
+            machine.kernel(name, (x,), (out,))
+            return out
+
+    def backward(
+        c: Context, grad: Tensor
+    ) -> Gradients:  # where(self == other, grad / 2, grad).masked_fill_(self < other, 0)
+        x = c.saved[1]
+        c.half = with_number("div", grad)
+        c.same = against("eq", x)
+        c.out = elementwise("where", c.same, c.half, grad)
+        c.less = against("lt", x)
+        machine.kernel("masked_fill_", (c.less,), (c.out,))
+        return [c.take("out"), None]
+
+    node = record("MaximumBackward0", (x, least), backward, (least, x))
+    with read():
+        return attach(node, elementwise("maximum", x))
 
 
 def compared(name: str, x: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ class Transformer(Module):
     """ids (B, T) -> logits (B, T, V), or with targets (B, T) their loss; a stage from or to (B, T, d) between."""
 
     build_block: type[Block] = Block
+    extra_sinusoids = 0
 
     def __init__(self, machine: Machine, recipe: Recipe, like: Transformer | None = None) -> None:
         """Of several stages on one accelerator that which comes after `like`, whose tables it has too."""
@@ -55,7 +56,7 @@ class Transformer(Module):
             length = size["C"] + parts.positions.extra_rows
             self.positions = self.child(Positions(machine, "positions", length, d))
         elif parts.positions.kind == "sinusoidal":
-            self.positions = self.child(Sinusoids(machine, "positions", size["C"], d))
+            self.positions = self.child(Sinusoids(machine, "positions", size["C"] + self.extra_sinusoids, d))
         self.build_scale()
         norm = parts.norm
         self.embedding_norm = self.child(

@@ -11,6 +11,8 @@ import argparse
 import json
 import sys
 from collections import Counter
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,10 +32,12 @@ from estimator.studies.published import (
 )
 from estimator.studies.published_plot import plot
 from estimator.studies.runs import NAMES, left_out
-from estimator.timing.intervals import PLAN, STATED
+from estimator.timing.intervals import FEW, PLAN, REGIMES, STATED, spread
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterable, Sequence
+
+    from estimator.studies.published import Judged
 
 SEVERAL = 3  # stacks of a regime, for it not to be one stack's own
 ENOUGH = 20  # runs of a regime whose 5th and 95th percentile mean something
@@ -149,7 +153,8 @@ def residuals() -> str:
     """`data/residuals.toml`: between which factors on the predicted time nine published runs of ten lie.
 
     With what the sources state, and by the plan alone; by regime where there are enough runs in it, and over all. Each
-    stack weighs the same, so that the many runs of one do not speak for the others.
+    stack weighs the same, so that the many runs of one do not speak for the others. Of a regime with fewer: all of
+    them.
     """
     how = "`python -m estimator.studies.published_report --residuals`"
     lines = [f"# Measured time over predicted, 5th and 95th percentile: {how}.\n"]
@@ -157,9 +162,9 @@ def residuals() -> str:
         (STATED, judged(), ", their recipes as stated"),
         (PLAN, by_plan(), " by the plan alone"),
     ):
-        of_regime = grouped(lambda j: j.regime, runs).items()
-        groups = {name: of for name, of in of_regime if len(of) >= ENOUGH and len({j.run.stack for j in of}) >= SEVERAL}
-        for name, members in {**groups, "all": list(runs)}.items():
+        of_regime = grouped(lambda j: j.regime, runs)
+        enough = {name for name, of in of_regime.items() if len(of) >= ENOUGH and len(_stacks(of)) >= SEVERAL}
+        for name, members in {**{x: of_regime[x] for x in of_regime if x in enough}, "all": list(runs)}.items():
             shares = Counter[str]()
             for j in members:
                 shares[j.run.stack] += j.run.weight  # type: ignore[assignment]
@@ -173,7 +178,60 @@ def residuals() -> str:
             )
             rows = json.dumps(said, allow_nan=False)
             lines.append(f"\n[{name_of}.{name}]\nlow = {min(low, 1):.3f}\nhigh = {max(high, 1):.3f}\nrows = {rows}\n")
+        for name in (x for x in REGIMES if x in of_regime and x not in enough):
+            ratios = np.array([1 + j.error for j in of_regime[name]])
+            low, high = ratios.min(), ratios.max()
+            of_stacks = _stacks(of_regime[name])
+            said = (
+                f"{len(ratios)} of them {'is' if len(ratios) == 1 else 'are'} {name}, of {len(of_stacks)} "
+                f"stack{'s' if len(of_stacks) > 1 else ''}, "
+                + (f"at {low:.2f}" if len(ratios) == 1 else f"between {low:.2f} and {high:.2f}")
+                + " of the predicted time: too few for an interval of their own."
+            )
+            rows = json.dumps(said, allow_nan=False)
+            lines.append(f"\n[{name_of}.{FEW}.{name}]\nlow = {low:.3f}\nhigh = {high:.3f}\nrows = {rows}\n")
     return "".join(lines)
+
+
+def _stacks(of: Iterable[Judged]) -> set[str]:
+    return {j.run.stack for j in of}
+
+
+def coverage() -> str:
+    """Which part of the published runs lie within the interval that is given for nine of ten, as a Markdown table.
+
+    By what most of the step goes to, and by how much of it messages and the host take; each stack weighs the same.
+    """
+    lines = ["| runs | as stated | of stacks | within | by the plan alone | of stacks | within |\n|---|"]
+    lines.append("---:|" * 6 + "\n")
+    groups: dict[str, Callable[[Judged], bool]] = {name: partial(_is, name) for name in REGIMES}
+    for low, high in pairwise((0.0, 0.1, 0.2, 0.3, 1.0)):
+        groups[f"messages and host {low:.0%} to {high:.0%} of the step"] = partial(_waits, low, high)
+    for name, belongs in groups.items():
+        cells = []
+        for of, stated in ((judged(), True), (by_plan(), False)):
+            members = [j for j in of if belongs(j)]
+            cells += [str(len(members)), str(len(_stacks(members))), _within(members, stated=stated)]
+        lines.append(f"| {name} | {' | '.join(cells)} |\n")
+    return "".join(lines)
+
+
+def _is(name: str, j: Judged) -> bool:
+    return j.regime == name
+
+
+def _waits(low: float, high: float, j: Judged) -> bool:
+    return low <= (j.parts["communication"] + j.parts["launch"]) / sum(j.parts.values()) < high
+
+
+def _within(members: list[Judged], *, stated: bool) -> str:
+    if not members:
+        return ""
+    count = Counter(j.run.stack for j in members)
+    weights = np.array([1 / count[j.run.stack] for j in members])
+    ends = [spread(j.parts, stated=stated)[0] for j in members]
+    within = np.array([low <= 1 + j.error <= high for j, (low, high) in zip(members, ends, strict=True)])
+    return f"{weights @ within / weights.sum():.0%}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,6 +10,9 @@ import pytest
 
 import trainer
 
+sys.path.append(str(Path(__file__).parents[2] / "tools"))
+from recorder_layouts import against_account
+
 WORKER = Path(__file__).with_name("recorded_worker.py")
 EVERY = os.environ.get("RECORDED_LAYOUTS") == "all"  # by hand: all layouts, and all ranks
 LAYOUTS = ["zero3", "zero2", "bf16", "ddp", "ddp views", "tensor", "sequence"]
@@ -39,3 +42,20 @@ def test_a_rank_recorded_alone_is_the_real_one(ranks, tmp_path):
         alone = said([sys.executable], source, tmp_path / f"{rank}.json", ranks, rank)
         for layout, own, everyones in zip(CASES[ranks], alone, real, strict=True):
             assert own == everyones[rank], (layout, rank)
+
+
+@pytest.mark.parametrize(
+    ("layout", "device", "seeds"),
+    [
+        ("shards-64", "cpu", (1, 3)),
+        ("tensor-2-shards-2", "cuda", (1, 3)),
+        ("experts-2", "cuda", (1, 3)),
+        ("tensor-2", "cpu", (20,)),  # a selective checkpoint that has kept a product does not divide its bias again
+    ],
+)
+def test_a_rank_recorded_alone_is_its_account(layout, device, seeds):
+    """Two ways that share no code: peak, parameters and states."""
+    compared = [x for x in against_account(layout, seeds, device) if x.recorded is not None]
+    assert compared
+    for x in compared:
+        assert x.recorded == x.accounted, x

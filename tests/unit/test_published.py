@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tomllib
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
@@ -15,7 +16,7 @@ import estimator as est
 from estimator.describe.catalogue import read_data
 from estimator.studies import published, published_plot, published_report
 from estimator.studies.runs import NAMES, SOURCES, left_out, rows, runs
-from estimator.timing.intervals import regime, spread, unknown
+from estimator.timing.intervals import REGIMES, regime, spread, unknown
 from estimator.timing.roofline import PARTS
 
 ROOT = Path(__file__).parents[2]
@@ -121,6 +122,39 @@ def test_the_residuals_on_file_are_those_of_the_rows():
         assert high <= higher  # who says less of his stack knows less of its time
         if regime(alone) in ("network-bound", "launch-bound"):
             assert high >= math.exp(1.64 * unknown(alone))
+
+
+def test_where_too_few_runs_are_of_a_regime_the_interval_says_so_and_is_wider():
+    (low, high), said = spread(dict.fromkeys(PARTS, 0.0) | {"matmul": 1.0}, stated=True)
+    assert "widened" not in said.lower()
+    few = {"communication": "1 of them is network-bound", "launch": "12 of them are launch-bound"}
+    for part in ("elementwise", "communication", "launch"):
+        (lower, higher), why = spread(dict.fromkeys(PARTS, 0.0) | {part: 1.0}, stated=True)
+        assert lower < low
+        assert high < higher
+        assert few.get(part, "None of them is bandwidth-bound") in why
+        assert why.endswith("Widened by what an unknown stack's parts are off by.")
+    counts = {(stated, name): sum(j.regime == name for j in of) for stated, of in
+              ((True, published.judged()), (False, published.by_plan())) for name in REGIMES}  # fmt: skip
+    for (stated, name), count in counts.items():
+        part = dict(zip(REGIMES, ("matmul", "elementwise", "communication", "launch"), strict=True))[name]
+        said = spread(dict.fromkeys(PARTS, 0.0) | {part: 1.0}, stated=stated)[1]
+        if name == "compute-bound" or count:
+            assert str(count) in said
+        else:
+            assert f"None of them is {name}." in said
+
+
+def test_the_more_a_step_waits_for_messages_and_the_host_the_wider_is_its_interval():
+    for part in ("communication", "launch"):
+        ends = [spread(dict.fromkeys(PARTS, 0.0) | {"matmul": 1 - x, part: x}) for x in (0.0, 0.1, 0.3, 0.49, 0.51)]
+        assert all(a[0][0] > b[0][0] and a[0][1] < b[0][1] for a, b in pairwise(ends))
+        assert "30% of the step" in ends[2][1]
+    # Nine of ten lie within it, whatever a step waits for; without that, one of three above 30 %.
+    lines = published_report.coverage().splitlines()[2:]
+    within = [float(cell.strip(" %")) for line in lines for cell in line.split("|")[4:8:3] if cell.strip()]
+    assert len(lines) == len(REGIMES) + 4
+    assert min(within) >= 80
 
 
 def test_the_interval_is_the_wider_one_until_the_stack_is_described():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from estimator.describe.transformers import Written
@@ -29,6 +30,8 @@ class HFAttention(Attention):
     def __init__(self, machine: Machine, recipe: Recipe) -> None:
         super().__init__(machine, recipe)
         self.written = recipe.written or Written()
+        undropped = self.written.undropped == recipe.parts.positions.kind
+        self.scores = replace(recipe, dropout=recipe.dropout and not undropped)
         self.owned.sort(key=lambda x: isinstance(x, ScaleAndShift))  # projections, norms
 
     def project(self, v: Locals, x: Tensor) -> None:
@@ -144,7 +147,7 @@ class HFAttention(Attention):
         """`sdpa_attention_forward`: keys and values are repeated for the queries' heads with a mask."""
         with arguments((q, k, v, mask)) as results, Locals() as w:
             w.k, w.v = (k, v) if mask is None else (repeat_heads(k, self.g), repeat_heads(v, self.g))
-            w.y = attend(q, w.k, w.v, mask, self.recipe)
+            w.y = attend(q, w.k, w.v, mask, self.scores)
             results.append(contiguous_of(transpose(w.y, 1, 2)))
         return results[0]
 
@@ -156,7 +159,7 @@ class HFAttention(Attention):
             if mask is not None:
                 w.weights = ops.add(w.weights, mask)
             self.softmax(w, q)
-            w.weights = dropout(w.weights, self.recipe)
+            w.weights = dropout(w.weights, self.scores)
             w.y = matmul(w.weights, w.v)
             results.append((contiguous_of(transpose(w.y, 1, 2)), w.take("weights")))
         found: tuple[Tensor, Tensor] = results[0]

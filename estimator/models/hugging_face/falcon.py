@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from estimator.eager import ops
@@ -55,11 +54,6 @@ class FalconAttention(HFAttention):
     """`FalconAttention`."""
 
     linear = FalconLinear
-
-    def __init__(self, machine: Machine, recipe: Recipe) -> None:
-        super().__init__(machine, recipe)
-        undropped = self.written.undropped == recipe.parts.positions.kind
-        self.scores = replace(recipe, dropout=recipe.dropout and not undropped)
 
     def project(self, v: Locals, x: Tensor) -> None:
         """All three at once, of which those of a group of heads are together."""

@@ -36,7 +36,7 @@ class HFLatentAttention(LatentAttention):
         super().__init__(machine, recipe)
         self.written = recipe.written or Written()
 
-    def forward(  # type: ignore[override]  # with the weights, as `HFAttention`
+    def forward(  # type: ignore[override]  # its block takes the weights too
         self,
         v: Locals,
         x: Tensor,
@@ -45,7 +45,8 @@ class HFLatentAttention(LatentAttention):
         cos: Tensor | None,
         sin: Tensor | None,
         query_scale: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, None]:
+        """What comes out; fused attention returns no weights."""
         B, T, _ = x.shape
         v.q = transpose(view(self.queries(x), (B, T, self.h, self.nope + self.rope)), 1, 2)
         v.q_pass, v.q_rot = split(v.q, (self.nope, self.rope))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from estimator.eager.letters import ONE, ZERO, W
+from estimator.eager.ops import additive_mask
 from estimator.eager.tensor import BOOL, INT64, Locals
 from estimator.models.hugging_face.positions import integers, position_ids
 
@@ -60,3 +61,40 @@ def seen(machine: Machine, length: Size, sequences: Size, kind: str) -> Tensor:
             v.seen = v.result
         stride = (ZERO, *v.seen.stride[1:])
         return v.seen.view((sequences, *square[1:]), stride)
+
+
+def no_padding(machine: Machine, sequences: Size, length: Size) -> None:
+    """A mask of ones as bools, of which a fused kernel needs nothing: `fast_all`."""
+    with Locals() as v:
+        v.mask = machine.empty((sequences, length), BOOL)
+        v.sum = machine.empty((), INT64)
+        if machine.device == "cpu":
+            machine.empty((sequences, length), INT64).discard()
+        machine.kernel("sum", (v.mask,), (v.sum,))
+        with Locals() as w:
+            w.all = integers(machine, "eq", (), v.sum, dtype=BOOL)
+            del v.sum
+
+
+def padded_mask(machine: Machine, sequences: Size, length: Size, dtype: Dtype) -> Tensor:
+    """What eager attention adds of a mask of ones, (B, 1, T, T): `and_masks` of what is causal and no padding."""
+    square = (ONE, ONE, length, length)
+    with Locals() as v:
+        v.padding = machine.empty((sequences, length), BOOL)
+        with Locals() as w:
+            w.batch, w.head = machine.empty((sequences,), INT64), machine.empty((ONE,), INT64)
+            w.queries, w.keys = position_ids(machine, length), position_ids(machine, length)
+            w.result = machine.empty((), BOOL)
+            w.causal = machine.empty(square, BOOL)
+            machine.kernel("le", (w.keys, w.queries), (w.causal,))
+            w.both = machine.empty(square, BOOL)
+            machine.kernel("bitwise_and", (w.result, w.causal), (w.both,))
+            w.result = w.take("both")
+            del w.causal
+            w.kept = machine.empty((sequences, ONE, ONE, length), BOOL)
+            machine.kernel("index", (v.padding, w.kept), (w.kept,))
+            w.both = machine.empty((sequences, ONE, length, length), BOOL)
+            machine.kernel("bitwise_and", (w.result, w.kept), (w.both,))
+            del w.kept
+            v.seen = w.take("both")
+        return additive_mask(v.seen, dtype)

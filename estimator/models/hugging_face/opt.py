@@ -37,10 +37,9 @@ class OPTAttention(HFAttention):
         v.v = transpose(self.heads(v.v, self.k_heads), 1, 2)
 
 
-class OPTBlock(Block):
-    """`OPTDecoderLayer`: the feed-forward is of rows."""
+class InlineBlock(Block):
+    """A block that has its feed-forward's statements in its own forward, and each norm after what it is for."""
 
-    build_attention = staticmethod(OPTAttention)
     positional = 1
 
     def __init__(self, machine: Machine, index: int, recipe: Recipe, kind: BlockKind) -> None:
@@ -50,28 +49,47 @@ class OPTBlock(Block):
             self.owned = [module for pair in norms.items() for module in pair]
 
     def forward(self, v: Locals, x: Tensor, *where: Tensor | None) -> Tensor:
-        before = self.recipe.parts.order == "pre"
         v.residual = v.x = x
-        if before:
+        if self.attention_norm is not None:
             v.x = self.attention_norm(v.x)
         v.x, v.weights = self.attention(v.x, *where[:-1])
         v.x = dropout(v.x, self.recipe)
         v.x = ops.add(v.residual, v.x)
-        if not before:
+        if self.attention_post_norm is not None:
             v.x = self.attention_post_norm(v.x)
-        v.x = reshape(v.x, (self.machine.product(x.shape[:2]), x.shape[2]))
+        self.feed_forward(v)
+        return v.take("x")
+
+    def feed_forward(self, v: Locals) -> None:
+        """Of `v.x`, to `v.x`."""
         v.residual = v.x
-        if before:
+        if self.ffn_norm is not None:
             v.x = self.ffn_norm(v.x)
         with self.ffn.inside():
-            v.x = self.ffn.up(v.x)
-            v.x = self.ffn.activation(v.x)
+            self.widened(v)
             v.x = self.ffn.down(v.x)
             v.x = dropout(v.x, self.recipe)
-        v.x = view(ops.add(v.residual, v.x), x.shape)
-        if not before:
+        v.x = ops.add(v.residual, v.x)
+
+    def widened(self, v: Locals) -> None:
+        """`v.x` is what goes down."""
+        v.x = self.ffn.up(v.x)
+        v.x = self.ffn.activation(v.x)
+
+
+class OPTBlock(InlineBlock):
+    """`OPTDecoderLayer`: the feed-forward is of rows."""
+
+    build_attention = staticmethod(OPTAttention)
+
+    def feed_forward(self, v: Locals) -> None:
+        """Of `v.x` in rows, to `v.x`, and its norm where that comes last."""
+        shape = v.x.shape
+        v.x = reshape(v.x, (self.machine.product(shape[:2]), shape[2]))
+        super().feed_forward(v)
+        v.x = view(v.x, shape)
+        if self.ffn_post_norm is not None:
             v.x = self.ffn_post_norm(v.x)
-        return v.take("x")
 
 
 class OPT(HFDecoder):

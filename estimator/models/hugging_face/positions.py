@@ -61,7 +61,7 @@ def rotary_embedding(v: Locals, positions: Tensor, frequencies: Tensor, dtype: D
     with Locals() as w:
         w.positions = machine.empty((ONE, length, ONE))
         machine.kernel("_to_copy", (positions,), (w.positions,))
-        w.freqs = ops.elementwise("mul", w.positions, frequencies)
+        w.freqs = ops.elementwise("mul", w.positions, cast(frequencies, FLOAT32))
         del w.positions
         if written.rotation == "repeated-fp32":
             w.emb = repeated(w.freqs)

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+OVERFLOW = (
+    "_amp_foreach_non_finite_check_and_unscale_"  # a loss scaler's, which skips the update where it has found any
+)
 NO = ("any", "isnan", "isinf", "isneginf", "isposinf")  # operators that look for what is not expected
 AGAIN_AND_AGAIN = 100_000
 DEALT = "each chosen as often as any other"  # what is assumed of a router's choices
@@ -74,6 +77,8 @@ class Assumptions:
     def number(self, made: str, kind: str) -> float:
         """The value of a tensor that `made` would have computed: no element is, all elements are, or else 1.
 
+        A loss scaler has found no overflow: the update is not skipped.
+
         Raises:
             ConfigError: the same line has asked so often that the answer must keep it in a loop.
         """
@@ -81,8 +86,8 @@ class Assumptions:
         if kind == "Dealt":
             self.make(f"{DEALT}, for the choices of {name}")
             return 0.0
-        value = 0.0 if kind == "Bool" and name in NO else 1.0
-        answer = ("false", "true")[int(value)] if kind == "Bool" else "1"
+        value = 0.0 if (kind == "Bool" and name in NO) or name == OVERFLOW else 1.0
+        answer = ("false", "true")[int(value)] if kind == "Bool" else f"{value:.0f}"
         self.make(f"{answer} for a value of {name or 'unknown origin'} ({kind.lower()})")
         return value
 

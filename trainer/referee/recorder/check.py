@@ -51,6 +51,7 @@ UNKNOWN = {
     "sort": "What a sort has for itself is left out.",
     "embedding_dense_backward": "What the gradient of an embedding sorts indices in is left out.",
 }
+OTHERS = "Of the other ranks nothing is known: whole numbers that are read of what they send are this rank's own.\n"
 MODULES = 12  # lines of the table of modules
 
 
@@ -122,6 +123,8 @@ def run(argv: Sequence[str]) -> int:
         sys.stdout.write(json.dumps(_plain(recording, answer), indent=1) + "\n")
     else:
         sys.stdout.write(report(recording, memory, name, gpu.name))
+        if args.fake_world is not None:
+            sys.stdout.write(OTHERS)
         sys.stdout.write(timed(answer.time, gpu.name, plan, alone=args.fake_world is None))
         if args.hf is not None and args.fake_world is None:
             sys.stdout.write("\nBeside the models here, of the same config.json:\n")

@@ -30,16 +30,18 @@ def attention_kernel(
     """
     half = itemsize < 4
     dense = len(q) == len(k) == len(v) == 4 and all((*q, *k, *v))
+    heads = len({x[:2] for x in map(tuple, (q, k, v))}) == 1  # `check_batch_size_and_num_heads_dense`
     flash = (
         torch.backends.cuda.flash_sdp_enabled()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         and fused_on_cuda(half=half, masked=masked) == "flash"
         and q[-1] == k[-1] == v[-1] <= FLASH_WIDEST
+        and (heads or grouped)
         and not (causal and q[-2] != k[-2])
     )
     alignment = 16 // itemsize  # elements of 16 bytes: `minimum_gemm_alignment`
     efficient = (
         torch.backends.cuda.mem_efficient_sdp_enabled()  # type: ignore[no-untyped-call]  # likewise
-        and not (grouped and q[1] != k[1])
+        and heads
         and not (q[-1] % alignment or v[-1] % alignment)
     )
     if not dense:
@@ -141,7 +143,14 @@ RANGES = ("range_push", "range_pop", "mark")  # of torch.cuda.nvtx, for a profil
 def cuda(native: Any) -> Iterator[None]:
     """One card, as far as Python sees. Backward runs on the thread that asks for it, in the order of CUDA's own."""
     native.set_choose(attention_kernel)
-    resize = torch.UntypedStorage.resize_
+    resize: Any = torch.UntypedStorage.resize_
+    clone: Any = torch.UntypedStorage.clone
+
+    def cloned(storage: torch.UntypedStorage) -> Any:
+        if storage.device.type != "cuda":
+            return clone(storage)
+        whole = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+        return whole.clone().untyped_storage()
 
     def resized(storage: torch.UntypedStorage, size: int) -> Any:
         if storage.device.type != "cuda":
@@ -153,6 +162,7 @@ def cuda(native: Any) -> Iterator[None]:
         for name, answer in ANSWERS.items():
             stack.enter_context(patch.object(torch.cuda, name, answer))
         stack.enter_context(patch.object(torch.UntypedStorage, "resize_", resized))
+        stack.enter_context(patch.object(torch.UntypedStorage, "clone", cloned))
         stack.enter_context(patch.object(LOGGER, "set_runtime_stats_and_log", lambda _: None))
         stack.enter_context(patch.object(torch.backends.cudnn, "is_acceptable", lambda _: False))
         for name in RANGES:

@@ -563,7 +563,8 @@ void left_out(const c10::OperatorHandle& op, DispatchKeySet below, torch::jit::S
   shapes.made = name;
   shapes.cuda = cuda;
   shapes.copies = name == "aten::copy_";
-  if (count && arguments[0].isTensor()) shapes.made += ":" + std::to_string(arguments[0].toTensor().numel());
+  shapes.made += ":";
+  if (count && arguments[0].isTensor()) shapes.made += std::to_string(arguments[0].toTensor().numel());
   Question question;
   question.key = name + (cuda ? "@cuda" : "");
   for (const auto& value : arguments) question.add(value, shapes);
@@ -586,8 +587,12 @@ void left_out(const c10::OperatorHandle& op, DispatchKeySet below, torch::jit::S
   for (size_t i = 0; i < count; ++i) {
     const auto* alias = schema.arguments()[i].alias_info();
     if (alias == nullptr || !alias->isWrite()) continue;
-    each_tensor(arguments[i], [](const at::Tensor& t) {
-      if (auto* held = held_of(t)) held->known = false;
+    const auto* source = shapes.copies ? held_of(arguments[1].toTensor()) : nullptr;  // whose values they are
+    each_tensor(arguments[i], [&](const at::Tensor& t) {
+      auto* held = held_of(t);
+      if (held == nullptr || held == source) return;
+      held->known = false;
+      held->made = source != nullptr && !source->known ? source->made : shapes.made;
     });
   }
   std::vector<c10::IValue> made;
@@ -909,6 +914,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         "The number of a storage, from its `_cdata`; 0 of one that was made before `install`.");
   m.def("resize", [](int64_t cdata, size_t nbytes) { resize(*reinterpret_cast<c10::StorageImpl*>(cdata), nbytes); },
         "Give a storage of CUDA's so many bytes.");
+  m.def("forget", [](int64_t cdata, const std::string& made) {
+    const auto& data = reinterpret_cast<c10::StorageImpl*>(cdata)->data_ptr();
+    if (data.get_deleter() != &free_held) return;
+    auto* held = static_cast<Held*>(data.get_context());
+    if (held->known) held->known = false, held->made = made + ":";
+  }, "What a storage holds is not known any more: another process has part in it.");
   m.def("made_of", [](int64_t cdata) -> std::optional<std::string> {
     const auto& data = reinterpret_cast<c10::StorageImpl*>(cdata)->data_ptr();
     if (data.get_deleter() != &free_held) return std::nullopt;

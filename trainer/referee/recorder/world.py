@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch.futures import Future
 
 from estimator.describe.checks import ConfigError
+from trainer.referee.recorder.extension import extension
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -40,17 +41,24 @@ def one_rank(ranks: int, rank: int = 0) -> None:
 
 
 def _done(result: Any) -> dist.Work:
-    """Work that is over; DDP takes the sums from its future."""
+    """Work that is over, and holds `result` until it is let go; DDP takes the sums from its future."""
     future: Future[Any] = Future()
     future.set_result(result)
     work: dist.Work = c10d._create_work_from_future(future)  # noqa: SLF001 - as PyTorch's own groups in Python do
     return work
 
 
-def _receive(into: Tensor, own: Tensor) -> None:
-    """What others send is taken to be what this rank does: whole numbers, which are read, are there."""
+def _receive(into: Tensor, own: Tensor, kind: str) -> None:
+    """What others send is not known; of whole numbers, which may be read, it is taken to be what this rank sends."""
+    _forget(into, kind)
     if not own.is_floating_point():
         into.copy_(own.view_as(into))
+
+
+def _forget(x: Tensor, kind: str) -> None:
+    """Whole numbers stay what they are."""
+    if x.is_floating_point():
+        extension().forget(x.untyped_storage()._cdata, kind)  # noqa: SLF001 - the storage's identity
 
 
 def told(outputs: Sequence[Tensor]) -> None:
@@ -89,6 +97,7 @@ class Collectives:
         """`AsyncAllreduceWork`."""
         for x in tensors:
             self._reduce(x, options)
+            _forget(x, "all_reduce")
         return _done(tensors)
 
     def allreduce_coalesced(self, tensors: list[Tensor], _: Any = None) -> dist.Work:
@@ -102,6 +111,8 @@ class Collectives:
 
     def broadcast(self, tensors: list[Tensor], _: Any = None) -> dist.Work:
         """In place."""
+        for x in tensors:
+            _forget(x, "broadcast")
         return _done(tensors)
 
     def reduce(self, tensors: list[Tensor], _: Any = None) -> dist.Work:
@@ -120,17 +131,17 @@ class Collectives:
                 own = _flat(inputs)
                 received = own.new_empty((len(outputs[0]), *outputs[0][0].shape))
                 for x, part in zip(outputs[0], received, strict=True):
-                    _receive(part, own)
+                    _receive(part, own, "all_gather")
                     x.copy_(part)
             else:
                 for x in outputs[0]:
-                    _receive(x, inputs[0])
-        return _done(outputs)
+                    _receive(x, inputs[0], "all_gather")
+        return _done((outputs, inputs))
 
     def all_gather_single(self, output: Tensor, own: Tensor, options: Any = None) -> dist.Work:
         """`_allgather_base`: of the parts of one tensor."""
         self.allgather([list(output.detach().chunk(self.size()))], [own], options)
-        return _done([output])
+        return _done((output, own))
 
     def all_gather_single_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], _: Any = None) -> dist.Work:
         """`AsyncAllgatherCoalescedWork`: all of them in one flat tensor, and what all send in another."""
@@ -139,10 +150,13 @@ class Collectives:
                 told([x.chunk(self.size())[0] for x in outputs])
                 own = _flat(inputs)
                 received = own.new_empty(own.numel() * self.size())
+                _forget(received, "all_gather")
                 parts = torch.split(received, [x.numel() for x in outputs])
                 for x, part in zip(outputs, parts, strict=True):
                     x.copy_(part.view_as(x))
-        return _done(outputs)
+            for x in outputs:
+                _forget(x, "all_gather")
+        return _done((outputs, inputs))
 
     def reduce_scatter_single(self, output: Tensor, whole: Tensor, options: Any) -> dist.Work:
         """`_reduce_scatter_base`."""
@@ -150,28 +164,37 @@ class Collectives:
 
     def reduce_scatter_single_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], options: Any) -> dist.Work:
         """`reduce_scatter_tensor_coalesced`: gloo reduces all of it in a copy, and takes this rank's part of that."""
+        if not inputs[0].is_cpu:
+            for x in outputs:
+                _forget(x, "reduce_scatter")
+            return _done((outputs, inputs))
         with torch.no_grad():
-            if inputs[0].is_cpu:
-                copies = [x.clone() for x in inputs]
-                for copy in copies:
-                    self._reduce(copy, options)
-                for output, copy in zip(outputs, copies, strict=True):
-                    output.copy_(copy.chunk(self.size())[self.rank()])
-        return _done(outputs)
+            copies = [x.clone() for x in inputs]
+            for output, copy in zip(outputs, copies, strict=True):
+                self._reduce(copy, options)
+                _forget(copy, "reduce_scatter")
+                output.copy_(copy.chunk(self.size())[self.rank()])
+        return _done((outputs, copies))
 
-    def all_to_all_single(self, output: Tensor, *_: Any) -> dist.Work:
-        """gloo receives straight into it."""
-        return _done([output])
+    def all_to_all_single(self, output: Tensor, own: Tensor, *_: Any) -> dist.Work:
+        """gloo receives straight into it; each rank sends here as many whole numbers as this one sends to itself."""
+        _forget(output, "all_to_all")
+        if not own.is_floating_point() and output.shape == own.shape:
+            for part in output.chunk(self.size()):
+                part.copy_(own.chunk(self.size())[self.rank()])
+        return _done((output, own))
 
-    def alltoall(self, outputs: list[Tensor], *_: Any) -> dist.Work:
+    def alltoall(self, outputs: list[Tensor], inputs: list[Tensor], *_: Any) -> dist.Work:
         """Likewise."""
-        return _done(outputs)
+        for x in outputs:
+            _forget(x, "all_to_all")
+        return _done((outputs, inputs))
 
     def scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], *_: Any) -> dist.Work:
         """From and to where they lie."""
         with torch.no_grad():
             for x in inputs[:1]:
-                _receive(outputs[0], x[self.rank()])
+                _receive(outputs[0], x[self.rank()], "scatter")
         return _done(outputs)
 
     def gather(self, outputs: list[list[Tensor]], inputs: list[Tensor], *_: Any) -> dist.Work:
@@ -183,7 +206,17 @@ class Collectives:
         return _done(tensors)
 
     def recv(self, tensors: list[Tensor], *_: Any) -> dist.Work:
-        """To where it will lie."""
+        """To where it will lie.
+
+        Raises:
+            ConfigError: it is whole numbers: a stage of a pipeline asks another for shapes.
+        """
+        for x in tensors:
+            if not x.is_floating_point():
+                raise ConfigError(
+                    "recv: another rank would send whole numbers, such as a pipeline's shapes; it is not there"
+                )
+            _forget(x, "recv")
         return _done(tensors)
 
     # Names before 2.12.
