@@ -50,8 +50,8 @@ class Written:
         queries: when what is projected becomes heads. "each": one after the other (Llama), the norm among it (Qwen3);
             "viewed": all are heads, then normed, then transposed (Cohere); "transposed": all are heads and transposed,
             then normed (Apertus); "whole": all are projected, normed or clamped, then heads (OLMo).
-        rotation: "halves" (Llama), "neighbours" (GLM: cosines repeated), "neighbours-fp32" (ERNIE), "repeated-fp32"
-            (Cohere).
+        rotation: "halves" (Llama), "apart" (gpt-oss: halves, by angles of half a head), "neighbours" (GLM: cosines
+            repeated), "neighbours-fp32" (ERNIE), "repeated-fp32" (Cohere).
         partial: how a part of a head is rotated: "inside" (the rotation takes it apart, all of a head too: GLM),
             "whole" (likewise, in one expression: Phi-3), "returned" (likewise, as it returns: Nemotron), "before" (the
             attention does: Phi), "" (there are no such heads).
@@ -124,6 +124,13 @@ MIXTURES: dict[str, Written] = {
         routed=Routed("ernie4_5_moe", logits="fp32-alone", weights="inputs", shared="first"),
     ),
     "flex_olmo": replace(OLMO, routed=replace(MIXTRAL, weights="logits")),
+    "gpt_oss": Written(
+        rotation="apart",
+        masks=("full", "window"),
+        packed=False,
+        eager_alone=True,
+        routed=Routed("chosen", transposed=True),
+    ),
     "granitemoe": Written(layer=("attention", "norms", "ffn"), late_scale="same", routed=GRANITE),
     "granitemoehybrid": Written(
         passes_positions=False, packed=False, layer=("norms", "ffn", "attention"), routed=GRANITE
@@ -198,7 +205,6 @@ def check_model(p: Plan, m: ModelConfig) -> None:
     latent, eager = parts.attention.latent, p.attention.startswith("naive")
     unknown = (
         ("attention.latent", f"{latent}, attention = {p.attention}", latent == "none" or not eager),
-        ("attention.sinks", parts.attention.sinks, not parts.attention.sinks),
         ("attention.out_gate", parts.attention.out_gate, not parts.attention.out_gate),
         ("attention.query_scaling", parts.attention.query_scaling, parts.attention.query_scaling == "none"),
         ("attention.qk_norm", parts.attention.qk_norm, not own_heads),

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from estimator.eager import ops
 from estimator.models.block import Block
-from estimator.models.hugging_face.attention import HFAttention
+from estimator.models.hugging_face.attention import HFAttention, SinkAttention
 from estimator.models.hugging_face.experts import HFSparseFeedForward
 from estimator.models.hugging_face.latent import HFLatentAttention
 
@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 def build_attention(machine: Machine, recipe: Recipe) -> HFAttention | HFLatentAttention:
     """The module of the declared attention."""
-    return (HFAttention if recipe.parts.attention.latent == "none" else HFLatentAttention)(machine, recipe)
+    part = recipe.parts.attention
+    if part.sinks:
+        return SinkAttention(machine, recipe)
+    return (HFAttention if part.latent == "none" else HFLatentAttention)(machine, recipe)
 
 
 class HFBlock(Block):
