@@ -105,8 +105,13 @@ def split(x: Tensor, sizes: Sequence[Size]) -> tuple[Tensor, ...]:
 
 @op
 def concatenate(xs: Sequence[Tensor], width: Size | None = None) -> Tensor:
-    """torch.cat(xs, -1), whose `width` may be known by a letter; autocast casts all to the widest of their dtypes."""
-    if xs[0].machine.autocast_dtype is None:
+    """torch.cat(xs, -1), whose `width` may be known by a letter.
+
+    The CPU's autocast casts all to the widest of their dtypes; CUDA's leaves them (`AT_FORALL_PROMOTE` of
+    aten/src/ATen/autocast_mode.h).
+    """
+    machine = xs[0].machine
+    if machine.autocast_dtype is None or machine.device != "cpu":
         return _concatenate(xs, width)
     widest = max((x.dtype for x in xs), key=lambda dtype: dtype.itemsize)
     return _concatenate([x if x.dtype == widest else cast(x, widest) for x in xs], width)
