@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from estimator.hardware.accelerators import Accelerator
 
 HALF = 2  # bytes of 16 bits
+SCALED = "_scaled_mm"  # PyTorch's product of factors of 8 bits, in a step that is recorded
 APART = ("router",)  # linear layers of a block that stay in 16 bits, as torchtitan's filter has it
 
 

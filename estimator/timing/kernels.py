@@ -14,7 +14,7 @@ import numpy as np
 
 from estimator.eager.ledger import Category, Gemm, Phase
 from estimator.eager.letters import ONE, ZERO, as_sizes
-from estimator.timing.float8 import Casts, multiplies
+from estimator.timing.float8 import SCALED, Casts, multiplies
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -255,7 +255,8 @@ def _row(kernel: Kernel, nbytes: Size | None = None) -> Row:
     elements = ZERO if access == "plain" else elements_of(kernel)
     leading = kernel.leading if width == 2 and kernel.name not in FLASH else ()
     moved = kernel.nbytes if nbytes is None else nbytes
-    return Row(kind, kernel.name, phase, turn, kernel.gemm, width, moved, listed, access, elements, leading)
+    row = Row(kind, kernel.name, phase, turn, kernel.gemm, width, moved, listed, access, elements, leading)
+    return row._replace(float8=kernel.name == SCALED)
 
 
 def elements_of(kernel: Kernel) -> Size:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from estimator.describe.checks import ConfigError
 from estimator.timing.intervals import spread
 from estimator.timing.kernels import EAGER, FUSED, recorded_table
 from estimator.timing.roofline import busy, efficiency, parts
@@ -57,9 +58,13 @@ class RecordedTime:
 def recorded_time(account: RecordedAccount, p: Plan, a: Accelerator) -> RecordedTime:
     """The time of a step that was recorded as `p` says, on `a`; messages between accelerators are left out.
 
+    What the step's own module multiplies in 8 bits is timed so.
+
     Raises:
-        ConfigError: the accelerator has no peak for a dtype that the step multiplies in.
+        ConfigError: the accelerator has no peak for a dtype that the step multiplies in, or nobody timed such products
+            on its architecture; or the plan says `float8`, which only the module can.
     """
+    check_recorded(p)
     e = efficiency(a)
     listed = a.device == "cuda" and p.optimizer_on(a.device) in LISTS
     table = recorded_table(account, listed=listed, variant=FUSED if p.compile else EAGER)
@@ -71,6 +76,19 @@ def recorded_time(account: RecordedAccount, p: Plan, a: Accelerator) -> Recorded
     found = {name: float(np.asarray(x).reshape(-1)[0]) for name, x in parts(work, np.zeros(1)).items()}
     within, rows = spread(found)
     return RecordedTime(found, within, rows, e.origin, *products(account), a.peak_flops(p.product_dtype))
+
+
+def check_recorded(p: Plan) -> None:
+    """Whether a recorded step can be as the plan says.
+
+    Raises:
+        ConfigError: which layers multiply in 8 bits is the module's to say.
+    """
+    if p.float8 != "none":
+        raise ConfigError(
+            f"float8 = {p.float8!r}: a recorded step multiplies in 8 bits where its own module does, as torchao's "
+            "convert_to_float8_training makes it; allowed is none"
+        )
 
 
 def products(account: RecordedAccount) -> tuple[int, int]:

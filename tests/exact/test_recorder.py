@@ -384,3 +384,43 @@ def test_kernels_and_time_are_those_of_the_symbolic_step(plan):
     device, theirs = (sum(t.parts.values()) - t.parts["launch"] for t in (answer.time, symbolic.time))
     assert device == pytest.approx(theirs, rel=0.1)
     assert answer.time.seconds == pytest.approx(symbolic.time.seconds_per_step, rel=0.2)  # with the host's
+
+
+class Product(torch.autograd.Function):
+    """x w^T of factors in 8 bits, whose gradients are products in 16; (b, n), (m, n) -> (b, m)."""
+
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        one = torch.ones((), device=x.device)
+        x, w = (t.to(torch.float8_e4m3fn) for t in (x, w))
+        return torch._scaled_mm(x, w.t(), one, one, out_dtype=torch.bfloat16)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, w = ctx.saved_tensors
+        return grad @ w, grad.t() @ x
+
+
+class Eighths(nn.Linear):
+    """A layer that multiplies so."""
+
+    def forward(self, x):
+        return Product.apply(x, self.weight)
+
+
+def test_products_in_8_bits_are_the_modules_own():
+    """Their FLOPs are counted, at their rate; the plan cannot ask for them."""
+    p = est.Plan(precision="bf16", optimizer="sgd")
+
+    def answer(kind):
+        def build():
+            return kind(4096, 4096, bias=False), lambda module, x: module(x).square().mean(), (torch.rand(8192, 4096),)
+
+        return est.estimate(trainer.record(build, p, "cuda"), p, "h100-80gb-sxm").time
+
+    plain, eighths = answer(nn.Linear), answer(Eighths)
+    assert eighths.flops == plain.flops + 2 * 8192 * 4096 * 4096  # x has a gradient here
+    assert eighths.parts["matmul"] < plain.parts["matmul"] * 3 / 2
+    with pytest.raises(ConfigError, match="float8 = 'rowwise': a recorded step multiplies in 8 bits where"):
+        trainer.record(tagger, p.replace(compile=True, float8="rowwise"))

@@ -13,6 +13,7 @@ from estimator.eager import ledger
 from estimator.eager.ledger import Gemm, Kernel, Storage
 from estimator.eager.letters import ONE, ZERO, Size, constant
 from estimator.eager.tensor import Dtype, access_of, leading_of
+from estimator.timing.float8 import SCALED
 from trainer.referee.recorder.log import Operand
 from trainer.referee.recorder.rules import schemas
 
@@ -252,7 +253,7 @@ def _places(x: Operand, kernel: Sequence[int], stride: Sequence[int], pad: Seque
 
 
 PRODUCTS: dict[str, Product] = {
-    **dict.fromkeys(("mm", "bmm", "mv", "dot"), lambda x: _matrices(x[0], x[1])),
+    **dict.fromkeys(("mm", "bmm", "mv", "dot", SCALED), lambda x: _matrices(x[0], x[1])),
     **dict.fromkeys(("addmm", "addmm_", "baddbmm", "baddbmm_", "addmv"), lambda x: _matrices(x[1], x[2])),
     "_grouped_mm": _grouped,
     **dict.fromkeys(ATTENTION, _attention),

@@ -12,6 +12,7 @@ import torch
 from estimator.accounting.recorded import RecordedAccount, nbytes
 from estimator.describe.checks import choose
 from estimator.eager.ledger import Category, Phase
+from estimator.timing.recorded import check_recorded
 from trainer.referee.recorder.assumptions import Assumptions
 from trainer.referee.recorder.failures import said_by
 from trainer.referee.recorder.ledger import Reader
@@ -142,9 +143,11 @@ def record(
 
     Raises:
         ConfigError: what `build` returned is none of these, its code raises an error or wants values that are not
-            computed, or the extension cannot be compiled.
+            computed, the plan says `float8`, or the extension cannot be compiled.
     """
     choose("device", device, DEVICES)
+    if plan is not None:
+        check_recorded(plan)
     began = time.perf_counter()
     assumptions = Assumptions(LIBRARIES)
     with recording(assumptions, device) as native:
