@@ -129,7 +129,11 @@ def cast(x: Tensor, dtype: Dtype) -> Tensor:
 
 @op
 def _concatenate(xs: Sequence[Tensor], width: Size | None = None) -> Tensor:
-    """Backward gives views of the gradient."""
+    """Backward gives views of the gradient.
+
+    The CPU writes one of another dtype than the result's through a copy of it, one after the other (`cat_out_cpu` of
+    aten/src/ATen/native/TensorShape.cpp).
+    """
     sizes, machine = [x.shape[-1] for x in xs], xs[0].machine
 
     def backward(_: Context, grad: Tensor) -> Gradients:
@@ -140,6 +144,9 @@ def _concatenate(xs: Sequence[Tensor], width: Size | None = None) -> Tensor:
     shape = (*xs[0].shape[:-1], width or sum(sizes, ZERO))
     stride = channels_last(machine, shape) if all(is_channels_last(x) for x in xs) else None
     out = machine.empty(shape, dtype, stride=stride)
+    for x in xs if machine.device == "cpu" else ():
+        if x.dtype != dtype:
+            machine.empty(x.shape, x.dtype).discard()
     machine.kernel("cat", xs, (out,))
     return attach(node, out)
 
