@@ -83,7 +83,10 @@ class Compared(NamedTuple):
 
 
 def against_account(name: str, seeds: Sequence[int], device: str) -> list[Compared]:
-    """The first and the last rank of the layout's draws. Each rank is a process's: DTensor remembers whose it is."""
+    """The first and the last rank of the layout's draws.
+
+    Each rank is a process's of its own, as DTensor remembers whose it is: the one that calls this must be none.
+    """
     ranks = LAYOUTS[name][0]
     with get_context("fork").Pool(1, maxtasksperchild=1) as pool:
         found = pool.starmap(_of_rank, [(name, seeds, device, rank) for rank in (0, ranks - 1)], chunksize=1)
