@@ -149,7 +149,7 @@ CLASSES: dict[str, Written] = {
     "olmo": OLMO,
     "olmo2": OLMO,
     "olmo3": replace(OLMO, masks=("full",), tables_by_kind=True),
-    "phi": Written(queries="transposed", partial="before"),
+    "phi": Written("phi", queries="transposed", partial="before"),
     "phi3": Written(partial="whole"),
     "stablelm": Written(queries="transposed", partial="before", names_all=True),
 }

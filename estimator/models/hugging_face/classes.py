@@ -16,6 +16,7 @@ from estimator.models.hugging_face.mpt import Mpt
 from estimator.models.hugging_face.openai import OpenAIGPT
 from estimator.models.hugging_face.opt import OPT
 from estimator.models.hugging_face.persimmon import Persimmon
+from estimator.models.hugging_face.phi import Phi
 
 DECODERS: dict[str, type[HFDecoder]] = {
     "biogpt": BioGpt,
@@ -32,6 +33,7 @@ DECODERS: dict[str, type[HFDecoder]] = {
     "mpt": Mpt,
     "openai-gpt": OpenAIGPT,
     "opt": OPT,
+    "phi": Phi,
     "persimmon": Persimmon,
     "xglm": XGLM,
 }

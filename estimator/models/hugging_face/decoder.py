@@ -14,7 +14,7 @@ from estimator.models.decoder import Transformer
 from estimator.models.hugging_face.block import HFBlock
 from estimator.models.hugging_face.masks import attention_mask
 from estimator.models.hugging_face.positions import look_for_packed_sequences, position_ids, rotary_embedding
-from estimator.models.layers import dropout
+from estimator.models.layers import dropout_at
 
 if TYPE_CHECKING:
     from estimator.eager.letters import Size
@@ -67,6 +67,10 @@ class HFDecoder(Transformer):
         with self.machine.ledger.inside("loss"):
             return causal_lm_loss(v.logits, targets)
 
+    def enter(self, v: Locals) -> None:
+        """`v.x` of `v.embeds`."""
+        v.x = dropout_at(v.embeds, drops=self.recipe.dropout and self.drops_embedding)
+
     def decoded(self, ids: Tensor) -> Tensor:
         """`LlamaModel`."""
         assert self.recipe.written is not None
@@ -78,7 +82,7 @@ class HFDecoder(Transformer):
                 v.embeds = ops.mul_number(v.embeds)
             v.positions = position_ids(self.machine, ids.shape[1])
             masks = self.attention_masks(v, ids.shape[0])
-            v.x = dropout(v.embeds, self.recipe) if self.drops_embedding else v.embeds
+            self.enter(v)
             turns: dict[str, tuple[Tensor | None, Tensor | None]] = {}
             for i, name in enumerate(self.turns if self.recipe.rotates else ()):
                 turns[name] = self.rotary(v, name, self.tables[2 * i])
