@@ -146,7 +146,7 @@ class HFAttention(Attention):
         if self.out_norm is not None:
             v.y = self.out_norm(v.y)
         v.y = self.out(v.y)
-        v.y = dropout_at(v.y, drops=self.recipe.dropout and self.drops)
+        v.y = dropout_at(v.y, drops=self.recipe.dropout and (self.drops or "attention" in self.written.drops))
         return v.take("y"), None if v.weights is None else v.take("weights")
 
     def attended(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -69,7 +69,9 @@ class HFDecoder(Transformer):
 
     def enter(self, v: Locals) -> None:
         """`v.x` with dropout, where the class has it."""
-        v.x = dropout_at(v.x, drops=self.recipe.dropout and self.drops_embedding)
+        assert self.recipe.written is not None
+        drops = self.drops_embedding or "embedding" in self.recipe.written.drops
+        v.x = dropout_at(v.x, drops=self.recipe.dropout and drops)
 
     def decoded(self, ids: Tensor) -> Tensor:
         """`LlamaModel`."""
