@@ -50,6 +50,7 @@ class Written:
             known.
         drops: where there is dropout beside that of attention's weights: "attention" and "ffn" (of what comes out, in
             there), "embedding", "added" (of what is added to the stream; of StableLM's feed-forward alone).
+        out_first: attention's output projection is registered before the others (Phi-3).
         undropped: the positions with which attention's weights have no dropout (Falcon: rotary).
         queries: when what is projected becomes heads. "each": one after the other (Llama), the norm among it (Qwen3);
             "viewed": all are heads, then normed, then transposed (Cohere); "transposed": all are heads and transposed,
@@ -80,6 +81,7 @@ class Written:
     checkpoints: bool = True
     transposed: bool = False
     drops: tuple[str, ...] = ()
+    out_first: bool = False
     queries: str = "each"
     rotation: str = "halves"
     partial: str = ""
@@ -182,8 +184,8 @@ CLASSES: dict[str, Written] = {
     "olmo2": OLMO,
     "olmo3": replace(OLMO, masks=("full",), tables_by_kind=True),
     "phi": Written("phi", queries="transposed", partial="before"),
-    "phi3": Written(partial="whole", drops=("added",)),
-    "stablelm": Written(queries="transposed", partial="before", names_all=True, drops=("added",)),
+    "phi3": Written(partial="whole", drops=("added",), out_first=True),
+    "stablelm": Written(queries="whole", partial="before", names_all=True, drops=("added",)),
 }
 
 

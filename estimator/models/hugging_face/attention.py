@@ -45,6 +45,8 @@ class HFAttention(Attention):
         undropped = self.written.undropped == recipe.parts.positions.kind
         self.scores = replace(recipe, dropout=recipe.dropout and not undropped)
         self.owned.sort(key=lambda x: isinstance(x, ScaleAndShift))  # projections, norms
+        if self.written.out_first:
+            self.owned.sort(key=lambda x: x is not self.out)
 
     def project(self, v: Locals, x: Tensor) -> None:
         """Queries, keys and values as names of the frame, (B, heads, T, e) each."""
