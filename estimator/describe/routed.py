@@ -22,6 +22,7 @@ class Routed:
         whole: which of "router" and "shared" get what the block gets, in place of rows of tokens; "again" if the shared
             expert gets the rows made whole.
         adds_fp32: the shared expert's result is added in fp32 (HY V3).
+        returns_weights: with what comes out, and the layer has a name for them (gpt-oss).
         transposed: the experts' matrices are (in, out), as they are multiplied with.
     """
 
@@ -32,6 +33,7 @@ class Routed:
     shared: str = "last"
     whole: tuple[str, ...] = ()
     adds_fp32: bool = False
+    returns_weights: bool = False
     transposed: bool = False
 
 

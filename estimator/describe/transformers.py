@@ -125,11 +125,12 @@ MIXTURES: dict[str, Written] = {
     ),
     "flex_olmo": replace(OLMO, routed=replace(MIXTRAL, weights="logits")),
     "gpt_oss": Written(
+        norm="upcast-late",
         rotation="apart",
         masks=("full", "window"),
         packed=False,
         eager_alone=True,
-        routed=Routed("chosen", transposed=True),
+        routed=Routed("chosen", returns_weights=True, transposed=True),
     ),
     "granitemoe": Written(layer=("attention", "norms", "ffn"), late_scale="same", routed=GRANITE),
     "granitemoehybrid": Written(
