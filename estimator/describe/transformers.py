@@ -46,6 +46,8 @@ class Written:
             "centred" Cohere's, in operators; with "" it is one kernel whatever it has.
         eager_alone: the class has no other attention.
         checkpoints: the class has gradient checkpointing.
+        transposed: its layers are `Conv1D`, whose matrices lie the other way round, and of which peft's LoRA alone is
+            known.
         undropped: the positions with which attention's weights have no dropout (Falcon: rotary).
         queries: when what is projected becomes heads. "each": one after the other (Llama), the norm among it (Qwen3);
             "viewed": all are heads, then normed, then transposed (Cohere); "transposed": all are heads and transposed,
@@ -74,6 +76,7 @@ class Written:
     undropped: str = ""
     eager_alone: bool = False
     checkpoints: bool = True
+    transposed: bool = False
     queries: str = "each"
     rotation: str = "halves"
     partial: str = ""
@@ -97,14 +100,14 @@ OLDER: dict[str, Written] = {
     "codegen": Written("codegen", rotation="neighbours", tables_fp32=True),
     "ctrl": Written("ctrl", undropped="sinusoidal", checkpoints=False),
     "falcon": Written("falcon", undropped="rotary"),
-    "gpt-sw3": Written("gpt2"),
-    "gpt2": Written("gpt2"),
+    "gpt-sw3": Written("gpt2", transposed=True),
+    "gpt2": Written("gpt2", transposed=True),
     "gpt_bigcode": Written("gpt_bigcode"),
     "gpt_neo": Written("gpt_neo", eager_alone=True),
     "gpt_neox": Written("gpt_neox", partial="inside"),
     "gptj": Written("gptj", rotation="neighbours"),
     "mpt": Written("mpt", eager_alone=True),
-    "openai-gpt": Written("openai-gpt", eager_alone=True, checkpoints=False),
+    "openai-gpt": Written("openai-gpt", eager_alone=True, checkpoints=False, transposed=True),
     "opt": Written("opt", norm=""),
     "persimmon": Written("persimmon", partial="before"),
     "xglm": Written("xglm", eager_alone=True),
@@ -200,6 +203,11 @@ def check_model(p: Plan, m: ModelConfig) -> None:
         raise ConfigError(
             f"checkpointing = {p.checkpointing!r}: transformers' class for family = {m.family!r} has no checkpoints; "
             "allowed is none"
+        )
+    if CLASSES[m.family].transposed and (p.adapter == "dora" or p.base_precision != "none"):
+        raise ConfigError(
+            f"adapter = {p.adapter!r}: layers of transformers' class for family = {m.family!r} are Conv1D; allowed are "
+            "none, and lora with base_precision = 'none'"
         )
     parts = m.made_of
     own_heads = parts.attention.qk_norm == "head-own" and m.family == "stablelm"  # one module for each head
