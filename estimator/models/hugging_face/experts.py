@@ -136,6 +136,9 @@ class HFSparseFeedForward(SparseFeedForward):
                 v.wide = ops.add(v.wide, cast(self.shared(given), FLOAT32))
                 v.y = cast(v.wide, x.dtype)
                 del v.wide
+            elif as_written.shared == "named":
+                v.shared = self.shared(view(v.rows, x.shape) if shared_whole else v.rows)
+                v.y = ops.div_number(ops.add(v.y, v.shared)) if self.averages else ops.add(v.y, v.shared)
             else:
                 v.y = ops.add(v.y, self.shared(given) if as_written.shared == "last" else v.shared)
         if self.out_norm is not None:
