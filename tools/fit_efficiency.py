@@ -42,6 +42,22 @@ OWN_BEST = {
     "gb200-186gb": "NVIDIA GB200 SXM",
     "mi325x-256gb": "AMD MI325X",
 }
+# Cards on which somebody timed square products of these sizes (data/published/torch_mm.csv); where only the best of the
+# five is known, the row has no size. Those of 1024 are at the floor of their launches.
+SQUARES = (1024, 2048, 4096, 8192, 10240)
+SUSTAINED = 4096
+SQUARED = {
+    "NVIDIA A10G": "a10g-24gb",
+    "NVIDIA L4": "l4-24gb",
+    "NVIDIA L40S": "l40s-48gb",
+    "NVIDIA A40": "a40-48gb",
+    "NVIDIA A100-PCIE-40GB": "a100-40gb-pcie",
+    "NVIDIA H20": "h20-96gb-sxm",
+    "NVIDIA GeForce RTX 3090": "rtx-3090-24gb",
+    "NVIDIA RTX PRO 6000 Workstation": "rtx-pro-6000-96gb",
+    "NVIDIA Tesla V100S": "v100s-32gb-pcie",
+    "NVIDIA Tesla T4": "t4-16gb",
+}
 CONTENTION = 0.15  # Calculon's processor_usage of NVLink (github:calculon-ai/calculon, systems/a100_80g.json)
 # The rate of a product whose rows are not aligned to 8 elements over that of the same one padded, timed by itself on
 # H100: 36.96 of 130.56 us (github:m87-labs/kestrel#143, 9477 x 588 x 1152 in bf16), for all cards.
@@ -122,12 +138,71 @@ def fit_matmul(gpu, name, memory, gap=None):
 def largest(fit):
     """The fraction of the peak that a product reaches in the largest tiles, all dimensions long."""
     area = max(m * n for m, n in TILES)
-    return fit["matmul"] * area / (area + fit["tile_cost"])
+    return fit["matmul"] * area / (area + fit["tile_cost"] * fit.get("fixed", 1))
 
 
 def reaching(fit, fraction):
     """`fit` with another fraction of the peak for the largest products."""
     return {**fit, "matmul": fit["matmul"] * fraction / largest(fit)}
+
+
+def a_clock(name):
+    """FLOPs of 16-bit products that a multiprocessor of the card can do in a clock."""
+    a = accelerator(name)
+    peak = a.peak.get("bf16", a.peak.get("fp16"))
+    return peak / (a.sm_count * a.boost_clock)
+
+
+def shaped(fit, id_, like):
+    """`fit` of the products of the card `like`, for a card whose multiprocessors do more or less in a clock.
+
+    What a tile loads and what it takes to begin and to end one are so many clocks, not so many products: on a card
+    with a quarter of the tensor cores they cost a quarter of them. Multiprocessors differ by powers of two; what else
+    there is, is the clock at which a datasheet states the peak.
+    """
+    return {**fit, "fixed": 2.0 ** round(np.log2(a_clock(id_) / a_clock(like)))}
+
+
+def squares(fit, id_, kernels):
+    """TFLOP/s of square products of `SQUARES` by `fit`, on a card with such kernels beside."""
+    a = accelerator(id_)
+    n = np.array(SQUARES, float)
+    shape = {"b": np.ones(len(n)), "m": n, "n": n, "k": n, "nbytes": 6 * n * n}
+    blank = {"slower": {}, "origin": "", "flash": {}, "attention": "", "within": 1, "latency": 1, "single": 1}
+    e = Efficiency(**COMMON, **blank, **fit, gap=kernels["gap"], memory=kernels["memory"])
+    peak = a.peak.get("bf16", a.peak.get("fp16"))
+    bandwidth = a.memory_bandwidth * e.memory[-1][1]
+    seconds = matmul_seconds(shape, peak * e.matmul, bandwidth, a.sm_count, e, fixed=e.fixed) + e.gap
+    return 2 * n**3 / seconds / 1e12
+
+
+def at_level(fit, short):
+    """`fit` at the level at which it is `short` of nothing: by what factor it is too slow."""
+    for _ in range(20):
+        fit = {**fit, "matmul": fit["matmul"] * short(fit)}
+    return fit
+
+
+def squared(fit, id_, kernels):
+    """(`fit` at the level of the square products that were timed on the card, how well it does their sizes)."""
+    timed = {}
+    for r in rows("torch_mm"):
+        if SQUARED.get(r["gpu"]) == id_:
+            timed.setdefault(r["size"], []).append(float(r["tflops"]))
+
+    def short(e):
+        found = squares(e, id_, kernels)
+        if "" in timed:
+            return np.median(timed[""]) / found.max()
+        logs = [np.log(np.median(timed[str(n)]) / x) for n, x in zip(SQUARES, found, strict=True) if n >= SUSTAINED]
+        return np.exp(np.mean(logs))
+
+    fit = at_level(fit, short)
+    if "" in timed:
+        return fit, f"the best of five square products, {np.median(timed['']):.4g} TFLOP/s"
+    found = squares(fit, id_, kernels)
+    off = [abs(x / np.median(timed[str(n)]) - 1) for n, x in zip(SQUARES, found, strict=True)]
+    return fit, f"5 square products timed on it: median error {np.median(off):.0%}"
 
 
 def fit_flash(gpu, kernel, ratio, *, by_width=True):
@@ -485,8 +560,8 @@ def write_architectures(found, kernels, power):
         print()
 
 
-def write_accelerators(found, power):
-    """Those whose power for a FLOP, or whose clock, is another than that of the card that was timed."""
+def write_accelerators(found, kernels, power):
+    """Those with another power for a FLOP, clock or multiprocessors than the timed card, or timed themselves."""
     reference = {"hopper": "h100-80gb-sxm", "blackwell": "b200-180gb-sxm", "blackwell-ultra": "b200-180gb-sxm"}
     for id_ in accelerators():
         a = accelerator(id_)
@@ -494,15 +569,10 @@ def write_accelerators(found, power):
         kin = a.vendor == "nvidia" or id_ in OWN_BEST
         if not kin or a.architecture not in found or intensity(id_) is None or id_ == like:
             continue
-        origin, fit, *_ = found[a.architecture]
+        origin, fit, memory, *_ = found[a.architecture]
         fraction = min(largest(fit) * (intensity(id_) / intensity(like)) ** power.exponent, power.unlimited)
         if a.architecture == "hopper":
             fraction = power.hopper("NVIDIA GH200 SXM" if id_ == "gh200-144gb" else "NVIDIA H100 SXM", id_)
-        clock = 1.0
-        if id_ in GEFORCE:
-            single, half = (1e12 * x for x in GEFORCE[id_])
-            clock = single / a.peak_flops("fp32")
-            fraction = min(half / (clock * a.peak_flops("bf16")), 1)
         best = OWN_BEST.get(id_)
         if best is not None:
             fraction = power.sustained(best, id_)
@@ -510,10 +580,25 @@ def write_accelerators(found, power):
         said += f"where {accelerator(like).name} has {intensity(like):.2g}"
         if best is not None:
             said = f"products at {fraction:.0%} of the peak by its own best, {power.best[best]:.0%}"
-        print(f"[accelerator.{id_}]")
-        print(f"matmul = {toml(min(reaching(fit, fraction)['matmul'], 1))}")
+        own = reaching(fit if best is not None else shaped(fit, id_, like), fraction)
+        clock = 1.0
         if id_ in GEFORCE:
-            said = f"its own clock and products of 8192 timed for two minutes, {clock:.2f} of the datasheet's clock"
+            single, half = GEFORCE[id_]
+            clock = 1e12 * single / a.peak_flops("fp32")
+            own = at_level(own, lambda e: half / squares(e, id_, kernels[memory])[SQUARES.index(8192)])  # noqa: B023
+            said = "its own clock and products of 8192 timed for two minutes"
+        if id_ in SQUARED.values():
+            own, said = squared(own, id_, kernels[memory])
+            said = f"products by {said}"
+        # What is more than the whole peak is the clock's.
+        clock = max(clock, own["matmul"])
+        own["matmul"] /= clock
+        print(f"[accelerator.{id_}]")
+        print(f"matmul = {toml(own['matmul'])}")
+        if own.get("fixed", 1) != 1:
+            print(f"fixed = {toml(own['fixed'])}")
+        if clock != 1:
+            said += f", at {clock:.2f} of the datasheet's clock"
             print(f"clock = {toml(clock)}")
         print(f"origin = {toml(f'{origin[:-1]}; {said}.')}\n")
 
@@ -522,7 +607,7 @@ def main():
     found, kernels, power = architectures(best_products())
     print(HEADER)
     write_architectures(found, kernels, power)
-    write_accelerators(found, power)
+    write_accelerators(found, kernels, power)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,18 @@ NAMES = {
     "AMD MI355X": "mi355x-288gb",
     "Intel Gaudi 2": "gaudi2-96gb",
     "Intel Gaudi 3": "gaudi3-128gb",
+    "NVIDIA A10G": "a10g-24gb",
+    "NVIDIA L4": "l4-24gb",
+    "NVIDIA L40S": "l40s-48gb",
+    "NVIDIA A40": "a40-48gb",
+    "NVIDIA A100-PCIE-40GB": "a100-40gb-pcie",
+    "NVIDIA H20": "h20-96gb-sxm",
+    "NVIDIA GeForce RTX 3090": "rtx-3090-24gb",
+    "NVIDIA GeForce RTX 4090": "rtx-4090-24gb",
+    "NVIDIA GeForce RTX 5090": "rtx-5090-32gb",
+    "NVIDIA RTX PRO 6000 Workstation": "rtx-pro-6000-96gb",
+    "NVIDIA Tesla V100S": "v100s-32gb-pcie",
+    "NVIDIA Tesla T4": "t4-16gb",
     "8x A100 SXM NVLink3 single node": "a100-80gb-sxm",
     "8x H200 NVLink4 single node (NVLS on)": "h200-141gb-sxm",
     "1 node(s) x 8 B200 (P6-B200: NVLink5 + 8x50GB/s EFA)": "b200-180gb-sxm",
@@ -86,6 +98,8 @@ def _counts() -> Mapping[str, Counter[str]]:
         add("products" if "matmul" in row["op"] else "attention", row["gpu"])
     for row in rows("mamf"):
         add("best", row["accelerator"] if row["dtype"] == "bf16" else "")
+    for row in rows("torch_mm"):
+        add("products" if row["size"] else "best", row["gpu"])
     for row in rows("attention_efficiency"):
         add("attention", row["gpu"])
     for row in rows("liger_operators"):

@@ -19,7 +19,7 @@ from estimator.describe.catalogue import number, read_data
 from estimator.describe.checks import ConfigError, choose
 from estimator.eager.ledger import Phase
 from estimator.timing import float8
-from estimator.timing.kernels import COLUMNS, KINDS, LISTED
+from estimator.timing.kernels import COLUMNS, HALF, KINDS, LISTED
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -66,6 +66,8 @@ class Efficiency:
         tiles: (m, n) of the tiles that a library chooses from.
         tile_cost: a tile of s elements runs at s / (s + tile_cost) of that fraction: small ones load more for each
             FLOP.
+        fixed: factor on both for a 16-bit product: they are so many clocks, in which this card's multiprocessors do
+            less or more than those of the card that was timed.
         unaligned: fraction of that rate of a 16-bit product with a matrix whose rows begin at odd places.
         quantised: how much of a last, partly filled wave of tiles is paid for: 1 all of it, 0 its share.
         flash: the fused attention kernels by name.
@@ -109,6 +111,7 @@ class Efficiency:
     pace: Mapping[str, float] = field(default_factory=dict)
     walk: Mapping[str, float] = field(default_factory=dict)
     unaligned: float = 1.0
+    fixed: float = 1.0
     clock: float = 1.0
 
 
@@ -119,11 +122,12 @@ def matmul_seconds(
     processors: float,
     e: Efficiency,
     most: Mapping[str, Array] | None = None,
+    fixed: Any = 1.0,
 ) -> Array:
     """Seconds of a batched product of b x (m, k) x (k, n) that moves `nbytes`, by the best of the library's tiles.
 
     `peak` is what large tiles reach, in FLOP/s. `most`: of experts' products, how many times the mean of m, and of k,
-    the most loaded expert has; the others share what is left.
+    the most loaded expert has; the others share what is left. `fixed`: factor on what each tile costs beside its sum.
 
     A tile takes k + depth steps; tiles run in waves of one a processor. Few tiles on a long sum are split along it, for
     the price of writing and reading the partial sums in fp32. A wave is over when its longest tile is.
@@ -131,17 +135,17 @@ def matmul_seconds(
     b, m, n, k = (shape[name] for name in "bmnk")
     uneven_m, uneven_k = (1.0, 1.0) if most is None else (most["m"], most["k"])
     others = m * np.where(b > 1, (b - uneven_m) / np.maximum(b - 1, 1), 1)
-    rate = peak / processors
+    rate, depth, tile_cost = peak / processors, e.depth * fixed, e.tile_cost * fixed
     best = np.full(np.broadcast_shapes(m.shape, np.shape(rate)), np.inf)
     for tile_m, tile_n in e.tiles:
         area = tile_m * tile_n
-        steps = 2 * area / (rate * area / (area + e.tile_cost))
+        steps = 2 * area / (rate * area / (area + tile_cost))
         rows = np.ceil(uneven_m * m / tile_m) + (b - 1) * np.ceil(others / tile_m)
         tiles = rows * np.ceil(n / tile_n) / processors
         for split in SPLITS:
             waves = e.quantised * np.ceil(tiles * split) + (1 - e.quantised) * np.maximum(tiles * split, 1)
             sums = 0 if split == 1 else 2 * 4 * split * b * m * n / bandwidth
-            longest = np.maximum(waves * (k / split + e.depth), uneven_k * k / split + e.depth)
+            longest = np.maximum(waves * (k / split + depth), uneven_k * k / split + depth)
             best = np.minimum(best, longest * steps + sums)
     return np.maximum(best, shape["nbytes"] / bandwidth)
 
@@ -205,7 +209,9 @@ def kernel_seconds(
         if sizes is not None and e.unaligned < 1:
             reach = reach * np.where(table.unaligned(sizes)[table.gemm], e.unaligned, 1.0)
         most = {name: np.where(of[table.gemm], imbalance, 1.0)[:, None] for name, of in table.grouped.items()}
-        seconds[table.gemm] = matmul_seconds(part, reach, streaming[table.gemm], accelerator.sm_count or 1, e, most)
+        fixed = np.where(table.width[table.gemm] == HALF, e.fixed, 1.0)[:, None]
+        processors = accelerator.sm_count or 1
+        seconds[table.gemm] = matmul_seconds(part, reach, streaming[table.gemm], processors, e, most, fixed)
     if table.flash.any():
         part = {name: shape[name][table.flash] for name in COLUMNS}
         flash = e.flash[choose("attention kernel", kernel or e.attention, e.flash)]
@@ -354,7 +360,8 @@ def built(table: Mapping[str, Any]) -> Efficiency:
         number(name, plain.get(name, 1), above=True, most=1)
     for name in ("depth", "tile_cost", "quantised", "gap", "host", "checkpoint", "latency", "contention"):
         number(name, plain[name])
-    number("clock", plain.get("clock", 1), above=True)
+    for name in ("clock", "fixed"):
+        number(name, plain.get(name, 1), above=True)
     flash: dict[str, Flash] = {}
     for name, kernel in plain.pop("flash").items():
         fields: dict[str, Any] = {key: tuple(x) if isinstance(x, list) else x for key, x in kernel.items()}

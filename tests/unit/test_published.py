@@ -21,7 +21,7 @@ from estimator.timing.roofline import PARTS
 
 ROOT = Path(__file__).parents[2]
 HERE = {**os.environ, "PYTHONPATH": str(ROOT)}
-FILES = ("gemm_efficiency", "attention_efficiency", "mamf", "collectives", "liger_operators", *SOURCES)
+FILES = ("gemm_efficiency", "torch_mm", "attention_efficiency", "mamf", "collectives", "liger_operators", *SOURCES)
 
 
 def of(stack):
@@ -74,7 +74,7 @@ def test_every_row_is_a_run_or_says_why_it_is_none():
 def test_every_published_row_names_its_source(name):
     assert rows(name)
     cited = [row["source"] for row in rows(name)]
-    assert all(x.startswith("arXiv:") or (x.startswith("github:") and "@" in x) for x in cited)
+    assert all(x.startswith("arXiv:") or (x.startswith("github:") and ("@" in x or "#" in x)) for x in cited)
 
 
 def test_each_row_becomes_the_run_that_it_describes():
