@@ -124,6 +124,7 @@ OLMO = Written(norm="upcast-late", queries="whole", tables_fp32=True)
 GLM = Written(queries="viewed", partial="inside", routed=DEEPSEEK)
 # Those with experts or latent attention.
 MIXTURES: dict[str, Written] = {
+    "aria_text": Written(routed=Routed("chosen", shared="named", whole=("shared",), transposed=True)),
     "axk1": Written(routed=DEEPSEEK),
     "deepseek_v3": Written(routed=DEEPSEEK),
     "ernie4_5_moe": Written(
@@ -133,11 +134,12 @@ MIXTURES: dict[str, Written] = {
     ),
     "flex_olmo": replace(OLMO, routed=replace(MIXTRAL, weights="logits")),
     "gpt_oss": Written(
+        norm="upcast-late",
         rotation="apart",
         masks=("full", "window"),
         packed=False,
         eager_alone=True,
-        routed=Routed("chosen", transposed=True),
+        routed=Routed("gpt_oss", returns_weights=True, transposed=True),
     ),
     "granitemoe": Written(layer=("attention", "norms", "ffn"), late_scale="same", routed=GRANITE),
     "granitemoehybrid": Written(
@@ -149,6 +151,11 @@ MIXTURES: dict[str, Written] = {
     "kolibri1": Written(queries="transposed", masks=("full", "window"), routed=replace(DEEPSEEK, router="kolibri1")),
     "mellum": Written(tables_by_kind=True, routed=QWEN),
     "minimax_m2": Written(queries="whole", partial="inside", routed=Routed("minimax_m2")),
+    "cohere2_moe": replace(
+        COHERE,
+        masks=("full", "window"),
+        routed=Routed("cohere2_moe", weights="inputs", shared="named"),
+    ),
     "dots1": Written(routed=DEEPSEEK),
     "exaone_moe": Written(queries="transposed", routed=DEEPSEEK),
     "glm4_moe": GLM,

@@ -200,7 +200,7 @@ class SinkAttention(HFAttention):
     """Eager attention of gpt-oss: a column of sinks among the scores, whose greatest is taken away from each row."""
 
     def softmax(self, w: Locals, q: Tensor) -> None:
-        """Of `w.weights` and the sinks, without these."""
+        """Of `w.weights` and the sinks; `w.without` these."""
         assert self.sinks is not None
         b, h, t, keys = w.weights.shape
         w.sinks = expand(view(self.sinks, (ONE, h, ONE, ONE)), (b, h, t, ONE))
@@ -209,11 +209,12 @@ class SinkAttention(HFAttention):
         at.discard()
         w.combined = ops.sub(w.combined, greatest)
         w.probabilities = ops.softmax(w.combined, autocast.fp32(q.machine, "cuda"))
-        w.weights = slice_last(w.probabilities, keys)
+        w.without = slice_last(w.probabilities, keys)
 
     def dropped(self, w: Locals) -> None:
         """In the values' dtype."""
-        w.weights = cast(dropout(w.weights, self.scores), w.v.dtype)
+        w.weights = cast(dropout(w.without, self.scores), w.v.dtype)
+        del w.without
 
 
 class OwnSoftmax(HFAttention):

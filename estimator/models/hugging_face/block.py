@@ -75,11 +75,14 @@ class HFBlock(Block):
     def fed_forward(self, v: Locals, x: Tensor) -> Tensor:
         """By the feed-forward, with a shared expert that is beside it."""
         found: Tensor
-        if not isinstance(self.ffn, HFSparseFeedForward) or self.ffn.beside is None:
+        if isinstance(self.ffn, HFSparseFeedForward) and self.ffn.beside is not None:
+            v.routed = self.ffn(x)
+            return ops.add(v.routed, self.ffn.beside(x))
+        if isinstance(self.ffn, HFSparseFeedForward) and self.ffn.routed_as.returns_weights:
+            found, v.weights = self.ffn(x)
+        else:
             found = self.ffn(x)
-            return found
-        v.routed = self.ffn(x)
-        return ops.add(v.routed, self.ffn.beside(x))
+        return found
 
     def before(self, v: Locals, x: Tensor, norm: Any) -> Tensor:
         """What goes into attention or the feed-forward, a name of the frame."""
