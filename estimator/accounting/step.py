@@ -15,7 +15,7 @@ from estimator.eager.losses import cross_entropy, torch_cross_entropy, torch_cro
 from estimator.eager.ops import div_number
 from estimator.eager.tensor import BFLOAT16, FLOAT32, INT64, Machine, Tensor
 from estimator.models.decoder import Transformer
-from estimator.models.hugging_face.classes import DECODERS
+from estimator.models.hugging_face.classes import decoder_of
 from estimator.models.megatron import GPTModel
 from estimator.models.stages import Stages
 from estimator.optim.in_backward import InBackward
@@ -61,7 +61,7 @@ def run_step(recipe: Recipe, shapes: ShapeClass, device: str, stack: Stack, size
         return megatron_step(machine, recipe)
     ledger = machine.ledger
     stages_here = Stages(machine, recipe) if recipe.local_stages > 1 else None
-    decoder = Transformer if recipe.written is None else DECODERS[recipe.written.decoder]
+    decoder = Transformer if recipe.written is None else decoder_of(recipe.written)
     model = decoder(machine, recipe) if stages_here is None else stages_here.parts[0]
     replica = {**REPLICAS, **STAGES}[recipe.parallel](stages_here or model, sharing_of(recipe))
     size = shapes.letters

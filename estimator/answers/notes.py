@@ -45,10 +45,16 @@ def notes(m: ModelConfig, p: Plan, global_batch_size: int | None) -> Iterator[st
             "" if p.attention.startswith("sdpa") else f"; attention = {p.attention!r} is its eager one, it picks sdpa"
         )
         yield (
-            f"The statements are those of transformers {transformers.VERSION}, whose other releases differ: a batch of "
-            f"input_ids and labels, no cache of keys{picks}. An attention_mask with padding in it would make a mask of "
-            f"T x T for each sequence, which flash does not take."
+            f"These are the statements of transformers {transformers.VERSION}; other releases differ{picks}. The batch "
+            "is input_ids and labels, and keys are not cached. An attention_mask with padding in it would make a mask "
+            "of T x T for each sequence, which flash attention does not take."
         )
+        if p.adapter != "none" and p.checkpointing != "none":
+            yield (
+                "With checkpoints peft makes what comes out of the embedding want a gradient "
+                "(enable_input_require_grads): the backward of the first block's input, which that adds, is not in the "
+                "figures."
+            )
     if p.implementation == "megatron":
         yield "Megatron-LM's implementation is a model after its source and papers, not compared with a run of it."
     elif p.is_deepspeed:

@@ -13,19 +13,30 @@ class Routed:
 
     Attributes:
         router: how it chooses, one of `estimator.models.hugging_face.routers.ROUTERS`.
-        like_logits: the weights are cast to the logits' dtype.
+        logits: in which dtype: "" (the inputs'), "fp32" (the inputs are cast), "fp32-alone" (and autocast is off),
+            "late" (they are cast themselves).
+        weights: the dtype that they are cast to: "" (none), "logits" or "inputs" (theirs).
         order: what is registered first; what is not named comes after.
-        shared: when the shared expert runs: "first", "between" (after the router), "last".
-        whole: which of "router" and "shared" get what the block gets, in place of rows of tokens.
+        shared: when the shared expert runs: "first", "between" (after the router), "last", "beside" (in the layer,
+            after the block of experts).
+        whole: which of "router" and "shared" get what the block gets, in place of rows of tokens; "again" if the shared
+            expert gets the rows made whole.
+        adds_fp32: the shared expert's result is added in fp32 (HY V3).
+        transposed: the experts' matrices are (in, out), as they are multiplied with.
     """
 
     router: str = "softmax"
-    like_logits: bool = False
+    logits: str = ""
+    weights: str = ""
     order: tuple[str, ...] = ("router", "experts")
     shared: str = "last"
     whole: tuple[str, ...] = ()
+    adds_fp32: bool = False
+    transposed: bool = False
 
 
 MIXTRAL = Routed()
-QWEN = Routed(like_logits=True, order=EXPERTS_FIRST)
-DEEPSEEK = Routed(router="sigmoid", order=EXPERTS_FIRST, whole=("router", "shared"))
+QWEN = Routed(weights="logits", order=EXPERTS_FIRST)
+DEEPSEEK = Routed(router="groups", logits="fp32", order=EXPERTS_FIRST, whole=("router", "shared"))
+GRANITE = Routed(router="chosen", logits="late", weights="inputs", shared="beside")
+HUNYUAN = Routed("hunyuan_v1_moe", weights="logits", shared="first", whole=("shared",))

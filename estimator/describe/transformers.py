@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from estimator.describe.checks import ConfigError
-from estimator.describe.routed import DEEPSEEK, MIXTRAL, QWEN, Routed
+from estimator.describe.routed import DEEPSEEK, GRANITE, HUNYUAN, MIXTRAL, QWEN, Routed
 from estimator.describe.settings import Needs
 
 if TYPE_CHECKING:
@@ -46,12 +46,14 @@ class Written:
             "centred" Cohere's, in operators; with "" it is one kernel whatever it has.
         eager_alone: the class has no other attention.
         checkpoints: the class has gradient checkpointing.
-        undropped: the positions with which attention's weights have no dropout (Falcon: "rotary").
+        transposed: its layers are `Conv1D`, whose matrices lie the other way round, and of which peft's LoRA alone is
+            known.
+        undropped: the positions with which attention's weights have no dropout (Falcon: rotary).
         queries: when what is projected becomes heads. "each": one after the other (Llama), the norm among it (Qwen3);
             "viewed": all are heads, then normed, then transposed (Cohere); "transposed": all are heads and transposed,
             then normed (Apertus); "whole": all are projected, normed or clamped, then heads (OLMo).
-        rotation: "halves" (Llama), "neighbours" (GLM: cosines repeated), "neighbours-fp32" (ERNIE), "repeated-fp32"
-            (Cohere).
+        rotation: "halves" (Llama), "apart" (gpt-oss: halves, by angles of half a head), "neighbours" (GLM: cosines
+            repeated), "neighbours-fp32" (ERNIE), "repeated-fp32" (Cohere).
         partial: how a part of a head is rotated: "inside" (the rotation takes it apart, all of a head too: GLM),
             "whole" (likewise, in one expression: Phi-3), "returned" (likewise, as it returns: Nemotron), "before" (the
             attention does: Phi), "" (there are no such heads).
@@ -61,6 +63,10 @@ class Written:
         passes_positions: blocks are given the positions' ids, which their checkpoints then keep.
         whole_scale: the embedding's scale is a buffer of an integer (MiniCPM 3).
         divides_hidden: what goes into the head is divided by a number, not its logits multiplied (MiniCPM 3).
+        layer: in which order a layer registers what it has.
+        late_scale: the embedding is scaled after masks are made: "same" name (Granite's with experts), "apart" (AFMoE,
+            which still has a name for the embedding); "" for before.
+        packed: masks are made with the positions, in which packed sequences are looked for.
         routed: its mixtures of experts; None if how they are written is not known.
         names_all: what attention and the feed-forward find have names of their own, to a block's end (StableLM).
     """
@@ -70,6 +76,7 @@ class Written:
     undropped: str = ""
     eager_alone: bool = False
     checkpoints: bool = True
+    transposed: bool = False
     queries: str = "each"
     rotation: str = "halves"
     partial: str = ""
@@ -80,6 +87,9 @@ class Written:
     names_all: bool = False
     whole_scale: bool = False
     divides_hidden: bool = False
+    layer: tuple[str, ...] = ("attention", "ffn", "norms")
+    late_scale: str = ""
+    packed: bool = True
     routed: Routed | None = None
 
 
@@ -88,40 +98,66 @@ OLDER: dict[str, Written] = {
     "biogpt": Written("biogpt"),
     "bloom": Written("bloom", eager_alone=True),
     "codegen": Written("codegen", rotation="neighbours", tables_fp32=True),
+    "ctrl": Written("ctrl", undropped="sinusoidal", checkpoints=False),
     "falcon": Written("falcon", undropped="rotary"),
-    "gpt-sw3": Written("gpt2"),
-    "gpt2": Written("gpt2"),
+    "gpt-sw3": Written("gpt2", transposed=True),
+    "gpt2": Written("gpt2", transposed=True),
     "gpt_bigcode": Written("gpt_bigcode"),
     "gpt_neo": Written("gpt_neo", eager_alone=True),
     "gpt_neox": Written("gpt_neox", partial="inside"),
     "gptj": Written("gptj", rotation="neighbours"),
-    "openai-gpt": Written("openai-gpt", eager_alone=True, checkpoints=False),
+    "mpt": Written("mpt", eager_alone=True),
+    "openai-gpt": Written("openai-gpt", eager_alone=True, checkpoints=False, transposed=True),
     "opt": Written("opt", norm=""),
+    "persimmon": Written("persimmon", partial="before"),
     "xglm": Written("xglm", eager_alone=True),
 }
+LLAMA = Written()
+WINDOWS = Written(masks=("full",))
+COHERE = Written(norm="centred", rotation="repeated-fp32")
+OLMO = Written(norm="upcast-late", queries="whole", tables_fp32=True)
 GLM = Written(queries="viewed", partial="inside", routed=DEEPSEEK)
 # Those with experts or latent attention.
 MIXTURES: dict[str, Written] = {
     "axk1": Written(routed=DEEPSEEK),
     "deepseek_v3": Written(routed=DEEPSEEK),
+    "ernie4_5_moe": Written(
+        rotation="neighbours-fp32",
+        tables_fp32=True,
+        routed=Routed("ernie4_5_moe", logits="fp32-alone", weights="inputs", shared="first"),
+    ),
+    "flex_olmo": replace(OLMO, routed=replace(MIXTRAL, weights="logits")),
+    "gpt_oss": Written(
+        rotation="apart",
+        masks=("full", "window"),
+        packed=False,
+        eager_alone=True,
+        routed=Routed("chosen", transposed=True),
+    ),
+    "granitemoe": Written(layer=("attention", "norms", "ffn"), late_scale="same", routed=GRANITE),
+    "granitemoehybrid": Written(
+        passes_positions=False, packed=False, layer=("norms", "ffn", "attention"), routed=GRANITE
+    ),
+    "granitemoeshared": Written(layer=("attention", "norms", "ffn"), late_scale="same", routed=GRANITE),
+    "hunyuan_v1_moe": Written(routed=HUNYUAN),
+    "hy_v3": Written(queries="transposed", routed=Routed("hy_v3", logits="fp32", adds_fp32=True)),
+    "kolibri1": Written(queries="transposed", masks=("full", "window"), routed=replace(DEEPSEEK, router="kolibri1")),
+    "mellum": Written(tables_by_kind=True, routed=QWEN),
+    "minimax_m2": Written(queries="whole", partial="inside", routed=Routed("minimax_m2")),
     "dots1": Written(routed=DEEPSEEK),
     "exaone_moe": Written(queries="transposed", routed=DEEPSEEK),
     "glm4_moe": GLM,
     "glm4_moe_lite": Written(routed=DEEPSEEK),
     "minicpm3": Written(whole_scale=True, divides_hidden=True),
     "mixtral": Written(routed=MIXTRAL),
-    "olmoe": Written(queries="whole", routed=replace(MIXTRAL, like_logits=True)),
-    "qwen2_moe": Written(masks=("full", "window"), routed=replace(MIXTRAL, like_logits=True, shared="first")),
+    "olmoe": Written(queries="whole", routed=replace(MIXTRAL, weights="logits")),
+    "qwen2_moe": Written(masks=("full", "window"), routed=replace(MIXTRAL, weights="logits", shared="first")),
     "qwen3_moe": Written(routed=QWEN),
     "sarvam_mla": Written(routed=DEEPSEEK),
     "sarvam_moe": GLM,
     "solar_open": Written(routed=DEEPSEEK),
     "youtu": Written(),
 }
-LLAMA = Written()
-WINDOWS = Written(masks=("full",))
-COHERE = Written(norm="centred", rotation="repeated-fp32")
-OLMO = Written(norm="upcast-late", queries="whole", tables_fp32=True)
 # By model_type, or the family that its parts are: the classes that are known.
 CLASSES: dict[str, Written] = {
     **OLDER,
@@ -137,7 +173,6 @@ CLASSES: dict[str, Written] = {
     "gemma3_text": Written(queries="transposed", masks=("full",), tables_by_kind=True),
     "glm": Written(rotation="neighbours", partial="inside"),
     "glm4": Written(rotation="neighbours", partial="inside"),
-    "granitemoehybrid": Written(passes_positions=False),
     "helium": Written(norm="upcast-wide", rotation="neighbours"),
     "nemotron": Written(partial="returned"),
     "olmo": OLMO,
@@ -168,12 +203,16 @@ def check_model(p: Plan, m: ModelConfig) -> None:
             f"checkpointing = {p.checkpointing!r}: transformers' class for family = {m.family!r} has no checkpoints; "
             "allowed is none"
         )
+    if CLASSES[m.family].transposed and (p.adapter == "dora" or p.base_precision != "none"):
+        raise ConfigError(
+            f"adapter = {p.adapter!r}: layers of transformers' class for family = {m.family!r} are Conv1D; allowed are "
+            "none, and lora with base_precision = 'none'"
+        )
     parts = m.made_of
     own_heads = parts.attention.qk_norm == "head-own" and m.family == "stablelm"  # one module for each head
     latent, eager = parts.attention.latent, p.attention.startswith("naive")
     unknown = (
         ("attention.latent", f"{latent}, attention = {p.attention}", latent == "none" or not eager),
-        ("attention.sinks", parts.attention.sinks, not parts.attention.sinks),
         ("attention.out_gate", parts.attention.out_gate, not parts.attention.out_gate),
         ("attention.query_scaling", parts.attention.query_scaling, parts.attention.query_scaling == "none"),
         ("attention.qk_norm", parts.attention.qk_norm, not own_heads),

@@ -444,9 +444,9 @@ def _attention_kernel(
     name: str, reads: Sequence[Tensor], writes: Sequence[Tensor], products: int, again: int = 0
 ) -> None:
     """A fused kernel of `products` matrix products of T x T x e a head, the masked half counted, `again` anew."""
-    b, h, t, e = reads[1].shape  # of the queries in backward; of the keys in forward, where the queries come first
-    keys = reads[2].shape[2] if again else t
-    t = t if again else reads[0].shape[2]
+    q, k = reads[1:3] if again else reads[:2]  # in backward the gradient comes first
+    b, h, t, e = q.shape
+    keys = k.shape[2]
     machine = reads[1].machine
     heads = machine.product((b, h))
     repeated = 2 * again * machine.product((heads, t, keys, e))

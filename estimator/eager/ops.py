@@ -226,6 +226,24 @@ def div_number(a: Tensor) -> Tensor:
     return _with_saved_number("DivBackward0", "div", a, backward)
 
 
+def scale_in_place(a: Tensor, name: str) -> None:
+    """a *= number or a /= number: a becomes the result of a new node, which saves the wrapped number."""
+
+    def backward(_: Context, grad: Tensor) -> Gradients:
+        with cast_number(grad.machine, grad.dtype):
+            return [elementwise(name, grad)]
+
+    number = wrapped_number(a.machine)
+    node = record(f"{name.capitalize()}Backward0", (a,), backward, (number,))
+    with cast_number(a.machine, a.dtype):
+        a.machine.kernel(f"{name}_", (a,), (a,))
+    if number is not None:
+        number.drop()
+    if node is not None and a.grad_fn is not None:
+        a.grad_fn.drop()
+    attach(node, a)
+
+
 @op
 def rsqrt(x: Tensor) -> Tensor:
     """1 / sqrt(x)."""

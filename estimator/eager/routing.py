@@ -37,6 +37,23 @@ def top_k_with_values(x: Tensor, count: Size) -> tuple[Tensor, Tensor]:
     return values, indices
 
 
+@op
+def greatest_last(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x.max(-1, keepdim=True): values and indices; backward as of `top_k_with_values`."""
+    machine, before, shape = x.machine, x.shape, (*x.shape[:-1], ONE)
+
+    def backward(c: Context, grad: Tensor) -> Gradients:
+        return [scattered(before, grad, c.saved[0])]
+
+    node = record("MaxBackward0", (x,), backward)
+    values, indices = machine.empty(shape, x.dtype), machine.empty(shape, INT64)
+    machine.kernel("max", (x,), (values, indices))
+    if node is not None:
+        node.save((indices.alias(),))
+    attach(node, values)
+    return values, indices
+
+
 def scattered(shape: Shape, source: Tensor, index: Tensor) -> Tensor:
     """zeros(shape).scatter_(-1, index, source)."""
     machine = source.machine

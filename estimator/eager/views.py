@@ -105,8 +105,13 @@ def split(x: Tensor, sizes: Sequence[Size]) -> tuple[Tensor, ...]:
 
 @op
 def concatenate(xs: Sequence[Tensor], width: Size | None = None) -> Tensor:
-    """torch.cat(xs, -1), whose `width` may be known by a letter; autocast casts all to the widest of their dtypes."""
-    if xs[0].machine.autocast_dtype is None:
+    """torch.cat(xs, -1), whose `width` may be known by a letter.
+
+    The CPU's autocast casts all to the widest of their dtypes; CUDA's leaves them (`AT_FORALL_PROMOTE` of
+    aten/src/ATen/autocast_mode.h).
+    """
+    machine = xs[0].machine
+    if machine.autocast_dtype is None or machine.device != "cpu":
         return _concatenate(xs, width)
     widest = max((x.dtype for x in xs), key=lambda dtype: dtype.itemsize)
     return _concatenate([x if x.dtype == widest else cast(x, widest) for x in xs], width)
@@ -124,7 +129,11 @@ def cast(x: Tensor, dtype: Dtype) -> Tensor:
 
 @op
 def _concatenate(xs: Sequence[Tensor], width: Size | None = None) -> Tensor:
-    """Backward gives views of the gradient."""
+    """Backward gives views of the gradient.
+
+    The CPU writes one of another dtype than the result's through a copy of it, one after the other (`cat_out_cpu` of
+    aten/src/ATen/native/TensorShape.cpp).
+    """
     sizes, machine = [x.shape[-1] for x in xs], xs[0].machine
 
     def backward(_: Context, grad: Tensor) -> Gradients:
@@ -135,6 +144,9 @@ def _concatenate(xs: Sequence[Tensor], width: Size | None = None) -> Tensor:
     shape = (*xs[0].shape[:-1], width or sum(sizes, ZERO))
     stride = channels_last(machine, shape) if all(is_channels_last(x) for x in xs) else None
     out = machine.empty(shape, dtype, stride=stride)
+    for x in xs if machine.device == "cpu" else ():
+        if x.dtype != dtype:
+            machine.empty(x.shape, x.dtype).discard()
     machine.kernel("cat", xs, (out,))
     return attach(node, out)
 

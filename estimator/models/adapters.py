@@ -31,7 +31,7 @@ class LoRA(Module):
     def __init__(self, base: Linear, recipe: Recipe) -> None:
         super().__init__(base.machine, base.name)
         rank, where = base.machine.shapes.letters["r"], base.where
-        (d_out, d_in), before = base.weight.shape, base.machine.dtype
+        (d_out, d_in), before = base.widths, base.machine.dtype
         self.drops = recipe.adapter_dropout
         self.base = self.child(base)
         base.machine.dtype = FLOAT32  # peft's autocast_adapter_dtype

@@ -323,6 +323,12 @@ class Linear(Module):
         self.weight = self.parameter(d_out, d_in)
         self.bias = self.parameter(d_out) if bias else None
 
+    @property
+    def widths(self) -> tuple[Size, Size]:
+        """Of what comes out and of what goes in."""
+        wide, narrow = self.weight.shape
+        return wide, narrow
+
     def cut_by(self, what: str, whole: Size, *, sequence: bool = False) -> Linear:
         """This layer as a rank has it, `whole` wide where it is cut: by "output" or by "input".
 

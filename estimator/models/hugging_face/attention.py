@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from estimator.describe.transformers import Written
 from estimator.eager import autocast, ops
+from estimator.eager.letters import ONE
 from estimator.eager.linalg import matmul
 from estimator.eager.pointwise import clamp_in_place, tanh
+from estimator.eager.routing import greatest_last
 from estimator.eager.tensor import FLOAT32, Locals, arguments
-from estimator.eager.views import cast, concatenate, contiguous_of, repeat_heads, reshape, slice_last, transpose, view
+from estimator.eager.views import (
+    cast,
+    concatenate,
+    contiguous_of,
+    expand,
+    repeat_heads,
+    reshape,
+    slice_last,
+    transpose,
+    view,
+)
 from estimator.models.attention import Attention, attend
 from estimator.models.hugging_face.positions import apply_rotary, taken_apart
 from estimator.models.layers import dropout, dropout_at
@@ -29,6 +42,8 @@ class HFAttention(Attention):
     def __init__(self, machine: Machine, recipe: Recipe) -> None:
         super().__init__(machine, recipe)
         self.written = recipe.written or Written()
+        undropped = self.written.undropped == recipe.parts.positions.kind
+        self.scores = replace(recipe, dropout=recipe.dropout and not undropped)
         self.owned.sort(key=lambda x: isinstance(x, ScaleAndShift))  # projections, norms
 
     def project(self, v: Locals, x: Tensor) -> None:
@@ -144,7 +159,7 @@ class HFAttention(Attention):
         """`sdpa_attention_forward`: keys and values are repeated for the queries' heads with a mask."""
         with arguments((q, k, v, mask)) as results, Locals() as w:
             w.k, w.v = (k, v) if mask is None else (repeat_heads(k, self.g), repeat_heads(v, self.g))
-            w.y = attend(q, w.k, w.v, mask, self.recipe)
+            w.y = attend(q, w.k, w.v, mask, self.scores)
             results.append(contiguous_of(transpose(w.y, 1, 2)))
         return results[0]
 
@@ -156,11 +171,15 @@ class HFAttention(Attention):
             if mask is not None:
                 w.weights = ops.add(w.weights, mask)
             self.softmax(w, q)
-            w.weights = dropout(w.weights, self.recipe)
+            self.dropped(w)
             w.y = matmul(w.weights, w.v)
             results.append((contiguous_of(transpose(w.y, 1, 2)), w.take("weights")))
         found: tuple[Tensor, Tensor] = results[0]
         return found
+
+    def dropped(self, w: Locals) -> None:
+        """Dropout of `w.weights`."""
+        w.weights = dropout(w.weights, self.scores)
 
     def score(self, w: Locals, q: Tensor) -> None:
         """`w.weights` of queries and keys, before the mask."""
@@ -173,6 +192,26 @@ class HFAttention(Attention):
     def softmax(self, w: Locals, q: Tensor) -> None:
         """Of `w.weights`, in fp32 and back to the queries' dtype."""
         w.weights = cast(ops.softmax(w.weights, FLOAT32), q.dtype)
+
+
+class SinkAttention(HFAttention):
+    """Eager attention of gpt-oss: a column of sinks among the scores, whose greatest is taken away from each row."""
+
+    def softmax(self, w: Locals, q: Tensor) -> None:
+        """Of `w.weights` and the sinks, without these."""
+        assert self.sinks is not None
+        b, h, t, keys = w.weights.shape
+        w.sinks = expand(view(self.sinks, (ONE, h, ONE, ONE)), (b, h, t, ONE))
+        w.combined = concatenate((w.weights, w.sinks))
+        greatest, at = greatest_last(w.combined)
+        at.discard()
+        w.combined = ops.sub(w.combined, greatest)
+        w.probabilities = ops.softmax(w.combined, autocast.fp32(q.machine, "cuda"))
+        w.weights = slice_last(w.probabilities, keys)
+
+    def dropped(self, w: Locals) -> None:
+        """In the values' dtype."""
+        w.weights = cast(dropout(w.weights, self.scores), w.v.dtype)
 
 
 class OwnSoftmax(HFAttention):

@@ -24,7 +24,15 @@ if TYPE_CHECKING:
     from estimator.models.layers import Recipe
 
 
-class BioGptAttention(HFAttention):
+class OwnScores(HFAttention):
+    """Eager attention whose weights have the dtype of the scores."""
+
+    def softmax(self, w: Locals, q: Tensor) -> None:
+        """Of `w.weights`."""
+        w.weights = ops.softmax(w.weights, autocast.fp32(q.machine, "cuda"))
+
+
+class BioGptAttention(OwnScores):
     """`BioGptAttention`."""
 
     def __init__(self, machine: Machine, recipe: Recipe) -> None:
@@ -38,10 +46,6 @@ class BioGptAttention(HFAttention):
         v.v = self.v(x)
         v.k = transpose(self.heads(v.k, self.k_heads), 1, 2)
         v.v = transpose(self.heads(v.v, self.k_heads), 1, 2)
-
-    def softmax(self, w: Locals, q: Tensor) -> None:
-        """Of `w.weights`, in their dtype."""
-        w.weights = ops.softmax(w.weights, autocast.fp32(q.machine, "cuda"))
 
 
 class BioGptBlock(InlineBlock):

@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from estimator.eager import ops
 from estimator.models.block import Block
-from estimator.models.hugging_face.attention import HFAttention
+from estimator.models.hugging_face.attention import HFAttention, SinkAttention
 from estimator.models.hugging_face.experts import HFSparseFeedForward
 from estimator.models.hugging_face.latent import HFLatentAttention
-from estimator.models.norms import ScaleAndShift
 
 if TYPE_CHECKING:
     from estimator.eager.tensor import Locals, Machine, Tensor
@@ -18,7 +17,10 @@ if TYPE_CHECKING:
 
 def build_attention(machine: Machine, recipe: Recipe) -> HFAttention | HFLatentAttention:
     """The module of the declared attention."""
-    return (HFAttention if recipe.parts.attention.latent == "none" else HFLatentAttention)(machine, recipe)
+    part = recipe.parts.attention
+    if part.sinks:
+        return SinkAttention(machine, recipe)
+    return (HFAttention if part.latent == "none" else HFLatentAttention)(machine, recipe)
 
 
 class HFBlock(Block):
@@ -30,7 +32,9 @@ class HFBlock(Block):
 
     def __init__(self, machine: Machine, index: int, recipe: Recipe, kind: BlockKind) -> None:
         super().__init__(machine, index, recipe, kind)
-        self.owned.sort(key=lambda x: isinstance(x, ScaleAndShift))  # attention, feed-forward, norms
+        assert recipe.written is not None
+        order, places = recipe.written.layer, {id(self.attention): "attention", id(self.ffn): "ffn"}
+        self.owned.sort(key=lambda x: order.index(places.get(id(x), "norms")))
 
     def forward(self, v: Locals, x: Tensor, *where: Tensor | None) -> Tensor:
         where = where[:-1]  # without the positions, which attention takes and leaves
@@ -50,9 +54,18 @@ class HFBlock(Block):
         v.x, v.weights = self.attention(self.before(v, x, self.attention_norm), *where)
         self.after(v, self.attention_post_norm)
         v.residual = v.x
-        v.x = self.ffn(self.before(v, v.x, self.ffn_norm))
+        v.x = self.fed_forward(v, self.before(v, v.x, self.ffn_norm))
         self.after(v, self.ffn_post_norm)
         return v.take("x")
+
+    def fed_forward(self, v: Locals, x: Tensor) -> Tensor:
+        """By the feed-forward, with a shared expert that is beside it."""
+        found: Tensor
+        if not isinstance(self.ffn, HFSparseFeedForward) or self.ffn.beside is None:
+            found = self.ffn(x)
+            return found
+        v.routed = self.ffn(x)
+        return ops.add(v.routed, self.ffn.beside(x))
 
     def before(self, v: Locals, x: Tensor, norm: Any) -> Tensor:
         """What goes into attention or the feed-forward, a name of the frame."""

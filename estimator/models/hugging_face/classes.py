@@ -1,31 +1,36 @@
-"""Which decoder is written like which class of transformers, by `Written.decoder`."""
+"""Which decoder is written like which class of transformers (`Written.decoder`), imported where it is used."""
 
 from __future__ import annotations
 
-from estimator.models.hugging_face.biogpt import XGLM, BioGpt
-from estimator.models.hugging_face.bloom import Bloom
-from estimator.models.hugging_face.decoder import HFDecoder
-from estimator.models.hugging_face.falcon import Falcon
-from estimator.models.hugging_face.gpt2 import GPT2
-from estimator.models.hugging_face.gpt_bigcode import GPTBigCode
-from estimator.models.hugging_face.gpt_neo import GPTNeo
-from estimator.models.hugging_face.gpt_neox import GPTNeoX
-from estimator.models.hugging_face.gptj import GPTJ, CodeGen
-from estimator.models.hugging_face.openai import OpenAIGPT
-from estimator.models.hugging_face.opt import OPT
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-DECODERS: dict[str, type[HFDecoder]] = {
-    "biogpt": BioGpt,
-    "bloom": Bloom,
-    "codegen": CodeGen,
-    "falcon": Falcon,
-    "gpt2": GPT2,
-    "gpt_bigcode": GPTBigCode,
-    "gpt_neo": GPTNeo,
-    "gpt_neox": GPTNeoX,
-    "gptj": GPTJ,
-    "llama": HFDecoder,
-    "openai-gpt": OpenAIGPT,
-    "opt": OPT,
-    "xglm": XGLM,
+if TYPE_CHECKING:
+    from estimator.describe.transformers import Written
+    from estimator.models.decoder import Transformer
+
+DECODERS = {  # (file beside this one, class)
+    "biogpt": ("biogpt", "BioGpt"),
+    "bloom": ("bloom", "Bloom"),
+    "codegen": ("gptj", "CodeGen"),
+    "ctrl": ("ctrl", "CTRL"),
+    "falcon": ("falcon", "Falcon"),
+    "gpt2": ("gpt2", "GPT2"),
+    "gpt_bigcode": ("gpt_bigcode", "GPTBigCode"),
+    "gpt_neo": ("gpt_neo", "GPTNeo"),
+    "gpt_neox": ("gpt_neox", "GPTNeoX"),
+    "gptj": ("gptj", "GPTJ"),
+    "llama": ("decoder", "HFDecoder"),
+    "mpt": ("mpt", "Mpt"),
+    "openai-gpt": ("openai", "OpenAIGPT"),
+    "opt": ("opt", "OPT"),
+    "persimmon": ("persimmon", "Persimmon"),
+    "xglm": ("biogpt", "XGLM"),
 }
+
+
+def decoder_of(written: Written) -> type[Transformer]:
+    """The decoder that is written so."""
+    file, name = DECODERS[written.decoder]
+    found: type[Transformer] = getattr(import_module(f"estimator.models.hugging_face.{file}"), name)
+    return found

@@ -71,14 +71,17 @@ class HFDecoder(Transformer):
         """`LlamaModel`."""
         assert self.recipe.written is not None
         with Locals() as v:
+            late = self.recipe.written.late_scale
             v.embeds = self.embedding(ids)
-            if self.embedding_scale is not None:
-                v.embeds = ops.mul(v.embeds, cast(self.embedding_scale, self.embedding.weight.dtype))
-            elif self.parts.ends.embedding_scale is not None:
-                v.embeds = ops.mul_number(v.embeds)
+            if not late:
+                v.embeds = self.scaled(v.embeds)
             v.positions = position_ids(self.machine, ids.shape[1])
             masks = self.attention_masks(v, ids.shape[0])
-            v.x = dropout(v.embeds, self.recipe) if self.drops_embedding else v.embeds
+            if late == "same":
+                v.embeds = self.scaled(v.embeds)
+            v.x = self.scaled(v.embeds) if late == "apart" else v.embeds
+            if self.drops_embedding:
+                v.x = dropout(v.x, self.recipe)
             turns: dict[str, tuple[Tensor | None, Tensor | None]] = {}
             for i, name in enumerate(self.turns if self.recipe.rotates else ()):
                 turns[name] = self.rotary(v, name, self.tables[2 * i])
@@ -91,6 +94,12 @@ class HFDecoder(Transformer):
                 v.x = block(v.x, masks[kind.layer.attention], None, *turn, None, positions)
             v.x = self.final_norm(v.x)
             return v.take("x")
+
+    def scaled(self, x: Tensor) -> Tensor:
+        """The embedding times its scale."""
+        if self.embedding_scale is not None:
+            return ops.mul(x, cast(self.embedding_scale, self.embedding.weight.dtype))
+        return x if self.parts.ends.embedding_scale is None else ops.mul_number(x)
 
     def rotary(self, v: Locals, kind: str, frequencies: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Cosines and sines, held as names of the frame."""
@@ -110,7 +119,8 @@ class HFDecoder(Transformer):
         kinds = [kind for kind in ("full", "window", "chunk") if kind in used or kind in written.masks]
         made: dict[str, Tensor | None] = {}
         for kind in kinds:
-            look_for_packed_sequences(v.positions, sequences)
+            if written.packed:
+                look_for_packed_sequences(v.positions, sequences)
             made[kind] = attention_mask(
                 self.machine, v.positions.shape[0], sequences, kind, v.embeds.dtype, eager=eager, used=kind in used
             )

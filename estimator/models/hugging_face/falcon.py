@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from estimator.eager import ops
 from estimator.eager.autocast import lower
 from estimator.eager.indexing import pick
 from estimator.eager.letters import ONE
-from estimator.eager.linalg import mm
+from estimator.eager.linalg import matmul, mm
 from estimator.eager.ops import additive_mask
 from estimator.eager.pointwise import compared
-from estimator.eager.tensor import BFLOAT16, INT64, Locals, op
+from estimator.eager.tensor import BFLOAT16, BOOL, FLOAT32, INT64, Locals, op
 from estimator.eager.views import cast, expand, narrow, reshape, select, transpose, unsafe_view, view
 from estimator.models.attention import attend
 from estimator.models.block import Block
@@ -20,7 +19,7 @@ from estimator.models.hugging_face.alibi import alibi_slopes
 from estimator.models.hugging_face.attention import HFAttention
 from estimator.models.hugging_face.decoder import HFDecoder
 from estimator.models.hugging_face.gpt_neox import MLPWithoutDropout
-from estimator.models.hugging_face.masks import seen
+from estimator.models.hugging_face.masks import attention_mask, seen
 from estimator.models.hugging_face.positions import integers, look_for_packed_sequences, position_ids
 from estimator.models.layers import Linear, dropout
 
@@ -56,11 +55,6 @@ class FalconAttention(HFAttention):
 
     linear = FalconLinear
 
-    def __init__(self, machine: Machine, recipe: Recipe) -> None:
-        super().__init__(machine, recipe)
-        undropped = self.written.undropped == recipe.parts.positions.kind
-        self.scores = replace(recipe, dropout=recipe.dropout and not undropped)
-
     def project(self, v: Locals, x: Tensor) -> None:
         """All three at once, of which those of a group of heads are together."""
         v.qkv = self.qkv(x)
@@ -93,6 +87,41 @@ class FalconAttention(HFAttention):
         """If there is no bias, which comes with cosines and sines all the same."""
         if self.recipe.rotates:
             super().rotate(v, cos, sin)
+
+    def forward(
+        self,
+        v: Locals,
+        x: Tensor,
+        mask: Tensor | None,
+        bias: Tensor | None,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        query_scale: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Eager attention's statements are in here, and its names alive to the end."""
+        if not self.recipe.attention.startswith("naive"):
+            return super().forward(v, x, mask, bias, cos, sin, query_scale)
+        assert mask is not None
+        self.project(v, x)
+        if bias is None:
+            if cos is not None and sin is not None:
+                self.rotate(v, cos, sin)
+            v.weights = matmul(v.q, transpose(v.k, 2, 3))
+            ops.scale_in_place(v.weights, "div")
+            v.weights = ops.softmax(ops.add(v.weights, mask), self.machine.dtype)
+        else:
+            v.product = matmul(v.q, transpose(v.k, 2, 3))
+            v.scores = view(v.product, v.product.shape)
+            v.scores = cast(v.scores, FLOAT32)
+            v.logits = ops.add(v.scores, bias)
+            ops.scale_in_place(v.logits, "mul")
+            v.weights = ops.softmax(ops.add(v.logits, mask), self.machine.dtype)
+            v.weights = dropout(v.weights, self.recipe)
+        v.y = matmul(v.weights, v.v)
+        v.y = transpose(v.y, 1, 2)
+        v.y = reshape(v.y, (*x.shape[:2], self.widths[0]))
+        v.y = self.out(v.y)
+        return v.take("y"), v.take("weights")
 
     def fused(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """Without `enable_gqa`: one head of keys is for SDPA to expand."""
@@ -129,7 +158,7 @@ class FalconBlock(Block):
             norms.reverse()
         self.owned = [self.attention, self.ffn, *(norm for norm in norms if norm is not None)]
 
-    def forward(self, v: Locals, x: Tensor, *where: Tensor | None) -> Tensor:
+    def forward(self, v: Locals, x: Tensor, *where: Tensor | None) -> tuple[Tensor, Tensor | None]:
         order = self.recipe.parts.order
         v.residual = x
         v.normed = self.attention_norm(x)
@@ -145,7 +174,7 @@ class FalconBlock(Block):
         if order != "pre":
             ops.add_in_place(v.ffn, v.y)
         v.x = self.added(v.ffn, v.residual)
-        return v.take("x")
+        return v.take("x"), None if v.weights is None else v.take("weights")
 
     def added(self, x: Tensor, residual: Tensor) -> Tensor:
         """`dropout_add`."""
@@ -175,13 +204,17 @@ class Falcon(HFDecoder):
                 v.alibi = falcon_bias(v.ones, self.machine.shapes.letters["h"], v.embeds.dtype)
             v.positions = position_ids(self.machine, T)
             look_for_packed_sequences(v.positions, B)
-            v.mask = seen(self.machine, T, B, "full")
+            if self.recipe.attention.startswith("naive"):
+                v.mask = attention_mask(self.machine, T, B, "full", v.embeds.dtype, eager=True)
+            else:
+                v.mask = seen(self.machine, T, B, "full")
             if v.alibi is not None:
                 masked_bias(v)
             v.x = v.embeds
             turn = self.rotary(v, "full", self.tables[0])
             for block in self.blocks:
-                v.x = block(v.x, v.mask, v.alibi, *turn, None, v.positions)
+                v.out, v.weights = block(v.x, v.mask, v.alibi, *turn, None, v.positions)
+                v.x = v.out
             v.x = self.final_norm(v.x)
             return v.take("x")
 
@@ -204,7 +237,8 @@ def falcon_bias(ones: Tensor, heads: Size, dtype: Dtype) -> Tensor:
 def masked_bias(v: Locals) -> None:
     """`v.mask` becomes `v.alibi` over the root of the head's width where a token is seen, a least number elsewhere."""
     machine, dtype, shape = v.mask.machine, v.alibi.dtype, v.mask.shape
-    v.mask = additive_mask(v.mask, dtype)
+    if v.mask.dtype == BOOL:
+        v.mask = additive_mask(v.mask, dtype)
     with Locals() as w:
         w.scaled = ops.with_number("div", v.alibi)
         w.hidden = compared("lt", v.mask)

@@ -32,6 +32,12 @@ class Conv1D(Linear):
         Module.__init__(self, machine, name)
         self.weight, self.bias = self.parameter(d_in, d_out), self.parameter(d_out) if bias else None
 
+    @property
+    def widths(self) -> tuple[Size, Size]:
+        """Of what comes out and of what goes in."""
+        narrow, wide = self.weight.shape
+        return wide, narrow
+
     def forward(self, v: Locals, x: Tensor) -> Tensor:
         shape = (*x.shape[:-1], self.weight.shape[1])
         v.x = view(x, (self.machine.product(x.shape[:-1]), x.shape[-1]))

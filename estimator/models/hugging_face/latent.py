@@ -10,6 +10,7 @@ from estimator.eager.letters import ONE
 from estimator.eager.tensor import Locals, arguments
 from estimator.eager.views import (
     concatenate,
+    contiguous_of,
     copy_into_last,
     expand,
     reshape,
@@ -84,7 +85,7 @@ class HFLatentAttention(LatentAttention):
         """`sdpa_attention_forward`, (B, T, h, e_v)."""
         with arguments((q, k, v, mask)) as results, Locals() as w:
             w.y = attend(q, k, v, mask, self.recipe)
-            results.append(reshape(transpose(w.y, 1, 2), (*w.y.shape[:1], w.y.shape[2], self.h, self.value)))
+            results.append(contiguous_of(transpose(w.y, 1, 2)))
         return results[0]
 
 

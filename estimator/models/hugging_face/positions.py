@@ -8,7 +8,7 @@ from estimator.eager import ops
 from estimator.eager.letters import ONE
 from estimator.eager.pointwise import neg
 from estimator.eager.tensor import BOOL, FLOAT32, INT64, Locals, arguments, op
-from estimator.eager.views import alias, cast, concatenate, slice_last, stack_last, unsqueeze
+from estimator.eager.views import alias, cast, concatenate, slice_last, split, stack_last, unsqueeze
 
 if TYPE_CHECKING:
     from estimator.describe.transformers import Written
@@ -61,9 +61,11 @@ def rotary_embedding(v: Locals, positions: Tensor, frequencies: Tensor, dtype: D
     with Locals() as w:
         w.positions = machine.empty((ONE, length, ONE))
         machine.kernel("_to_copy", (positions,), (w.positions,))
-        w.freqs = ops.elementwise("mul", w.positions, frequencies)
+        w.freqs = ops.elementwise("mul", w.positions, cast(frequencies, FLOAT32))
         del w.positions
-        if written.rotation == "repeated-fp32":
+        if written.rotation == "apart":
+            w.emb = w.freqs
+        elif written.rotation == "repeated-fp32":
             w.emb = repeated(w.freqs)
         else:
             w.emb = concatenate((w.freqs, w.freqs), 2 * half)
@@ -96,8 +98,20 @@ def rotate_half(x: Tensor, written: Written) -> Tensor:
     return results[0]
 
 
+def rotated_apart(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`_apply_rotary_emb` of gpt-oss: by the angles of half a head."""
+    with arguments((x, cos, sin)) as results, Locals() as v:
+        v.a, v.b = split(x, (x.shape[-1] / 2, x.shape[-1] / 2))
+        v.first = ops.sub(ops.mul(v.a, cos), ops.mul(v.b, sin))
+        v.second = ops.add(ops.mul(v.b, cos), ops.mul(v.a, sin))
+        results.append(concatenate((v.first, v.second)))
+    return results[0]
+
+
 def rotated(x: Tensor, cos: Tensor, sin: Tensor, written: Written) -> Tensor:
     """x cos + rotate_half(x) sin."""
+    if written.rotation == "apart":
+        return rotated_apart(x, cos, sin)
     if written.rotation != "neighbours-fp32":
         return ops.add(ops.mul(x, cos), ops.mul(rotate_half(x, written), sin))
     return ops.add(ops.mul(cast(x, FLOAT32), cos), ops.mul(cast(rotate_half(x, written), FLOAT32), sin))

@@ -30,16 +30,18 @@ def attention_kernel(
     """
     half = itemsize < 4
     dense = len(q) == len(k) == len(v) == 4 and all((*q, *k, *v))
+    heads = len({x[:2] for x in map(tuple, (q, k, v))}) == 1  # `check_batch_size_and_num_heads_dense`
     flash = (
         torch.backends.cuda.flash_sdp_enabled()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         and fused_on_cuda(half=half, masked=masked) == "flash"
         and q[-1] == k[-1] == v[-1] <= FLASH_WIDEST
+        and (heads or grouped)
         and not (causal and q[-2] != k[-2])
     )
     alignment = 16 // itemsize  # elements of 16 bytes: `minimum_gemm_alignment`
     efficient = (
         torch.backends.cuda.mem_efficient_sdp_enabled()  # type: ignore[no-untyped-call]  # likewise
-        and not (grouped and q[1] != k[1])
+        and heads
         and not (q[-1] % alignment or v[-1] % alignment)
     )
     if not dense:

@@ -58,12 +58,13 @@ class Reading:
 
 @dataclass
 class _Running:
-    """An operator that has begun: its name, what it is, and what its kernel has for itself."""
+    """An operator that has begun: its name, what it is, what its kernel has for itself, and if it calls itself."""
 
     name: str
     kind: int
     scratch: Sequence[Storage] = ()
     inputs: Sequence[Any] | None = None
+    again: bool = False
 
 
 class Reader:
@@ -173,14 +174,12 @@ class Reader:
         if kind != NODE and sequence >= 0:
             self.made[sequence] = (self.modules[-1] if self.modules else "", self.line)
         running = _Running(named, kind)
+        if self.running and self.running[-1].name == named:  # autocast calls the operator again, of what it has cast
+            self.running[-1].again = True
         self.running.append(running)
         if operands >= 0 and (self.kernels or kind == LEFT_OUT):
             running.inputs = self.log.values(operands)
         if kind == LEFT_OUT:
-            for n in turns_of(self.device, named, running.inputs or ()):
-                storage = Storage(size(n), 1, Category.TEMPORARY, self._here)
-                self._event(1, storage, storage.where, 0)
-                self._event(-1, storage, storage.where, 0)
             held = scratch_of(self.device, named, running.inputs or (), self.threads)
             running.scratch = [Storage(size(n), 1, Category.TEMPORARY, self._here) for n in held]
             for storage in running.scratch:
@@ -188,6 +187,11 @@ class Reader:
 
     def _ended(self, row: tuple[int, ...]) -> None:
         running = self.running[-1]
+        if running.kind == LEFT_OUT and not running.again:
+            for n in turns_of(self.device, running.name, running.inputs or ()):
+                storage = Storage(size(n), 1, Category.TEMPORARY, self._here)
+                self._event(1, storage, storage.where, 0)
+                self._event(-1, storage, storage.where, 0)
         if self.kernels and running.inputs is not None and row[4] >= 0:
             self._kernel(running, self.log.values(row[4]))
         for storage in reversed(running.scratch):
