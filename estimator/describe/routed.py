@@ -17,11 +17,11 @@ class Routed:
             "late" (they are cast themselves).
         weights: the dtype that they are cast to: "" (none), "logits" or "inputs" (theirs).
         order: what is registered first; what is not named comes after.
-        shared: when the shared expert runs: "first", "between" (after the router), "last", "beside" (in the layer,
-            after the block of experts).
-        whole: which of "router" and "shared" get what the block gets, in place of rows of tokens; "again" if the shared
-            expert gets the rows made whole.
+        shared: when the shared expert runs: "first", "between" (after the router), "last", "named" (likewise, with a
+            name for its result; whole, it gets the rows made whole), "beside" (in the layer, after the block).
+        whole: which of "router" and "shared" get what the block gets, in place of rows of tokens.
         adds_fp32: the shared expert's result is added in fp32 (HY V3).
+        returns_weights: with what comes out, and the layer has a name for them (gpt-oss).
         transposed: the experts' matrices are (in, out), as they are multiplied with.
     """
 
@@ -32,6 +32,7 @@ class Routed:
     shared: str = "last"
     whole: tuple[str, ...] = ()
     adds_fp32: bool = False
+    returns_weights: bool = False
     transposed: bool = False
 
 

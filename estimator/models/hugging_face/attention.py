@@ -45,6 +45,8 @@ class HFAttention(Attention):
         undropped = self.written.undropped == recipe.parts.positions.kind
         self.scores = replace(recipe, dropout=recipe.dropout and not undropped)
         self.owned.sort(key=lambda x: isinstance(x, ScaleAndShift))  # projections, norms
+        if self.written.out_first:
+            self.owned.sort(key=lambda x: x is not self.out)
 
     def project(self, v: Locals, x: Tensor) -> None:
         """Queries, keys and values as names of the frame, (B, heads, T, e) each."""
@@ -146,7 +148,7 @@ class HFAttention(Attention):
         if self.out_norm is not None:
             v.y = self.out_norm(v.y)
         v.y = self.out(v.y)
-        v.y = dropout_at(v.y, drops=self.recipe.dropout and self.drops)
+        v.y = dropout_at(v.y, drops=self.recipe.dropout and (self.drops or "attention" in self.written.drops))
         return v.take("y"), None if v.weights is None else v.take("weights")
 
     def attended(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -198,7 +200,7 @@ class SinkAttention(HFAttention):
     """Eager attention of gpt-oss: a column of sinks among the scores, whose greatest is taken away from each row."""
 
     def softmax(self, w: Locals, q: Tensor) -> None:
-        """Of `w.weights` and the sinks, without these."""
+        """Of `w.weights` and the sinks; `w.without` these."""
         assert self.sinks is not None
         b, h, t, keys = w.weights.shape
         w.sinks = expand(view(self.sinks, (ONE, h, ONE, ONE)), (b, h, t, ONE))
@@ -207,11 +209,12 @@ class SinkAttention(HFAttention):
         at.discard()
         w.combined = ops.sub(w.combined, greatest)
         w.probabilities = ops.softmax(w.combined, autocast.fp32(q.machine, "cuda"))
-        w.weights = slice_last(w.probabilities, keys)
+        w.without = slice_last(w.probabilities, keys)
 
     def dropped(self, w: Locals) -> None:
         """In the values' dtype."""
-        w.weights = cast(dropout(w.weights, self.scores), w.v.dtype)
+        w.weights = cast(dropout(w.without, self.scores), w.v.dtype)
+        del w.without
 
 
 class OwnSoftmax(HFAttention):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from estimator.eager import ops
 from estimator.eager.indexing import whole_number_divided
@@ -103,7 +103,13 @@ class HFSparseFeedForward(SparseFeedForward):
         self.beside = self.shared if self.routed_as.shared == "beside" else None
         self.owned.sort(key=lambda x: first.index(x) if x in first else len(first))
 
-    def forward(self, v: Locals, x: Tensor) -> Tensor:
+    def forward(self, v: Locals, x: Tensor) -> Any:
+        """What comes out, and in some classes the weights of its experts."""
+        v.y = self.combined(v, x)
+        return (v.take("y"), v.take("weights")) if self.routed_as.returns_weights else v.take("y")
+
+    def combined(self, v: Locals, x: Tensor) -> Tensor:
+        """What the experts make of `x`; `v.weights` are theirs."""
         as_written = self.routed_as
         rows = (x.machine.product(x.shape[:-1]), x.shape[-1])
         routed_whole, shared_whole = ("router" in as_written.whole), ("shared" in as_written.whole)
@@ -130,8 +136,11 @@ class HFSparseFeedForward(SparseFeedForward):
                 v.wide = ops.add(v.wide, cast(self.shared(given), FLOAT32))
                 v.y = cast(v.wide, x.dtype)
                 del v.wide
+            elif as_written.shared == "named":
+                v.shared = self.shared(view(v.rows, x.shape) if shared_whole else v.rows)
+                v.y = ops.div_number(ops.add(v.y, v.shared)) if self.averages else ops.add(v.y, v.shared)
             else:
                 v.y = ops.add(v.y, self.shared(given) if as_written.shared == "last" else v.shared)
         if self.out_norm is not None:
-            return self.out_norm(v.y)
+            v.y = self.out_norm(v.y)
         return v.take("y") if v.y.shape == x.shape else view(v.y, x.shape)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from estimator.eager import ops
+from estimator.eager.autocast import fp32
 from estimator.eager.indexing import div, gather_last, sum_last
 from estimator.eager.letters import ONE, ceiling
 from estimator.eager.linalg import linear
@@ -30,7 +31,8 @@ class HFRouter(Router):
         self.routed_as = recipe.written.routed
 
     def forward(self, v: Locals, x: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        v.x = x if self.routed_as.router == "chosen" else view(x, (x.machine.product(x.shape[:-1]), x.shape[-1]))
+        bare = self.routed_as.router in ("chosen", "cohere2_moe", "gpt_oss")  # without a view of their own
+        v.x = x if bare else view(x, (x.machine.product(x.shape[:-1]), x.shape[-1]))
         v.logits = self.logits(v.x)
         ROUTERS[self.routed_as.router](self, v)
         kinds = {"logits": v.logits.dtype, "inputs": x.dtype}
@@ -101,7 +103,21 @@ def indices_of_best(scores: Tensor, count: Size) -> Tensor:
 def chosen(router: HFRouter, v: Locals) -> None:
     """`GraniteMoeTopKRouter`: a softmax of the best logits; it takes the rows as they are."""
     v.best, v.experts = top_k_with_values(v.logits, router.K)
+    v.weights = ops.softmax(v.best, fp32(router.machine, "cuda"))
+
+
+def gpt_oss(router: HFRouter, v: Locals) -> None:
+    """`GptOssTopKRouter`, which says the softmax's dtype: autocast leaves it."""
+    v.best, v.experts = top_k_with_values(v.logits, router.K)
     v.weights = ops.softmax(v.best)
+
+
+def cohere(router: HFRouter, v: Locals) -> None:
+    """`Cohere2MoeTopKRouter`."""
+    v.weights, v.experts = top_k_with_values(v.logits, router.K)
+    v.weights = ops.softmax(v.weights, FLOAT32) if router.part.score == "logits" else sigmoid(v.weights)
+    if router.part.normalises:
+        v.weights = div(v.weights, sum_last(v.weights))
 
 
 def minimax(router: HFRouter, v: Locals) -> None:
@@ -148,7 +164,9 @@ def kolibri(router: HFRouter, v: Locals) -> None:
 
 ROUTERS = {
     "chosen": chosen,
+    "cohere2_moe": cohere,
     "ernie4_5_moe": ernie,
+    "gpt_oss": gpt_oss,
     "groups": groups,
     "hunyuan_v1_moe": hunyuan,
     "hy_v3": hunyuan_3,
