@@ -133,7 +133,7 @@ def layouts(count: int, device: str, only: list[str], seed: int, *, keep: bool) 
         row = {"layout": name, "device": device, "ranks": LAYOUTS[name][0], "torch": torch.__version__}
         row |= {"compared": len(done), "equal": len(equal), "refused": len(found) - len(done)}
         print(row, flush=True)
-        for x in set(done) - set(equal):
+        for x in (x for x in done if x not in equal):
             alike = False
             print(f"  seed {x.seed} rank {x.rank}: {x.recorded} recorded, {x.accounted} in the account: {x.said}")
         if keep:

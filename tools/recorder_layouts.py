@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from estimator.describe.model import ModelConfig
+    from trainer.referee.recorder.recording import Recording
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / x) for x in ("tools", "tests/exact", "tests/ranks")]
@@ -65,23 +66,27 @@ LAYOUTS: dict[str, tuple[int, Callable[[Random], tuple[ModelConfig, Plan]]]] = {
 
 
 class Compared(NamedTuple):
-    """Bytes of one rank: the peak, parameters and states as they are recorded, and as the account has them.
+    """Figures of one rank as they are recorded, and as the account has them.
 
     Attributes:
         seed, rank: whose.
-        recorded, accounted: the figures; None where the trainer refuses the plan on the device.
+        recorded, accounted: bytes of the peak, of parameters and of states, and of each kind of message how many and
+            bytes in all; None where the trainer refuses the plan on the device.
         said: the refusal, or the plan.
     """
 
     seed: int
     rank: int
-    recorded: tuple[int, int, int] | None
-    accounted: tuple[int, int, int] | None
+    recorded: tuple[Any, ...] | None
+    accounted: tuple[Any, ...] | None
     said: str
 
 
 def against_account(name: str, seeds: Sequence[int], device: str) -> list[Compared]:
-    """The first and the last rank of the layout's draws. Each rank is a process's: DTensor remembers whose it is."""
+    """The first and the last rank of the layout's draws.
+
+    Each rank is a process's of its own, as DTensor remembers whose it is: the one that calls this must be none.
+    """
     ranks = LAYOUTS[name][0]
     with get_context("fork").Pool(1, maxtasksperchild=1) as pool:
         found = pool.starmap(_of_rank, [(name, seeds, device, rank) for rank in (0, ranks - 1)], chunksize=1)
@@ -110,14 +115,26 @@ def _compared(m: ModelConfig, p: Plan, device: str, seed: int, rank: int) -> Com
         recording = trainer.record(build, device=device)
     except ConfigError as error:
         return Compared(seed, rank, None, None, str(error))
-    values = account(m, p, device, of_layouts.accounted_rank(p, rank)).evaluate(m, p, threads=1)
+    own = of_layouts.accounted_rank(p, rank)
+    values = account(m, p, device, own).evaluate(m, p, threads=1)
     ours = (
         recording.peak_bytes - kept[0],
         recording.bytes_before(Category.PARAMETER),
         recording.bytes_before(Category.OPTIMIZER),
+        sent(recording),
     )
-    theirs = (values.peak_bytes, values.parameter_bytes, values.optimizer_bytes)
+    messages = {kind: tuple(map(int, x)) for kind, x in of_layouts.of_shards.accounted(m, p, own, device).items()}
+    theirs = (values.peak_bytes, values.parameter_bytes, values.optimizer_bytes, messages)
     return Compared(seed, rank, ours, theirs, f"{m!r} {p!r}")
+
+
+def sent(recording: Recording) -> dict[str, tuple[int, int]]:
+    """kind -> (messages, bytes), whatever their axis."""
+    found: dict[str, tuple[int, int]] = {}
+    for (kind, _), (count, nbytes) in recording.messages.items():
+        before = found.get(kind, (0, 0))
+        found[kind] = before[0] + count, before[1] + nbytes
+    return found
 
 
 def bookkeeping(step: SharedStep, before: set[int]) -> int:

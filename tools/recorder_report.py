@@ -114,8 +114,8 @@ def _layouts(file: Path) -> list[str]:
     said = (
         "`python tools/check_recorder.py layouts N --device DEVICE --keep` draws layouts of ours, by seed, and records "
         "their first and last rank, each alone, in a world whose other ranks are not there. Compared with the account "
-        "of that rank, which the symbolic step makes: the peak, parameters and states. What the trainer refuses on "
-        "CUDA is offload."
+        "of that rank, which the symbolic step makes: bytes of the peak, of parameters and of states, and of each kind "
+        "of message how many and bytes in all. What the trainer refuses on CUDA is offload."
     )
     lines = ["", "## Layouts", "", said, ""]
     lines += ["| layout | ranks | whose rules | compared | equal | refused |", "|---|---:|---|---:|---:|---:|"]

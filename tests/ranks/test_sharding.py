@@ -313,10 +313,10 @@ def totals(real):
     return found
 
 
-def accounted(m, p, rank=0):
+def accounted(m, p, rank=0, device="cpu"):
     """The same, of the ledger."""
     found = {}
-    a, sizes = account(m, p, "cpu", rank), sizes_for(m, p, threads=1, stage=rank)
+    a, sizes = account(m, p, device, rank), sizes_for(m, p, threads=1, stage=rank)
     for message in communication.messages(a, sizes, p.grad_accumulation):
         messages, total = found.get(message.collective, (0, 0))
         found[message.collective] = messages + message.count, total + message.nbytes

@@ -8,7 +8,8 @@ import pytest
 
 from estimator.describe.checks import ConfigError
 from estimator.show.commands import main
-from trainer.referee.recorder.builds import with_sizes
+from trainer.referee.recorder.builds import of_file, with_sizes
+from trainer.referee.recorder.recording import record
 
 CODE = """
     import torch
@@ -115,13 +116,20 @@ def test_a_rank_of_a_world_that_is_not_there_holds_its_shards(code, capsys):
                 for block in model.blocks:
                     fully_shard(block, mesh=mesh)
                 return fully_shard(model, mesh=mesh)
+
+            def elsewhere():
+                return sharded("cpu")
         """)
         )
     try:
         assert main(["check", f"{code}:sharded", "--seq-len", "16", "--fake-world", "8", "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        with pytest.raises(ConfigError, match=r"is shared out on a mesh of cpu, and the rules are cuda's"):
+            record(of_file(f"{code}:elsewhere", {"seq_len": 16}), device="cuda")
     finally:
         distributed.destroy_process_group()
-    found = json.loads(capsys.readouterr().out)
+    sent = {x["kind"]: x["count"] for x in found["messages"]}
+    assert sent == {"all-gather": 3 + 2, "reduce-scatter": 3}  # the root's parameters stay whole until backward
     rows = sum(-(-n // 8) * width for n, width in ((100, 64), *2 * ((256, 64), (64, 256)), (100, 64)))
     biases = sum(-(-n // 8) for n in (256, 64, 256, 64, 100))
     assert found["parameters"] == 4 * (rows + biases)

@@ -124,7 +124,7 @@ def run(argv: Sequence[str]) -> int:
     else:
         sys.stdout.write(report(recording, memory, name, gpu.name))
         if args.fake_world is not None:
-            sys.stdout.write(OTHERS)
+            sys.stdout.write(sent(recording) + OTHERS)
         sys.stdout.write(timed(answer.time, gpu.name, plan, alone=args.fake_world is None))
         if args.hf is not None and args.fake_world is None:
             sys.stdout.write("\nBeside the models here, of the same config.json:\n")
@@ -209,6 +209,15 @@ def report(recording: Recording, memory: Memory, name: str, gpu: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def sent(recording: Recording) -> str:
+    """The messages of a step, by kind and axis of the mesh."""
+    lines = [
+        f"  {kind:14} {count:>6,} of {size(nbytes):>10} in all, {axis}"
+        for (kind, axis), (count, nbytes) in recording.messages.items()
+    ]
+    return "\n".join(["Messages of this rank in a step, by the axis of the mesh:", *lines]) + "\n" if lines else ""
+
+
 def unknown(recording: Recording) -> list[str]:
     """A sentence on each part of CUDA's kernels that the recording does not know, where it has such kernels."""
     if recording.account.device != "cuda":
@@ -251,5 +260,9 @@ def _plain(recording: Recording, answer: RecordedEstimate) -> dict[str, Any]:
         "modules": recording.modules,
         "assumptions": {str(said): times for said, times in recording.assumptions.items()},
         "notes": list(recording.notes),
+        "messages": [
+            {"kind": kind, "axis": axis, "count": count, "bytes": nbytes}
+            for (kind, axis), (count, nbytes) in recording.messages.items()
+        ],
         "seconds": recording.seconds,
     }

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from estimator.eager.ledger import Category, Event, Ledger, Phase, Storage, Where
-from estimator.eager.letters import Size, constant
+from estimator.eager.ledger import Category, Event, Ledger, Message, Phase, Storage, Where
+from estimator.eager.letters import ONE, Size, constant
 from trainer.referee.recorder.kernels import Turn, kernel_of
 from trainer.referee.recorder.log import ENGINE, LEFT_OUT, NODE, RUN, Kind, Mark
 from trainer.referee.recorder.scratch import scratch_of, turns_of
@@ -15,7 +15,7 @@ from trainer.referee.recorder.scratch import scratch_of, turns_of
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from trainer.referee.recorder.log import Log
+    from trainer.referee.recorder.log import Log, Sent
 
 
 @cache
@@ -96,6 +96,7 @@ class Reader:
         self.made: dict[int, tuple[str, int]] = {}  # by sequence number, (module, line) of what made the node
         self.pending: list[int] = []  # events between a backward and what tells whether the update has begun
         self.pending_kernels: list[int] = []  # likewise
+        self.pending_messages: list[int] = []  # likewise
         self.allocations = 0
 
     def read(self, first: int) -> Reading:
@@ -212,6 +213,15 @@ class Reader:
             self.pending_kernels.append(len(self.ledger.kernels))
         self.ledger.kernels.append(kernel)
 
+    def _message(self, sent: Sent) -> None:
+        if self.phase is Phase.OPTIMIZER and not self.updating:
+            self.pending_messages.append(len(self.ledger.messages))
+        dtype, width = str(sent.dtype).removeprefix("torch."), sent.dtype.itemsize
+        place, at = self._here, self.ledger.micro_batch
+        self.ledger.messages.append(
+            Message(sent.kind, sent.axis, size(sent.nbytes), ONE, dtype, width, "step", place, at)
+        )
+
     def _marked(self, row: tuple[int, ...]) -> None:
         _, what, value, more, *_ = row
         match Mark(what):
@@ -226,6 +236,9 @@ class Reader:
                 self.phase, self.updating = Phase.OPTIMIZER, True
                 self.pending.clear()
                 self.pending_kernels.clear()
+                self.pending_messages.clear()
+            case Mark.MESSAGE:
+                self._message(self.log.sent[value])
             case Mark.SAVED | Mark.LET_GO | Mark.REMADE | Mark.UPDATE_END:
                 pass
             case Mark.GRADIENT:
@@ -249,5 +262,10 @@ class Reader:
             kernel = self.ledger.kernels[i]
             place = kernel.where._replace(phase=phase)
             self.ledger.kernels[i] = kernel._replace(where=place, micro_batch=self.ledger.micro_batch)
+        for i in () if self.updating else self.pending_messages:
+            sent = self.ledger.messages[i]
+            place = sent.where._replace(phase=phase)
+            self.ledger.messages[i] = replace(sent, where=place, micro_batch=self.ledger.micro_batch)
         self.pending.clear()
         self.pending_kernels.clear()
+        self.pending_messages.clear()

@@ -35,6 +35,7 @@ class Mark(IntEnum):
     SAVED = 5  # autograd keeps a storage
     LET_GO = 6
     REMADE = 7  # a checkpoint has made a storage again, and keeps it
+    MESSAGE = 8  # something is sent to other ranks: its place among `Log.sent`
 
 
 # What an operator may be: a node of the autograd graph, a kernel of the device that has run, one that was left out.
@@ -90,6 +91,25 @@ class Operand(NamedTuple):
         return self.numel * self.dtype.itemsize
 
 
+class Sent(NamedTuple):
+    """A collective, or what is sent to one rank.
+
+    Attributes:
+        kind: "all-gather", "reduce-scatter", "all-reduce", "broadcast", "all-to-all", "send" and the like.
+        nbytes: of the whole tensors: what a gather gives, what a reduction takes, what more of an all-to-all goes or
+            comes.
+        dtype: of their elements.
+        axis: the axis of the mesh, or what else its group is called.
+        ranks: how many take part.
+    """
+
+    kind: str
+    nbytes: int
+    dtype: torch.dtype
+    axis: str
+    ranks: int
+
+
 @dataclass(frozen=True)
 class Log:
     """One recording, as it was written.
@@ -101,19 +121,23 @@ class Log:
         operands: where the operands of a kernel begin.
         names: of operators and nodes.
         lines: (file, line) of source.
+        sent: messages to other ranks.
     """
 
     rows: list[tuple[int, ...]]
     operands: Sequence[int]
     names: Sequence[str]
     lines: Sequence[tuple[str, int]]
+    sent: Sequence[Sent] = ()
 
     @classmethod
-    def of(cls, extension: Any) -> Log:
-        """What the extension has written."""
+    def of(cls, extension: Any, sent: Sequence[Sent] = ()) -> Log:
+        """What the extension has written, and the messages that it has the places of."""
         rows = np.frombuffer(extension.rows(), dtype=np.int64).reshape(-1, 6)
         operands = np.frombuffer(extension.operands(), dtype=np.int64)
-        return cls(list(map(tuple, rows.tolist())), operands.tolist(), extension.names(), extension.lines())
+        return cls(
+            list(map(tuple, rows.tolist())), operands.tolist(), extension.names(), extension.lines(), tuple(sent)
+        )
 
     def is_engine(self, name: int) -> bool:
         """Whether that is the engine, about to evaluate a node."""

@@ -94,6 +94,15 @@ class Recording:
         """Bytes at the peak by the module that made them, most first; they add up to it."""
         return self.account.peak_modules
 
+    @property
+    def messages(self) -> dict[tuple[str, str], tuple[int, int]]:
+        """Of each kind and axis of messages to other ranks, how many this rank takes part in, and bytes of them all."""
+        found: dict[tuple[str, str], tuple[int, int]] = {}
+        for sent in self.ledger.messages:
+            count, total = found.get((sent.kind, sent.axis), (0, 0))
+            found[sent.kind, sent.axis] = count + 1, total + nbytes(sent.nbytes.number)
+        return found
+
     def bytes_before(self, category: Category) -> int:
         """Bytes of a category that are alive before the step."""
         own = (e.storage.nbytes.number for e in self.ledger.events if e.where.phase is Phase.SETUP)

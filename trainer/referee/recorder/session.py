@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 from torch.nn.modules import module as hooks
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import optimizer as optimizers
 from torch.utils._pytree import tree_leaves
 
@@ -24,6 +24,7 @@ from trainer.referee.recorder.log import Kind, Log, Mark
 from trainer.referee.recorder.rules import composites, dependent_kernels, kernels_of
 from trainer.referee.recorder.saved import number_of, saved_allocations, saving
 from trainer.referee.recorder.shapes import known_shapes
+from trainer.referee.recorder.world import SENT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -47,6 +48,7 @@ def recording(assumptions: Assumptions | None = None, device: str = "cpu") -> It
         native.install(device == "cuda", composites())
         try:
             native.start()
+            SENT.clear()
             yield native
         finally:
             native.uninstall()
@@ -147,18 +149,18 @@ def settled() -> Iterator[None]:
         gc.unfreeze()
 
 
-def unsteady(step: Any) -> int:
+def unsteady() -> int:
     """Steps before those that are alike: the first makes the optimizer's state, in the second DDP cuts new buckets.
 
     `Reducer::rebuild_buckets` of torch/csrc/distributed/c10d/reducer.cpp.
     """
-    return 2 if any(isinstance(m, DistributedDataParallel) for m in step.model.modules()) else 1
+    return 2 if dist.is_initialized() else 1
 
 
 def _recorded(
     native: Any, step: Any, assumptions: Assumptions, *, saved: bool
 ) -> tuple[Log, int, Known, set[int], int | None]:
-    for _ in range(unsteady(step)):
+    for _ in range(unsteady()):
         step()
     with marks(step, native):
         assumptions.counts.clear()
@@ -183,8 +185,8 @@ def _observed(native: Any, step: Callable[[], object]) -> tuple[Log, int]:
     finally:
         gc.enable()
         native.observe(False)
-    log = Log.of(native)
-    return log, next(i for i, row in enumerate(log.rows) if row[0] == Kind.MARKED)
+    log = Log.of(native, SENT)
+    return log, next(i for i, row in enumerate(log.rows) if row[:2] == (Kind.MARKED, Mark.UPDATE_END))
 
 
 def _known(native: Any, step: Any, log: Log, first: int) -> Known:

@@ -15,6 +15,7 @@ from torch.futures import Future
 
 from estimator.describe.checks import ConfigError
 from trainer.referee.recorder.extension import extension
+from trainer.referee.recorder.log import Mark, Sent
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 NAME = "one_rank"  # of the backend
+SENT: list[Sent] = []  # in the recording that is running; the log has their places here
 c10d: Any = torch._C._distributed_c10d  # noqa: SLF001 - what torch's stubs have half of
 
 
@@ -76,6 +78,7 @@ class Collectives:
 
     rank: Callable[[], int]  # of `ProcessGroup`
     size: Callable[[], int]
+    group_desc: str
 
     @property
     def group_name(self) -> str:
@@ -87,6 +90,13 @@ class Collectives:
         """What it is called."""
         return NAME
 
+    def _sends(self, kind: str, tensors: Sequence[Tensor]) -> None:
+        """A message of these tensors, as the ledger counts it: what a gather gives, what a reduction takes."""
+        if self.size() > 1:
+            nbytes = sum(x.nbytes for x in tensors)
+            SENT.append(Sent(kind, nbytes, tensors[0].dtype, self.group_desc.removeprefix("mesh_"), self.size()))
+            extension().mark(Mark.MESSAGE, len(SENT) - 1, 0)
+
     def _reduce(self, x: Tensor, options: Any) -> None:
         """In place; gloo has no mean, and divides the sum by a number."""
         if x.is_cpu and options.reduceOp == c10d.ReduceOp.RedOpType.AVG:
@@ -95,6 +105,7 @@ class Collectives:
 
     def allreduce(self, tensors: list[Tensor], options: Any) -> dist.Work:
         """`AsyncAllreduceWork`."""
+        self._sends("all-reduce", tensors)
         for x in tensors:
             self._reduce(x, options)
             _forget(x, "all_reduce")
@@ -102,6 +113,7 @@ class Collectives:
 
     def allreduce_coalesced(self, tensors: list[Tensor], _: Any = None) -> dist.Work:
         """`AsyncAllreduceCoalescedWork`: through one flat tensor."""
+        self._sends("all-reduce", tensors)
         with torch.no_grad():
             if tensors[0].is_cpu:
                 flat = _flat(tensors)
@@ -111,12 +123,14 @@ class Collectives:
 
     def broadcast(self, tensors: list[Tensor], _: Any = None) -> dist.Work:
         """In place."""
+        self._sends("broadcast", tensors)
         for x in tensors:
             _forget(x, "broadcast")
         return _done(tensors)
 
     def reduce(self, tensors: list[Tensor], _: Any = None) -> dist.Work:
         """In place."""
+        self._sends("reduce", tensors)
         return _done(tensors)
 
     def barrier(self, _: Any = None) -> dist.Work:
@@ -124,27 +138,34 @@ class Collectives:
         return _done([])
 
     def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], _: Any = None) -> dist.Work:
-        """`AsyncAllgatherWork`: gloo receives into one flat tensor of its own, and copies what came out of it."""
+        """`AsyncAllgatherWork`."""
+        self._sends("all-gather", outputs[0])
+        self._gather(outputs[0], inputs)
+        return _done((outputs, inputs))
+
+    def _gather(self, outputs: list[Tensor], inputs: list[Tensor]) -> None:
+        """gloo receives into one flat tensor of its own, and copies what came out of it."""
         with torch.no_grad():
             if inputs[0].is_cpu:
-                told(outputs[0])
+                told(outputs)
                 own = _flat(inputs)
-                received = own.new_empty((len(outputs[0]), *outputs[0][0].shape))
-                for x, part in zip(outputs[0], received, strict=True):
+                received = own.new_empty((len(outputs), *outputs[0].shape))
+                for x, part in zip(outputs, received, strict=True):
                     _receive(part, own, "all_gather")
                     x.copy_(part)
             else:
-                for x in outputs[0]:
+                for x in outputs:
                     _receive(x, inputs[0], "all_gather")
-        return _done((outputs, inputs))
 
-    def all_gather_single(self, output: Tensor, own: Tensor, options: Any = None) -> dist.Work:
+    def all_gather_single(self, output: Tensor, own: Tensor, _: Any = None) -> dist.Work:
         """`_allgather_base`: of the parts of one tensor."""
-        self.allgather([list(output.detach().chunk(self.size()))], [own], options)
+        self._sends("all-gather", [output])
+        self._gather(list(output.detach().chunk(self.size())), [own])
         return _done((output, own))
 
     def all_gather_single_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], _: Any = None) -> dist.Work:
         """`AsyncAllgatherCoalescedWork`: all of them in one flat tensor, and what all send in another."""
+        self._sends("all-gather", outputs)
         with torch.no_grad():
             if inputs[0].is_cpu:
                 told([x.chunk(self.size())[0] for x in outputs])
@@ -164,6 +185,7 @@ class Collectives:
 
     def reduce_scatter_single_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], options: Any) -> dist.Work:
         """`reduce_scatter_tensor_coalesced`: gloo reduces all of it in a copy, and takes this rank's part of that."""
+        self._sends("reduce-scatter", inputs)
         if not inputs[0].is_cpu:
             for x in outputs:
                 _forget(x, "reduce_scatter")
@@ -178,6 +200,7 @@ class Collectives:
 
     def all_to_all_single(self, output: Tensor, own: Tensor, *_: Any) -> dist.Work:
         """gloo receives straight into it; each rank sends here as many whole numbers as this one sends to itself."""
+        self._sends("all-to-all", [max(output, own, key=lambda x: x.nbytes)])
         _forget(output, "all_to_all")
         if not own.is_floating_point() and output.shape == own.shape:
             for part in output.chunk(self.size()):
@@ -186,12 +209,14 @@ class Collectives:
 
     def alltoall(self, outputs: list[Tensor], inputs: list[Tensor], *_: Any) -> dist.Work:
         """Likewise."""
+        self._sends("all-to-all", max(outputs, inputs, key=lambda those: sum(x.nbytes for x in those)))
         for x in outputs:
             _forget(x, "all_to_all")
         return _done((outputs, inputs))
 
     def scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], *_: Any) -> dist.Work:
         """From and to where they lie."""
+        self._sends("scatter", inputs[0] if inputs else outputs)
         with torch.no_grad():
             for x in inputs[:1]:
                 _receive(outputs[0], x[self.rank()], "scatter")
@@ -199,10 +224,14 @@ class Collectives:
 
     def gather(self, outputs: list[list[Tensor]], inputs: list[Tensor], *_: Any) -> dist.Work:
         """`AsyncGatherWork`: where they come to, through one flat tensor."""
-        return self.allgather(outputs, inputs) if outputs else _done(inputs)
+        self._sends("gather", outputs[0] if outputs else inputs)
+        if outputs:
+            self._gather(outputs[0], inputs)
+        return _done((outputs, inputs))
 
     def send(self, tensors: list[Tensor], *_: Any) -> dist.Work:
         """From where it lies."""
+        self._sends("send", tensors)
         return _done(tensors)
 
     def recv(self, tensors: list[Tensor], *_: Any) -> dist.Work:
