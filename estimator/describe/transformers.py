@@ -48,6 +48,9 @@ class Written:
         checkpoints: the class has gradient checkpointing.
         transposed: its layers are `Conv1D`, whose matrices lie the other way round, and of which peft's LoRA alone is
             known.
+        drops: where there is dropout beside that of attention's weights: "attention" and "ffn" (of what comes out, in
+            there), "embedding", "added" (of what is added to the stream; of StableLM's feed-forward alone).
+        out_first: attention's output projection is registered before the others (Phi-3).
         undropped: the positions with which attention's weights have no dropout (Falcon: rotary).
         queries: when what is projected becomes heads. "each": one after the other (Llama), the norm among it (Qwen3);
             "viewed": all are heads, then normed, then transposed (Cohere); "transposed": all are heads and transposed,
@@ -77,6 +80,8 @@ class Written:
     eager_alone: bool = False
     checkpoints: bool = True
     transposed: bool = False
+    drops: tuple[str, ...] = ()
+    out_first: bool = False
     queries: str = "each"
     rotation: str = "halves"
     partial: str = ""
@@ -172,7 +177,7 @@ CLASSES: dict[str, Written] = {
     **MIXTURES,
     **dict.fromkeys(("arcee", "bitnet", "exaone", "gemma", "granite", "hunyuan_v1_dense"), LLAMA),
     **dict.fromkeys(("hyperclovax", "internlm3", "iquestcoder", "jais2", "llama", "mistral", "nanochat"), LLAMA),
-    **dict.fromkeys(("starcoder2",), LLAMA),
+    "starcoder2": Written(drops=("attention", "ffn", "embedding")),
     **dict.fromkeys(("cwm", "gemma2", "ministral", "qwen2", "qwen3", "smollm3", "vaultgemma"), WINDOWS),
     "cohere": replace(COHERE, queries="viewed"),
     "cohere2": replace(COHERE, masks=("full",)),
@@ -186,9 +191,9 @@ CLASSES: dict[str, Written] = {
     "olmo": OLMO,
     "olmo2": OLMO,
     "olmo3": replace(OLMO, masks=("full",), tables_by_kind=True),
-    "phi": Written(queries="transposed", partial="before"),
-    "phi3": Written(partial="whole"),
-    "stablelm": Written(queries="transposed", partial="before", names_all=True),
+    "phi": Written("phi", queries="transposed", partial="before"),
+    "phi3": Written(partial="whole", drops=("added",), out_first=True),
+    "stablelm": Written(queries="whole", partial="before", names_all=True, drops=("added",)),
 }
 
 

@@ -69,9 +69,11 @@ class PlainFeedForward(Module):
 
     linear = Linear
 
-    def __init__(self, machine: Machine, name: str, part: MLP, d: Size, f: Size, recipe: Recipe) -> None:
+    def __init__(
+        self, machine: Machine, name: str, part: MLP, d: Size, f: Size, recipe: Recipe, *, drops: bool = True
+    ) -> None:
         super().__init__(machine, name)
-        self.recipe = recipe
+        self.recipe, self.drops = recipe, drops
         with self.inside():
             self.activation = build_activation(self, part.activation)
             self.up = self.child(self.linear(machine, "up", d, f, bias=part.bias))
@@ -82,7 +84,8 @@ class PlainFeedForward(Module):
 
     def forward(self, v: Locals, x: Tensor) -> Tensor:
         y = self.activation(self.up(x))
-        return dropout(self.down(y if self.down_norm is None else self.down_norm(y)), self.recipe)
+        y = self.down(y if self.down_norm is None else self.down_norm(y))
+        return dropout(y, self.recipe) if self.drops else y
 
 
 class GatedFeedForward(Module):

@@ -45,6 +45,8 @@ class HFAttention(Attention):
         undropped = self.written.undropped == recipe.parts.positions.kind
         self.scores = replace(recipe, dropout=recipe.dropout and not undropped)
         self.owned.sort(key=lambda x: isinstance(x, ScaleAndShift))  # projections, norms
+        if self.written.out_first:
+            self.owned.sort(key=lambda x: x is not self.out)
 
     def project(self, v: Locals, x: Tensor) -> None:
         """Queries, keys and values as names of the frame, (B, heads, T, e) each."""
@@ -146,7 +148,7 @@ class HFAttention(Attention):
         if self.out_norm is not None:
             v.y = self.out_norm(v.y)
         v.y = self.out(v.y)
-        v.y = dropout_at(v.y, drops=self.recipe.dropout and self.drops)
+        v.y = dropout_at(v.y, drops=self.recipe.dropout and (self.drops or "attention" in self.written.drops))
         return v.take("y"), None if v.weights is None else v.take("weights")
 
     def attended(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:

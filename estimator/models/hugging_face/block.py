@@ -6,13 +6,17 @@ from typing import TYPE_CHECKING, Any
 
 from estimator.eager import ops
 from estimator.models.block import Block
+from estimator.models.feed_forward import GatedFeedForward, PlainFeedForward
 from estimator.models.hugging_face.attention import HFAttention, SinkAttention
 from estimator.models.hugging_face.experts import HFSparseFeedForward
 from estimator.models.hugging_face.latent import HFLatentAttention
+from estimator.models.layers import dropout_at
 
 if TYPE_CHECKING:
+    from estimator.describe.parts import MLP
+    from estimator.eager.letters import Size
     from estimator.eager.tensor import Locals, Machine, Tensor
-    from estimator.models.layers import BlockKind, Recipe
+    from estimator.models.layers import BlockKind, Module, Recipe
 
 
 def build_attention(machine: Machine, recipe: Recipe) -> HFAttention | HFLatentAttention:
@@ -23,10 +27,18 @@ def build_attention(machine: Machine, recipe: Recipe) -> HFAttention | HFLatentA
     return (HFAttention if part.latent == "none" else HFLatentAttention)(machine, recipe)
 
 
+def build_feed_forward(machine: Machine, part: MLP, d: Size, f: Size, recipe: Recipe) -> Module:
+    """The module of a declared feed-forward, in most classes without dropout."""
+    assert recipe.written is not None
+    kind = GatedFeedForward if part.gated else PlainFeedForward
+    return kind(machine, "ffn", part, d, f, recipe, drops="ffn" in recipe.written.drops)
+
+
 class HFBlock(Block):
     """`LlamaDecoderLayer`."""
 
     build_attention = staticmethod(build_attention)
+    build_feed_forward = staticmethod(build_feed_forward)
     build_experts = HFSparseFeedForward
     positional = 1
 
@@ -43,12 +55,14 @@ class HFBlock(Block):
             v.x = self.attention_norm(x)
             v.attention, v.weights = self.attention(v.x, *where)
             v.ffn = self.ffn(v.x)
+            v.ffn = self.dropped(v.ffn)
             return ops.add(ops.add(v.residual, v.attention), v.ffn)
         if self.recipe.written is not None and self.recipe.written.names_all:
             v.x = self.attention_norm(x)
             v.attention, v.weights = self.attention(v.x, *where)
             v.residual = ops.add(v.residual, v.attention)
             v.ffn = self.ffn(self.ffn_norm(v.residual))
+            v.ffn = self.dropped(v.ffn)
             v.x = ops.add(v.residual, v.ffn)
             return v.take("x")
         v.x, v.weights = self.attention(self.before(v, x, self.attention_norm), *where)
@@ -80,4 +94,9 @@ class HFBlock(Block):
         """What comes out of it is normed, where there is a norm, and added to the stream."""
         if norm is not None:
             v.x = norm(v.x)
-        v.x = ops.add(v.residual, self.scaled(v.x))
+        v.x = ops.add(v.residual, self.dropped(self.scaled(v.x)))
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """What is added to the stream, where the block drops it."""
+        assert self.recipe.written is not None
+        return dropout_at(x, drops=self.recipe.dropout and "added" in self.recipe.written.drops)

@@ -25,6 +25,7 @@ DECODERS = {  # (file beside this one, class)
     "openai-gpt": ("openai", "OpenAIGPT"),
     "opt": ("opt", "OPT"),
     "persimmon": ("persimmon", "Persimmon"),
+    "phi": ("phi", "Phi"),
     "xglm": ("biogpt", "XGLM"),
 }
 

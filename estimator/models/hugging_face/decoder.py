@@ -14,7 +14,7 @@ from estimator.models.decoder import Transformer
 from estimator.models.hugging_face.block import HFBlock
 from estimator.models.hugging_face.masks import attention_mask
 from estimator.models.hugging_face.positions import look_for_packed_sequences, position_ids, rotary_embedding
-from estimator.models.layers import dropout
+from estimator.models.layers import dropout_at
 
 if TYPE_CHECKING:
     from estimator.eager.letters import Size
@@ -67,6 +67,12 @@ class HFDecoder(Transformer):
         with self.machine.ledger.inside("loss"):
             return causal_lm_loss(v.logits, targets)
 
+    def enter(self, v: Locals) -> None:
+        """`v.x` with dropout, where the class has it."""
+        assert self.recipe.written is not None
+        drops = self.drops_embedding or "embedding" in self.recipe.written.drops
+        v.x = dropout_at(v.x, drops=self.recipe.dropout and drops)
+
     def decoded(self, ids: Tensor) -> Tensor:
         """`LlamaModel`."""
         assert self.recipe.written is not None
@@ -80,8 +86,7 @@ class HFDecoder(Transformer):
             if late == "same":
                 v.embeds = self.scaled(v.embeds)
             v.x = self.scaled(v.embeds) if late == "apart" else v.embeds
-            if self.drops_embedding:
-                v.x = dropout(v.x, self.recipe)
+            self.enter(v)
             turns: dict[str, tuple[Tensor | None, Tensor | None]] = {}
             for i, name in enumerate(self.turns if self.recipe.rotates else ()):
                 turns[name] = self.rotary(v, name, self.tables[2 * i])
