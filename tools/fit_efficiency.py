@@ -560,12 +560,31 @@ def write_architectures(found, kernels, power):
         print()
 
 
+def of_a_kind(id_, found, kernels):
+    """(the timed card of its architecture that is nearest by power, the level of its products); None without one."""
+    a, fit, memory = accelerator(id_), *found[accelerator(id_).architecture][1:3]
+    part = shaped(fit, id_, REFERENCE.get(a.architecture, A100))["fixed"]
+    kin = {}
+    for other in SQUARED.values():
+        if accelerator(other).architecture == a.architecture:
+            own = shaped(fit, other, REFERENCE.get(a.architecture, A100))
+            if own["fixed"] == part:
+                kin[other] = largest(squared(own, other, kernels[memory])[0])
+    if not kin:
+        return None
+    near = min(kin, key=lambda other: abs(np.log(intensity(other) / intensity(id_))))
+    return near, kin[near]
+
+
+REFERENCE = {"hopper": "h100-80gb-sxm", "blackwell": "b200-180gb-sxm", "blackwell-ultra": "b200-180gb-sxm"}
+A100 = "a100-80gb-pcie"
+
+
 def write_accelerators(found, kernels, power):
     """Those with another power for a FLOP, clock or multiprocessors than the timed card, or timed themselves."""
-    reference = {"hopper": "h100-80gb-sxm", "blackwell": "b200-180gb-sxm", "blackwell-ultra": "b200-180gb-sxm"}
     for id_ in accelerators():
         a = accelerator(id_)
-        like = reference.get(a.architecture, "a100-80gb-pcie")
+        like = REFERENCE.get(a.architecture, A100)
         kin = a.vendor == "nvidia" or id_ in OWN_BEST
         if not kin or a.architecture not in found or intensity(id_) is None or id_ == like:
             continue
@@ -573,6 +592,9 @@ def write_accelerators(found, kernels, power):
         fraction = min(largest(fit) * (intensity(id_) / intensity(like)) ** power.exponent, power.unlimited)
         if a.architecture == "hopper":
             fraction = power.hopper("NVIDIA GH200 SXM" if id_ == "gh200-144gb" else "NVIDIA H100 SXM", id_)
+        elif shaped(fit, id_, like)["fixed"] != 1 and (kin := of_a_kind(id_, found, kernels)) is not None:
+            like, level = kin
+            fraction = level * (intensity(id_) / intensity(like)) ** power.exponent
         best = OWN_BEST.get(id_)
         if best is not None:
             fraction = power.sustained(best, id_)
@@ -580,7 +602,8 @@ def write_accelerators(found, kernels, power):
         said += f"where {accelerator(like).name} has {intensity(like):.2g}"
         if best is not None:
             said = f"products at {fraction:.0%} of the peak by its own best, {power.best[best]:.0%}"
-        own = reaching(fit if best is not None else shaped(fit, id_, like), fraction)
+        whose = REFERENCE.get(a.architecture, A100)
+        own = reaching(fit if best is not None else shaped(fit, id_, whose), fraction)
         clock = 1.0
         if id_ in GEFORCE:
             single, half = GEFORCE[id_]

@@ -22,8 +22,8 @@ from estimator.describe.catalogue import number
 from estimator.describe.checks import ConfigError
 from estimator.timing.intervals import regime
 from estimator.timing.roofline import PARTS
-from estimator.timing.speed import shape_of
-from estimator.timing.stack import NINE_OF_TEN, Logged, Shape, StackFactor
+from estimator.timing.speed import shape_of, step_times
+from estimator.timing.stack import NINE_OF_TEN, Logged, Of, Shape, StackFactor, most_telling
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 LEAST = 3  # steps that a median needs
 KNOWN = 0.6  # a factor is known whose deviation is below so much of what it was beforehand
+NODE = 8  # by so many fewer or more accelerators messages differ
 SMALL = 0.03  # a part of a step too small to be told apart
 WARM = 1.5  # a first step longer than so many medians is warming up
 LOG_LIMIT = 50_000_000  # bytes; a larger log is cut before it is given
@@ -252,11 +253,39 @@ def explanation(found: StackFactor, r: Estimate) -> str:
             "Logs of other sizes tell the parts apart: another batch, sequence or number of nodes, each given with "
             "--stack-factor and what was written before."
         )
+    said += telling(found, r)
     low, high = found.spread(time.parts, last.shape)
     said.append(f"Carried into further predictions; of this run, within {low:.2f} to {high:.2f} of it.")
     said.append(f"The step is {regime(time.parts)}.")
     said += [f"{assumption}." for assumption in r.assumptions if assumption.origin != "given"]
     return "\n".join(said)
+
+
+def telling(found: StackFactor, r: Estimate) -> list[str]:
+    """A sentence: which run near the last one, that needs no more memory, would tell most of all of them."""
+    m, p = r.model, r.plan
+    p = p.replace(grad_accumulation=-(-r.flops.sequences // (p.batch_size * p.data_parallel)))
+    half, quarter, tokens = p.batch_size // 2, p.batch_size // 4, p.tokens(m) // 2
+    near = {
+        f"a micro-batch of {half}": {"batch_size": half},
+        f"a micro-batch of {quarter}": {"batch_size": quarter},
+        f"sequences of {tokens:,} tokens": {"seq_len": tokens},
+        f"{p.accelerators // NODE:,} accelerators": {"data_parallel": p.data_parallel // NODE},
+        f"{NODE * p.accelerators:,} accelerators": {"data_parallel": NODE * p.data_parallel},
+    }
+    runs: dict[str, Of] = {}
+    for words, changes in near.items():
+        try:
+            plan = p.replace(**changes)
+            spent = step_times(m, plan, r.accelerator, replace(r.setup, stack_factor=None))
+            shape = shape_of(sizes_for(m, plan, threads=1), plan)
+        except ConfigError:  # not a whole number of them, or not for this model and plan
+            continue
+        runs[words] = shape, tuple(float(spent[name][0]) for name in PARTS)
+    if not runs:
+        return []
+    best = most_telling(list(runs.values()), 1, [(run.shape, run.parts) for run in found.runs])[0]
+    return [f"Of runs near this one, one with {list(runs)[best]} would tell most, if you can log it."]
 
 
 def save(found: StackFactor, path: str | Path) -> None:

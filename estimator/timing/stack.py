@@ -191,26 +191,33 @@ def _prior() -> Prior:
     return Prior(stack, kinds, links, float(prior["octaves"]))
 
 
-def most_telling(candidates: Sequence[tuple[Shape, tuple[float, ...]]], count: int) -> list[int]:
+Of = tuple[Shape, tuple[float, ...]]  # the sizes of a run, and its predicted seconds by part
+
+
+def most_telling(candidates: Sequence[Of], count: int, logged: Sequence[Of] = ()) -> list[int]:
     """Which runs to log, so that all of the candidates are then known best: their places, the most telling first.
 
     Each in turn is the one that leaves the least variance in the mean over all (greedy A-optimal design). What the logs
     say is not needed, only what they would be of.
 
     Args:
-        candidates: the sizes and the predicted seconds by part of each run that may be logged.
+        candidates: the runs that may be logged.
         count: how many are wanted, at most as many as there are.
+        logged: those that have been.
     """
-    at = np.concatenate([shape.octaves() for shape, _ in candidates])
-    seconds = np.array([parts for _, parts in candidates])
+    everyone = (*candidates, *logged)
+    at = np.concatenate([shape.octaves() for shape, _ in everyone])
+    seconds = np.array([parts for _, parts in everyone])
     shares = seconds / seconds.sum(1, keepdims=True)
     known = np.einsum("ip,ipjq,jq->ij", shares, _between(at, at), shares)
-    own, chosen = float(read_data("prior")["configuration"]) ** 2, list[int]()
-    for _ in range(min(count, len(candidates))):
-        gain = (known**2).sum(0) / (np.diag(known) + own)
+    own, some, chosen = float(read_data("prior")["configuration"]) ** 2, len(candidates), list[int]()
+    rest = list(range(some, len(everyone)))
+    while len(chosen) < min(count, some):
+        gain = (known[:some, :some] ** 2).sum(0) / (np.diag(known)[:some] + own)
         gain[chosen] = -1.0
-        best = int(gain.argmax())
-        chosen.append(best)
+        best = rest.pop() if rest else int(gain.argmax())
+        if best < some:
+            chosen.append(best)
         known = known - np.outer(known[:, best], known[best]) / (known[best, best] + own)
     return chosen
 

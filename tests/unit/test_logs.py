@@ -211,6 +211,8 @@ def test_the_most_telling_runs_are_of_different_make():
     assert most_telling(candidates, 2)[0] in (0, 1, 2, 3)
     assert 3 in most_telling(candidates, 2)
     assert sorted(most_telling(candidates, 9)) == [0, 1, 2, 3]
+    assert most_telling(candidates, 1, [candidates[3]]) != [3]  # which is known already
+    assert most_telling(candidates, 1, candidates[:3]) == [3]
 
 
 def test_two_logs_of_one_run_know_no_more_of_its_stack_than_their_mean():
@@ -230,7 +232,9 @@ def test_the_command_reads_a_log_explains_and_writes_the_factor(tmp_path, capsys
     run[4] = "24"
     again = ["calibrate", "--log", str(log), *run, "--stack-factor", str(out), "--out", str(out)]
     assert commands.main(again) == 0
-    assert "after 2 logged runs" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "after 2 logged runs" in said
+    assert "Of runs near this one, one with " in said
     assert [x.measured for x in load(out).runs] == pytest.approx([0.51, 0.51])
 
 
