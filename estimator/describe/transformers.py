@@ -56,7 +56,7 @@ class Written:
             "viewed": all are heads, then normed, then transposed (Cohere); "transposed": all are heads and transposed,
             then normed (Apertus); "whole": all are projected, normed or clamped, then heads (OLMo).
         rotation: "halves" (Llama), "apart" (gpt-oss: halves, by angles of half a head), "neighbours" (GLM: cosines
-            repeated), "neighbours-fp32" (ERNIE), "repeated-fp32" (Cohere).
+            repeated), "neighbours-fp32" (ERNIE), "repeated-fp32" (Cohere), "complex" (DeepSeek-V2).
         partial: how a part of a head is rotated: "inside" (the rotation takes it apart, all of a head too: GLM),
             "whole" (likewise, in one expression: Phi-3), "returned" (likewise, as it returns: Nemotron), "before" (the
             attention does: Phi), "" (there are no such heads).
@@ -126,6 +126,7 @@ GLM = Written(queries="viewed", partial="inside", routed=DEEPSEEK)
 MIXTURES: dict[str, Written] = {
     "aria_text": Written(routed=Routed("chosen", shared="named", whole=("shared",), transposed=True)),
     "axk1": Written(routed=DEEPSEEK),
+    "deepseek_v2": Written(rotation="complex", routed=replace(DEEPSEEK, router="limited")),
     "deepseek_v3": Written(routed=DEEPSEEK),
     "ernie4_5_moe": Written(
         rotation="neighbours-fp32",
