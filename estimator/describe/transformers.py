@@ -56,7 +56,7 @@ class Written:
             "viewed": all are heads, then normed, then transposed (Cohere); "transposed": all are heads and transposed,
             then normed (Apertus); "whole": all are projected, normed or clamped, then heads (OLMo).
         rotation: "halves" (Llama), "apart" (gpt-oss: halves, by angles of half a head), "neighbours" (GLM: cosines
-            repeated), "neighbours-fp32" (ERNIE), "repeated-fp32" (Cohere).
+            repeated), "neighbours-fp32" (ERNIE), "repeated-fp32" (Cohere), "complex" (DeepSeek-V2).
         partial: how a part of a head is rotated: "inside" (the rotation takes it apart, all of a head too: GLM),
             "whole" (likewise, in one expression: Phi-3), "returned" (likewise, as it returns: Nemotron), "before" (the
             attention does: Phi), "" (there are no such heads).
@@ -126,6 +126,7 @@ GLM = Written(queries="viewed", partial="inside", routed=DEEPSEEK)
 MIXTURES: dict[str, Written] = {
     "aria_text": Written(routed=Routed("chosen", shared="named", whole=("shared",), transposed=True)),
     "axk1": Written(routed=DEEPSEEK),
+    "deepseek_v2": Written(rotation="complex", routed=replace(DEEPSEEK, router="limited")),
     "deepseek_v3": Written(routed=DEEPSEEK),
     "ernie4_5_moe": Written(
         rotation="neighbours-fp32",
@@ -175,7 +176,8 @@ CLASSES: dict[str, Written] = {
     **OLDER,
     **MIXTURES,
     **dict.fromkeys(("arcee", "bitnet", "exaone", "gemma", "granite", "hunyuan_v1_dense"), LLAMA),
-    **dict.fromkeys(("hyperclovax", "internlm3", "iquestcoder", "jais2", "llama", "mistral", "nanochat"), LLAMA),
+    **dict.fromkeys(("hyperclovax", "internlm3", "iquestcoder", "jais2", "llama", "ministral3"), LLAMA),
+    **dict.fromkeys(("mistral", "nanochat"), LLAMA),
     "starcoder2": Written(drops=("attention", "ffn", "embedding")),
     **dict.fromkeys(("cwm", "gemma2", "ministral", "qwen2", "qwen3", "smollm3", "vaultgemma"), WINDOWS),
     "cohere": replace(COHERE, queries="viewed"),
@@ -226,7 +228,7 @@ def check_model(p: Plan, m: ModelConfig) -> None:
     unknown = (
         ("attention.latent", f"{latent}, attention = {p.attention}", latent == "none" or not eager),
         ("attention.out_gate", parts.attention.out_gate, not parts.attention.out_gate),
-        ("attention.query_scaling", parts.attention.query_scaling, parts.attention.query_scaling == "none"),
+        ("attention.query_scaling", parts.attention.query_scaling, parts.attention.query_scaling != "unrotated"),
         ("attention.qk_norm", parts.attention.qk_norm, not own_heads),
         ("mlp.activation", parts.mlp.activation, parts.mlp.activation != "xielu"),
         ("experts", parts.experts is not None, parts.experts is None or CLASSES[m.family].routed is not None),

@@ -121,7 +121,7 @@ def runs(events):
     return [sorted(run) for _, run in groupby(events, key=lambda nbytes: nbytes > 0)]
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3_text", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3_text", "gpt2", "gpt_neox", "mixtral", "deepseek_v3"])
 def test_every_event_is_the_recorded_one(tmp_path, name):
     m, recipe = est.from_hf(CASES[name]), FUSED | {"precision": "fp32", "checkpointing": "block"}
     p = est.Plan(batch_size=B, seq_len=T, implementation="transformers", **recipe)

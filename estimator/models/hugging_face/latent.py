@@ -21,7 +21,7 @@ from estimator.eager.views import (
     view,
 )
 from estimator.models.attention import attend
-from estimator.models.hugging_face.positions import apply_rotary
+from estimator.models.hugging_face.positions import apply_rotary, rotate_complex
 from estimator.models.latent import LatentAttention
 
 if TYPE_CHECKING:
@@ -56,8 +56,9 @@ class HFLatentAttention(LatentAttention):
         v.kv = view(v.kv, (B, ONE, T, self.rank))
         v.k_rot = view(v.k_rot, (B, ONE, T, self.rope))
         assert cos is not None
-        assert sin is not None
-        if self.recipe.parts.positions.pairs == "neighbours":
+        if sin is None:
+            rotate_complex(v, cos)
+        elif self.recipe.parts.positions.pairs == "neighbours":
             rotate_apart(v, cos, sin)
         else:
             apply_rotary(v, "q_rot", "k_rot", cos, sin, self.written)

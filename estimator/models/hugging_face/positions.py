@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from estimator.eager import ops
+from estimator.eager.autograd import Context, attach, record
 from estimator.eager.letters import ONE
 from estimator.eager.pointwise import neg
-from estimator.eager.tensor import BOOL, FLOAT32, INT64, Locals, arguments, op
-from estimator.eager.views import alias, cast, concatenate, slice_last, split, stack_last, unsqueeze
+from estimator.eager.tensor import BOOL, COMPLEX64, FLOAT32, INT64, Locals, arguments, converted, empty_like, op
+from estimator.eager.views import alias, cast, concatenate, contiguous, slice_last, split, stack_last, unsqueeze
 
 if TYPE_CHECKING:
     from estimator.describe.transformers import Written
     from estimator.eager.letters import Size
+    from estimator.eager.ops import Gradients
     from estimator.eager.tensor import Dtype, Machine, Shape, Tensor
 
 
@@ -55,14 +57,40 @@ def look_for_packed_sequences(positions: Tensor, sequences: Size) -> None:
             machine.empty((), BOOL).discard()
 
 
+def scale_of_positions(positions: Tensor, dtype: Dtype) -> Tensor:
+    """`get_llama_4_attn_scale`: 1 + beta log(1 + floor(positions / n)), (1, 1, T, 1) of `dtype`."""
+    machine, (length,) = positions.machine, positions.shape
+    with Locals() as v:
+        with ops.python_number(machine, FLOAT32):
+            wide = converted(positions, FLOAT32).hold() if machine.casts_operands else positions.hold()
+            part = machine.empty((ONE, length))
+            machine.kernel("div", (wide,), (part,))
+            wide.drop()
+        log = ops.elementwise("log", ops.with_number("add", ops.elementwise("floor", part)))
+        v.scaling = ops.with_number("add", ops.with_number("mul", log))
+        shape = (ONE, ONE, length, ONE)
+        return cast(v.scaling.view(shape, machine.contiguous(shape)), dtype)
+
+
 def rotary_embedding(v: Locals, positions: Tensor, frequencies: Tensor, dtype: Dtype, written: Written) -> None:
-    """`LlamaRotaryEmbedding`: `v.cos` and `v.sin`, (1, T, e) of `dtype`."""
+    """`LlamaRotaryEmbedding`: `v.cos` and `v.sin`, (1, T, e) of `dtype`.
+
+    As complex numbers (`DeepseekV2RotaryEmbedding`) both are one: `v.cos`, (1, T, e / 2).
+    """
+    v.sin = None
     machine, (length,), (half,) = positions.machine, positions.shape, frequencies.shape
     with Locals() as w:
         w.positions = machine.empty((ONE, length, ONE))
         machine.kernel("_to_copy", (positions,), (w.positions,))
         w.freqs = ops.elementwise("mul", w.positions, cast(frequencies, FLOAT32))
         del w.positions
+        if written.rotation == "complex":
+            w.ones = empty_like(w.freqs)
+            w.polar = machine.empty(w.freqs.shape, COMPLEX64)
+            machine.kernel("polar", (w.ones, w.freqs), (w.polar,))
+            del w.ones
+            v.cos = ops.with_number("mul", w.polar)
+            return
         if written.rotation == "apart":
             w.emb = w.freqs
         elif written.rotation == "repeated-fp32":
@@ -96,6 +124,32 @@ def rotate_half(x: Tensor, written: Written) -> Tensor:
             v.x1, v.x2 = slice_last(x, half, step=2), slice_last(x, half, step=2)
             results.append(stack_last(neg(v.x2), v.x1))
     return results[0]
+
+
+@op
+def turned(x: Tensor, angles: Tensor) -> Tensor:
+    """view_as_real(view_as_complex(x) * angles): saves the angles, whose conjugate is a tensor of its own in backward.
+
+    `view_as_real` has its gradient made contiguous (derivatives.yaml).
+    """
+
+    def backward(c: Context, grad: Tensor) -> Gradients:
+        c.grad = contiguous(grad)
+        c.conjugate = empty_like(c.saved[0])
+        return [ops.elementwise("mul", c.grad)]
+
+    node = record("MulBackward0", (x,), backward, (angles,))
+    return attach(node, ops.elementwise("mul", x))
+
+
+def rotate_complex(v: Locals, angles: Tensor) -> None:
+    """`apply_rotary_emb` of DeepSeek-V2: the names `q_rot` and `k_rot` of the frame are rotated."""
+    dtype = v.q_rot.dtype
+    with Locals() as w:
+        w.q, w.k = cast(v.q_rot, FLOAT32), cast(v.k_rot, FLOAT32)
+        w.q_out = cast(turned(w.q, angles), dtype)
+        w.k_out = cast(turned(w.k, angles), dtype)
+        v.q_rot, v.k_rot = w.q_out, w.k_out
 
 
 def rotated_apart(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

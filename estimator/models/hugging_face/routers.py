@@ -10,7 +10,7 @@ from estimator.eager.indexing import div, gather_last, sum_last
 from estimator.eager.letters import ONE, ceiling
 from estimator.eager.linalg import linear
 from estimator.eager.pointwise import clamp, sigmoid
-from estimator.eager.routing import divide_in_place, opposite, put_number, sum_over, top_k_with_values
+from estimator.eager.routing import divide_in_place, greatest_last, opposite, put_number, sum_over, top_k_with_values
 from estimator.eager.tensor import FLOAT32, arguments, empty_like
 from estimator.eager.views import cast, expand, reshape, unsqueeze, view
 from estimator.models.experts import Router
@@ -93,6 +93,23 @@ def in_best_groups(router: HFRouter, v: Locals) -> None:
     v.choice = ops.masked_fill(v.choice, opposite(v.mask))
 
 
+def limited(router: HFRouter, v: Locals) -> None:
+    """`DeepseekV2TopkRouter`: "greedy", or the best of the groups whose best are best."""
+    v.scores = ops.softmax(v.logits, FLOAT32)
+    if router.part.grouped:
+        rows, inside = v.scores.shape[0], ceiling(router.E, router.G)
+        greatest, at = greatest_last(view(v.scores, (rows, router.G, inside)))
+        at.discard()
+        v.group_scores = view(greatest, (rows, router.G))
+        v.group = indices_of_best(v.group_scores, router.groups)
+        v.group_mask = empty_like(v.group_scores)
+        put_number(v.group_mask, v.group)
+        v.mask = reshape(expand(unsqueeze(v.group_mask, 2), (rows, router.G, inside)), v.scores.shape)
+        v.scores = ops.masked_fill(v.scores, opposite(v.mask))
+    v.weights, v.experts = top_k_with_values(v.scores, router.K)
+    v.weights = ops.mul_number(v.weights)
+
+
 def indices_of_best(scores: Tensor, count: Size) -> Tensor:
     """scores.topk(count)[1]."""
     values, indices = top_k_with_values(scores, count)
@@ -171,6 +188,7 @@ ROUTERS = {
     "hunyuan_v1_moe": hunyuan,
     "hy_v3": hunyuan_3,
     "kolibri1": kolibri,
+    "limited": limited,
     "minimax_m2": minimax,
     "softmax": softmax,
 }
