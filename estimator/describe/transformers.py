@@ -176,7 +176,8 @@ CLASSES: dict[str, Written] = {
     **OLDER,
     **MIXTURES,
     **dict.fromkeys(("arcee", "bitnet", "exaone", "gemma", "granite", "hunyuan_v1_dense"), LLAMA),
-    **dict.fromkeys(("hyperclovax", "internlm3", "iquestcoder", "jais2", "llama", "mistral", "nanochat"), LLAMA),
+    **dict.fromkeys(("hyperclovax", "internlm3", "iquestcoder", "jais2", "llama", "ministral3"), LLAMA),
+    **dict.fromkeys(("mistral", "nanochat"), LLAMA),
     "starcoder2": Written(drops=("attention", "ffn", "embedding")),
     **dict.fromkeys(("cwm", "gemma2", "ministral", "qwen2", "qwen3", "smollm3", "vaultgemma"), WINDOWS),
     "cohere": replace(COHERE, queries="viewed"),
@@ -227,7 +228,7 @@ def check_model(p: Plan, m: ModelConfig) -> None:
     unknown = (
         ("attention.latent", f"{latent}, attention = {p.attention}", latent == "none" or not eager),
         ("attention.out_gate", parts.attention.out_gate, not parts.attention.out_gate),
-        ("attention.query_scaling", parts.attention.query_scaling, parts.attention.query_scaling == "none"),
+        ("attention.query_scaling", parts.attention.query_scaling, parts.attention.query_scaling != "unrotated"),
         ("attention.qk_norm", parts.attention.qk_norm, not own_heads),
         ("mlp.activation", parts.mlp.activation, parts.mlp.activation != "xielu"),
         ("experts", parts.experts is not None, parts.experts is None or CLASSES[m.family].routed is not None),

@@ -220,24 +220,25 @@ def with_loss(x: Tensor, loss: Tensor) -> Tensor:
 
 @op
 def div(a: Tensor, b: Tensor) -> Tensor:
-    """a / b: the second operand's gradient, -grad * ((a / b) / b), comes first."""
-
-    def backward(c: Context, grad: Tensor) -> Gradients:
-        saved = iter(c.saved)
-        a = next(saved) if c.needs[1] else None
-        b = next(saved)
-        c.grad_b = None
-        if a is not None:
-            c.quotient = elementwise("div", a, b)
-            c.again = elementwise("div", c.quotient, b)
-            c.negative = elementwise("neg", grad)
-            c.grad_b = elementwise("mul", c.negative, c.again)
-            del c.quotient, c.again, c.negative
-        grad_a = elementwise("div", grad, b) if c.needs[0] else None
-        return [grad_a, c.take("grad_b") if a is not None else None]
-
-    node = record("DivBackward0", (a, b), backward, (a if b.requires_grad else None, b))
+    """a / b."""
+    node = record("DivBackward0", (a, b), div_backward, (a if b.requires_grad else None, b))
     return attach(node, elementwise("div", a, b))
+
+
+def div_backward(c: Context, grad: Tensor) -> Gradients:
+    """Of a / b: the second operand's gradient, -grad * ((a / b) / b), comes first."""
+    saved = iter(c.saved)
+    a = next(saved) if c.needs[1] else None
+    b = next(saved)
+    c.grad_b = None
+    if a is not None:
+        c.quotient = elementwise("div", a, b)
+        c.again = elementwise("div", c.quotient, b)
+        c.negative = elementwise("neg", grad)
+        c.grad_b = elementwise("mul", c.negative, c.again)
+        del c.quotient, c.again, c.negative
+    grad_a = elementwise("div", grad, b) if c.needs[0] else None
+    return [grad_a, c.take("grad_b") if a is not None else None]
 
 
 @op

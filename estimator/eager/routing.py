@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from estimator.eager.autocast import fp32
 from estimator.eager.autograd import Context, attach, record, summed
-from estimator.eager.indexing import ROW_ALIGNMENT, moved_in_fp32
+from estimator.eager.indexing import ROW_ALIGNMENT, div_backward, moved_in_fp32
 from estimator.eager.ledger import Gemm
 from estimator.eager.letters import ONE, ZERO, ceiling, constant
 from estimator.eager.letters import n as threads
@@ -20,34 +20,27 @@ if TYPE_CHECKING:
     from estimator.eager.tensor import Shape, Tensor
 
 
-@op
 def top_k_with_values(x: Tensor, count: Size) -> tuple[Tensor, Tensor]:
-    """x.topk(count, -1): values and indices; backward scatters into zeros of x's shape."""
+    """x.topk(count, -1): values and indices."""
+    return _chosen("topk", x, count)
+
+
+def greatest_last(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x.max(-1, keepdim=True): values and indices."""
+    return _chosen("max", x, ONE)
+
+
+@op
+def _chosen(name: str, x: Tensor, count: Size) -> tuple[Tensor, Tensor]:
+    """Backward scatters into zeros of x's shape."""
     machine, before, shape = x.machine, x.shape, (*x.shape[:-1], count)
 
     def backward(c: Context, grad: Tensor) -> Gradients:
         return [scattered(before, grad, c.saved[0])]
 
-    node = record("TopkBackward0", (x,), backward)
+    node = record(f"{name.capitalize()}Backward0", (x,), backward)
     values, indices = machine.empty(shape, x.dtype), machine.empty(shape, INT64)
-    machine.kernel("topk", (x,), (values, indices))
-    if node is not None:
-        node.save((indices.alias(),))
-    attach(node, values)
-    return values, indices
-
-
-@op
-def greatest_last(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x.max(-1, keepdim=True): values and indices; backward as of `top_k_with_values`."""
-    machine, before, shape = x.machine, x.shape, (*x.shape[:-1], ONE)
-
-    def backward(c: Context, grad: Tensor) -> Gradients:
-        return [scattered(before, grad, c.saved[0])]
-
-    node = record("MaxBackward0", (x,), backward)
-    values, indices = machine.empty(shape, x.dtype), machine.empty(shape, INT64)
-    machine.kernel("max", (x,), (values, indices))
+    machine.kernel(name, (x,), (values, indices))
     if node is not None:
         node.save((indices.alias(),))
     attach(node, values)
@@ -160,23 +153,8 @@ def sum_over(x: Tensor, dim: int) -> Tensor:
 @op
 def divide_in_place(a: Tensor, b: Tensor) -> None:
     """a.div_(b): saves b and, where b wants a gradient, a copy of what a was; a becomes the result of a new node."""
-
-    def backward(c: Context, grad: Tensor) -> Gradients:
-        saved = iter(c.saved)
-        before = next(saved) if c.needs[1] else None
-        b = next(saved)
-        c.grad_b = None
-        if before is not None:
-            c.quotient = elementwise("div", before, b)
-            c.again = elementwise("div", c.quotient, b)
-            c.negative = elementwise("neg", grad)
-            c.grad_b = elementwise("mul", c.negative, c.again)
-            del c.quotient, c.again, c.negative
-        grad_a = elementwise("div", grad, b)
-        return [grad_a, c.take("grad_b") if before is not None else None]
-
     original = empty_like(a).hold() if b.requires_grad and a.machine.grad_enabled else None
-    node = record("DivBackward0", (a, b), backward, (original, b))
+    node = record("DivBackward0", (a, b), div_backward, (original, b))
     if original is not None:
         original.drop()
     a.machine.kernel("div_", (a, b), (a,))

@@ -91,7 +91,7 @@ class Transformer(Module):
             self.tables = self.alibi_tables()
         self.query_scale: Tensor | None = None if like is None else like.query_scale
         if like is None and parts.attention.query_scaling != "none":
-            self.query_scale = self.buffer(size["C"])
+            self.query_scale = self.scale_table()
         self.head = self.child(Head(machine, width, rows, self.embedding, recipe) if leaves else None)
         if shares:
             scatters = recipe.sequence_parallel and self.positions is None and self.embedding_norm is None
@@ -102,6 +102,10 @@ class Transformer(Module):
 
     def build_scale(self) -> None:
         """A buffer of the embedding's scale, where it is one."""
+
+    def scale_table(self) -> Tensor | None:
+        """What queries are multiplied with at each position."""
+        return self.buffer(self.machine.shapes.letters["C"])
 
     def rotary_tables(self) -> list[Tensor]:
         """Cosines and sines of every position."""

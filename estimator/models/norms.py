@@ -86,26 +86,15 @@ class WideRMSNorm(ScaleAndShift):
         return cast(ops.mul(cast(self.weight, FLOAT32), v.x), x.dtype)
 
 
-class BareRMSNorm(ScaleAndShift):
-    """As `NanoChatRMSNorm` has it: without a weight."""
-
-    def forward(self, v: Locals, x: Tensor) -> Tensor:
-        v.wide = cast(x, FLOAT32)
-        v.out = ops.mul(v.wide, ops.rsqrt(ops.add_number(ops.mean_last(power(v.wide)))))
-        del v.wide
-        v.out = cast(v.out, x.dtype)
-        return v.take("out")
-
-
 class PlusOneRMSNorm(ScaleAndShift):
-    """As `GemmaRMSNorm` has it: times 1 + w, all in fp32."""
+    """As `GemmaRMSNorm` has it: times 1 + w, all in fp32; `NanoChatRMSNorm` has no weight."""
 
     def forward(self, v: Locals, x: Tensor) -> Tensor:
-        assert self.weight is not None
         v.wide = cast(x, FLOAT32)
         v.out = ops.mul(v.wide, ops.rsqrt(ops.add_number(ops.mean_last(power(v.wide)))))
         del v.wide
-        v.out = ops.mul(v.out, ops.add_number(cast(self.weight, FLOAT32)))
+        if self.weight is not None:
+            v.out = ops.mul(v.out, ops.add_number(cast(self.weight, FLOAT32)))
         v.out = cast(v.out, x.dtype)
         return v.take("out")
 
@@ -164,7 +153,7 @@ def build_norm(machine: Machine, recipe: Recipe, name: str, norm: Norm, *shape: 
     """The module of a declared norm over the last dimension, its weight of this shape."""
     written = recipe.written
     if written is not None and norm.kind == "rms":
-        kind = {"plus-one": PlusOneRMSNorm, "none": BareRMSNorm}.get(norm.weight, WRITTEN[written.norm])
+        kind = WRITTEN[written.norm] if norm.weight == "plain" else PlusOneRMSNorm
     elif written is not None and written.norm == "centred":
         kind = CentredNorm
     elif norm.kind == "rms":

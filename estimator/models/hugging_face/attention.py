@@ -24,7 +24,7 @@ from estimator.eager.views import (
     view,
 )
 from estimator.models.attention import Attention, attend
-from estimator.models.hugging_face.positions import apply_rotary, taken_apart
+from estimator.models.hugging_face.positions import apply_rotary, scale_of_positions, taken_apart
 from estimator.models.layers import dropout, dropout_at
 from estimator.models.norms import ScaleAndShift
 
@@ -142,7 +142,7 @@ class HFAttention(Attention):
         if self.part.qk_norm_late:
             self.norms(v)
         if query_scale is not None:
-            v.q = ops.mul(v.q, query_scale)
+            v.q = ops.mul(v.q, scale_of_positions(query_scale, v.q.dtype))
         v.y, v.weights = self.attended(v.q, v.k, v.v, mask)
         v.y = reshape(v.y, (B, T, self.widths[0]))
         if self.out_norm is not None:

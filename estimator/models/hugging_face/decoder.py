@@ -28,6 +28,9 @@ class HFDecoder(Transformer):
     build_block: type[Block] = HFBlock
     drops_embedding = False
 
+    def scale_table(self) -> None:
+        """It is computed in each layer."""
+
     def rotary_tables(self) -> list[Tensor]:
         """The inverse frequencies, and their original, of each kind of layer that has its own."""
         half = self.machine.shapes.letters[self.recipe.rotated] / 2
@@ -96,7 +99,8 @@ class HFDecoder(Transformer):
             for block, kind in zip(self.blocks, self.kinds, strict=True):
                 turn = turns.get(kind.layer.attention, turns.get("full", (None, None)))
                 turn = turn if kind.layer.rotates else (None, None)
-                v.x = block(v.x, masks[kind.layer.attention], None, *turn, None, positions)
+                scaled = v.positions if self.parts.attention.query_scaling == "all" else None
+                v.x = block(v.x, masks[kind.layer.attention], None, *turn, scaled, positions)
             v.x = self.final_norm(v.x)
             return v.take("x")
 

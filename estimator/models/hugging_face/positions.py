@@ -8,7 +8,7 @@ from estimator.eager import ops
 from estimator.eager.autograd import Context, attach, record
 from estimator.eager.letters import ONE
 from estimator.eager.pointwise import neg
-from estimator.eager.tensor import BOOL, COMPLEX64, FLOAT32, INT64, Locals, arguments, empty_like, op
+from estimator.eager.tensor import BOOL, COMPLEX64, FLOAT32, INT64, Locals, arguments, converted, empty_like, op
 from estimator.eager.views import alias, cast, concatenate, contiguous, slice_last, split, stack_last, unsqueeze
 
 if TYPE_CHECKING:
@@ -55,6 +55,21 @@ def look_for_packed_sequences(positions: Tensor, sequences: Size) -> None:
         with Locals() as inner:
             inner.none = integers(machine, "eq", (sequences,), v.packed, dtype=BOOL)
             machine.empty((), BOOL).discard()
+
+
+def scale_of_positions(positions: Tensor, dtype: Dtype) -> Tensor:
+    """`get_llama_4_attn_scale`: 1 + beta log(1 + floor(positions / n)), (1, 1, T, 1) of `dtype`."""
+    machine, (length,) = positions.machine, positions.shape
+    with Locals() as v:
+        with ops.python_number(machine, FLOAT32):
+            wide = converted(positions, FLOAT32).hold() if machine.casts_operands else positions.hold()
+            part = machine.empty((ONE, length))
+            machine.kernel("div", (wide,), (part,))
+            wide.drop()
+        log = ops.elementwise("log", ops.with_number("add", ops.elementwise("floor", part)))
+        v.scaling = ops.with_number("add", ops.with_number("mul", log))
+        shape = (ONE, ONE, length, ONE)
+        return cast(v.scaling.view(shape, machine.contiguous(shape)), dtype)
 
 
 def rotary_embedding(v: Locals, positions: Tensor, frequencies: Tensor, dtype: Dtype, written: Written) -> None:
