@@ -42,6 +42,9 @@ OWN_BEST = {
     "gb200-186gb": "NVIDIA GB200 SXM",
     "mi325x-256gb": "AMD MI325X",
 }
+# The share of its bandwidth that a fused kernel which reads and writes 128 MB once reaches on a card itself: RMSNorm of
+# 4,096 rows of 16,384 in 16 bits on RTX 5090, 1366 of 1792 GB/s (github:NVIDIA/TileGym#82).
+MOVED = {"rtx-5090-32gb": 1366 / 1792}
 # Cards on which somebody timed square products of these sizes (data/published/torch_mm.csv); where only the best of the
 # five is known, the row has no size. Those of 1024 are at the floor of their launches.
 SQUARES = (1024, 2048, 4096, 8192, 10240)
@@ -623,6 +626,9 @@ def write_accelerators(found, kernels, power):
         if clock != 1:
             said += f", at {clock:.2f} of the datasheet's clock"
             print(f"clock = {toml(clock)}")
+        if id_ in MOVED:
+            said += f"; a fused norm timed on it moves {MOVED[id_]:.0%} of the bandwidth"
+            print(f"memory = {toml([[1, MOVED[id_]]])}")
         print(f"origin = {toml(f'{origin[:-1]}; {said}.')}\n")
 
 
