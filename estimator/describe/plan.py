@@ -689,6 +689,13 @@ class Plan:
         most = 1.0
         if model.num_experts is not None and model.experts_per_token is not None:
             most = model.num_experts / model.experts_per_token
+        layers = model.rotating_pattern
+        dense = not all(layer.sparse for layer in (*layers.first, *layers.cycle))
+        if self.adapter != "none" and self.adapter_targets == EXPERTS and parts.experts is not None and dense:
+            raise ConfigError(
+                f"adapter_targets = {EXPERTS!r}: the model has layers without experts, which would have no adapter; "
+                f"allowed are others beside it, such as all-linear,{EXPERTS}"
+            )
         if self.balance and parts.experts is None:
             raise ConfigError(f"balance = {self.balance:g}: the model has no experts; allowed is 0")
         if self.imbalance > most:

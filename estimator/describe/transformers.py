@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from estimator.describe.adapters import EXPERTS
 from estimator.describe.checks import ConfigError
 from estimator.describe.routed import DEEPSEEK, GRANITE, HUNYUAN, MIXTRAL, QWEN, Routed
 from estimator.describe.settings import Needs
@@ -29,7 +30,7 @@ NEEDS = tuple(
         ("expert_parallel", (1,)),
         ("tensor_parallel", (1,)),
         ("pipeline_parallel", (1,)),
-        ("logits_to_keep", (0, None)),
+        ("logits_to_keep", (None,)),
     )
 )
 
@@ -225,6 +226,11 @@ def check_model(p: Plan, m: ModelConfig) -> None:
     parts = m.made_of
     own_heads = parts.attention.qk_norm == "head-own" and m.family == "stablelm"  # one module for each head
     latent, eager = parts.attention.latent, p.attention.startswith("naive")
+    if EXPERTS in p.adapter_targets.split(",") and p.adapter != "none":
+        raise ConfigError(
+            f"adapter_targets = {p.adapter_targets!r}: adapters on stacked experts are not known of transformers' "
+            "classes; allowed are its other layers"
+        )
     unknown = (
         ("attention.latent", f"{latent}, attention = {p.attention}", latent == "none" or not eager),
         ("attention.out_gate", parts.attention.out_gate, not parts.attention.out_gate),

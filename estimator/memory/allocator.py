@@ -181,6 +181,9 @@ def reserved_bytes(
     phases = np.array([e.where.phase is Phase.OPTIMIZER for e in traced.ledger.events])
     late = np.array([e.storage.category is Category.OPTIMIZER for e in traced.ledger.events])
     update = int(np.argmax(phases[step]))
+    # What a module itself keeps from one step to the next, and lets go before the update, is no optimizer's.
+    soon = {id(traced.ledger.events[i].storage) for i in step[:update] if traced.sign[i] < 0}
+    late &= np.array([id(e.storage) not in soon for e in traced.ledger.events], dtype=bool)
     allocator = CachingAllocator(expandable=expandable)
     live: dict[int, list[tuple[int, Block]]] = {}  # by size class, (storage, block), the youngest last
 
@@ -190,6 +193,9 @@ def reserved_bytes(
             if traced.sign[i] > 0:
                 held.append((storage, allocator.allocate(int(nbytes[traced.klass[i]]))))
                 continue
+            if not held:  # what a module keeps from the step before, where it had another category
+                alike = (live[k] for k in live if nbytes[k] == nbytes[traced.klass[i]] and live[k])
+                held = next(alike)
             # A middle block may free what the block before it made: of the same size, under another name.
             own = next((at for at in range(len(held) - 1, -1, -1) if held[at][0] == storage), -1)
             allocator.free(held.pop(own)[1])

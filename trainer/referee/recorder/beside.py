@@ -103,12 +103,12 @@ def _difference(m: est.ModelConfig, plan: Plan, recording: Recording) -> str:
         if ours != theirs
     ]
     setup = sum(e.where.phase is Phase.SETUP for e in recording.ledger.events)
-    theirs = [
+    theirs = (
         Event(int(nbytes), e.where.module)
         for nbytes, e in zip(recording.account.delta[setup:], recording.ledger.events[setup:], strict=True)
-    ]
+    )
     line = timeline(account, sizes_for(m, p))
-    ours = [Event(int(nbytes), line.where(i).module) for i, nbytes in enumerate(line.delta)]
+    ours = (Event(int(nbytes), line.where(i).module) for i, nbytes in enumerate(line.delta))
     return f"{', '.join(off)}; {first(ours, theirs)}"
 
 
@@ -127,7 +127,7 @@ def _gb(nbytes: float | None) -> str:
     return f"{nbytes / 1e9:.2f} GB"
 
 
-def first(ours: Sequence[Event], theirs: Sequence[Event]) -> str:
+def first(ours: Iterable[Event], theirs: Iterable[Event]) -> str:
     """Where the two first do otherwise: an allocation or a free, in runs in which nothing depends on the order."""
     nothing: list[Event] = []
     for a, b in zip_longest(_runs(ours), _runs(theirs), fillvalue=nothing):
@@ -142,8 +142,8 @@ def first(ours: Sequence[Event], theirs: Sequence[Event]) -> str:
     return "each allocation and each free is the same"
 
 
-def _runs(events: Iterable[Event]) -> list[list[Event]]:
-    return [list(run) for _, run in groupby(events, key=lambda e: e.nbytes > 0)]
+def _runs(events: Iterable[Event]) -> Iterator[list[Event]]:
+    return (list(run) for _, run in groupby(events, key=lambda e: e.nbytes > 0))
 
 
 def _only(a: Sequence[Event], b: Sequence[Event]) -> Any:

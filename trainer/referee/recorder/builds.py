@@ -54,7 +54,9 @@ def of_file(named: str, sizes: Mapping[str, int], device: str = "cpu") -> Callab
     return with_sizes(function, sizes, device)
 
 
-OFFERED = ("batch_size", "seq_len", "device")  # to every function, taken or not
+_EMPTY = inspect.Parameter.empty
+SIZES = {"batch_size": 1, "seq_len": 1024}  # of a function that wants them, where neither it nor anybody says
+OFFERED = (*SIZES, "device")  # to every function, taken or not
 
 
 def with_sizes(function: Callable[..., Any], sizes: Mapping[str, int], device: str = "cpu") -> Callable[[], Any]:
@@ -64,6 +66,9 @@ def with_sizes(function: Callable[..., Any], sizes: Mapping[str, int], device: s
         ConfigError: a parameter without a default is not among them, or one of them is no parameter.
     """
     parameters = inspect.signature(function).parameters.values()
+    own = {x.name: x.default for x in parameters}
+    tokens = {name: sizes.get(name, own[name] if isinstance(own.get(name), int) else n) for name, n in SIZES.items()}
+    sizes = {**sizes, **{name: n for name, n in SIZES.items() if name not in sizes and own.get(name) is _EMPTY}}
     anything = any(x.kind is inspect.Parameter.VAR_KEYWORD for x in parameters)
     given = {**sizes, "device": device}
     taken = given if anything else {x.name: given[x.name] for x in parameters if x.name in given}
@@ -72,14 +77,14 @@ def with_sizes(function: Callable[..., Any], sizes: Mapping[str, int], device: s
         if not anything:
             raise ConfigError(f"set = {name!r}: {function.__name__} takes {', '.join(names) or 'no arguments'}")
     for x in parameters:
-        if x.default is x.empty and x.name not in taken and x.kind not in (x.VAR_KEYWORD, x.VAR_POSITIONAL):
+        if x.default is _EMPTY and x.name not in taken and x.kind not in (x.VAR_KEYWORD, x.VAR_POSITIONAL):
             raise ConfigError(f"{x.name}: {function.__name__} wants it; give it with --set {x.name}=NUMBER")
 
     def build() -> Any:
         built = function(**taken)
         if not isinstance(built, nn.Module):
             return built
-        return built, loss_of_module, tokens_for(built, sizes.get("batch_size", 1), sizes.get("seq_len", 128))
+        return built, loss_of_module, tokens_for(built, tokens["batch_size"], tokens["seq_len"])
 
     return build
 

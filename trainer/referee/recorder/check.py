@@ -22,7 +22,7 @@ from estimator.eager.ledger import Phase
 from estimator.hardware.accelerators import accelerator
 from estimator.show.formatting import count, duration, size
 from trainer.referee.recorder.beside import beside
-from trainer.referee.recorder.builds import of_config, of_file
+from trainer.referee.recorder.builds import SIZES, of_config, of_file
 from trainer.referee.recorder.recording import DEVICES, record
 from trainer.referee.recorder.remedies import remedies
 from trainer.referee.recorder.steps import PRECISIONS
@@ -74,9 +74,14 @@ def parser() -> argparse.ArgumentParser:
         help="whose rules: by default the accelerator's; given to FUNCTION as device, if it takes it",
     )
     p.add_argument(
-        "--batch-size", type=int, default=1, metavar="B", help="given to FUNCTION as batch_size, if it takes it"
+        "--batch-size",
+        type=int,
+        metavar="B",
+        help="given to FUNCTION as batch_size, if it takes it; else its own default, or 1",
     )
-    p.add_argument("--seq-len", type=int, default=1024, metavar="T", help="given to it as seq_len, if it takes it")
+    p.add_argument(
+        "--seq-len", type=int, metavar="T", help="given to it as seq_len, likewise; else its own default, or 1024"
+    )
     p.add_argument(
         "--set", nargs="*", default=[], metavar="NAME=NUMBER", help="further arguments of FUNCTION, or fields of CONFIG"
     )
@@ -107,6 +112,9 @@ def run(argv: Sequence[str]) -> int:
         ConfigError: what is asked cannot be.
     """
     args = parser().parse_args(argv)
+    for name in ("batch_size", "seq_len", "grad_accumulation"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ConfigError(f"{name} = {getattr(args, name)}: must be 1 or more")
     if args.fake_world is not None:
         one_rank(args.fake_world, args.fake_rank)
     gpu = accelerator(args.gpu)
@@ -128,7 +136,7 @@ def run(argv: Sequence[str]) -> int:
         sys.stdout.write(timed(answer.time, gpu.name, plan, alone=args.fake_world is None))
         if args.hf is not None and args.fake_world is None:
             sys.stdout.write("\nBeside the models here, of the same config.json:\n")
-            for said in beside(args.hf, _sizes(args), recording, plan, (args.batch_size, args.seq_len)):
+            for said in beside(args.hf, _sizes(args), recording, plan, _tokens(args)):
                 sys.stdout.write(f"  {said}\n")
         if args.remedies and not memory.fits:
             sys.stdout.write("\nWhat it needs with these changes (each is recorded; --no-remedies leaves them out):\n")
@@ -160,8 +168,16 @@ def _build(args: argparse.Namespace, device: str) -> tuple[Callable[[], Any], st
         raise ConfigError("code: give FILE.py:FUNCTION or --hf CONFIG, one of them")
     sizes = _sizes(args)
     if args.hf is not None:
-        return of_config(args.hf, args.batch_size, args.seq_len, **sizes), f"transformers' class of {args.hf}"
-    return of_file(args.code, {"batch_size": args.batch_size, "seq_len": args.seq_len} | sizes, device), args.code
+        B, T = _tokens(args)
+        return of_config(args.hf, B, T, **sizes), f"transformers' class of {args.hf} at {B:,} x {T:,} tokens"
+    given = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None} | sizes
+    said = ", ".join(f"{name}={value}" for name, value in given.items()) or "its own sizes"
+    return of_file(args.code, given, device), f"{args.code} with {said}"
+
+
+def _tokens(args: argparse.Namespace) -> tuple[int, int]:
+    """Sequences, and tokens of each, of a class of transformers."""
+    return args.batch_size or SIZES["batch_size"], args.seq_len or SIZES["seq_len"]
 
 
 def _sizes(args: argparse.Namespace) -> dict[str, int]:
@@ -201,7 +217,8 @@ def report(recording: Recording, memory: Memory, name: str, gpu: str) -> str:
         at = recording.most_in(phase)
         if at is not None:
             lines.append(f"  {phase.value:10} {size(recording.live_at(at)):>10} at most, {_place(recording, at)}")
-    lines += ["", *(f"Assumed {times} times: {said}." for said, times in recording.assumptions.items())]
+    counted = ((said, "once" if times == 1 else f"{times} times") for said, times in recording.assumptions.items())
+    lines += ["", *(f"Assumed {often}: {said}." for said, often in counted)]
     lines += [f"{note[0].upper()}{note[1:]}." for note in recording.notes]
     lines += unknown(recording)
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
