@@ -170,3 +170,20 @@ def test_a_class_that_is_not_known_is_refused():
     )
     with pytest.raises(ConfigError, match=r"implementation = 'transformers': how its class for family = 'my own' is"):
         est.account(m, est.Plan(implementation="transformers"))
+
+
+@pytest.mark.parametrize(
+    ("preset", "recipe", "said"),
+    [
+        (
+            "mixtral-8x7b",
+            {"adapter": "lora", "adapter_targets": "q,experts"},
+            "adapters on stacked experts are not known",
+        ),
+        ("llama-3-8b", {"data_parallel": 2, "sharding": "none", "tensor_parallel": 2}, "tensor_parallel"),
+        ("llama-3-8b", {"logits_to_keep": 8}, "logits_to_keep"),
+    ],
+)
+def test_what_is_not_known_of_a_class_is_refused_by_name(preset, recipe, said):
+    with pytest.raises(ConfigError, match=said):
+        est.account(est.preset(preset), est.Plan(implementation="transformers", seq_len=64, **recipe))

@@ -13,6 +13,7 @@ from estimator.describe.checks import ConfigError
 from estimator.describe.hf import from_hf
 from estimator.describe.model import ModelConfig
 from estimator.describe.plan import Plan
+from estimator.describe.presets import preset
 from trainer.files.adapters import load_adapters, load_base, save_adapters
 from trainer.files.checkpoint import export_safetensors
 from trainer.files.contents import CheckpointError
@@ -287,3 +288,8 @@ def test_the_parameters_of_adapted_experts_are_as_many_as_pefts(row, monkeypatch
     names = stacked(row)
     theirs = count_without_routers(row, monkeypatch, target_parameters=names)
     assert own_count(row, "all-linear,experts") == theirs
+
+
+def test_adapters_on_experts_alone_are_refused_where_layers_have_none():
+    with pytest.raises(ConfigError, match="the model has layers without experts"):
+        account(preset("deepseek-v3"), Plan(adapter="lora", adapter_targets="experts", seq_len=64))

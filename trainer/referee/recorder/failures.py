@@ -36,7 +36,9 @@ def said_by(what: str) -> Iterator[None]:
             message = message.partition(". ")[0]
             said = f"{place} wants values or a kernel that there is not without data ({message[:LONGEST]})"
             if "nonzero" in message:
-                said += "; a mask of computed values has nobody knows how many places: multiply with it, or make it an input"
+                said += (
+                    "; how many places a mask has that is computed is not known: multiply with it, or make it an input"
+                )
         else:
             said = f"{place} raised {type(error).__name__}: {message[:LONGEST] or 'without a message'}"
         raise ConfigError(f"{what}: {said}") from error
