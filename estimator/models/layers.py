@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from estimator.describe.parts import Layer, Parts, Pattern
+    from estimator.describe.routed import Routed
     from estimator.describe.schedules import Part, Schedule
     from estimator.describe.transformers import Written
     from estimator.eager.letters import Size
@@ -162,6 +163,18 @@ class Recipe:
     virtual_stages: int = 1
     moves: tuple[Part, ...] = ()  # in place of `schedule`, those of several stages on one accelerator
     stage: tuple[int, int] = (0, 1)  # which of how many stages: (0, 2) of all first ones, (1, 3) between, (1, 2) last
+
+    @property
+    def of_class(self) -> Written:
+        """How transformers' class is written, of a recipe that is of one."""
+        assert self.written is not None
+        return self.written
+
+    @property
+    def routed(self) -> Routed:
+        """How the class's mixture of experts is written."""
+        assert self.of_class.routed is not None
+        return self.of_class.routed
 
     @property
     def micro_batches(self) -> int:

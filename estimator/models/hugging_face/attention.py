@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from estimator.describe.transformers import Written
 from estimator.eager import autocast, ops
 from estimator.eager.letters import ONE
 from estimator.eager.linalg import matmul
@@ -41,7 +40,7 @@ class HFAttention(Attention):
 
     def __init__(self, machine: Machine, recipe: Recipe) -> None:
         super().__init__(machine, recipe)
-        self.written = recipe.written or Written()
+        self.written = recipe.of_class
         undropped = self.written.undropped == recipe.parts.positions.kind
         self.scores = replace(recipe, dropout=recipe.dropout and not undropped)
         self.owned.sort(key=lambda x: isinstance(x, ScaleAndShift))  # projections, norms

@@ -29,9 +29,8 @@ def build_attention(machine: Machine, recipe: Recipe) -> HFAttention | HFLatentA
 
 def build_feed_forward(machine: Machine, part: MLP, d: Size, f: Size, recipe: Recipe) -> Module:
     """The module of a declared feed-forward, in most classes without dropout."""
-    assert recipe.written is not None
     kind = GatedFeedForward if part.gated else PlainFeedForward
-    return kind(machine, "ffn", part, d, f, recipe, drops="ffn" in recipe.written.drops)
+    return kind(machine, "ffn", part, d, f, recipe, drops="ffn" in recipe.of_class.drops)
 
 
 class HFBlock(Block):
@@ -44,8 +43,7 @@ class HFBlock(Block):
 
     def __init__(self, machine: Machine, index: int, recipe: Recipe, kind: BlockKind) -> None:
         super().__init__(machine, index, recipe, kind)
-        assert recipe.written is not None
-        order, places = recipe.written.layer, {id(self.attention): "attention", id(self.ffn): "ffn"}
+        order, places = recipe.of_class.layer, {id(self.attention): "attention", id(self.ffn): "ffn"}
         self.owned.sort(key=lambda x: order.index(places.get(id(x), "norms")))
 
     def forward(self, v: Locals, x: Tensor, *where: Tensor | None) -> Tensor:
@@ -57,7 +55,7 @@ class HFBlock(Block):
             v.ffn = self.ffn(v.x)
             v.ffn = self.dropped(v.ffn)
             return ops.add(ops.add(v.residual, v.attention), v.ffn)
-        if self.recipe.written is not None and self.recipe.written.names_all:
+        if self.recipe.of_class.names_all:
             v.x = self.attention_norm(x)
             v.attention, v.weights = self.attention(v.x, *where)
             v.residual = ops.add(v.residual, v.attention)
@@ -98,5 +96,4 @@ class HFBlock(Block):
 
     def dropped(self, x: Tensor) -> Tensor:
         """What is added to the stream, where the block drops it."""
-        assert self.recipe.written is not None
-        return dropout_at(x, drops=self.recipe.dropout and "added" in self.recipe.written.drops)
+        return dropout_at(x, drops=self.recipe.dropout and "added" in self.recipe.of_class.drops)

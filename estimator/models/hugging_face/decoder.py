@@ -39,23 +39,20 @@ class HFDecoder(Transformer):
     @property
     def turns(self) -> list[str]:
         """The kinds of layers with cosines and sines of their own: one for all, or those that the model has."""
-        written = self.recipe.written
-        assert written is not None
+        written = self.recipe.of_class
         return sorted({kind.layer.attention for kind in self.kinds}) if written.tables_by_kind else ["full"]
 
     def build_scale(self) -> None:
         """Gemma's scale of the embedding is a buffer, and MiniCPM 3's is one of an integer."""
-        assert self.recipe.written is not None
         norm = self.parts.norm
         gemma = norm.kind == "rms" and norm.weight == "plus-one" and self.parts.ends.embedding_scale is not None
         self.embedding_scale = self.buffer() if gemma else None
-        if self.recipe.written.whole_scale:
+        if self.recipe.of_class.whole_scale:
             self.embedding_scale = self.machine.empty((), INT64, category=Category.BUFFER).hold()
 
     def forward(self, v: Locals, ids: Tensor, targets: Tensor | None = None) -> Tensor:
         assert targets is not None
-        assert self.recipe.written is not None
-        ends, divides_hidden = self.parts.ends, self.recipe.written.divides_hidden
+        ends, divides_hidden = self.parts.ends, self.recipe.of_class.divides_hidden
         v.x = v.last = self.decoded(ids)
         if divides_hidden:
             v.x = ops.div_number(v.x)
@@ -72,15 +69,13 @@ class HFDecoder(Transformer):
 
     def enter(self, v: Locals) -> None:
         """`v.x` with dropout, where the class has it."""
-        assert self.recipe.written is not None
-        drops = self.drops_embedding or "embedding" in self.recipe.written.drops
+        drops = self.drops_embedding or "embedding" in self.recipe.of_class.drops
         v.x = dropout_at(v.x, drops=self.recipe.dropout and drops)
 
     def decoded(self, ids: Tensor) -> Tensor:
         """`LlamaModel`."""
-        assert self.recipe.written is not None
         with Locals() as v:
-            late = self.recipe.written.late_scale
+            late = self.recipe.of_class.late_scale
             v.embeds = self.embedding(ids)
             if not late:
                 v.embeds = self.scaled(v.embeds)
@@ -95,7 +90,7 @@ class HFDecoder(Transformer):
                 turns[name] = self.rotary(v, name, self.tables[2 * i])
             if self.embedding_norm is not None:
                 v.x = self.embedding_norm(v.x)
-            positions = v.positions if self.recipe.written.passes_positions else None
+            positions = v.positions if self.recipe.of_class.passes_positions else None
             for block, kind in zip(self.blocks, self.kinds, strict=True):
                 turn = turns.get(kind.layer.attention, turns.get("full", (None, None)))
                 turn = turn if kind.layer.rotates else (None, None)
@@ -112,9 +107,8 @@ class HFDecoder(Transformer):
 
     def rotary(self, v: Locals, kind: str, frequencies: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Cosines and sines, held as names of the frame."""
-        assert self.recipe.written is not None
         with Locals() as w:
-            rotary_embedding(w, v.positions, frequencies, v.x.dtype, self.recipe.written)
+            rotary_embedding(w, v.positions, frequencies, v.x.dtype, self.recipe.of_class)
             cos, sin = w.cos, w.sin
             setattr(v, f"{kind}_cos", cos)
             setattr(v, f"{kind}_sin", sin)
@@ -122,9 +116,8 @@ class HFDecoder(Transformer):
 
     def attention_masks(self, v: Locals, sequences: Size) -> dict[str, Tensor | None]:
         """The mask of each kind of attention, held as names of the frame."""
-        written, eager = self.recipe.written, self.recipe.attention.startswith("naive")
+        written, eager = self.recipe.of_class, self.recipe.attention.startswith("naive")
         used = {kind.layer.attention for kind in self.kinds}
-        assert written is not None
         kinds = [kind for kind in ("full", "window", "chunk") if kind in used or kind in written.masks]
         made: dict[str, Tensor | None] = {}
         for kind in kinds:

@@ -32,9 +32,7 @@ class HFExperts(Experts):
 
     def __init__(self, machine: Machine, recipe: Recipe) -> None:
         super().__init__(machine, recipe)
-        assert recipe.written is not None
-        assert recipe.written.routed is not None
-        self.transposed = recipe.written.routed.transposed
+        self.transposed = recipe.routed.transposed
         for matrix in (self.gate_up, self.down) if self.transposed else ():
             matrix.shape = (matrix.shape[0], matrix.shape[2], matrix.shape[1])
             matrix.stride = machine.contiguous(matrix.shape)
@@ -96,9 +94,7 @@ class HFSparseFeedForward(SparseFeedForward):
 
     def __init__(self, machine: Machine, recipe: Recipe) -> None:
         super().__init__(machine, recipe)
-        assert recipe.written is not None
-        assert recipe.written.routed is not None
-        self.routed_as = recipe.written.routed
+        self.routed_as = recipe.routed
         first = [getattr(self, name) for name in self.routed_as.order]
         self.beside = self.shared if self.routed_as.shared == "beside" else None
         self.owned.sort(key=lambda x: first.index(x) if x in first else len(first))

@@ -84,11 +84,10 @@ class GPTJ(HFDecoder):
 
     def rotary(self, v: Locals, name: str, table: Tensor) -> tuple[Tensor, Tensor]:
         """`GPTJRotaryEmbedding`: what positions have of it, in the stream's dtype."""
-        assert self.recipe.written is not None
         with Locals() as w:
             w.both = self.machine.empty((ONE, *v.positions.shape, table.shape[1]), table.dtype)
             self.machine.kernel("index", (v.positions, w.both), (w.both,))
-            if not self.recipe.written.tables_fp32:
+            if not self.recipe.of_class.tables_fp32:
                 w.both = cast(w.both, v.x.dtype)
             half = table.shape[1] / 2
             v.sin, v.cos = split(w.both, (half, half))

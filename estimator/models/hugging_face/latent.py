@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from estimator.describe.transformers import Written
 from estimator.eager import ops
 from estimator.eager.letters import ONE
 from estimator.eager.tensor import Locals, arguments
@@ -34,7 +33,7 @@ class HFLatentAttention(LatentAttention):
 
     def __init__(self, machine: Machine, recipe: Recipe) -> None:
         super().__init__(machine, recipe)
-        self.written = recipe.written or Written()
+        self.written = recipe.of_class
 
     def forward(  # type: ignore[override]  # its block takes the weights too
         self,

@@ -26,9 +26,7 @@ class HFRouter(Router):
 
     def __init__(self, machine: Machine, recipe: Recipe) -> None:
         super().__init__(machine, recipe)
-        assert recipe.written is not None
-        assert recipe.written.routed is not None
-        self.routed_as = recipe.written.routed
+        self.routed_as = recipe.routed
 
     def forward(self, v: Locals, x: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         bare = self.routed_as.router in ("chosen", "cohere2_moe", "gpt_oss")  # without a view of their own
