@@ -443,3 +443,18 @@ def test_what_a_module_keeps_from_step_to_step_is_freed_in_the_next():
     for device in ("cpu", "cuda"):
         memory = est.estimate(trainer.record(build, est.Plan(), device), est.Plan(), "a100-80gb-sxm").memory
         assert memory.reserved >= memory.allocated
+
+
+def test_derivatives_that_are_taken_forward_are_refused_by_cudas_rules():
+    def build():
+        module = nn.Linear(8, 8)
+
+        def loss(module, x):
+            out, along = torch.func.jvp(module, (x,), (torch.ones_like(x),))
+            return (out + along).mean()
+
+        return module, loss, (torch.randn(2, 8),)
+
+    assert trainer.record(build, est.Plan(), "cpu").peak_bytes
+    with pytest.raises(ConfigError, match=r"taken forward .torch.func.jvp. are not recorded by CUDA's rules"):
+        trainer.record(build, est.Plan(), "cuda")

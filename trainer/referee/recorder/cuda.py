@@ -9,6 +9,7 @@ from unittest.mock import patch
 import torch
 from torch.nn.attention import SDPBackend
 
+from estimator.describe.checks import ConfigError
 from estimator.describe.plan import fused_on_cuda
 
 if TYPE_CHECKING:
@@ -139,6 +140,13 @@ LOGGER: Any = torch._C._distributed_c10d.Logger  # noqa: SLF001 - DDP's, which r
 RANGES = ("range_push", "range_pop", "mark")  # of torch.cuda.nvtx, for a profiler that does not look on
 
 
+def _no_duals() -> int:
+    raise ConfigError(
+        "the step: derivatives that are taken forward (torch.func.jvp) are not recorded by CUDA's rules; the CPU's can: "
+        "--device cpu"
+    )
+
+
 @contextmanager
 def cuda(native: Any) -> Iterator[None]:
     """One card, as far as Python sees. Backward runs on the thread that asks for it, in the order of CUDA's own."""
@@ -163,6 +171,7 @@ def cuda(native: Any) -> Iterator[None]:
             stack.enter_context(patch.object(torch.cuda, name, answer))
         stack.enter_context(patch.object(torch.UntypedStorage, "resize_", resized))
         stack.enter_context(patch.object(torch.UntypedStorage, "clone", cloned))
+        stack.enter_context(patch.object(torch.autograd.forward_ad, "enter_dual_level", _no_duals))
         stack.enter_context(patch.object(LOGGER, "set_runtime_stats_and_log", lambda _: None))
         stack.enter_context(patch.object(torch.backends.cudnn, "is_acceptable", lambda _: False))
         for name in RANGES:
