@@ -445,6 +445,7 @@ def test_what_a_module_keeps_from_step_to_step_is_freed_in_the_next():
         assert memory.reserved >= memory.allocated
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 def test_derivatives_that_are_taken_forward_are_refused_by_cudas_rules():
     def build():
         module = nn.Linear(8, 8)

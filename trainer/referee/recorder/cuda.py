@@ -142,8 +142,8 @@ RANGES = ("range_push", "range_pop", "mark")  # of torch.cuda.nvtx, for a profil
 
 def _no_duals() -> int:
     raise ConfigError(
-        "the step: derivatives that are taken forward (torch.func.jvp) are not recorded by CUDA's rules; the CPU's can: "
-        "--device cpu"
+        "the step: derivatives that are taken forward (torch.func.jvp) are not recorded by CUDA's rules; those of a "
+        "CPU can be (--device cpu)"
     )
 
 
