@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
 LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parents[2]), "<")  # whose code is not the user's
 LONGEST = 300  # characters of a message that are kept
+REMEDIES = {  # what can be done about an operator, by a part of its name
+    "nonzero": "how many places a mask has that is computed is not known: multiply with it, or make it an input",
+    "slow_conv": "PyTorch has no kernel without data for a convolution in three dimensions, or with dilation in two",
+}
 
 
 @contextmanager
@@ -35,10 +39,7 @@ def said_by(what: str) -> Iterator[None]:
         if isinstance(error, NotImplementedError):
             message = message.partition(". ")[0]
             said = f"{place} wants values or a kernel that there is not without data ({message[:LONGEST]})"
-            if "nonzero" in message:
-                said += (
-                    "; how many places a mask has that is computed is not known: multiply with it, or make it an input"
-                )
+            said += next((f"; {what}" for part, what in REMEDIES.items() if part in message), "")
         else:
             said = f"{place} raised {type(error).__name__}: {message[:LONGEST] or 'without a message'}"
         raise ConfigError(f"{what}: {said}") from error
