@@ -140,7 +140,7 @@ def run(argv: Sequence[str]) -> int:
                 sys.stdout.write(f"  {said}\n")
         if args.remedies and not memory.fits:
             sys.stdout.write("\nWhat it needs with these changes (each is recorded; --no-remedies leaves them out):\n")
-            for said in remedies(build, plan, device, gpu):
+            for said in remedies(build, plan, device, gpu, memory):
                 sys.stdout.write(f"  {said}\n")
                 sys.stdout.flush()
     if args.snapshot:

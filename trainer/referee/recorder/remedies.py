@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 
     from estimator.describe.plan import Plan
     from estimator.hardware.accelerators import Accelerator
+    from estimator.memory.device import Memory
+
+
+CHECKPOINTS, AUTOCAST = "checkpoints of its own", "--precision bf16-mixed"
 
 
 def checkpointed(build: Callable[[], Any]) -> Callable[[], Any]:
@@ -38,17 +42,22 @@ def checkpointed(build: Callable[[], Any]) -> Callable[[], Any]:
     return built
 
 
-def remedies(build: Callable[[], Any], plan: Plan, device: str, gpu: Accelerator) -> Iterator[str]:
-    """A sentence of each change: what the step needs with it, and whether it fits."""
-    changes: list[tuple[str, Callable[[], Any], Plan]] = [("checkpoints of its own", checkpointed(build), plan)]
+def remedies(build: Callable[[], Any], plan: Plan, device: str, gpu: Accelerator, without: Memory) -> Iterator[str]:
+    """A sentence of each change: what the step needs with it, and whether it fits; `without` is that of no change."""
+    lasting = without.parameters + without.optimizer  # which checkpoints and autocast leave as they are
+    kept = without.capacity is not None and lasting > without.capacity
+    changes: list[tuple[str, Callable[[], Any], Plan]] = [(CHECKPOINTS, checkpointed(build), plan)]
     if plan.precision == "fp32":
-        changes.append(("--precision bf16-mixed", build, plan.replace(precision="bf16-mixed")))
+        changes.append((AUTOCAST, build, plan.replace(precision="bf16-mixed")))
         changes.append(("--precision bf16", build, plan.replace(precision="bf16")))
     if plan.optimizer in ("adamw", "adam"):
         changes.append(("--optimizer adafactor", build, plan.replace(optimizer="adafactor", optimizer_impl="auto")))
         changes.append(("--optimizer sgd", build, plan.replace(optimizer="sgd", optimizer_impl="auto")))
     changes.append(("checkpoints, bf16 and adafactor", checkpointed(build), _least(plan)))
     for name, built, changed in changes:
+        if kept and name in (CHECKPOINTS, AUTOCAST):
+            yield f"{name}: does not fit, parameters and optimizer state alone take {size(lasting)}"
+            continue
         try:
             memory = recorded_memory(record(built, changed, device, bytes_alone=True).account, gpu)
         except ConfigError as error:
