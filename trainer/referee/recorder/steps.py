@@ -104,7 +104,10 @@ def check(step: Any, device: str = "cpu") -> None:
     named += [("an input", x) for x in tree_leaves(step.inputs) if isinstance(x, torch.Tensor)]
     for name, x in named:
         if x.device.type != device:
-            raise ConfigError(f"{name} is on the device {x.device}: build it on {device}, where it takes no memory")
+            raise ConfigError(
+                f"{name} is on the device {x.device}, and the rules are those of {device}: let the function take "
+                '"device", which it is given, and build there; it takes no memory'
+            )
 
 
 @contextmanager
