@@ -23,7 +23,7 @@ CONFIGS = {"llama": LLAMA, "qwen3": LLAMA | {"model_type": "qwen3", "head_dim": 
 
 
 def test_a_rank_holds_what_its_recording_does():
-    worker = Path(__file__).with_name("transformers_worker.py")
+    worker = Path(__file__).with_name("sharded_classes_worker.py")
     ran = subprocess.run(
         [sys.executable, str(worker), json.dumps(CONFIGS), str(B), str(T)],
         capture_output=True,
