@@ -75,7 +75,8 @@ def test_what_does_not_fit_is_tried_with_changes(code, capsys):
     assert "Does not fit on A100" in answer
     assert "--optimizer sgd: 69" in tried
     assert "which fits" in tried
-    assert "checkpoints of its own: not tried, the module has no gradient_checkpointing_enable" in tried
+    assert "checkpoints of its own: does not fit, parameters and optimizer state alone take" in tried
+    assert "checkpoints, bf16 and adafactor: not tried, the module has no gradient_checkpointing_enable" in tried
     assert main([*asked, "--no-remedies"]) == 1
     assert "--optimizer sgd" not in capsys.readouterr().out
 
