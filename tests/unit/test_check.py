@@ -171,3 +171,20 @@ def test_an_argument_that_the_function_does_not_take_is_refused_by_name():
     with pytest.raises(ConfigError, match="set = 'widht': build takes batch_size, width"):
         with_sizes(build, {"batch_size": 1, "seq_len": 8, "widht": 32})
     assert with_sizes(build, {"batch_size": 1, "seq_len": 8, "width": 32})() == 32
+
+
+def test_a_function_keeps_its_own_sizes_and_none_is_below_1(tmp_path, capsys):
+    path = tmp_path / "own.py"
+    path.write_text(
+        "import torch\n"
+        "def build(batch_size=3, seq_len=5):\n"
+        "    module = torch.nn.Linear(8, 8)\n"
+        "    return module, lambda m, x: m(x).square().mean(), (torch.randn(batch_size, seq_len, 8),)\n"
+    )
+    assert main(["check", f"{path}:build", "--json"]) == 0
+    own = json.loads(capsys.readouterr().out)
+    assert main(["check", f"{path}:build", "--batch-size", "6", "--json"]) == 0
+    twice = json.loads(capsys.readouterr().out)
+    assert (own["inputs"], twice["inputs"]) == (3 * 5 * 8 * 4, 6 * 5 * 8 * 4)
+    assert main(["check", f"{path}:build", "--batch-size", "0"]) == 2
+    assert "batch_size = 0: must be 1 or more" in capsys.readouterr().err
