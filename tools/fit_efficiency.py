@@ -14,6 +14,7 @@ from dataclasses import replace
 import numpy as np
 
 from estimator.hardware.accelerators import accelerator, accelerators
+from estimator.studies.cards import NAMES
 from estimator.studies.operators import plain_fraction, predicted_seconds, program, timed
 from estimator.studies.runs import rows
 from estimator.timing.roofline import Efficiency, Flash, efficiency, flash_seconds, matmul_seconds
@@ -50,16 +51,19 @@ MOVED = {"rtx-5090-32gb": 1366 / 1792}
 SQUARES = (1024, 2048, 4096, 8192, 10240)
 SUSTAINED = 4096
 SQUARED = {
-    "NVIDIA A10G": "a10g-24gb",
-    "NVIDIA L4": "l4-24gb",
-    "NVIDIA L40S": "l40s-48gb",
-    "NVIDIA A40": "a40-48gb",
-    "NVIDIA A100-PCIE-40GB": "a100-40gb-pcie",
-    "NVIDIA H20": "h20-96gb-sxm",
-    "NVIDIA GeForce RTX 3090": "rtx-3090-24gb",
-    "NVIDIA RTX PRO 6000 Workstation": "rtx-pro-6000-96gb",
-    "NVIDIA Tesla V100S": "v100s-32gb-pcie",
-    "NVIDIA Tesla T4": "t4-16gb",
+    name: NAMES[name]
+    for name in (
+        "NVIDIA A10G",
+        "NVIDIA L4",
+        "NVIDIA L40S",
+        "NVIDIA A40",
+        "NVIDIA A100-PCIE-40GB",
+        "NVIDIA H20",
+        "NVIDIA GeForce RTX 3090",
+        "NVIDIA RTX PRO 6000 Workstation",
+        "NVIDIA Tesla V100S",
+        "NVIDIA Tesla T4",
+    )
 }
 CONTENTION = 0.15  # Calculon's processor_usage of NVLink (github:calculon-ai/calculon, systems/a100_80g.json)
 # The rate of a product whose rows are not aligned to 8 elements over that of the same one padded, timed by itself on

@@ -181,9 +181,6 @@ def reserved_bytes(
     phases = np.array([e.where.phase is Phase.OPTIMIZER for e in traced.ledger.events])
     late = np.array([e.storage.category is Category.OPTIMIZER for e in traced.ledger.events])
     update = int(np.argmax(phases[step]))
-    # What a module itself keeps from one step to the next, and lets go before the update, is no optimizer's.
-    soon = {id(traced.ledger.events[i].storage) for i in step[:update] if traced.sign[i] < 0}
-    late &= np.array([id(e.storage) not in soon for e in traced.ledger.events], dtype=bool)
     allocator = CachingAllocator(expandable=expandable)
     live: dict[int, list[tuple[int, Block]]] = {}  # by size class, (storage, block), the youngest last
 

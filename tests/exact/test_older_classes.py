@@ -6,7 +6,8 @@ import peft
 import pytest
 import torch
 import transformers
-from test_transformers import TINY, B, T, figures, runs, suited
+from recorder_symbolic import runs
+from test_transformers import TINY, B, T, figures, suited
 
 import estimator as est
 import trainer

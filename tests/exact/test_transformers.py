@@ -3,13 +3,13 @@
 import json
 import math
 import os
-from itertools import groupby
 from pathlib import Path
 
 import peft
 import pytest
 import torch
 import transformers
+from recorder_symbolic import runs
 
 import estimator as est
 import trainer
@@ -114,11 +114,6 @@ def test_classes_are_as_they_are_recorded(tmp_path, name, recipe, device):
     p = est.Plan(batch_size=B, seq_len=T, implementation="transformers", **suited(m, recipe))
     for figure, (seen, said) in figures(recorded(tmp_path, CASES[name], p, device), m, p).items():
         assert seen == said, (figure, seen, said)
-
-
-def runs(events):
-    """Bytes, each run of allocations or of frees in order of size."""
-    return [sorted(run) for _, run in groupby(events, key=lambda nbytes: nbytes > 0)]
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3_text", "gpt2", "gpt_neox", "mixtral", "deepseek_v3"])

@@ -160,10 +160,6 @@ class Bloom(HFDecoder):
 
     build_block = BloomBlock
 
-    def alibi_tables(self) -> list[Tensor]:
-        """None: slopes are made each step."""
-        return []
-
     def decoded(self, ids: Tensor) -> Tensor:
         """`BloomModel`."""
         machine, (B, T) = self.machine, ids.shape

@@ -36,6 +36,10 @@ class HFDecoder(Transformer):
         half = self.machine.shapes.letters[self.recipe.rotated] / 2
         return [self.buffer(half) for _ in self.turns for _ in ("inv_freq", "original_inv_freq")]
 
+    def alibi_tables(self) -> list[Tensor]:
+        """None: slopes or the bias are made each step."""
+        return []
+
     @property
     def turns(self) -> list[str]:
         """The kinds of layers with cosines and sines of their own: one for all, or those that the model has."""

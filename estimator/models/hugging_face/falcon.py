@@ -17,6 +17,7 @@ from estimator.models.attention import attend
 from estimator.models.block import Block
 from estimator.models.hugging_face.alibi import alibi_slopes
 from estimator.models.hugging_face.attention import HFAttention
+from estimator.models.hugging_face.bloom import dropout_add
 from estimator.models.hugging_face.decoder import HFDecoder
 from estimator.models.hugging_face.gpt_neox import MLPWithoutDropout
 from estimator.models.hugging_face.masks import attention_mask, seen
@@ -168,20 +169,13 @@ class FalconBlock(Block):
         if order == "parallel":
             v.normed_too = v.normed
         elif order == "pre":
-            v.residual = self.added(v.y, v.residual)
+            v.residual = dropout_add(v.y, v.residual, self.recipe)
             v.normed_too = self.ffn_norm(v.residual)
         v.ffn = self.ffn(v.normed_too)
         if order != "pre":
             ops.add_in_place(v.ffn, v.y)
-        v.x = self.added(v.ffn, v.residual)
+        v.x = dropout_add(v.ffn, v.residual, self.recipe)
         return v.take("x"), None if v.weights is None else v.take("weights")
-
-    def added(self, x: Tensor, residual: Tensor) -> Tensor:
-        """`dropout_add`."""
-        with Locals() as w:
-            w.x = dropout(x, self.recipe)
-            w.x = ops.add(residual, w.x)
-            return w.take("x")
 
 
 class Falcon(HFDecoder):

@@ -108,10 +108,6 @@ class Mpt(HFDecoder):
 
     build_block = MptBlock
 
-    def alibi_tables(self) -> list[Tensor]:
-        """None: the bias is made each step."""
-        return []
-
     def decoded(self, ids: Tensor) -> Tensor:
         """`MptModel`."""
         machine, (B, T) = self.machine, ids.shape

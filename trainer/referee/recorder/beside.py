@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import importlib
-import json
 from collections import Counter
 from itertools import groupby, zip_longest
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import estimator as est
@@ -37,20 +35,15 @@ class Event(NamedTuple):
     module: str
 
 
-def beside(
-    path: str, changes: dict[str, int], recording: Recording, plan: Plan, tokens: tuple[int, int]
-) -> Iterator[str]:
+def beside(config: dict[str, Any], recording: Recording, plan: Plan, tokens: tuple[int, int]) -> Iterator[str]:
     """A sentence on each model here: the difference of its figures, and where it first does otherwise.
 
     Args:
-        path: of the config.json, or its folder.
-        changes: fields of it that are given anew.
+        config: the fields of the config.json.
         recording: of transformers' class.
         plan: the recipe that was recorded.
         tokens: sequences, and tokens of each.
     """
-    file = Path(path)
-    config = json.loads((file / "config.json" if file.is_dir() else file).read_text(encoding="utf-8")) | changes
     try:
         m = est.from_hf(config)
     except ConfigError as error:

@@ -123,24 +123,34 @@ def loss_of_module(module: nn.Module, ids: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, -2), ids.flatten())
 
 
+def config_at(path: str | Path, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a config.json, or of that in a folder, some of them given anew.
+
+    Raises:
+        ConfigError: there is no such file.
+    """
+    file = Path(path)
+    file = file / "config.json" if file.is_dir() else file
+    if not file.is_file():
+        raise ConfigError(f"hf = {shown(str(path))}: there is no such file")
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return {**found, **changes}
+
+
 def of_config(path: str | Path, batch_size: int, seq_len: int, **changes: Any) -> Callable[[], Any]:
     """transformers' own class of a config.json, with random weights in float32, and a batch for it.
 
     The class is the one that the file's `architectures` names, or that of a language model.
 
     Raises:
-        ConfigError: transformers is missing, or has no such class.
+        ConfigError: there is no such file, transformers is missing, or it has no such class.
     """
     try:
         import transformers  # noqa: PLC0415 - needed here alone
     except ModuleNotFoundError as error:
         raise ConfigError("transformers is missing: pip install transformers") from error
-    file = Path(path)
-    file = file / "config.json" if file.is_dir() else file
-    if not file.is_file():
-        raise ConfigError(f"hf = {shown(str(path))}: there is no such file")
-    plain = json.loads(file.read_text(encoding="utf-8")) | changes
-    kind = plain.get("model_type")
+    plain = config_at(path, changes)
+    kind: Any = plain.get("model_type")
     if kind not in transformers.CONFIG_MAPPING:
         raise ConfigError(
             f"hf = {shown(str(path))}: transformers {transformers.__version__} has no model_type {kind!r}"

@@ -22,7 +22,7 @@ from estimator.eager.ledger import Phase
 from estimator.hardware.accelerators import accelerator
 from estimator.show.formatting import count, duration, size
 from trainer.referee.recorder.beside import beside
-from trainer.referee.recorder.builds import SIZES, of_config, of_file
+from trainer.referee.recorder.builds import SIZES, config_at, of_config, of_file
 from trainer.referee.recorder.recording import DEVICES, record
 from trainer.referee.recorder.remedies import remedies
 from trainer.referee.recorder.steps import PRECISIONS
@@ -136,7 +136,7 @@ def run(argv: Sequence[str]) -> int:
         sys.stdout.write(timed(answer.time, gpu.name, plan, alone=args.fake_world is None))
         if args.hf is not None and args.fake_world is None:
             sys.stdout.write("\nBeside the models here, of the same config.json:\n")
-            for said in beside(args.hf, _sizes(args), recording, plan, _tokens(args)):
+            for said in beside(config_at(args.hf, _sizes(args)), recording, plan, _tokens(args)):
                 sys.stdout.write(f"  {said}\n")
         if args.remedies and not memory.fits:
             sys.stdout.write("\nWhat it needs with these changes (each is recorded; --no-remedies leaves them out):\n")
